@@ -1,0 +1,171 @@
+"""Finds the runtimes that already run on this machine, and writes a policy for them.
+
+Only models whose weights are here are taken: Ollama also lists models that it forwards to its cloud, and a prompt
+never leaves the machine because nobody wrote a policy.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+OLLAMA_URL = "http://127.0.0.1:11434"
+LLAMA_SERVER_URL = "http://127.0.0.1:8080"
+ANSWER_S_MAX = 0.5
+MODELS_MAX = 20
+"""More models than this aren't taken from one runtime: write a policy and choose."""
+
+SIMULATED = """\
+# Made up by `gateway up`: no runtime was found here, so a simulated one plays the part.
+models:
+  simulated:
+    backend: simulated
+    model: simulated
+    keepWarm: true
+    maxConcurrent: 2
+    maxQueue: 8
+"""
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that a runtime offers."""
+
+    name: str
+    size_bytes: int = 0
+    generates: bool = True
+    """False for an embedding model, which can't stand in for one that writes text."""
+
+
+@dataclass(frozen=True)
+class FoundRuntime:
+    """A runtime that answered, with what it offers in its own order."""
+
+    backend: str
+    title: str
+    url: str
+    models: list[FoundModel] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MadeUpPolicy:
+    """A policy file's text, and a sentence for the person about where it comes from."""
+
+    text: str
+    sentence: str
+
+
+async def discover(environ: Mapping[str, str]) -> MadeUpPolicy:
+    """Asks the usual ports; GATEWAY_OLLAMA_URL and GATEWAY_LLAMA_SERVER_URL point it elsewhere."""
+    ollama_url = environ.get("GATEWAY_OLLAMA_URL") or OLLAMA_URL
+    llama_server_url = environ.get("GATEWAY_LLAMA_SERVER_URL") or LLAMA_SERVER_URL
+    # Found by a plain connection: a proxy of the environment has nothing to do with runtimes on this machine.
+    async with httpx.AsyncClient(timeout=ANSWER_S_MAX, trust_env=False) as client:
+        answers = await asyncio.gather(_ollama(client, ollama_url), _llama_server(client, llama_server_url))
+    return make_policy([runtime for runtime in answers if runtime is not None])
+
+
+def make_policy(found: list[FoundRuntime]) -> MadeUpPolicy:
+    """Writes the policy: the first model is kept warm, the smallest one helps the others out."""
+    offered = [(runtime, model) for runtime in found for model in runtime.models]
+    if not offered:
+        empty = " and ".join(f"{runtime.title} at {runtime.url} has no model yet" for runtime in found)
+        why = empty or "neither Ollama nor llama-server was found here"
+        return MadeUpPolicy(SIMULATED, f"{why}, so answers come from a simulated model")
+    keys = _keys([model.name for _, model in offered])
+    writers = [index for index, (_, model) in enumerate(offered) if model.generates]
+    smallest = min(writers, key=lambda index: offered[index][1].size_bytes, default=None)
+    warm = writers[0] if writers else 0
+    where = ", ".join(f"{runtime.title} at {runtime.url}" for runtime in found if runtime.models)
+    lines = [f"# Made up by `gateway up` from what runs here: {where}.", "models:"]
+    for index, (runtime, model) in enumerate(offered):
+        lines += [
+            f"  {_yaml(keys[index])}:",
+            f"    backend: {runtime.backend}",
+            f"    model: {_yaml(model.name)}",
+            f"    url: {_yaml(runtime.url)}",
+            f"    keepWarm: {'true' if index == warm else 'false'}",
+        ]
+        if model.name != keys[index]:
+            lines.append(f"    aliases: [{_yaml(model.name)}]")
+        if index in writers and smallest is not None and index != smallest:
+            lines.append(f"    fallback: {_yaml(keys[smallest])}")
+    return MadeUpPolicy("\n".join(lines) + "\n", f"made up from {where}")
+
+
+async def _ollama(client: httpx.AsyncClient, url: str) -> FoundRuntime | None:
+    if "version" not in await _json(client, f"{url}/api/version"):
+        return None
+    runtime = FoundRuntime("ollama", "Ollama", url)
+    for entry in _entries(await _json(client, f"{url}/api/tags"), "models"):
+        name = entry.get("name")
+        if not isinstance(name, str) or entry.get("remote_host") or entry.get("remote_model"):
+            continue
+        size = entry.get("size")
+        runtime.models.append(FoundModel(name, size if isinstance(size, int) else 0, generates=_generates(name, entry)))
+    return runtime
+
+
+async def _llama_server(client: httpx.AsyncClient, url: str) -> FoundRuntime | None:
+    health = await _json(client, f"{url}/health")
+    if _is_loading(health):
+        return FoundRuntime("llama.cpp", "llama-server", url, [FoundModel("llama-server")])
+    if health.get("status") != "ok":
+        return None
+    entries = _entries(await _json(client, f"{url}/v1/models"), "data")
+    # Many programs live on port 8080 and answer /health; llama-server signs its list of models.
+    ours = [entry for entry in entries if entry.get("owned_by") == "llamacpp" and isinstance(entry.get("id"), str)]
+    models = []
+    for entry in ours:
+        meta = entry.get("meta")
+        size = meta.get("size") if isinstance(meta, dict) else None
+        models.append(FoundModel(entry["id"], size if isinstance(size, int) else 0))
+    return FoundRuntime("llama.cpp", "llama-server", url, models) if models else None
+
+
+async def _json(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
+    """Gives the object that the address answers, or an empty one for any other answer and for none."""
+    try:
+        found = (await client.get(url)).json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _entries(answer: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    entries = answer.get(key)
+    return [entry for entry in entries if isinstance(entry, dict)][:MODELS_MAX] if isinstance(entries, list) else []
+
+
+def _is_loading(health: dict[str, Any]) -> bool:
+    """llama-server answers everything with this while it loads, and doesn't tell the model's name yet."""
+    error = health.get("error")
+    return isinstance(error, dict) and error.get("message") == "Loading model"
+
+
+def _generates(name: str, entry: dict[str, Any]) -> bool:
+    details = entry.get("details")
+    family = str(details.get("family", "")) if isinstance(details, dict) else ""
+    return "bert" not in family.lower() and "embed" not in name.lower()
+
+
+def _keys(names: list[str]) -> list[str]:
+    """Policy keys for model names: a file's stem, small letters, digits, dots and dashes, no two the same."""
+    keys: list[str] = []
+    for name in names:
+        stem = re.sub(r"\.gguf$", "", name.rsplit("/", 1)[-1] if name.endswith(".gguf") else name, flags=re.IGNORECASE)
+        key = base = re.sub(r"[^a-z0-9.]+", "-", stem.removesuffix(":latest").lower()).strip("-.") or "model"
+        number = 2
+        while key in keys:
+            key, number = f"{base}-{number}", number + 1
+        keys.append(key)
+    return keys
+
+
+def _yaml(text: str) -> str:
+    """A JSON string is a YAML string too, whatever is in it."""
+    return json.dumps(text)

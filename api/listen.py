@@ -1,0 +1,47 @@
+"""Where the api of `gateway up` will listen."""
+
+import errno
+import socket
+from contextlib import closing
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from api.state_dir import CannotStart
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where the api listens; found free before anything is started."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def on(cls, host: str, port: int, *, open_to_others: bool) -> "Listen":
+        """Tries the place out; raises CannotStart. Port 0 takes any free one."""
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            if not open_to_others and not ip_address(address[0]).is_loopback:
+                raise CannotStart(f"Without GATEWAY_KEYS only this machine may call; {host} would let others in.")
+            with closing(socket.socket(family)) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return cls(host, probe.getsockname()[1])
+        except socket.gaierror as error:
+            raise CannotStart(f"{host} is no address of this machine: {error.strerror}.") from error
+        except OverflowError as error:
+            raise CannotStart(f"{port} is no port: it goes up to 65535.") from error
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise CannotStart(f"Port {port} of {host} is in use; choose another with --port.") from error
+            raise CannotStart(f"Port {port} of {host} can't be used: {error.strerror}.") from error
+
+    @property
+    def bind(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds it."""
+        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        return f"http://{Listen(everywhere.get(self.host, self.host), self.port).bind}"

@@ -1,0 +1,97 @@
+"""Which lane a request enters: the one it asked for, else its fallbacks, else an honest refusal."""
+
+import logging
+from dataclasses import dataclass, replace
+
+from broker import dispatch, errors, lanes
+from broker.hosts import Fleet
+from broker.policies import Active, PolicyBook
+from broker.policy import Lane
+from broker.records import JobRecord
+from broker.store import Store
+
+log = logging.getLogger("warmlane.admission")
+
+STALE_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A job that was let in: its id, its lane, and whether it is an earlier job that a retry came back to."""
+
+    job_id: str
+    lane: str
+    attached: bool = False
+
+
+async def admit(
+    store: Store, book: PolicyBook, fleet: Fleet, job: JobRecord, body: bytes, *, reader: str = "",
+    idempotency_key: str = "", promote_within_ms: int | None = None,
+) -> Admitted:  # fmt: skip
+    """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
+
+    `job.asked` is what the client wrote. A full lane spills to its fallback; a lane that no live host can serve, whose
+    model cannot hold the prompt, or that leads out of the job's trust zone is passed over.
+    """
+    for _ in range(STALE_TRIES):
+        active = book.active
+        try:
+            return await _admit(
+                store, active, fleet, job, body, reader=reader, key=idempotency_key, promote_within_ms=promote_within_ms
+            )
+        except errors.StalePolicy:
+            await book.reload()
+    raise errors.ModelUnavailable("the policy changes faster than the request could be admitted", retry_after_s=1)
+
+
+async def _admit(
+    store: Store, active: Active, fleet: Fleet, job: JobRecord, body: bytes, *, reader: str, key: str,
+    promote_within_ms: int | None,
+) -> Admitted:  # fmt: skip
+    asked = active.policy.route(
+        job.asked, caller=job.caller, endpoint=job.endpoint, prompt_tokens=job.tokens,
+        priority="batch" if job.priority == "batch" else "interactive",
+    )  # fmt: skip
+    job = replace(job, asked_model=asked.model)
+    refusals: list[errors.Refused] = []
+    for lane in active.policy.candidates(asked):
+        refusal = refuses(active, fleet, job, lane)
+        if refusal is None:
+            try:
+                found = await lanes.submit(
+                    store, active, fleet, job, lane, body, reader=reader, idempotency_key=key,
+                    promote_within_ms=promote_within_ms,
+                )  # fmt: skip
+                return Admitted(found.job_id, lane.name, found.attached)
+            except errors.LaneFull:
+                refusal = errors.LaneFull(lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active)))
+        refusals.append(refusal)
+    raise _most_helpful(refusals)
+
+
+def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.Refused | None:
+    """Says why a lane cannot take the job at all, or None. Room is the script's to judge."""
+    if lane.trust == "remote" and job.zone != "remote":
+        return errors.TrustZoneRefused(f"lane {lane.name} leads out of this machine, and the request may not leave it")
+    model = active.policy.models[lane.model]
+    need = job.tokens + job.max_tokens
+    if model.context_tokens is not None and need > model.context_tokens:
+        return errors.ContextTooLong(
+            f"prompt (about {job.tokens} tokens) and answer ({job.max_tokens}) need {need} tokens of context; "
+            f"{lane.model} has {model.context_tokens}"
+        )
+    view = fleet.view(lane.name, active)
+    if view.availability == "unavailable":
+        return errors.ModelUnavailable(f"{lane.model} cannot serve now: {view.reason}", retry_after_s=5)
+    if view.availability == "degraded" and lane.priority == "interactive":
+        return errors.ModelUnavailable(f"{lane.model} is degraded: {view.reason}", retry_after_s=10)
+    return None
+
+
+def _most_helpful(refusals: list[errors.Refused]) -> errors.Refused:
+    """Full lanes come first (waiting helps), then models that are away, then what no waiting cures."""
+    for kind in (errors.LaneFull, errors.ModelUnavailable, errors.ContextTooLong, errors.TrustZoneRefused):
+        of_kind = [r for r in refusals if isinstance(r, kind)]
+        if of_kind:
+            return min(of_kind, key=lambda r: getattr(r, "retry_after_s", 0))
+    return refusals[0]

@@ -1,0 +1,136 @@
+"""Changes a few top-level keys of a JSON object and leaves every other byte as it was.
+
+A body that is parsed and dumped again loses big integers, odd floats, escapes, key order and duplicate keys, and a
+prompt cache downstream loses its prefix with them. So the values are parsed by the C scanner only to learn where they
+end, and the changes are cut into the original bytes.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from broker.errors import BadRequest
+
+
+class Member(NamedTuple):
+    """One `"key": value` of the object; the three offsets count bytes of the body."""
+
+    key: str
+    value: Any
+    key_start: int
+    start: int
+    end: int
+
+
+def scan(body: bytes, *, finite: bool = True) -> list[Member]:
+    """Lists the top-level members of a JSON object in the order of the body, duplicates included.
+
+    `finite=False` lets NaN and Infinity pass, which some runtimes write although JSON has no such words.
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as broken:
+        raise BadRequest(f"the body is not valid UTF-8 (byte {broken.start})") from None
+    try:
+        members = _scan_text(text, (_STRICT if finite else _LENIENT).raw_decode)
+    except json.JSONDecodeError as broken:
+        where = f"line {broken.lineno} column {broken.colno} (char {broken.pos})"
+        raise BadRequest(f"the body is not valid JSON: {broken.msg} at {where}") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError:  # Python refuses to read integers of thousands of digits: their cost is quadratic
+        raise BadRequest("the body holds a number with too many digits") from None
+    return members if text.isascii() else _in_bytes(text, members)
+
+
+def splice(body: bytes, changes: Mapping[str, object], *, finite: bool = True) -> bytes:
+    """Sets top-level keys: present ones in their place, all duplicates alike, missing ones at the end.
+
+    A value given as bytes is JSON already and goes in as it is.
+    """
+    return splice_members(body, scan(body, finite=finite), changes)
+
+
+def splice_members(body: bytes, members: list[Member], changes: Mapping[str, object]) -> bytes:
+    """Does the work of `splice` for a body that has been scanned already."""
+    encoded = {key: value if isinstance(value, bytes) else encode(value) for key, value in changes.items()}
+    missing = dict(encoded)
+    pieces: list[bytes] = []
+    done = 0
+    for member in members:
+        if member.key in encoded:
+            pieces += body[done : member.start], encoded[member.key]
+            done = member.end
+            missing.pop(member.key, None)
+    if missing:
+        end = members[-1].end if members else body.index(b"{") + 1
+        added = b",".join(encode(key) + b":" + value for key, value in missing.items())
+        pieces += body[done:end], b"," if members else b"", added
+        done = end
+    pieces.append(body[done:])
+    return b"".join(pieces)
+
+
+def encode(value: object) -> bytes:
+    """Writes a value as compact ASCII JSON."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise BadRequest(f"the body is not valid JSON: {word} is not a JSON number")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+_LENIENT = json.JSONDecoder()
+_skip_space = re.compile(r"[ \t\n\r]*").match
+
+
+def _scan_text(text: str, raw_decode: Any) -> list[Member]:
+    """Walks over the object once; offsets count characters."""
+
+    def after_space(at: int) -> int:
+        found = _skip_space(text, at)
+        return found.end() if found else at
+
+    at = after_space(0)
+    if text[at : at + 1] != "{":
+        raw_decode(text, at)  # malformed JSON is reported as such, a valid value of another kind as what it is
+        raise BadRequest("the body must be a JSON object")
+    members: list[Member] = []
+    at = after_space(at + 1)
+    closed = text[at : at + 1] == "}"
+    while not closed:
+        key_start = at
+        if text[at : at + 1] != '"':
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+        key, at = raw_decode(text, at)
+        at = after_space(at)
+        if text[at : at + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
+        start = after_space(at + 1)
+        value, end = raw_decode(text, start)
+        members.append(Member(key, value, key_start, start, end))
+        at = after_space(end)
+        closed = text[at : at + 1] == "}"
+        if not closed:
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = after_space(at + 1)
+    at = after_space(at + 1)
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+    return members
+
+
+def _in_bytes(text: str, members: list[Member]) -> list[Member]:
+    """Turns offsets in characters into offsets in bytes."""
+    chars = done = 0
+
+    def up_to(offset: int) -> int:
+        nonlocal chars, done
+        done += len(text[chars:offset].encode())
+        chars = offset
+        return done
+
+    return [Member(m.key, m.value, up_to(m.key_start), up_to(m.start), up_to(m.end)) for m in members]

@@ -1,0 +1,268 @@
+"""Reads a runtime's chat stream: passes it on under our model's name and learns how the generation went.
+
+The common chunk is never parsed. It carries `"finish_reason":null`, no usage and no error, and a search in its bytes
+can prove that: inside a JSON string every quote is escaped, so `"finish_reason"` or `"model":"…"` with bare quotes
+and a colon is a key, never something that the model wrote.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from broker.dialects import json_splice, sse
+from broker.errors import BadRequest
+
+MAX_COMPLAINT_CHARS = 300  # enough to know the cause; a runtime may quote the whole prompt
+
+_CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call")
+_FAILED_REASONS = frozenset({"error", "abort"})  # the runtime broke off, whatever it has sent so far
+_find_null = re.compile(rb'"finish_reason"\s*:\s*null').search
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeComplaint:
+    """What a runtime said went wrong: its words, its own type or code, its status if the body names one."""
+
+    message: str
+    kind: str
+    status: int | None
+
+    @property
+    def context_overflow(self) -> bool:
+        """Whether prompt plus answer were too long for the runtime's context."""
+        return (
+            self.kind in ("exceed_context_size_error", "context_length_exceeded")
+            or "maximum context length" in self.message
+            or "maximum model length" in self.message
+        )
+
+
+def read_complaint(body: bytes) -> RuntimeComplaint:
+    """Reads an error body of any runtime: OpenAI's object, a bare `{"error": "…"}`, or plain text."""
+    text = body.decode(errors="replace").strip()
+    try:
+        value: Any = json.loads(text.removeprefix("error:"))
+    except (ValueError, RecursionError):
+        value = None
+    return _complaint(value) if isinstance(value, dict) else RuntimeComplaint(_short(text), "", None)
+
+
+class ChatReader:
+    """Takes a runtime's bytes in, however they were split, and gives the client's bytes out, whole events only.
+
+    Nothing comes out before the first content (role-only chunks wait with it), so a generation that fails early
+    leaves no trace and may start again elsewhere. Comments, the runtime's `[DONE]` and its errors never come out:
+    how a stream ends is for the gateway to say.
+    """
+
+    def __init__(self, served_as: str, include_usage: bool, n: int = 1) -> None:
+        self.has_content = False
+        self.finish_reasons: dict[int, str] = {}
+        self.usage: dict[str, int] | None = None
+        self.timings: dict[str, Any] | None = None
+        self.complaint: RuntimeComplaint | None = None
+        self._new_model = json_splice.encode(served_as)
+        self._include_usage = include_usage
+        self._n = n
+        self._cutter = sse.EventCutter()
+        self._seen: set[int] = set()
+        self._ready: list[bytes] = []
+        self._held_bytes = 0
+        self._ended = False
+        # How this runtime spells what the byte check looks for, learnt from the first content chunk.
+        self._old_name = self._new_name = self._null = b""
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, in the runtime's words or ours, or None."""
+        return self.complaint.message if self.complaint else None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every choice has a finish reason and nothing went wrong; `[DONE]` or a clean end prove nothing."""
+        return self.complaint is None and bool(self.finish_reasons) and self._seen <= self.finish_reasons.keys()
+
+    def feed(self, data: bytes) -> None:
+        """Reads what came from the network."""
+        if self.complaint is not None or self._ended:
+            return
+        blob = self._cutter.cut(data)
+        if blob:
+            if self._is_plain(blob):
+                self._ready.append(self._renamed(blob))
+            else:
+                self._read_blob(blob)
+        if self._cutter.overflowed:
+            self._fail("the runtime sent an event that is too long")
+
+    def end(self) -> None:
+        """Tells that the runtime closed the stream; afterwards it has either succeeded or an error."""
+        if self._ended:
+            return
+        rest = self._cutter.rest()
+        if rest and self.complaint is None:  # a last event without its blank line, or a proxy's last words
+            self._read_event(rest)
+        self._ended = True
+        if not self.succeeded:
+            self._fail("the runtime ended the stream without a finish reason")
+
+    def take(self) -> bytes:
+        """Gives the client's bytes that are ready and not taken yet."""
+        if not self._ready or not (self.has_content or self._all_finished()):
+            return b""
+        taken = self._ready[0] if len(self._ready) == 1 else b"".join(self._ready)
+        self._ready.clear()
+        return taken
+
+    def _all_finished(self) -> bool:
+        return self.succeeded and (self._ended or len(self.finish_reasons) >= self._n)
+
+    def _is_plain(self, blob: bytes) -> bool:
+        """Whether the blob is nothing but one-line chunks of a running single choice, proven by counting bytes."""
+        if not self._null or self._n != 1 or not blob.startswith(b"data: {") or len(blob) > sse.MAX_EVENT_BYTES:
+            return False
+        events = blob.count(self._null)
+        return (
+            blob.count(b"\n") == 2 * events
+            and blob.count(b"\n\ndata: {") == events - 1
+            and blob.count(b'"finish_reason"') == events
+            and blob.count(self._old_name) == events
+            and b'"error"' not in blob
+            and (b'"usage"' not in blob or blob.count(b'"usage"') == blob.count(b'"usage":null'))
+        )
+
+    def _renamed(self, blob: bytes) -> bytes:
+        return blob if self._old_name == self._new_name else blob.replace(self._old_name, self._new_name)
+
+    def _read_blob(self, blob: bytes) -> None:
+        """Reads a blob event by event: some of it must be understood."""
+        for event in blob.split(b"\n\n"):
+            if not event:
+                continue
+            if self._null and self._is_plain(whole := event + b"\n\n"):
+                self._ready.append(self._renamed(whole))
+            else:
+                self._read_event(event)
+            if self.complaint is not None:
+                return
+
+    def _read_event(self, event: bytes) -> None:
+        if len(event) > sse.MAX_EVENT_BYTES:
+            return self._fail("the runtime sent an event that is too long")
+        name, data, stray = sse.read_event(event)
+        if stray:
+            return self._complain(read_complaint(stray))
+        if data is None or data.strip() in (b"", b"[DONE]"):
+            return None
+        payload = data.replace(b"\n", b" ")
+        try:
+            members = json_splice.scan(payload, finite=False)
+        except BadRequest:
+            return self._fail("the runtime sent an event that is not a JSON object")
+        chunk = {member.key: member.value for member in members}
+        if name == b"error" or chunk.get("error") or chunk.get("object") == "error":
+            return self._complain(_complaint(chunk))
+        return self._read_chunk(payload, members, chunk)
+
+    def _read_chunk(self, payload: bytes, members: list[json_splice.Member], chunk: dict[str, Any]) -> None:
+        choices = chunk.get("choices")
+        content = finished = False
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                content |= _holds_content(choice.get("delta"))
+                finished |= self._read_finish(choice)
+        self._read_figures(chunk, last=finished or not choices)
+        self.has_content |= content
+        hidden = not choices and isinstance(chunk.get("usage"), dict) and not self._include_usage
+        if hidden or not isinstance(choices, list) or self.complaint is not None:
+            return
+        renamed = json_splice.splice_members(payload, members, {"model": self._new_model})
+        self._ready.append(b"data: " + renamed + b"\n\n")
+        if content and not finished:
+            self._learn(payload, members)
+        elif not self.has_content:
+            self._held_bytes += len(renamed)
+            if self._held_bytes > sse.MAX_EVENT_BYTES:
+                self._fail("the runtime sent too much before its first content")
+
+    def _learn(self, payload: bytes, members: list[json_splice.Member]) -> None:
+        """Notes the exact bytes of the model name and of the open finish reason, for the check by bytes."""
+        names = [member for member in members if member.key == "model"]
+        null = _find_null(payload)
+        if len(names) != 1 or null is None:
+            return
+        name = names[0]
+        self._old_name = payload[name.key_start : name.end]
+        self._new_name = payload[name.key_start : name.start] + self._new_model
+        self._null = null.group()
+
+    def _read_finish(self, choice: dict[str, Any]) -> bool:
+        index = choice.get("index", 0)
+        if not isinstance(index, int):
+            return False
+        self._seen.add(index)
+        reason = choice.get("finish_reason")
+        if not isinstance(reason, str) or not reason:
+            return False
+        self.finish_reasons[index] = reason
+        if reason in _FAILED_REASONS:
+            self._fail(f"the runtime broke off the generation (finish reason {reason})")
+        return True
+
+    def _read_figures(self, chunk: dict[str, Any], *, last: bool) -> None:
+        """Keeps usage and timings; timings of a running choice are skipped, as the byte check skips them too."""
+        timings = chunk.get("timings")
+        if last and isinstance(timings, dict):
+            self.timings = timings
+            if self.usage is None:
+                self.usage = _usage_of_timings(timings)
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self.usage = _usage(usage, self.timings or {})
+
+    def _fail(self, sentence: str) -> None:
+        self._complain(RuntimeComplaint(sentence, "", None))
+
+    def _complain(self, complaint: RuntimeComplaint) -> None:
+        if self.complaint is None:  # the first cause counts
+            self.complaint = complaint
+
+
+def _holds_content(delta: object) -> bool:
+    return isinstance(delta, dict) and any(delta.get(key) for key in _CONTENT_KEYS)
+
+
+def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> dict[str, int]:
+    """Reduces a usage object to the figures that we count; llama.cpp may tell cached tokens only in its timings."""
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    figures = {
+        "prompt_tokens": usage.get("prompt_tokens"),
+        "completion_tokens": usage.get("completion_tokens"),
+        "cached_tokens": cached if isinstance(cached, int) else timings.get("cache_n"),
+    }
+    return {key: value for key, value in figures.items() if isinstance(value, int)}
+
+
+def _usage_of_timings(timings: dict[str, Any]) -> dict[str, int] | None:
+    cached, fresh, made = (timings.get(key) for key in ("cache_n", "prompt_n", "predicted_n"))
+    if not isinstance(fresh, int) or not isinstance(made, int):
+        return None
+    cached = cached if isinstance(cached, int) else 0
+    return {"prompt_tokens": cached + fresh, "completion_tokens": made, "cached_tokens": cached}
+
+
+def _complaint(value: dict[str, Any]) -> RuntimeComplaint:
+    error = value.get("error") or value
+    if not isinstance(error, dict):
+        return RuntimeComplaint(_short(str(error)), "", None)
+    message = error.get("message") or error.get("detail") or "the runtime reported an error without words"
+    code = error.get("code")
+    kind = error.get("type") or (code if isinstance(code, str) else "")
+    status = code if isinstance(code, int) else None
+    return RuntimeComplaint(_short(str(message)), str(kind), status)
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:MAX_COMPLAINT_CHARS] or "the runtime reported an error without words"

@@ -1,0 +1,120 @@
+"""Who is next, and how long it will take. Pure functions: facts in, decision out, no Redis, no clock, no log.
+
+The worker chooses with `choose`; admission, promotion and `Retry-After` predict with the functions below it. A fact
+that gates a write is checked again inside the script that writes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from broker.records import Waiting
+
+UNKNOWN_SERVICE_MS = 5_000.0
+"""How long a job is assumed to hold a slot before any has been measured."""
+
+INTERACTIVE_MEMORY_MS = 600_000
+"""For this long after interactive work, one of two or more slots is kept for the next."""
+
+Availability = Literal["warm", "degraded", "waking", "cold", "unavailable"]
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """What is known of a model across its hosts when a decision is taken. Times in ms, instants in ms."""
+
+    availability: Availability
+    slots_total: int = 0
+    slots_free: int = 0
+    waiting: int = 0
+    first_token_ms: float = 0
+    service_ms: float = 0
+    load_ms: float = 0  # 0 = never loaded yet
+    waking_since: int = 0
+    reason: str = ""
+
+
+def choose(
+    waiting: Iterable[Waiting], *, free: int, total: int, now_ms: int, service_ms: float, interactive_at: int = 0
+) -> Waiting | None:
+    """Picks the job that should be claimed next, or None if no slot may be given away.
+
+    Order: interactive before batch; then jobs whose slack until their cold-start deadline is under one service time,
+    earliest deadline first; then age. With two slots or more, the last free one is kept for interactive work while
+    there was some within INTERACTIVE_MEMORY_MS. `interactive_at` is the instant of the last interactive claim.
+    """
+    if free < 1:
+        return None
+    reserved = total >= 2 and free == 1 and interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS
+    best: Waiting | None = None
+    best_rank: tuple[float, ...] = ()
+    for job in waiting:
+        batch = job.priority == "batch"
+        if batch and reserved:
+            continue
+        slack = job.promote_at - now_ms
+        urgent = job.promote_at > 0 and slack < (service_ms or UNKNOWN_SERVICE_MS)
+        rank = (batch, not urgent, job.promote_at if urgent else 0, job.submitted)
+        if best is None or rank < best_rank or (rank == best_rank and job.job < best.job):
+            best, best_rank = job, rank
+    return best
+
+
+def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
+    """Predicts when the model can take a job: 0 = now, inf = never, None = nothing was learned yet."""
+    if view.availability in ("warm", "degraded"):
+        return 0.0
+    if view.availability == "unavailable":
+        return math.inf
+    if view.load_ms <= 0:
+        return None
+    elapsed = now_ms - view.waking_since if view.availability == "waking" and view.waking_since else 0
+    # a load that takes longer than it ever did is not about to end at any moment: assume a quarter more
+    return max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
+
+
+def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int) -> float | None:
+    """Predicts the first token of a job with `ahead` jobs before it; inf = never, None = cannot be said."""
+    ready = ready_in_ms(view, now_ms)
+    if ready is None or math.isinf(ready):
+        return ready
+    service = view.service_ms or UNKNOWN_SERVICE_MS
+    slots = max(1, view.slots_total)
+    free = view.slots_free if view.availability in ("warm", "degraded") else slots
+    waves = 0 if ahead < free else math.ceil((ahead - free + 1) / slots)
+    return ready + waves * service + (view.first_token_ms or 0.0)
+
+
+def promotion_helps(here: float | None, there: float | None, *, there_budget_ms: int, overdue: bool) -> bool:
+    """Decides whether the fallback is predicted to answer sooner.
+
+    `here` and `there` are predictions as of `first_token_in_ms`. Unknown here, past the deadline, counts as never;
+    unknown there (a fallback that was never loaded) counts as its own cold-start budget.
+    """
+    if here is None:
+        if not overdue:
+            return False
+        here = math.inf
+    if there is None:
+        there = float(there_budget_ms)
+    return there < here
+
+
+def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float, priority: str) -> bool:
+    """Decides whether a job should try its fallback before its deadline: its model cannot come, is predicted to come
+    too late, or answers too slowly for people."""
+    if view.availability == "unavailable":
+        return True
+    if view.availability == "degraded" and priority == "interactive":
+        return True
+    return view.availability in ("cold", "waking") and here is not None and here > left_ms
+
+
+def retry_after_s(view: ModelView) -> int:
+    """Says in how many whole seconds (1 to 30) a place in the lane should be free, from the rate at which it drains."""
+    service = view.service_ms or UNKNOWN_SERVICE_MS
+    one_leaves_ms = service / max(1, view.slots_total)
+    if view.availability in ("cold", "waking"):
+        one_leaves_ms += view.load_ms or 0.0
+    return max(1, min(30, math.ceil(one_leaves_ms / 1000)))

@@ -1,0 +1,160 @@
+"""What a passed instant means for a job. The scheduler asks for every due job; an api may ask for its own.
+
+`look` reads the job and decides; the script that it calls decides again. Asking twice, or from two processes, is
+harmless.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from broker import dispatch, errors, jobs, lanes
+from broker.hosts import Fleet
+from broker.lifecycle import HELD, State
+from broker.policies import PolicyBook
+from broker.policy import Lane
+from broker.records import JobRecord
+from broker.store import Store
+
+log = logging.getLogger("warmlane.due")
+
+RETRY_MS = 1_000
+"""A job that cannot move at its instant is tried again after this long at most."""
+
+Outcome = Literal["gone", "not_due", "promoted", "waits", "full", "expired", "abandoned", "recovered", "lost", "started"]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What `look` found or did: the outcome, the lane that had no room, how late it came."""
+
+    outcome: Outcome
+    lane: str = ""
+    late_ms: int = 0
+
+
+class Due:
+    """Settles jobs whose instant has come."""
+
+    def __init__(self, store: Store, book: PolicyBook, fleet: Fleet) -> None:
+        self._store = store
+        self._book = book
+        self._fleet = fleet
+
+    async def next(self, *, limit: int) -> tuple[list[str], int | None]:
+        """Gives the jobs that are due now, oldest first, and the ms until the next one (None = none waits)."""
+        store = self._store
+        now = await store.now_ms()
+        due = await store.command("ZRANGEBYSCORE", store.keys.due, "-inf", now, "LIMIT", 0, limit)
+        if due:
+            return [d.decode() for d in due], 0
+        first = await store.command("ZRANGE", store.keys.due, 0, 0, "WITHSCORES")
+        if not first:
+            return [], None
+        score = first[0][1] if isinstance(first[0], list | tuple) else first[1]
+        return [], max(0, int(float(score)) - now)
+
+    async def look(self, job_id: str, *, hasten: bool = False) -> Looked:
+        """Settles one job. `hasten` = its model cannot serve it in time: promote before the deadline if that helps."""
+        try:
+            return await self._look(job_id, hasten=hasten)
+        except (errors.Moved, errors.StaleAttempt, errors.AlreadyEnded, errors.NotDue, errors.StalePolicy) as e:
+            if isinstance(e, errors.StalePolicy):
+                await self._book.reload()
+            return Looked("not_due")
+        except errors.NoSuchJob:
+            await self._store.command("ZREM", self._store.keys.due, job_id)
+            return Looked("gone")
+
+    async def _look(self, job_id: str, *, hasten: bool) -> Looked:
+        store = self._store
+        job = await jobs.read(store, job_id)
+        now = await store.now_ms()
+        if not job.live:
+            await store.command("ZREM", store.keys.due, job_id)
+            return Looked("gone")
+        if 0 < job.abandon_at <= now:
+            await jobs.cancel(store, job_id, message="its client went away", if_abandoned=True)
+            return Looked("abandoned", late_ms=now - job.abandon_at)
+        if job.state in HELD:
+            return await self._held(job, now)
+        if job.give_up_at <= now:
+            await lanes.expire(store, job, self._reason(job))
+            return Looked("expired", late_ms=now - job.give_up_at)
+        if job.state is State.SCHEDULED:
+            return await self._scheduled(job, now)
+        if hasten or 0 < job.promote_at <= now:
+            return await self._promote(job, now)
+        return Looked("not_due")
+
+    async def _held(self, job: JobRecord, now: int) -> Looked:
+        if job.lease_until > now:
+            return Looked("not_due")
+        if self._store.clock is None and self._store.answering_s * 1000 < lanes.JOB_LEASE_MS:
+            # Redis or we just came back: its worker has had no chance to renew yet
+            return Looked("not_due")
+        policy = self._book.active.policy
+        again = await lanes.recover(self._store, job, max_losses=policy.max_losses)
+        log.warning(
+            "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
+            job.id, job.attempt, job.lane, job.owner, "queued" if again else "failed",
+        )  # fmt: skip
+        return Looked("recovered" if again else "lost", late_ms=now - job.lease_until)
+
+    async def _scheduled(self, job: JobRecord, now: int) -> Looked:
+        if job.not_before > now:
+            return Looked("not_due")
+        lane = self._book.active.lane(job.lane)
+        try:
+            if lane is None:
+                raise errors.LaneFull(job.lane)
+            await lanes.release_due(self._store, self._book.active, self._fleet, job, lane)
+        except errors.LaneFull:
+            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+            return Looked("full", lane=job.lane)
+        return Looked("started", late_ms=now - job.not_before)
+
+    async def _promote(self, job: JobRecord, now: int) -> Looked:
+        active = self._book.active
+        here, to = active.lane(job.lane), None
+        if here is not None and here.fallback:
+            to = active.policy.lane(here.fallback)
+        if here is None or to is None or to.retiring or not self._may_enter(job, to):
+            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+            return Looked("waits")
+        overdue = 0 < job.promote_at <= now
+        if not here.retiring and not self._helps(here, to, overdue=overdue, now=now):
+            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+            return Looked("waits")
+        try:
+            await lanes.promote(self._store, active, self._fleet, job, to)
+        except errors.LaneFull:
+            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+            return Looked("full", lane=to.name)
+        late = now - job.promote_at if overdue else 0
+        log.info("event=promote job=%s lane=%s to=%s late_ms=%d", job.id, here.name, to.name, late)
+        return Looked("promoted", lane=to.name, late_ms=late)
+
+    def _helps(self, here: Lane, to: Lane, *, overdue: bool, now: int) -> bool:
+        view, there = self._fleet.view(here.name), self._fleet.view(to.name)
+        ahead = max(0, view.waiting - 1)
+        mine = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now)
+        theirs = dispatch.first_token_in_ms(there, ahead=there.waiting, now_ms=now)
+        return dispatch.promotion_helps(mine, theirs, there_budget_ms=to.cold_start_budget_ms, overdue=overdue)
+
+    def _may_enter(self, job: JobRecord, lane: Lane) -> bool:
+        """Zone and capabilities: what admission asks too. The script asks for the zone once more."""
+        if lane.trust == "remote" and job.zone != "remote":
+            return False
+        model = self._book.active.model(lane.model)
+        if model is None:
+            return False
+        return model.context_tokens is None or job.tokens + job.max_tokens <= model.context_tokens
+
+    def _reason(self, job: JobRecord) -> errors.JobEnded:
+        waited_s = (job.give_up_at - job.submitted_at) / 1000
+        view = self._fleet.view(job.lane)
+        if view.availability in ("warm", "degraded"):
+            return errors.JobExpired(f"no slot of {job.model} was free within {waited_s:.0f} s")
+        why = f": {view.reason}" if view.reason else ""
+        return errors.ColdStartDeadline(f"{job.model} was not warm within {waited_s:.0f} s{why}")

@@ -1,0 +1,276 @@
+"""What can go wrong, as a tree. Every leaf has a code, and the code is what clients and Lua see.
+
+BrokerError
+├── Refused                     we said no and nothing happened; the client may act
+│   ├── LaneFull                lane_full                 retry_after_s
+│   ├── ModelUnavailable        model_unavailable         retry_after_s
+│   ├── TrustZoneRefused        trust_zone
+│   ├── UnknownModel            model_not_found           suggestions
+│   ├── UnknownLane             lane_not_found            suggestions
+│   ├── ContextTooLong          context_length_exceeded
+│   ├── BadRequest              invalid_request           param
+│   ├── BodyTooLarge            body_too_large            limit_bytes
+│   ├── Unauthorized            invalid_api_key
+│   ├── NoSuchJob               job_not_found
+│   ├── IdempotencyMismatch     idempotency_mismatch
+│   └── PolicyInvalid           policy_invalid            problems
+├── JobEnded                    it was accepted and ended, but not well
+│   ├── ColdStartDeadline       cold_start_deadline       the model was not warm before the give-up instant
+│   ├── JobExpired              expired                   no slot was free before the give-up instant
+│   ├── WorkerLost              worker_lost
+│   ├── RuntimeFailed           runtime_failed            status, retryable
+│   ├── RuntimeRefused          runtime_refused           the runtime answered 4xx: the request's own fault
+│   ├── SlowReader              slow_reader
+│   └── JobCancelled            cancelled
+├── Lost                        a write of ours came too late or at the wrong moment; whoever wrote stops or reads again
+│   ├── StaleAttempt            stale_attempt             not the holder any more: stop, quietly
+│   ├── Moved                   moved                     the job is in another lane or entry: read again
+│   ├── StalePolicy             stale_policy              decided under an old policy: reload and decide again
+│   ├── NotDue                  not_due                   the instant has not passed yet
+│   ├── FrameGap                frame_gap                 a frame is missing before this one
+│   ├── AlreadyEnded            already_ended             the job has ended
+│   └── LockHeld                lock_held                 somebody else holds the wake lock or the host's name
+├── BadTransition               bad_transition            a bug of ours: log it loudly, never retry
+└── BrokerUnavailable           broker_unavailable        Redis does not answer
+    └── RedisUnfit              redis_unfit               it answers, but is too old or not a Redis
+"""
+
+from typing import ClassVar
+
+
+class BrokerError(Exception):
+    """Root of everything that the broker raises on purpose."""
+
+    code: ClassVar[str] = "internal_error"
+
+
+class Refused(BrokerError):
+    """We said no and nothing happened."""
+
+
+class LaneFull(Refused):
+    """The lane's queue budget is used up, and so are its fallbacks'."""
+
+    code = "lane_full"
+
+    def __init__(self, lane: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(f"lane {lane} is full; try again in {retry_after_s} s")
+        self.lane = lane
+        self.retry_after_s = retry_after_s
+
+
+class ModelUnavailable(Refused):
+    """No live host can serve the model now."""
+
+    code = "model_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TrustZoneRefused(Refused):
+    """The job may not enter the zone that this lane leads to."""
+
+    code = "trust_zone"
+
+
+class UnknownModel(Refused):
+    """Nothing in the policy answers to the name that was asked for."""
+
+    code = "model_not_found"
+
+    def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
+        hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
+        super().__init__(f"no model, alias or lane is called {asked!r}{hint}")
+        self.asked = asked
+        self.suggestions = suggestions or []
+
+
+class UnknownLane(Refused):
+    """The lane that the request names does not exist."""
+
+    code = "lane_not_found"
+
+    def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
+        hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
+        super().__init__(f"no lane is called {asked!r}{hint}")
+        self.asked = asked
+        self.suggestions = suggestions or []
+
+
+class ContextTooLong(Refused):
+    """Prompt plus answer do not fit the context of any model that may serve the job."""
+
+    code = "context_length_exceeded"
+
+
+class BadRequest(Refused):
+    """The request itself is wrong; `param` names the part of it."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BodyTooLarge(Refused):
+    """The request body is over the limit."""
+
+    code = "body_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"the request body is larger than {limit_bytes} bytes")
+        self.limit_bytes = limit_bytes
+
+
+class Unauthorized(Refused):
+    """No key, or not one of ours."""
+
+    code = "invalid_api_key"
+
+
+class NoSuchJob(Refused):
+    """No job of this caller has this id (any more)."""
+
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {job_id} is known here (ended jobs are kept for the policy's keepMs)")
+        self.job_id = job_id
+
+
+class IdempotencyMismatch(Refused):
+    """The Idempotency-Key was used before with another body."""
+
+    code = "idempotency_mismatch"
+
+
+class PolicyInvalid(Refused):
+    """The policy file does not hold together; `problems` are whole sentences."""
+
+    code = "policy_invalid"
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class JobEnded(BrokerError):
+    """The job was accepted and ended, but not well."""
+
+
+class ColdStartDeadline(JobEnded):
+    """The model was not warm before the give-up instant."""
+
+    code = "cold_start_deadline"
+
+
+class JobExpired(JobEnded):
+    """No slot was free before the give-up instant."""
+
+    code = "expired"
+
+
+class WorkerLost(JobEnded):
+    """The worker went away, and the answer could not be started again."""
+
+    code = "worker_lost"
+
+
+class RuntimeFailed(JobEnded):
+    """The runtime broke, closed, stalled or answered with a server error."""
+
+    code = "runtime_failed"
+
+    def __init__(self, message: str, *, status: int = 502, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retryable = retryable
+
+
+class RuntimeRefused(JobEnded):
+    """The runtime read the request and refused it with a 4xx."""
+
+    code = "runtime_refused"
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class SlowReader(JobEnded):
+    """The client reads too slowly and its frames are no longer kept."""
+
+    code = "slow_reader"
+
+
+class JobCancelled(JobEnded):
+    """Somebody cancelled the job."""
+
+    code = "cancelled"
+
+
+class Lost(BrokerError):
+    """A write of ours came too late or at the wrong moment; nothing was written."""
+
+
+class StaleAttempt(Lost):
+    """We are not the holder of the job any more: stop, quietly."""
+
+    code = "stale_attempt"
+
+
+class Moved(Lost):
+    """The job is in another lane or entry than we thought."""
+
+    code = "moved"
+
+
+class StalePolicy(Lost):
+    """The policy changed since we decided."""
+
+    code = "stale_policy"
+
+
+class NotDue(Lost):
+    """The instant that would allow this has not passed."""
+
+    code = "not_due"
+
+
+class FrameGap(Lost):
+    """A frame is missing before this one."""
+
+    code = "frame_gap"
+
+
+class AlreadyEnded(Lost):
+    """The job has ended."""
+
+    code = "already_ended"
+
+
+class LockHeld(Lost):
+    """Somebody else holds it; the message says who."""
+
+    code = "lock_held"
+
+
+class BadTransition(BrokerError):
+    """The lifecycle table has no such arrow: a bug of ours."""
+
+    code = "bad_transition"
+
+
+class BrokerUnavailable(BrokerError):
+    """Redis does not answer."""
+
+    code = "broker_unavailable"
+
+
+class RedisUnfit(BrokerUnavailable):
+    """A server answers, but we cannot work with it."""
+
+    code = "redis_unfit"

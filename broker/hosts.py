@@ -1,0 +1,154 @@
+"""Hosts and the models on them: what workers tell, and the picture that everybody decides by."""
+
+import asyncio
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from broker import errors
+from broker.dispatch import Availability, ModelView
+from broker.policies import Active, PolicyBook
+from broker.records import HostRecord, ModelFacts, ModelOnHost
+from broker.store import Store
+
+log = logging.getLogger("warmlane.hosts")
+
+HOST_LEASE_MS = 6_000
+BEAT_EVERY_S = 2.0
+LOOK_EVERY_S = 0.5
+FORGET_HOST_MS = 86_400_000
+
+
+async def beat(
+    store: Store, host: HostRecord, models: dict[str, ModelOnHost], *, take: bool = False, lease_ms: int = HOST_LEASE_MS
+) -> None:
+    """Says that a host lives and what its models are; raises LockHeld when another boot owns the name."""
+    keys = [store.keys.host(host.name), store.keys.hosts]
+    keys += [store.keys.model_on_host(model, host.name) for model in models]
+    told = [json.dumps(host.to_hash()), *(json.dumps(m.to_hash()) for m in models.values())]
+    await store.run("host_beat", keys, [store.now_arg(), host.name, host.boot, lease_ms, int(take), *told])
+
+
+async def leave(store: Store, host: HostRecord, models: list[str]) -> None:
+    """Takes a host off at once, so that nobody waits for its lease to end."""
+    current = await store.command("HGET", store.keys.host(host.name), "boot")
+    if current == host.boot.encode():
+        await store.command("DEL", store.keys.host(host.name), *(store.keys.model_on_host(m, host.name) for m in models))
+
+
+async def learn(store: Store, model: str, **facts: float | int | str) -> None:
+    """Notes what was learned of a model: fields of ModelFacts."""
+    flat = [x for name, value in facts.items() for x in (name, value)]
+    await store.command("HSET", store.keys.model(model), *flat)
+
+
+@dataclass
+class Picture:
+    """All hosts and models at one moment."""
+
+    at_ms: int = 0
+    hosts: dict[str, HostRecord] = field(default_factory=dict)
+    on_host: dict[str, dict[str, ModelOnHost]] = field(default_factory=dict)  # model -> host -> state
+    facts: dict[str, ModelFacts] = field(default_factory=dict)
+    waiting: dict[str, int] = field(default_factory=dict)  # lane -> jobs waiting
+    running: dict[str, int] = field(default_factory=dict)  # lane -> jobs held
+
+    def view(self, model: str, lane: str, lanes_of_model: list[str]) -> ModelView:
+        """Sums a model up over its hosts, as one decision about one of its lanes needs it."""
+        hosts = self.on_host.get(model, {})
+        facts = self.facts.get(model, ModelFacts())
+        ready = [m for m in hosts.values() if m.state in ("warm", "degraded")]
+        total = sum(m.slots_total - m.slots_settling for m in ready)
+        used = sum(self.running.get(name, 0) for name in lanes_of_model)
+        availability, reason = self._availability(hosts, facts)
+        best = min(ready, key=lambda m: m.first_token_ewma_ms or 1e9, default=None)
+        return ModelView(
+            availability=availability, slots_total=total, slots_free=max(0, total - used),
+            waiting=self.waiting.get(lane, 0), first_token_ms=best.first_token_ewma_ms if best else 0.0,
+            service_ms=facts.service_ms, load_ms=facts.load_ms, reason=reason,
+            waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
+        )  # fmt: skip
+
+    def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str]:
+        if not hosts:
+            return "unavailable", "no live host serves it"
+        states = {m.state for m in hosts.values()}
+        for state in ("warm", "degraded", "waking"):
+            if state in states:
+                return state, next(m.reason for m in hosts.values() if m.state == state)
+        if facts.quarantined_until > self.at_ms or states == {"quarantined"}:
+            return "unavailable", facts.failure or next(m.reason for m in hosts.values())
+        able = [m for name, m in hosts.items() if name in self.hosts and not self.hosts[name].draining]
+        if not able:
+            return "unavailable", "its hosts are draining"
+        return "cold", ""
+
+
+class Fleet:
+    """Keeps the picture fresh for one process."""
+
+    def __init__(self, store: Store, book: PolicyBook) -> None:
+        self._store = store
+        self._book = book
+        self.picture = Picture()
+
+    async def follow(self) -> None:
+        """Looks every LOOK_EVERY_S until cancelled."""
+        while True:
+            try:
+                if self._book.present:
+                    await self.look()
+            except errors.BrokerUnavailable as e:
+                log.debug("event=fleet_retry reason=%s", e)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def look(self) -> Picture:
+        """Reads hosts, models and lanes in one go. Unreadable lanes count as empty."""
+        store, active = self._store, self._book.active
+        now = await store.now_ms()
+        names = [n.decode() for n in await store.command("ZRANGEBYSCORE", store.keys.hosts, now - 60_000, "+inf")]
+        models = list(active.models())
+        picture = Picture(at_ms=now)
+        hosts = await asyncio.gather(*(store.hash(store.keys.host(n)) for n in names))
+        picture.hosts = {n: HostRecord.from_hash(h) for n, h in zip(names, hosts, strict=True) if h}
+        pairs = [(m, h) for m in models for h in picture.hosts]
+        states = await asyncio.gather(*(store.hash(store.keys.model_on_host(m, h)) for m, h in pairs))
+        for (model, host), raw in zip(pairs, states, strict=True):
+            if raw:
+                picture.on_host.setdefault(model, {})[host] = ModelOnHost.from_hash(raw)
+        facts = await asyncio.gather(*(store.hash(store.keys.model(m)) for m in models))
+        picture.facts = {m: ModelFacts.from_hash(f) for m, f in zip(models, facts, strict=True)}
+        for lane, (length, held) in (await lane_counts(store, list(active.lanes()))).items():
+            picture.waiting[lane], picture.running[lane] = length - held, held
+        self.picture = picture
+        return picture
+
+    def view(self, lane_name: str, active: Active | None = None) -> ModelView:
+        """Sums up the model behind a lane."""
+        active = active or self._book.active
+        lane = active.lane(lane_name)
+        if lane is None:
+            return ModelView("unavailable", reason="the lane is not in the policy")
+        return self.picture.view(lane.model, lane_name, active.lanes_of(lane.model))
+
+    def host_keys(self, model: str) -> list[str]:
+        """Keys of the model's hashes on its live hosts: what the admission scripts count free slots over."""
+        return [self._store.keys.model_on_host(model, host) for host in self.picture.on_host.get(model, {})]
+
+
+async def lane_counts(store: Store, lanes: list[str]) -> dict[str, tuple[int, int]]:
+    """Counts entries and held entries of lanes: waiting = entries - held."""
+
+    async def held(lane: str) -> int:
+        try:
+            reply: Any = await store.command("XPENDING", store.keys.lane(lane), "workers")
+        except errors.BrokerUnavailable as e:
+            if "NOGROUP" in str(e):
+                return 0
+            raise
+        return int(reply["pending"] if isinstance(reply, dict) else reply[0])
+
+    lengths = await asyncio.gather(*(store.command("XLEN", store.keys.lane(lane)) for lane in lanes))
+    helds = await asyncio.gather(*(held(lane) for lane in lanes))
+    return {lane: (int(n), h) for lane, n, h in zip(lanes, lengths, helds, strict=True)}

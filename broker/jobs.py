@@ -1,0 +1,131 @@
+"""Jobs: how one is read, fed with frames, ended, cancelled, and who reads along."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from broker import errors
+from broker.keyspace import GROUP
+from broker.records import JobRecord
+from broker.store import Store
+
+MAX_READERS = 16
+MOVED_TRIES = 8
+
+
+async def read(store: Store, job_id: str) -> JobRecord:
+    """Reads a job's record; raises NoSuchJob."""
+    raw = await store.hash(store.keys.job(job_id))
+    if not raw:
+        raise errors.NoSuchJob(job_id)
+    return JobRecord.from_hash(raw)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A worker's hold on a job: every write carries its attempt, and a write after the hold is lost raises."""
+
+    job_id: str
+    lane: str
+    attempt: int
+    boot: str
+
+
+async def first_token(store: Store, held: Holding, data: bytes) -> None:
+    """Logs the first frame; from here on the job is streaming. Raises StaleAttempt, AlreadyEnded."""
+    keys = store.keys
+    await store.run_through(
+        "first_token",
+        [keys.job(held.job_id), keys.frames(held.job_id), keys.due],
+        [store.now_arg(), held.job_id, held.attempt, 1, data, keys.frames_channel("")],
+    )
+
+
+async def emit(store: Store, held: Holding, seq: int, data: bytes) -> None:
+    """Logs and carries one more frame; repeats are skipped. Raises StaleAttempt, AlreadyEnded, FrameGap."""
+    keys = store.keys
+    await store.run_through(
+        "emit",
+        [keys.job(held.job_id), keys.frames(held.job_id)],
+        [held.job_id, held.attempt, seq, data, keys.frames_channel("")],
+    )
+
+
+async def end(
+    store: Store, held: Holding, event: Literal["finish", "fail"], *, seq: int = 0, data: bytes = b"",
+    error: errors.JobEnded | None = None, served_by: str = "", usage: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Ends a held job, with one last frame (`seq`, `data`) if there is one. Raises StaleAttempt, AlreadyEnded."""
+    code, message = (error.code, str(error)) if error is not None else ("", "")
+    usage = usage or {}
+    await store.run_through(
+        "end",
+        closing_keys(store, held.job_id, held.lane),
+        [store.now_arg(), held.job_id, GROUP, *prefixes(store), held.attempt, event, seq, data, code, message,
+         getattr(error, "status", ""), served_by, json.dumps(usage) if usage else "",
+         int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)],
+    )  # fmt: skip
+
+
+async def release(
+    store: Store, held: Holding, *, loss: bool, max_losses: int, error: errors.JobEnded
+) -> Literal["queued", "failed"]:
+    """Gives a held job back to its lane; after too many losses it ends with `error` instead.
+
+    Raises BadTransition when a client has seen part of the answer: then only `end` is honest.
+    """
+    args = [store.now_arg(), held.job_id, GROUP, *prefixes(store), held.attempt, int(loss), max_losses, error.code, str(error)]
+    reply = await store.run_through("release", closing_keys(store, held.job_id, held.lane), args)
+    return "queued" if reply[0] == b"queued" else "failed"
+
+
+async def renew(store: Store, held: Holding, *, lease_ms: int) -> None:
+    """Proves that the worker lives and holds the job. Raises StaleAttempt, AlreadyEnded, NoSuchJob."""
+    keys = [store.keys.job(held.job_id), store.keys.due]
+    await store.run("renew", keys, [store.now_arg(), held.job_id, held.attempt, held.boot, lease_ms])
+
+
+async def cancel(store: Store, job_id: str, *, message: str = "cancelled by its caller", if_abandoned: bool = False) -> str:
+    """Ends a job in any live state and tells its worker; gives the state that it was in.
+
+    `if_abandoned`: only if no reader is left whose lease and grace still run (raises NotDue otherwise).
+    Raises NoSuchJob, AlreadyEnded.
+    """
+    for _ in range(MOVED_TRIES):
+        job = await read(store, job_id)
+        args = [store.now_arg(), job_id, GROUP, *prefixes(store), job.lane, job.entry, int(if_abandoned), message]
+        try:
+            was: bytes = await store.run("cancel", closing_keys(store, job_id, job.lane), args)
+            return was.decode()
+        except errors.Moved:
+            continue
+    raise errors.BrokerUnavailable(f"job {job_id} moved {MOVED_TRIES} times while it was to be cancelled")
+
+
+async def attach(store: Store, job_id: str, *, reader: str, lease_ms: int, sees: bool) -> tuple[str, int, int]:
+    """Adds a reader or renews its lease; gives state, attempt, last frame. Raises NoSuchJob.
+
+    `sees` = a synchronous streaming reader: what it was given cannot be taken back.
+    """
+    keys = [store.keys.job(job_id), store.keys.readers(job_id), store.keys.due]
+    args = [store.now_arg(), job_id, reader, lease_ms, int(sees), MAX_READERS]
+    state, attempt, last = await store.run("attach", keys, args)
+    return state.decode(), int(attempt), int(last)
+
+
+async def detach(store: Store, job_id: str, *, reader: str) -> int:
+    """Takes a reader off; gives how many are left. The last one starts the job's grace period."""
+    keys = [store.keys.job(job_id), store.keys.readers(job_id), store.keys.due]
+    return int(await store.run("detach", keys, [store.now_arg(), job_id, reader]))
+
+
+def closing_keys(store: Store, job_id: str, lane: str) -> list[str]:
+    """The keys of every verb that may end a job, in the order of their headers."""
+    k = store.keys
+    return [k.job(job_id), k.lane(lane), k.due, k.frames(job_id), k.request(job_id), k.readers(job_id), k.dead]
+
+
+def prefixes(store: Store) -> list[str]:
+    """What those verbs put before names that they read from the job: frames, control, usage."""
+    k = store.keys
+    return [k.frames_channel(""), k.control_channel(""), k.usage_prefix()]

@@ -1,0 +1,147 @@
+"""Every key and channel, by name. No other file spells one.
+
+`TABLE` is the printed form: ARCHITECTURE.md shows it, and the key sweep of the tests holds Redis against it.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+GROUP = "workers"
+"""The consumer group of every lane stream."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the key table: a pattern with <names>, its Redis type, its lifetime, what it holds."""
+
+    pattern: str
+    type: Literal["string", "hash", "stream", "zset", "channel"]
+    lifetime: str
+    persistent: bool
+    holds: str
+
+
+TABLE: tuple[Family, ...] = (
+    Family("lane:<lane>", "stream", "while the lane is in the policy or not empty", True,
+           "one entry per waiting or running job; group `workers`"),
+    Family("job:<id>", "hash", "end + keep time", False, "the job record"),
+    Family("job:<id>:request", "string", "the job's end (sync), end + keep time (async)", False, "the request body"),
+    Family("job:<id>:frames", "stream", "end + keep time", False, "replay log, ids `<attempt>-<seq>`"),
+    Family("readers:<id>", "zset", "the job's end", False, "readers of the job and the ends of their leases"),
+    Family("due", "zset", "a member lives as long as its job", False, "live job -> its next instant"),
+    Family("wake:<model>", "string", "15 s, renewed while held", False, "wake lock: `host/boot/epoch`"),
+    Family("wake:<model>:epoch", "string", "while the model is in the policy", True, "number of wakes so far"),
+    Family("model:<model>", "hash", "while the model is in the policy", True,
+           "wanted_until, quarantine, learned load time, footprint and rates"),
+    Family("model:<model>:<host>", "hash", "6 s, renewed every 2 s", False,
+           "state, first-token times, memory, slots of the model on the host"),
+    Family("host:<host>", "hash", "6 s, renewed every 2 s", False, "boot id, heartbeat, memory, draining"),
+    Family("hosts", "zset", "a member lives for a day after its last heartbeat", True,
+           "host -> last heartbeat; the index of the keys above"),
+    Family("idem:<caller>:<key>", "string", "the job's keep time", False, "job id and body hash"),
+    Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
+    Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
+    Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
+    Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
+    Family("control:<host>", "channel", "-", False, "cancel, stop"),
+)  # fmt: skip
+
+
+class Keyspace:
+    """Makes every name in one namespace."""
+
+    def __init__(self, namespace: str = "gw") -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", namespace):
+            raise ValueError(f"namespace {namespace!r} may hold letters, digits, '.', '_' and '-' only, 64 at most")
+        self.namespace = namespace
+        self._prefix = namespace + ":"
+        self.due = self._prefix + "due"
+        self.hosts = self._prefix + "hosts"
+        self.dead = self._prefix + "dead"
+        self.policy = self._prefix + "policy"
+
+    def lane(self, lane: str) -> str:
+        """Stream of a lane."""
+        return f"{self._prefix}lane:{lane}"
+
+    def job(self, job_id: str) -> str:
+        """Hash of a job."""
+        return f"{self._prefix}job:{job_id}"
+
+    def request(self, job_id: str) -> str:
+        """String with the request body of a job."""
+        return f"{self._prefix}job:{job_id}:request"
+
+    def frames(self, job_id: str) -> str:
+        """Stream with the replay log of a job."""
+        return f"{self._prefix}job:{job_id}:frames"
+
+    def readers(self, job_id: str) -> str:
+        """Zset of the readers of a job."""
+        return f"{self._prefix}readers:{job_id}"
+
+    def wake(self, model: str) -> str:
+        """Wake lock of a model."""
+        return f"{self._prefix}wake:{model}"
+
+    def wake_epoch(self, model: str) -> str:
+        """Counter of a model's wakes: the fencing number in the lock."""
+        return f"{self._prefix}wake:{model}:epoch"
+
+    def model(self, model: str) -> str:
+        """Hash of what is known of a model wherever it runs."""
+        return f"{self._prefix}model:{model}"
+
+    def model_on_host(self, model: str, host: str) -> str:
+        """Hash of a model on one host. Model names hold no `:`, so it cannot be another model's own hash."""
+        return f"{self._prefix}model:{model}:{host}"
+
+    def host(self, host: str) -> str:
+        """Hash of a host, owned by one boot."""
+        return f"{self._prefix}host:{host}"
+
+    def idem(self, caller: str, key: str) -> str:
+        """String that binds a caller's Idempotency-Key to a job."""
+        return f"{self._prefix}idem:{caller}:{key}"
+
+    def usage(self, day: str) -> str:
+        """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""
+        return f"{self._prefix}usage:{day}"
+
+    def usage_prefix(self) -> str:
+        """What a script puts before the day it computed from Redis' clock."""
+        return f"{self._prefix}usage:"
+
+    def frames_channel(self, api: str) -> str:
+        """Channel on which one api process hears its readers' frames."""
+        return f"{self._prefix}frames:{api}"
+
+    def control_channel(self, host: str) -> str:
+        """Channel on which one worker hears cancel and stop."""
+        return f"{self._prefix}control:{host}"
+
+    def family(self, key: str) -> Family | None:
+        """Finds the row of the key table that a concrete key belongs to."""
+        name = key.removeprefix(self._prefix)
+        if name == key:
+            return None
+        for family in TABLE:
+            pattern = re.escape(family.pattern)
+            pattern = re.sub(r"<(lane|id|model|host|key|caller|day|api)>", lambda m: _NAMES[m.group(1)], pattern)
+            if family.type != "channel" and re.fullmatch(pattern, name):
+                return family
+        return None
+
+
+_NAMES = {
+    "lane": r"[^:]+", "id": r"[^:]+", "model": r"[^:]+", "host": r"[^:]+", "key": r".+",
+    "caller": r"[^:]+", "day": r"[0-9-]+", "api": r"[^:]+",
+}  # fmt: skip
+
+
+def as_markdown() -> str:
+    """Prints the key table for ARCHITECTURE.md, with the default namespace."""
+    rows = ["| key | type | lifetime | holds |", "|---|---|---|---|"]
+    rows += [f"| `gw:{f.pattern}` | {f.type} | {f.lifetime} | {f.holds} |" for f in TABLE]
+    return "\n".join(rows)

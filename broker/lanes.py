@@ -1,0 +1,153 @@
+"""Lanes: how a job enters one, is taken from it, moves to another, and leaves it unserved."""
+
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from broker import errors
+from broker.hosts import Fleet
+from broker.jobs import closing_keys, prefixes
+from broker.keyspace import GROUP
+from broker.policies import Active
+from broker.policy import Lane
+from broker.records import Claimed, JobRecord, Waiting
+from broker.store import Store
+
+WANTED_FOR_MS = 60_000
+"""A request keeps its model wanted for this long: the demand that wakes it."""
+
+READER_LEASE_MS = 10_000
+JOB_LEASE_MS = 10_000
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of a submit: the job's id, whether it is an earlier job that the Idempotency-Key led to."""
+
+    job_id: str
+    attached: bool = False
+
+
+async def submit(
+    store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane, body: bytes, *,
+    reader: str = "", idempotency_key: str = "", wanted: bool = True, promote_within_ms: int | None = None,
+    give_up_within_ms: int | None = None,
+) -> Submitted:  # fmt: skip
+    """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch.
+
+    `reader` is `api/reader-id` of the client's connection, attached in the same script, so that the job never lives
+    without the one who waits for it.
+    """
+    if lane.retiring:
+        raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
+    keys = store.keys
+    idem = keys.idem(job.caller, idempotency_key) if idempotency_key else ""
+    record = replace(
+        job, lane=lane.name, model=lane.model, priority=lane.priority, idem=idem,
+        seen=bool(reader) and job.stream and job.mode == "sync",
+    )  # fmt: skip
+    fields = [x for name, value in record.to_hash().items() if name not in _SET_BY_SCRIPT for x in (name, value)]
+    hosts, siblings = fleet.host_keys(lane.model), [keys.lane(x) for x in active.lanes_of(lane.model)]
+    promote_after = promote_after_ms(lane)
+    if promote_after and promote_within_ms is not None:
+        promote_after = max(1, min(promote_after, promote_within_ms))
+    body_hash = hashlib.sha256(job.endpoint.encode() + b"\n" + body).hexdigest()[:32] if idem else "-"
+    reply = await store.run(
+        "submit",
+        [keys.lane(lane.name), keys.job(job.id), keys.request(job.id), keys.due, keys.readers(job.id),
+         idem or keys.idem("-", "-"), keys.policy, keys.model(lane.model), *hosts, *siblings],
+        [store.now_arg(), job.id, GROUP, active.version, lane.max_queue, promote_after,
+         lane.max_wait_ms if give_up_within_ms is None else give_up_within_ms, job.not_before, body, body_hash, job.keep_ms if idem else 0,
+         reader, READER_LEASE_MS, len(hosts), WANTED_FOR_MS if wanted else 0, *fields],
+    )  # fmt: skip
+    word, value = reply[0].decode(), reply[1].decode()
+    return Submitted(value, attached=True) if word == "attached" else Submitted(job.id)
+
+
+async def claim(
+    store: Store, active: Active, waiting: Waiting, *, host: str, boot: str, lease_ms: int = JOB_LEASE_MS
+) -> Claimed:
+    """Takes exactly this job; raises Moved, AlreadyEnded, NoSuchJob or BadTransition when the race was lost."""
+    lane = active.lane(waiting.lane)
+    if lane is None:
+        raise errors.StalePolicy(f"lane {waiting.lane} is not in the policy")
+    keys = store.keys
+    attempt, body, raw = await store.run(
+        "claim",
+        [keys.lane(waiting.lane), keys.job(waiting.job), keys.due, keys.policy, keys.request(waiting.job)],
+        [store.now_arg(), waiting.job, GROUP, waiting.lane, waiting.entry, active.version, host, boot, lease_ms, lane.trust],
+    )  # fmt: skip
+    return Claimed(int(attempt), JobRecord.from_hash(raw), body)
+
+
+async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to: Lane) -> None:
+    """Moves a job without a first token into its fallback lane; raises LaneFull, TrustZoneRefused, Moved, StaleAttempt."""
+    keys = store.keys
+    hosts, siblings = fleet.host_keys(to.model), [keys.lane(x) for x in active.lanes_of(to.model)]
+    await store.run(
+        "promote",
+        [keys.lane(job.lane), keys.lane(to.name), keys.job(job.id), keys.due, keys.policy, keys.model(to.model),
+         *hosts, *siblings],
+        [store.now_arg(), job.id, GROUP, active.version, job.lane, job.entry, job.attempt, to.name, to.model, to.max_queue,
+         promote_after_ms(to), to.trust, len(hosts), WANTED_FOR_MS, keys.control_channel(""), keys.usage_prefix()],
+    )  # fmt: skip
+
+
+async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> None:
+    """Moves a scheduled job whose start has come into its lane; raises LaneFull, NotDue."""
+    keys = store.keys
+    hosts, siblings = fleet.host_keys(lane.model), [keys.lane(x) for x in active.lanes_of(lane.model)]
+    await store.run(
+        "release_due",
+        [keys.lane(lane.name), keys.job(job.id), keys.due, keys.policy, keys.model(lane.model), *hosts, *siblings],
+        [store.now_arg(), job.id, GROUP, active.version, lane.name, lane.max_queue, promote_after_ms(lane), len(hosts),
+         WANTED_FOR_MS],
+    )  # fmt: skip
+
+
+async def postpone(store: Store, job: JobRecord, *, after_ms: int) -> None:
+    """Says when to try again to promote or start a job that could not move."""
+    await store.run("postpone", [store.keys.job(job.id), store.keys.due], [store.now_arg(), job.id, job.entry, after_ms])
+
+
+async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
+    """Ends a job that still waits at its give-up instant; raises NotDue."""
+    args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.lane, job.entry, error.code, str(error)]
+    await store.run("expire", closing_keys(store, job.id, job.lane), args)
+
+
+async def recover(store: Store, job: JobRecord, *, max_losses: int) -> bool:
+    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue."""
+    message = f"the worker on {job.owner or 'its host'} went away while it served this request"
+    args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.attempt, max_losses, message]
+    reply = await store.run("recover", closing_keys(store, job.id, job.lane), args)
+    return bool(reply[0] == b"queued")
+
+
+async def sweep(store: Store, lane: str, *, page: int = 200) -> tuple[int, int]:
+    """Repairs a lane, page by page; gives the entries removed and the instants restored."""
+    removed = restored = 0
+    at = "-"
+    while True:
+        args = [store.now_arg(), GROUP, lane, store.keys.job(""), at, page]
+        reply = await store.run("sweep", [store.keys.lane(lane), store.keys.due], args)
+        removed, restored = removed + int(reply[1]), restored + int(reply[2])
+        at = reply[0].decode()
+        if not at:
+            return removed, restored
+
+
+async def waiting_entries(store: Store, lane: str, *, limit: int) -> AsyncIterator[Waiting]:
+    """Lists the oldest entries of a lane, waiting and held alike; the claim decides which is which."""
+    for entry, values in await store.command("XRANGE", store.keys.lane(lane), "-", "+", "COUNT", limit) or []:
+        yield Waiting.from_entry(lane, entry, values)
+
+
+def promote_after_ms(lane: Lane) -> int:
+    """How long a job waits in this lane before its fallback is tried; 0 = there is none."""
+    return max(1, lane.cold_start_budget_ms) if lane.fallback else 0
+
+
+_SET_BY_SCRIPT = frozenset({
+    "state", "submitted_at", "promote_at", "give_up_at", "policy_version", "not_before", "queued_at",
+})  # fmt: skip

@@ -1,0 +1,30 @@
+-- Ends a job because nobody wants it, in any live state; tells the worker that holds it.
+--   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
+--   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
+--   ARGV[7] lane_name   ARGV[8] entry   ARGV[9] abandoned_by   an instant: only if nobody reads it since then; 0 = at once
+--   ARGV[10] message
+-- Returns the state in which the job was.
+-- Errors: NOJOB, ENDED, MOVED, NOTDUE.
+--- @flags allow-oom
+--- @include now_ms
+--- @include check
+--- @include publish
+--- @include enter
+--- @include usage
+--- @include close
+local now, id = now_ms(ARGV[1]), ARGV[2]
+local to, refusal = check(KEYS[1], "cancel")
+if not to then return refusal end
+local elsewhere = placed(KEYS[1], ARGV[7], ARGV[8])
+if elsewhere then return elsewhere end
+if ARGV[9] ~= "0" then
+  local abandon_at = tonumber(redis.call("HGET", KEYS[1], "abandon_at"))
+  if abandon_at == 0 or abandon_at > now then return redis.error_reply("NOTDUE read until " .. ms(abandon_at)) end
+end
+
+local was = redis.call("HGET", KEYS[1], "state")
+close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
+  dead = KEYS[7] },
+  { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
+  now, id, to, "cancelled", ARGV[10], "")
+return was

@@ -1,0 +1,37 @@
+-- Ends a held job: `finish` after a finish reason, `fail` otherwise. May log one last frame before the terminal one.
+--   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
+--   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
+--   ARGV[7] attempt   ARGV[8] event   ARGV[9] seq of the last frame, 0 = none   ARGV[10] its data
+--   ARGV[11] code   ARGV[12] message   ARGV[13] status   ARGV[14] served_by   ARGV[15] usage, JSON
+--   ARGV[16] prompt_tokens   ARGV[17] completion_tokens
+-- Returns 1.
+-- Errors: NOJOB, ENDED, STALE, BADTRANSITION, GAP.
+--- @flags allow-oom
+--- @include now_ms
+--- @include check
+--- @include publish
+--- @include enter
+--- @include usage
+--- @include close
+local now, id = now_ms(ARGV[1]), ARGV[2]
+local refusal = fence(KEYS[1], ARGV[7])
+if refusal then return refusal end
+local to, wrong = check(KEYS[1], ARGV[8])
+if not to then return wrong end
+local f = redis.call("HMGET", KEYS[1], "last_seq", "apis", "caller", "model")
+local seq, last = tonumber(ARGV[9]), tonumber(f[1])
+if seq > last + 1 then return redis.error_reply("GAP " .. last .. " then " .. ARGV[9]) end
+
+if seq > last then
+  redis.call("XADD", KEYS[4], ARGV[7] .. "-" .. ARGV[9], "kind", "content", "data", ARGV[10])
+  redis.call("HSET", KEYS[1], "last_seq", ARGV[9])
+  publish(ARGV[4], f[2], id, ARGV[7], ARGV[9], "content", ARGV[10])
+end
+redis.call("HSET", KEYS[1], "served_by", ARGV[14], "usage", ARGV[15])
+usage(ARGV[6], now, "tokens_in:" .. f[3] .. ":" .. f[4], tonumber(ARGV[16]))
+usage(ARGV[6], now, "tokens_out:" .. f[3] .. ":" .. f[4], tonumber(ARGV[17]))
+close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
+  dead = KEYS[7] },
+  { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
+  now, id, to, ARGV[11], ARGV[12], ARGV[13])
+return 1

@@ -1,0 +1,23 @@
+-- Makes sure the lane and its group exist, and adds the job's entry to it. Returns the entry id.
+-- The entry repeats what the choice of the next job needs, so that workers choose without reading hashes.
+local function enter(lane, group, job, id)
+  if redis.call("EXISTS", lane) == 0 then redis.call("XGROUP", "CREATE", lane, group, "0", "MKSTREAM") end
+  local f = redis.call("HMGET", job, "caller", "session", "promote_at", "submitted_at", "tokens", "priority", "zone")
+  return redis.call("XADD", lane, "*", "job", id, "caller", f[1], "session", f[2], "promote_at", f[3],
+    "submitted", f[4], "tokens", f[5], "priority", f[6], "zone", f[7])
+end
+local function leave(lane, group, entry)
+  redis.call("XACK", lane, group, entry)
+  redis.call("XDEL", lane, entry)
+end
+-- Puts a held job back to wait in its own lane, under a new entry that every tailing worker sees. The stream is as
+-- long as before: it takes back the place that it held. What was logged of the lost answer is dropped.
+local function put_back(lane, group, due, frames, job, id)
+  leave(lane, group, redis.call("HGET", job, "entry"))
+  local entry = enter(lane, group, job, id)
+  redis.call("HSET", job, "state", "queued", "entry", entry, "owner", "", "boot", "", "lease_until", "0",
+    "first_token_at", "0", "retry_at", "0")
+  if redis.call("EXISTS", frames) == 1 then redis.call("XTRIM", frames, "MAXLEN", "0") end
+  schedule(due, job, id)
+  return entry
+end

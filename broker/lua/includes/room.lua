@@ -1,0 +1,24 @@
+-- How many entries of a lane are being worked on. A lane that was never used has none.
+local function pending(lane, group)
+  if redis.call("EXISTS", lane) == 0 then return 0 end
+  return redis.call("XPENDING", lane, group)[1]
+end
+local function waiting(lane, group)
+  return redis.call("XLEN", lane) - pending(lane, group)
+end
+-- Is there a place in the lane? waiting < max(1 if nothing runs, max_queue + free), where free = slots of
+-- warm hosts that nobody uses. KEYS[hosts_from .. hosts_to] are the model's hashes on its hosts, and
+-- KEYS[lanes_from .. lanes_to] all lanes of that model, this one among them.
+local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
+  local running, slots = 0, 0
+  for i = lanes_from, lanes_to do running = running + pending(KEYS[i], group) end
+  for i = hosts_from, hosts_to do
+    local h = redis.call("HMGET", KEYS[i], "state", "slots_total", "slots_settling")
+    if h[1] == "warm" or h[1] == "degraded" then
+      slots = slots + math.max(0, tonumber(h[2] or 0) - tonumber(h[3] or 0))
+    end
+  end
+  local bound = max_queue + math.max(0, slots - running)
+  if running == 0 and bound < 1 then bound = 1 end
+  return waiting(lane, group) < bound
+end

@@ -1,0 +1,46 @@
+-- Moves a job that has no first token yet into its fallback lane.
+--   KEYS[1] from_lane   KEYS[2] to_lane   KEYS[3] job   KEYS[4] due   KEYS[5] policy   KEYS[6] model of the target
+--   KEYS[7 ..] the target model's hashes on its hosts, then all lanes of the target model
+--   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] policy_version   ARGV[5] from_name   ARGV[6] entry
+--   ARGV[7] attempt   ARGV[8] to_name   ARGV[9] to_model   ARGV[10] max_queue   ARGV[11] promote_after_ms, 0 = no further
+--   ARGV[12] target_trust   ARGV[13] hosts   ARGV[14] wanted_for_ms   ARGV[15] control_prefix   ARGV[16] usage_prefix
+-- Returns the new entry.
+-- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, TRUSTZONE, LANEFULL.
+--- @include now_ms
+--- @include check
+--- @include room
+--- @include schedule
+--- @include enter
+--- @include usage
+local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
+local stale = same_policy(KEYS[5], ARGV[4])
+if stale then return stale end
+local to, refusal = check(KEYS[3], "promote")
+if not to then return refusal end
+local elsewhere = placed(KEYS[3], ARGV[5], ARGV[6])
+if elsewhere then return elsewhere end
+local f = redis.call("HMGET", KEYS[3], "attempt", "zone", "state", "owner", "give_up_at")
+if f[1] ~= ARGV[7] then return redis.error_reply("STALE attempt " .. ARGV[7] .. ", job is at " .. f[1]) end
+if ARGV[12] == "remote" and f[2] ~= "remote" then
+  return redis.error_reply("TRUSTZONE " .. id .. " may not leave the machine")
+end
+local hosts = tonumber(ARGV[13])
+if not has_room(KEYS[2], group, tonumber(ARGV[10]), 7, 6 + hosts, 7 + hosts, #KEYS) then
+  return redis.error_reply("LANEFULL " .. KEYS[2])
+end
+
+leave(KEYS[1], group, ARGV[6])
+local promote_at = tonumber(ARGV[11]) > 0 and math.min(now + tonumber(ARGV[11]), tonumber(f[5])) or 0
+redis.call("HSET", KEYS[3], "state", to, "lane", ARGV[8], "model", ARGV[9], "promote_at", ms(promote_at),
+  "retry_at", "0", "promoted_at", ms(now), "queued_at", ms(now), "owner", "", "boot", "", "lease_until", "0")
+redis.call("HINCRBY", KEYS[3], "promotions", 1)
+local entry = enter(KEYS[2], group, KEYS[3], id)
+redis.call("HSET", KEYS[3], "entry", entry)
+schedule(KEYS[4], KEYS[3], id)
+local wanted = now + tonumber(ARGV[14])
+if wanted > tonumber(redis.call("HGET", KEYS[6], "wanted_until") or 0) then
+  redis.call("HSET", KEYS[6], "wanted_until", ms(wanted))
+end
+if f[3] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[4], "stop " .. id .. " " .. f[1]) end
+usage(ARGV[16], now, "promoted:" .. ARGV[5] .. ":" .. ARGV[8], 1)
+return entry

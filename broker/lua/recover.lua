@@ -1,0 +1,33 @@
+-- Deals with a held job whose lease ran out: nobody has heard of its worker.
+--   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
+--   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
+--   ARGV[7] attempt   ARGV[8] max_losses   ARGV[9] message
+-- Returns {"queued", entry}, or {"failed", ""} when its client has seen part of the answer or the losses are used up.
+-- Errors: NOJOB, ENDED, BADTRANSITION, STALE, NOTDUE.
+--- @flags allow-oom
+--- @include now_ms
+--- @include check
+--- @include publish
+--- @include schedule
+--- @include enter
+--- @include usage
+--- @include close
+local now, id = now_ms(ARGV[1]), ARGV[2]
+local to, wrong = check(KEYS[1], "recover")
+if not to then return wrong end
+local refusal = fence(KEYS[1], ARGV[7])
+if refusal then return refusal end
+local f = redis.call("HMGET", KEYS[1], "state", "seen", "lease_until", "lane")
+if tonumber(f[3]) > now then return redis.error_reply("NOTDUE " .. f[3]) end
+
+local losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
+if (f[1] == "streaming" and f[2] == "1") or losses > tonumber(ARGV[8]) then
+  usage(ARGV[6], now, "recovered:" .. f[4] .. ":failed", 1)
+  close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
+    dead = KEYS[7] },
+    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
+    now, id, "failed", "worker_lost", ARGV[9], "")
+  return { "failed", "" }
+end
+usage(ARGV[6], now, "recovered:" .. f[4] .. ":queued", 1)
+return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id) }

@@ -1,0 +1,32 @@
+-- A worker gives a job back that it holds: it drains, the model went away, or the runtime broke before the first token.
+--   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
+--   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
+--   ARGV[7] attempt   ARGV[8] loss, 1 = counts against max_losses   ARGV[9] max_losses   ARGV[10] code   ARGV[11] message
+-- Returns {"queued", entry}, or {"failed", ""} when the losses are used up.
+-- Errors: NOJOB, ENDED, STALE, BADTRANSITION, SEEN.
+--- @flags allow-oom
+--- @include now_ms
+--- @include check
+--- @include publish
+--- @include schedule
+--- @include enter
+--- @include usage
+--- @include close
+local now, id = now_ms(ARGV[1]), ARGV[2]
+local refusal = fence(KEYS[1], ARGV[7])
+if refusal then return refusal end
+local to, wrong = check(KEYS[1], "release")
+if not to then return wrong end
+local f = redis.call("HMGET", KEYS[1], "state", "seen", "losses", "lane")
+if f[1] == "streaming" and f[2] == "1" then return redis.error_reply("SEEN " .. id) end
+
+local losses = redis.call("HINCRBY", KEYS[1], "losses", ARGV[8])
+if losses > tonumber(ARGV[9]) then
+  close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
+    dead = KEYS[7] },
+    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
+    now, id, "failed", ARGV[10], ARGV[11], "")
+  return { "failed", "" }
+end
+usage(ARGV[6], now, "released:" .. f[4], 1)
+return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id) }

@@ -1,0 +1,69 @@
+-- Accepts a job into a lane, or, with a later start, into the schedule. Keyed by the job's id: sending it again is harmless.
+--   KEYS[1] lane           KEYS[2] job       KEYS[3] request   KEYS[4] due      KEYS[5] readers
+--   KEYS[6] idem           KEYS[7] policy    KEYS[8] model
+--   KEYS[9 ..] the model's hashes on its hosts, then all lanes of the model
+--   ARGV[1] now            ARGV[2] id        ARGV[3] group     ARGV[4] policy_version
+--   ARGV[5] max_queue      ARGV[6] promote_after_ms, 0 = never ARGV[7] give_up_after_ms
+--   ARGV[8] not_before     0 = now           ARGV[9] body      ARGV[10] body_hash
+--   ARGV[11] idem_ttl_ms   0 = no Idempotency-Key
+--   ARGV[12] reader        `api/reader` or "" ARGV[13] reader_lease_ms
+--   ARGV[14] hosts         number of keys    ARGV[15] wanted_for_ms, 0 = do not wake
+--   ARGV[16 ..] fields of the job hash, name and value in turn
+-- Returns {"queued"|"scheduled", entry}, {"known", state} for an id sent again, {"attached", id} for a repeated key.
+-- Errors: STALEPOLICY, IDEMMISMATCH, LANEFULL.
+--- @include now_ms
+--- @include check
+--- @include room
+--- @include schedule
+--- @include enter
+local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
+local hosts = tonumber(ARGV[14])
+local known = redis.call("HGET", KEYS[2], "state")
+if known then return { "known", known } end
+local stale = same_policy(KEYS[7], ARGV[4])
+if stale then return stale end
+local not_before = tonumber(ARGV[8])
+if tonumber(ARGV[11]) > 0 then
+  local held = redis.call("GET", KEYS[6])
+  if held then
+    local other, hash = string.match(held, "^(%S+) (%S+)$")
+    if hash ~= ARGV[10] then return redis.error_reply("IDEMMISMATCH " .. other) end
+    return { "attached", other }
+  end
+end
+if not_before <= now then
+  if not has_room(KEYS[1], group, tonumber(ARGV[5]), 9, 8 + hosts, 9 + hosts, #KEYS) then
+    return redis.error_reply("LANEFULL " .. KEYS[1])
+  end
+end
+
+local fields = {}
+for i = 16, #ARGV do fields[#fields + 1] = ARGV[i] end
+redis.call("HSET", KEYS[2], unpack(fields))
+local give_up_at = now + tonumber(ARGV[7])
+local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), give_up_at) or 0
+redis.call("HSET", KEYS[2], "submitted_at", ms(now), "give_up_at", ms(give_up_at), "policy_version", ARGV[4],
+  "not_before", ms(not_before), "promote_at", ms(promote_at), "state", "scheduled")
+redis.call("SET", KEYS[3], ARGV[9])
+if tonumber(ARGV[11]) > 0 then redis.call("SET", KEYS[6], id .. " " .. ARGV[10], "PX", ARGV[11]) end
+if ARGV[12] ~= "" then
+  local ends = now + tonumber(ARGV[13])
+  redis.call("ZADD", KEYS[5], ms(ends), ARGV[12])
+  local grace = tonumber(redis.call("HGET", KEYS[2], "grace_ms"))
+  redis.call("HSET", KEYS[2], "apis", string.match(ARGV[12], "^[^/]+"),
+    "abandon_at", grace >= 0 and ms(ends + grace) or "0")
+end
+if tonumber(ARGV[15]) > 0 then
+  local wanted = now + tonumber(ARGV[15])
+  if wanted > tonumber(redis.call("HGET", KEYS[8], "wanted_until") or 0) then
+    redis.call("HSET", KEYS[8], "wanted_until", ms(wanted))
+  end
+end
+if not_before > now then
+  schedule(KEYS[4], KEYS[2], id)
+  return { "scheduled", "" }
+end
+local entry = enter(KEYS[1], group, KEYS[2], id)
+redis.call("HSET", KEYS[2], "state", "queued", "entry", entry, "queued_at", ms(now))
+schedule(KEYS[4], KEYS[2], id)
+return { "queued", entry }

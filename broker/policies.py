@@ -1,0 +1,168 @@
+"""The active policy: Redis holds it, every process reads it from there and follows it without a restart.
+
+A lane that a new policy no longer has is *retiring*: it admits nothing, its waiting jobs are promoted where they may
+be, or served from its last definition, and it goes when it is empty.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from broker import errors
+from broker.policy import Lane, Model, Policy
+from broker.store import Store
+
+log = logging.getLogger("warmlane.policy")
+
+FOLLOW_EVERY_S = 0.4
+HISTORY_KEPT = 20
+APPLY_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Active:
+    """The policy as of one version, together with the lanes that are on their way out."""
+
+    policy: Policy
+    version: int
+    revision: int = 0
+    made_up: bool = False
+    retiring: dict[str, tuple[Lane, Model]] = field(default_factory=dict)
+
+    def lane(self, name: str) -> Lane | None:
+        """Finds a lane, retiring ones included."""
+        found = self.policy.lane(name)
+        if found is None and name in self.retiring:
+            return self.retiring[name][0]
+        return found
+
+    def lanes(self) -> dict[str, Lane]:
+        """Every lane that may hold jobs."""
+        return {name: lane for name, (lane, _) in self.retiring.items()} | self.policy.all_lanes()
+
+    def model(self, name: str) -> Model | None:
+        """Finds a model, those of retiring lanes included."""
+        if name in self.policy.models:
+            return self.policy.models[name]
+        return next((model for lane, model in self.retiring.values() if lane.model == name), None)
+
+    def models(self) -> dict[str, Model]:
+        """Every model that may have to serve."""
+        return {lane.model: model for lane, model in self.retiring.values()} | dict(self.policy.models)
+
+    def lanes_of(self, model: str) -> list[str]:
+        """The lanes that lead to a model, in a fixed order: the scripts count its running jobs over them."""
+        return sorted(name for name, lane in self.lanes().items() if lane.model == model)
+
+
+class PolicyBook:
+    """Reads, follows and changes the active policy."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._active: Active | None = None
+        self._listeners: list[Callable[[Active], None]] = []
+
+    @property
+    def active(self) -> Active:
+        """The policy that this process decides under."""
+        if self._active is None:
+            raise errors.ModelUnavailable("no policy has been applied yet: run `gateway policy apply FILE`")
+        return self._active
+
+    @property
+    def present(self) -> bool:
+        """Whether any policy was ever read."""
+        return self._active is not None
+
+    def on_change(self, listener: Callable[[Active], None]) -> None:
+        """Calls `listener` after each change, and at once if there is a policy already."""
+        self._listeners.append(listener)
+        if self._active is not None:
+            listener(self._active)
+
+    async def reload(self) -> Active | None:
+        """Reads the active policy if it changed; None while there is none."""
+        store = self._store
+        revision = await store.command("HGET", store.keys.policy, "revision")
+        if revision is None:
+            return self._active
+        if self._active is not None and int(revision) == self._active.revision:
+            return self._active
+        fields = {k.decode(): v.decode() for k, v in (await store.hash(store.keys.policy)).items()}
+        self._active = await asyncio.to_thread(_parse, fields)
+        for listener in self._listeners:
+            listener(self._active)
+        return self._active
+
+    async def follow(self) -> None:
+        """Keeps up with changes until cancelled; a new policy is in force here within half a second."""
+        while True:
+            try:
+                await self.reload()
+            except errors.BrokerUnavailable as e:
+                log.debug("event=policy_retry reason=%s", e)
+            except errors.PolicyInvalid as e:
+                log.error("event=policy_unreadable version_kept=%s reason=%s", self._active and self._active.version, e)
+            await asyncio.sleep(FOLLOW_EVERY_S)
+
+    async def apply(self, text: str, *, by: str = "cli", made_up: bool = False) -> int:
+        """Validates a policy and makes it the active one; gives its version. The same policy again changes nothing."""
+        policy = Policy.parse(text)
+        store = self._store
+        for _ in range(APPLY_TRIES):
+            before = await self.reload()
+            retiring = _retiring(before, policy) if before is not None else {}
+            flat = [x for name, kept in retiring.items() for x in (name, kept)]
+            version_read = before.version if before else 0
+            args = [store.now_arg(), version_read, text, policy.digest, by, int(made_up), HISTORY_KEPT, *flat]
+            try:
+                version = await store.run("policy_apply", [store.keys.policy], args)
+            except errors.StalePolicy:
+                continue
+            await self.reload()
+            return int(version)
+        raise errors.StalePolicy("the policy changes faster than this one could be applied; try again")
+
+    async def history(self) -> list[dict[str, Any]]:
+        """Lists the last versions, newest first: version, applied_at (ms), applied_by, digest, text."""
+        fields = await self._store.hash(self._store.keys.policy)
+        found = [json.loads(v) for k, v in fields.items() if k.startswith(b"history:")]
+        return sorted(found, key=lambda h: -int(h["version"]))
+
+    async def rollback(self, version: int, *, by: str = "cli") -> int:
+        """Makes the text of an earlier version the active one, as a new version."""
+        for past in await self.history():
+            if int(past["version"]) == version:
+                return await self.apply(past["text"], by=by)
+        raise errors.BadRequest(f"version {version} is not in the history (the last {HISTORY_KEPT} are kept)", "version")
+
+
+def _retiring(before: Active, policy: Policy) -> dict[str, str]:
+    """Last definitions of the lanes that `policy` no longer has, as stored: one JSON object each."""
+    lanes = policy.all_lanes()
+    gone: dict[str, str] = {}
+    for name, lane in before.lanes().items():
+        if name in lanes:
+            continue
+        model = before.model(lane.model)
+        if model is None:
+            continue
+        definition = {"lane": asdict(replace(lane, retiring=True)), "model": model.model_dump(by_alias=True)}
+        gone[name] = json.dumps(definition)
+    return gone
+
+
+def _parse(fields: dict[str, str]) -> Active:
+    retiring = {}
+    for name, value in fields.items():
+        if name.startswith("retiring:"):
+            kept = json.loads(value)
+            retiring[name.removeprefix("retiring:")] = (Lane(**kept["lane"]), Model.model_validate(kept["model"]))
+    return Active(
+        policy=Policy.parse(fields["text"]), version=int(fields["version"]), revision=int(fields["revision"]),
+        made_up=fields.get("made_up") == "1", retiring=retiring,
+    )  # fmt: skip

@@ -1,0 +1,277 @@
+"""Judges a policy as a whole: what cannot work is a problem, what will disappoint is a warning.
+
+Each finding is the path of the key to change and the words of one sentence; the caller puts the line before it.
+"""
+
+from collections.abc import Callable, Iterator
+
+from broker.policy.content import BATCH, Content, Match, Model
+from broker.policy.document import Path
+from broker.policy.lanes import CANDIDATES_MAX, Lane, covers, home_of, make_lanes
+from broker.policy.sentences import did_you_mean
+
+Finding = tuple[Path, str]
+
+
+def problems(content: Content) -> list[Finding]:
+    """Gives everything that keeps the policy from working; circles are sought only where all names are known."""
+    found = [
+        *_models(content),
+        *_aliases(content),
+        *_lanes(content),
+        *_routing(content),
+        *_fallbacks(content),
+    ]
+    return found or list(_circles(content, make_lanes(content)))
+
+
+def warnings(
+    content: Content, lanes: dict[str, Lane], *, host_memory_mb: int | None, exists: Callable[[str], bool]
+) -> list[Finding]:
+    """Gives what works but will disappoint."""
+    return [
+        *_missing_files(content, exists),
+        *_weak_fallbacks(content, lanes),
+        *_late_promotions(content, lanes),
+        *_memory(content, lanes, host_memory_mb),
+        *_weak_rules(content),
+    ]
+
+
+def _models(content: Content) -> Iterator[Finding]:
+    for name, model in content.models.items():
+        path: Path = ("models", name)
+        if model.command is not None and model.url is not None:
+            yield (*path, "command"), "command and url exclude each other: we start the server, or it runs already"
+        if model.command is not None and model.backend != "llama.cpp":
+            yield (*path, "command"), f"only a llama.cpp model is started by a command, and this one is {model.backend}"
+        if model.url is not None and model.backend == "simulated":
+            yield (*path, "url"), "a simulated model has no url"
+        if model.hosts == []:
+            yield (*path, "hosts"), "names no host; leave the key out to allow all"
+        if model.command is not None and "{port}" not in " ".join(model.command):
+            yield (*path, "command"), "must hold {port}, because we choose where the server listens"
+
+
+def _aliases(content: Content) -> Iterator[Finding]:
+    owners: dict[str, str] = {}
+    for name, model in content.models.items():
+        for index, alias in enumerate(model.aliases):
+            path: Path = ("models", name, "aliases", index)
+            if alias in content.models:
+                yield path, f"alias '{alias}' is already the name of a model"
+            elif alias in content.lanes or alias.removesuffix(BATCH) in content.models:
+                yield path, f"alias '{alias}' is already the name of a lane"
+            elif alias in owners:
+                yield path, f"alias '{alias}' is already an alias of '{owners[alias]}'"
+            owners.setdefault(alias, name)
+
+
+def _lanes(content: Content) -> Iterator[Finding]:
+    for name, entry in content.lanes.items():
+        path: Path = ("lanes", name)
+        if name.endswith(BATCH) and name.removesuffix(BATCH) not in content.models:
+            unknown = name.removesuffix(BATCH)
+            yield path, f"unknown model '{unknown}'{did_you_mean(unknown, content.models)}"
+            continue
+        owner = name.removesuffix(BATCH)
+        if owner in content.models:
+            if entry.target not in (None, owner):
+                yield (*path, "target"), f"the lane '{name}' belongs to the model '{owner}' and has no other target"
+            if entry.priority == "batch" and name == owner:
+                yield (*path, "priority"), f"a model's own lane is interactive; its batch lane is '{name}{BATCH}'"
+            if entry.priority == "interactive" and name != owner:
+                yield (*path, "priority"), f"a batch lane is not interactive; the interactive lane is '{owner}'"
+        elif entry.target is not None:
+            if entry.target not in content.models:
+                yield (*path, "target"), _unknown(content, "model", entry.target, list(content.models))
+        elif home_of(content, name) is None:
+            yield from _homeless(content, name, path)
+
+
+def _homeless(content: Content, name: str, path: Path) -> Iterator[Finding]:
+    targets = {rule.target for rule in content.routing if rule.match.lane == name}
+    if not targets:
+        names = [*content.models, *(rule.match.lane for rule in content.routing if rule.match.lane)]
+        meant = did_you_mean(name, names)
+        yield path, f"'{name}' is neither a model nor a routing name, so it needs a target{meant}"
+    elif len(targets) > 1 or targets & content.lanes.keys():
+        yield path, f"the rules do not send '{name}' to one model, so it needs a target"
+
+
+def _routing(content: Content) -> Iterator[Finding]:
+    known = _lane_names(content)
+    aliases = _alias_owners(content)
+    for index, rule in enumerate(content.routing):
+        path: Path = ("routing", index)
+        match = rule.match
+        if not any(value is not None for _, value in match):
+            yield (*path, "match"), "matches every request; name a lane, caller, endpoint or prompt length"
+        if match.lane in aliases:
+            owner = aliases[match.lane]
+            yield (*path, "match", "lane"), f"'{match.lane}' is an alias of '{owner}'; match the model's name instead"
+        if match.lane is not None and match.lane.endswith(BATCH):
+            plain = match.lane.removesuffix(BATCH)
+            yield (
+                (*path, "match", "lane"),
+                f"a rule names no batch lane; one for '{plain}' holds for its batch work too",
+            )
+        if _impossible(match):
+            yield (
+                (*path, "match", "promptTokensUnder"),
+                f"no prompt has more than {match.prompt_tokens_over} and fewer than {match.prompt_tokens_under} tokens",
+            )
+        if rule.target not in known:
+            yield (*path, "target"), _unknown(content, "target", rule.target, known)
+
+
+def _impossible(match: Match) -> bool:
+    over, under = match.prompt_tokens_over, match.prompt_tokens_under
+    return over is not None and under is not None and under <= over + 1
+
+
+def _fallbacks(content: Content) -> Iterator[Finding]:
+    known = _lane_names(content)
+    entries = [(("models", name, "fallback"), False, model.fallback) for name, model in content.models.items()]
+    entries += [
+        (("lanes", name, "fallback"), _is_batch(content, name), lane.fallback) for name, lane in content.lanes.items()
+    ]
+    for path, batch, fallback in entries:
+        if fallback is None:
+            continue
+        if fallback not in known:
+            yield path, _unknown(content, "fallback", fallback, known)
+        elif _is_batch(content, fallback) and not batch:
+            yield path, f"'{fallback}' is a batch lane, where an interactive job would wait behind all others"
+
+
+def _circles(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:
+    told: set[str] = set()
+    for name in lanes:
+        trail: list[str] = []
+        step: str | None = name
+        while step is not None and step not in trail:
+            trail.append(step)
+            step = lanes[step].fallback
+        if step is None or told & set(trail):
+            continue
+        circle = trail[trail.index(step) :]
+        told.update(circle)
+        yield fallback_path(content, step), f"fallbacks go in a circle: {' -> '.join([*circle, step])}"
+
+
+def _missing_files(content: Content, exists: Callable[[str], bool]) -> Iterator[Finding]:
+    for name, model in content.models.items():
+        ours = model.backend == "llama.cpp" and model.url is None
+        if ours and (model.command is None or "{model}" in " ".join(model.command)) and not exists(model.model):
+            yield ("models", name, "model"), f"there is no file {model.model} on this machine"
+
+
+def _weak_fallbacks(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:
+    for lane in lanes.values():
+        if lane.fallback is None or not _says_fallback(content, lane.name):
+            continue
+        path = fallback_path(content, lane.name)
+        fallback = lanes[lane.fallback]
+        model = content.models[fallback.model]
+        if fallback.model == lane.model:
+            yield path, f"'{fallback.name}' is served by the same model '{lane.model}', which will be as cold"
+        elif not model.keep_warm:
+            yield path, f"'{fallback.model}' is not kept warm, so a promoted job may wait for a second cold start"
+        if lane.trust == "local" and fallback.trust == "remote":
+            yield path, f"'{fallback.name}' is remote, so only jobs that are allowed to leave can go there"
+        if _chain_length(lanes, lane) > CANDIDATES_MAX:
+            yield path, f"of this chain of fallbacks only the first {CANDIDATES_MAX} lanes are tried"
+
+
+def _late_promotions(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:
+    for lane in lanes.values():
+        if lane.fallback is not None and lane.cold_start_budget_ms > lane.max_wait_ms:
+            place = "lanes" if lane.name in content.lanes else "models"
+            yield (
+                (place, lane.name, "coldStartBudgetMs"),
+                f"the fallback is never tried, because a job is given up after {lane.max_wait_ms} ms "
+                f"and promoted only after {lane.cold_start_budget_ms} ms",
+            )
+
+
+def _memory(content: Content, lanes: dict[str, Lane], host_memory_mb: int | None) -> Iterator[Finding]:
+    if host_memory_mb is None:
+        return
+    for name, model in content.models.items():
+        fallback = lanes[name].fallback
+        other = name if fallback is None else lanes[fallback].model
+        if other == name or not _share_a_host(model, content.models[other]):
+            continue
+        mine, theirs = model.memory_mb, content.models[other].memory_mb
+        if mine is not None and theirs is not None and mine + theirs > host_memory_mb:
+            yield (
+                fallback_path(content, name),
+                f"'{name}' ({mine} MB) and its fallback '{other}' ({theirs} MB) do not fit together "
+                f"into {host_memory_mb} MB",
+            )
+    warm = {n: m.memory_mb for n, m in content.models.items() if m.keep_warm and m.memory_mb and m.hosts is None}
+    if sum(warm.values()) > host_memory_mb:
+        sizes = ", ".join(f"'{name}' ({size} MB)" for name, size in warm.items())
+        yield ("models",), f"the models to keep warm, {sizes}, do not fit together into {host_memory_mb} MB"
+
+
+def _weak_rules(content: Content) -> Iterator[Finding]:
+    rules = content.routing
+    for index, rule in enumerate(rules):
+        for earlier in range(index):
+            if covers(rules[earlier].match, rule.match):
+                yield ("routing", index), f"is never reached, because rule {earlier + 1} matches all that this one does"
+                break
+    for name in dict.fromkeys(rule.match.lane for rule in rules if rule.match.lane):
+        if name in content.models or name in content.lanes:
+            continue
+        if not any(covers(rule.match, Match(lane=name)) for rule in rules):
+            index = next(i for i, rule in enumerate(rules) if rule.match.lane == name)
+            yield ("routing", index, "match", "lane"), f"'{name}' is unknown to requests that fit no rule"
+
+
+def fallback_path(content: Content, lane: str) -> Path:
+    """Gives the key that says a lane's fallback: its own, else the one of its model."""
+    if lane in content.lanes and "fallback" in content.lanes[lane].model_fields_set:
+        return ("lanes", lane, "fallback")
+    return ("models", home_of(content, lane) or lane, "fallback")
+
+
+def _says_fallback(content: Content, lane: str) -> bool:
+    """Tells a lane with a fallback of its own from one that inherits it, so that a warning comes once."""
+    return lane in content.models or fallback_path(content, lane)[0] == "lanes"
+
+
+def _chain_length(lanes: dict[str, Lane], lane: Lane) -> int:
+    length = 1
+    while lane.fallback is not None:
+        lane = lanes[lane.fallback]
+        length += 1
+    return length
+
+
+def _share_a_host(one: Model, other: Model) -> bool:
+    return one.hosts is None or other.hosts is None or bool(set(one.hosts) & set(other.hosts))
+
+
+def _is_batch(content: Content, lane: str) -> bool:
+    return lane.endswith(BATCH) or (lane in content.lanes and content.lanes[lane].priority == "batch")
+
+
+def _lane_names(content: Content) -> list[str]:
+    return list(dict.fromkeys([*content.models, *content.lanes, *(name + BATCH for name in content.models)]))
+
+
+def _alias_owners(content: Content) -> dict[str, str]:
+    return {alias: name for name, model in content.models.items() for alias in model.aliases}
+
+
+def _unknown(content: Content, what: str, name: str, known: list[str]) -> str:
+    """Says that a name is unknown, and which one was meant: an alias or routing name leads to what it stands for."""
+    stands_for = _alias_owners(content).get(name)
+    if stands_for is None:
+        stands_for = next((rule.target for rule in content.routing if rule.match.lane == name), None)
+    if stands_for in known:
+        return f"unknown {what} '{name}', did you mean '{stands_for}'?"
+    return f"unknown {what} '{name}'{did_you_mean(name, known)}"

@@ -1,0 +1,146 @@
+"""Turns what pydantic found wrong into sentences that a person can act on."""
+
+import difflib
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from broker.policy.content import Content, LaneEntry, Match, Model, Rule
+from broker.policy.document import Path, shown
+
+PROBLEMS_MAX = 100
+
+_PLACES: dict[type[BaseModel], str] = {
+    Content: "at the top of the file",
+    Model: "in a model",
+    LaneEntry: "in a lane",
+    Match: "in a rule's match",
+    Rule: "in a routing rule",
+}
+_NOT_YET: dict[type[BaseModel], frozenset[str]] = {
+    Content: frozenset({"callers", "remote", "auditDays", "usageDays"}),
+    Model: frozenset(
+        {
+            "activeHours",
+            "maxDowngradeShare",
+            "stickyPromotionMs",
+            "replicas",
+            "apiKeyEnv",
+            "wakeForBatch",
+            "onLoss",
+        }
+    ),
+}
+_BACKENDS_NOT_YET = frozenset({"vllm", "openai"})
+_MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
+
+
+def from_validation(error: ValidationError) -> Iterator[tuple[Path, str]]:
+    """Gives path and words of each problem; past a hundred nobody reads on."""
+    for found in error.errors(include_url=False)[:PROBLEMS_MAX]:
+        path: Path = found["loc"]
+        if path and path[-1] == "[key]":
+            path = path[:-1]
+        yield path, _words(found["type"], path, found.get("input"), found.get("ctx", {}))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Gives `, did you mean 'x'?`, or nothing where no known word is near."""
+    near = near_words(word, known, most=1)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def near_words(word: str, known: Iterable[str], *, most: int) -> list[str]:
+    """Gives the known words that look like this one, whatever their case, hyphens and underscores."""
+    flat: dict[str, str] = {}
+    for candidate in known:
+        flat.setdefault(_flat(candidate), candidate)
+    return [flat[near] for near in difflib.get_close_matches(_flat(word[:200]), flat, n=most)]
+
+
+def _flat(word: str) -> str:
+    return word.lower().replace("_", "").replace("-", "")
+
+
+def _words(kind: str, path: Path, value: Any, ctx: dict[str, Any]) -> str:
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return str(ctx["error"])
+    if kind == "literal_error":
+        return _not_one_of(path, value, typing.get_args(_field_type(path)))
+    if kind == "int_type":
+        return f"must be a whole number{_unit(path)}, not {shown(value)}"
+    if kind in ("float_type", "finite_number"):
+        return f"must be a number, not {shown(value)}"
+    if kind == "greater_than_equal":
+        return f"must be at least {ctx['ge']:,.0f}, not {shown(value)}"
+    if kind == "greater_than":
+        return f"must be more than {ctx['gt']:g}, not {shown(value)}"
+    if kind == "less_than_equal":
+        return f"must be at most {ctx['le']:,.0f}, not {shown(value)}"
+    if kind == "bool_type":
+        return f"must be true or false, not {shown(value)}"
+    if kind == "string_type":
+        return f"must be text, not {shown(value)}"
+    if kind == "list_type":
+        return f"must be a list, not {shown(value)}"
+    if kind == "too_short":
+        return "needs at least one entry"
+    if kind in _MAPPING_TYPES:
+        return f"must be a mapping of keys to values, not {shown(value)}"
+    return f"is wrong ({kind.replace('_', ' ')})"
+
+
+def _unit(path: Path) -> str:
+    key = str(path[-1]) if path else ""
+    return " of milliseconds" if key.endswith("Ms") else " of megabytes" if key.endswith("Mb") else ""
+
+
+def _not_one_of(path: Path, value: Any, allowed: tuple[str, ...]) -> str:
+    if path[-1] == "backend" and value in _BACKENDS_NOT_YET:
+        return _not_yet(str(value))
+    meant = did_you_mean(value, allowed) if isinstance(value, str) else ""
+    return f"must be one of {', '.join(allowed)}, not {shown(value)}{meant}"
+
+
+def _not_yet(word: str) -> str:
+    return f"'{word}' is known, but this version does not act on it yet"
+
+
+def _unknown_key(path: Path) -> str:
+    key = str(path[-1])
+    part = _part_at(path[:-1])
+    if key in _NOT_YET.get(part, ()):
+        return _not_yet(key)
+    for other, place in _PLACES.items():
+        if key in _keys(other) or key in _NOT_YET.get(other, ()):
+            return f"unknown key {shown(key)} here, it belongs {place}"
+    keys = _keys(part)
+    return f"unknown key {shown(key)}{did_you_mean(key, keys) or ', known here are ' + ', '.join(keys)}"
+
+
+def _keys(part: type[BaseModel]) -> list[str]:
+    return [info.alias or name for name, info in part.model_fields.items()]
+
+
+def _part_at(path: Path) -> type[BaseModel]:
+    """Says which part of the file stands at a path."""
+    if not path:
+        return Content
+    if path[0] == "routing":
+        return Match if path[-1] == "match" else Rule
+    return Model if path[0] == "models" else LaneEntry
+
+
+def _field_type(path: Path) -> Any:
+    """Gives the Literal of the field at a path, also where it may be left out."""
+    for info in _part_at(path[:-1]).model_fields.values():
+        if info.alias == path[-1]:
+            wider = typing.get_args(info.annotation)
+            return next((option for option in wider if typing.get_origin(option) is typing.Literal), info.annotation)
+    return None

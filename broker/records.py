@@ -1,0 +1,243 @@
+"""The only reader and writer of hash fields: what a job, a model and a host look like in Redis."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+from broker.lifecycle import ENDED, State
+
+Zone = Literal["local", "remote"]
+Priority = Literal["interactive", "batch"]
+Mode = Literal["sync", "async"]
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def decode_hash(raw: Mapping[Any, Any] | list[Any]) -> dict[str, str]:
+    """Turns HGETALL's reply, a mapping or a flat list, into text."""
+    if isinstance(raw, list):
+        return {_text(raw[i]): _text(raw[i + 1]) for i in range(0, len(raw), 2)}
+    return {_text(k): _text(v) for k, v in raw.items()}
+
+
+class _Hash:
+    """Shared codec: dataclass fields are the hash fields; int, float, bool and str survive the round trip."""
+
+    @classmethod
+    def from_hash(cls, raw: Mapping[Any, Any] | list[Any]) -> Self:
+        """Reads a record; fields that the hash lacks keep their defaults, fields we do not know are left alone."""
+        values = decode_hash(raw)
+        known: dict[str, Any] = {}
+        for f in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
+            if f.name not in values:
+                continue
+            text, kind = values[f.name], f.type
+            known[f.name] = (
+                int(float(text or 0)) if kind is int
+                else float(text or 0) if kind is float
+                else text in ("1", "true") if kind is bool
+                else State(text) if kind is State
+                else text
+            )  # fmt: skip
+        return cls(**known)
+
+    def to_hash(self) -> dict[str, str | int | float]:
+        """Writes a record as hash fields."""
+        out: dict[str, str | int | float] = {}
+        for f in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, f.name)
+            out[f.name] = int(value) if isinstance(value, bool) else value
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord(_Hash):
+    """One generation, from submit to its end. Instants end in `_at` and are ms of Redis' clock, 0 = has not come."""
+
+    id: str
+    state: State = State.QUEUED
+    lane: str = ""
+    entry: str = ""  # stream id of the job's entry in its lane, "" while in none
+    model: str = ""  # policy key of the lane's model
+    asked: str = ""  # what the client wrote: model, alias or lane
+    asked_model: str = ""  # policy key that the request was routed to before any spill or promotion
+    caller: str = "anonymous"
+    session: str = ""
+    zone: str = "local"
+    priority: str = "interactive"
+    endpoint: str = "/v1/chat/completions"
+    mode: str = "sync"
+    stream: bool = False
+    include_usage: bool = False
+    choices: int = 1
+    tokens: int = 0  # estimated prompt tokens
+    max_tokens: int = 0  # answer tokens asked for, 0 = not said
+    attempt: int = 0
+    losses: int = 0
+    promotions: int = 0
+    seen: bool = False
+    owner: str = ""  # host that holds it
+    boot: str = ""
+    policy_version: int = 0
+    apis: str = ""
+    last_seq: int = 0
+    grace_ms: int = -1  # how long it outlives its last reader, -1 = it does not depend on readers
+    keep_ms: int = 600_000
+    idem: str = ""  # key that binds an Idempotency-Key to it
+    submitted_at: int = 0
+    not_before: int = 0
+    queued_at: int = 0
+    promote_at: int = 0
+    retry_at: int = 0
+    promoted_at: int = 0
+    claimed_at: int = 0
+    first_token_at: int = 0
+    ended_at: int = 0
+    give_up_at: int = 0
+    abandon_at: int = 0
+    lease_until: int = 0
+    served_by: str = ""  # policy key and host that produced the answer, `coder-small@gpu1`
+    error: str = ""
+    error_message: str = ""
+    usage: str = ""  # JSON of the runtime's own figures
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended."""
+        return self.state not in ENDED
+
+    def public(self) -> dict[str, Any]:
+        """What a client may see of its job."""
+        hidden = {"apis", "boot", "idem", "last_seq", "usage", "grace_ms", "keep_ms", "entry"}
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        out["usage"] = json.loads(self.usage) if self.usage else None
+        out["error"] = {"code": self.error, "message": self.error_message} if self.error else None
+        del out["error_message"]
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOnHost(_Hash):
+    """One model on one host, as its worker last told."""
+
+    state: str = "cold"  # cold | waking | warm | degraded | unloading | quarantined
+    reason: str = ""
+    runtime: str = ""  # llama.cpp | ollama | simulated
+    slots_total: int = 0
+    slots_used: int = 0
+    slots_settling: int = 0
+    first_token_ms: float = 0  # last measured, 0 = never
+    first_token_ewma_ms: float = 0
+    memory_bytes: int = 0
+    since: int = 0  # instant of the last change of state
+    version: int = 0  # policy version that the worker serves it under
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(_Hash):
+    """What is known of a model wherever it runs."""
+
+    wanted_until: int = 0
+    quarantined_until: int = 0
+    failures: int = 0
+    failure: str = ""
+    load_ms: float = 0  # learned, 0 = never loaded
+    footprint_bytes: int = 0
+    service_ms: float = 0  # mean time that a job holds a slot
+    decode_tps: float = 0
+    prefill_tps: float = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRecord(_Hash):
+    """One machine with runtimes."""
+
+    name: str
+    boot: str = ""
+    beat_at: int = 0
+    started_at: int = 0
+    memory_total: int = 0
+    memory_used: int = 0
+    memory_headroom: int = 0
+    policy_version: int = 0
+    draining: bool = False
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One numbered piece of a job's answer. A terminal frame's kind is the state that the job ended in."""
+
+    attempt: int
+    seq: int
+    kind: str
+    data: bytes
+
+    @property
+    def id(self) -> str:
+        """The frame's id in the log and in `Last-Event-ID`."""
+        return f"{self.attempt}-{self.seq}"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing comes after it."""
+        return self.kind in _ENDED_WORDS
+
+    @classmethod
+    def from_entry(cls, entry_id: bytes | str, values: list[Any] | Mapping[Any, Any]) -> Self:
+        """Reads a frame from an entry of the log."""
+        attempt, seq = _text(entry_id).split("-")
+        pairs = values if isinstance(values, list) else [x for kv in values.items() for x in kv]
+        found = {_text(pairs[i]): pairs[i + 1] for i in range(0, len(pairs), 2)}
+        data = found["data"]
+        return cls(int(attempt), int(seq), _text(found["kind"]), data.encode() if isinstance(data, str) else data)
+
+    @classmethod
+    def from_message(cls, message: bytes) -> tuple[str, Self]:
+        """Reads a job's id and a frame from a message of the frames channel."""
+        head, _, data = message.partition(b"\n")
+        job_id, frame_id, kind = head.decode("ascii").split(" ")
+        attempt, seq = frame_id.split("-")
+        return job_id, cls(int(attempt), int(seq), kind, data)
+
+
+_ENDED_WORDS = frozenset(state.value for state in ENDED)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One entry of a lane, as every worker sees it."""
+
+    job: str
+    lane: str
+    entry: str
+    caller: str = ""
+    session: str = ""
+    promote_at: int = 0
+    submitted: int = 0
+    tokens: int = 0
+    priority: str = "interactive"
+    zone: str = "local"
+
+    @classmethod
+    def from_entry(cls, lane: str, entry_id: bytes | str, values: list[Any] | Mapping[Any, Any]) -> Self:
+        """Reads an entry of a lane's stream."""
+        f = decode_hash(values)
+        return cls(
+            job=f["job"], lane=lane, entry=_text(entry_id), caller=f.get("caller", ""), session=f.get("session", ""),
+            promote_at=int(f.get("promote_at") or 0), submitted=int(f.get("submitted") or 0),
+            tokens=int(f.get("tokens") or 0), priority=f.get("priority", "interactive"), zone=f.get("zone", "local"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What a worker holds after a claim: the attempt that fences its writes, the record, the request's bytes."""
+
+    attempt: int
+    record: JobRecord
+    body: bytes
+

@@ -1,0 +1,1 @@
+"""What tests lean on: real servers made small, and doubles of the ones that cannot be had."""

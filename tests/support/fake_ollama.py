@@ -1,0 +1,143 @@
+"""An Ollama double that keeps Ollama's traps and writes down what it was asked.
+
+It hides a model that loads, aborts a load whose client goes away, shortens names in /api/ps, insists on a keep_alive
+that Ollama would take, reloads when a runner option differs, and serves its OpenAI endpoint without a limit. Loads take
+as long as a test says: `hold_loads()` makes them wait for `release_loads()`.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from workers.runtimes.http_server import Exchange, HttpServer
+
+GIB = 1024**3
+
+
+class FakeOllama:
+    """A server with some models on its disk, none of them loaded."""
+
+    def __init__(self, *stored: str) -> None:
+        self.url = ""
+        self.digests = {_full(name): f"sha256:{index:064x}" for index, name in enumerate(stored, start=1)}
+        self.loaded: dict[str, Any] = {}  # full name -> the keep_alive it was loaded with
+        self.loads_started: list[str] = []
+        self.loads_aborted: list[str] = []
+        self.generate_bodies: list[dict[str, Any]] = []
+        self.chat_bodies: list[dict[str, Any]] = []
+        self.load_error: tuple[int, str] | None = None
+        self.load_seen = asyncio.Event()
+        self.abort_seen = asyncio.Event()
+        self.ps_blocked = asyncio.Event()
+        self.ps_blocked.set()  # set = /api/ps answers
+        self._may_load = asyncio.Event()
+        self._may_load.set()
+        self._one_load = asyncio.Lock()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["FakeOllama"]:
+        """Serves on a loopback port while the block runs."""
+        async with HttpServer(self._handle).listening() as port:
+            self.url = f"http://127.0.0.1:{port}"
+            yield self
+
+    def hold_loads(self) -> None:
+        self._may_load.clear()
+
+    def release_loads(self) -> None:
+        self._may_load.set()
+
+    def block_ps(self) -> None:
+        """Leaves /api/ps unanswered, as Ollama does while its scheduler sets a runner up or tears one down."""
+        self.ps_blocked.clear()
+
+    def unblock_ps(self) -> None:
+        self.ps_blocked.set()
+
+    async def _handle(self, exchange: Exchange) -> None:
+        match exchange.method, exchange.path:
+            case "GET", "/api/tags":
+                await exchange.answer({"models": [self._tag(name) for name in self.digests]})
+            case "GET", "/api/ps":
+                await self.ps_blocked.wait()
+                await exchange.answer({"models": [self._running(name) for name in self.loaded]})
+            case "GET", "/api/version":
+                await exchange.answer({"version": "0.33.0"})
+            case "POST", "/api/generate":
+                await self._generate(exchange, exchange.json())
+            case "POST", "/v1/chat/completions":
+                await self._chat(exchange, exchange.json())
+            case _:
+                await exchange.answer({"error": "not found"}, status=404)
+
+    def _tag(self, name: str) -> dict[str, Any]:
+        return {"name": name, "model": name, "size": GIB, "digest": self.digests[name]}
+
+    def _running(self, name: str) -> dict[str, Any]:
+        short = name.removesuffix(":latest").removeprefix("library/")
+        return {"name": short, "model": short, "size": 2 * GIB, "size_vram": GIB, "digest": self.digests[name]}
+
+    async def _generate(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        self.generate_bodies.append(body)
+        name, keep_alive = _full(body["model"]), body.get("keep_alive", 300)
+        if isinstance(keep_alive, str) and keep_alive.lstrip("-").isdigit():
+            await exchange.answer({"error": f'time: missing unit in duration "{keep_alive}"'}, status=400)
+        elif name not in self.digests:
+            await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
+        elif keep_alive == 0:
+            await exchange.answer(_done(name, "unload"))
+            self.loaded.pop(name, None)  # After the answer, as Ollama does.
+        elif await self._load(exchange, name, keep_alive):
+            await exchange.answer(_done(name, "load"))
+
+    async def _load(self, exchange: Exchange, name: str, keep_alive: Any) -> bool:
+        """Loads one model at a time, as Ollama does; the load dies with the connection that asked for it."""
+        async with self._one_load:
+            if name not in self.loaded:
+                self.loads_started.append(name)
+                self.load_seen.set()
+                try:
+                    await self._may_load.wait()
+                except asyncio.CancelledError:
+                    self.loads_aborted.append(name)
+                    self.abort_seen.set()
+                    raise
+            if self.load_error is not None:
+                status, text = self.load_error
+                await exchange.answer({"error": text}, status=status)
+                return False
+            self.loaded[name] = keep_alive
+            return True
+
+    async def _chat(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        self.chat_bodies.append(body)
+        name = _full(body["model"])
+        if name not in self.digests:
+            error = {"message": f"model '{body['model']}' not found", "type": "not_found_error"}
+            await exchange.answer({"error": error}, status=404)
+            return
+        if name not in self.loaded and not await self._load(exchange, name, 300):
+            return
+        words = ["ollama", *(f" {number}" for number in range(1, body.get("max_tokens") or 8))]
+        await exchange.begin("text/event-stream")
+        for word in ["", *words]:  # Ollama's first chunk may be empty; it is no first token.
+            await exchange.write(_event(body, {"role": "assistant", "content": word}, None))
+        await exchange.write(_event(body, {"role": "assistant", "content": ""}, "length"))
+        await exchange.write(b"data: [DONE]\n\n")
+        await exchange.end()
+
+
+def _full(name: str) -> str:
+    return name if ":" in name else f"{name}:latest"
+
+
+def _done(name: str, reason: str) -> dict[str, Any]:
+    return {"model": name, "created_at": "2026-01-01T00:00:00Z", "response": "", "done": True, "done_reason": reason}
+
+
+def _event(body: dict[str, Any], delta: dict[str, Any], finish_reason: str | None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": body["model"], "choices": [choice]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"

@@ -1,0 +1,205 @@
+"""What every runtime can do, how it fails, and the probe that proves a first token.
+
+The clients made here are for loads, probes and questions about state. Answers for users travel on the token path's
+own client: a slow probe must never hold a connection that a user's tokens need.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import httpx
+
+State = Literal["absent", "loading", "loaded", "unreachable"]
+
+CONNECT_TIMEOUT_S = 2.0
+STATE_TIMEOUT_S = 2.0
+PROBE_DRAIN_S = 1.0
+ERROR_TEXT_MAX = 300
+CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of (device |system |host )?memory|OutOfDeviceMemory|OutOfHostMemory|cudaMalloc failed|std::bad_alloc"
+    r"|(failed|unable|cannot) to allocate|cannot allocate memory|requires more (system )?memory",
+    re.IGNORECASE,
+)
+
+
+class RuntimeProblem(Exception):
+    """A runtime could not do what we asked; the message is one sentence for the operator."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+
+
+class LoadFailed(RuntimeProblem):
+    """The model did not load; `oom` tells that memory was the reason."""
+
+    def __init__(self, sentence: str, oom: bool = False) -> None:
+        super().__init__(sentence)
+        self.oom = oom
+
+
+class RuntimeUnreachable(RuntimeProblem):
+    """Nobody answers at the runtime's address."""
+
+
+class ProbeFailed(RuntimeProblem):
+    """The runtime answered, but produced no token."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where generations go (`POST {base_url}/v1/chat/completions`) and under which model name."""
+
+    base_url: str
+    headers: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+
+
+class Runtime(Protocol):
+    """One model on one runtime, as the waker and the attempts see it."""
+
+    @property
+    def kind(self) -> str:
+        """The backend's word in the policy file: "llama.cpp", "ollama" or "simulated"."""
+
+    async def state(self) -> State:
+        """Tells where the model is, within 2 s; never loads it and never wakes it."""
+
+    async def load(self, *, timeout_s: float) -> None:
+        """Returns when the runtime calls the model loaded, no proof of warmth; cancelling abandons the load."""
+
+    async def unload(self) -> None:
+        """Gives the model's memory back."""
+
+    async def memory_bytes(self) -> int | None:
+        """Tells what the loaded model occupies; None = the runtime can't tell."""
+
+    def endpoint(self) -> Endpoint:
+        """Tells where generations go; on a runtime we start ourselves the port changes with every load."""
+
+    async def probe(self, *, timeout_s: float) -> float:
+        """Asks for one token and returns the ms to its first content; takes a slot, so only on an idle model."""
+
+    async def busy_slots(self) -> int | None:
+        """Tells how many generations the runtime itself says are running; None = it can't tell. At most every 2 s."""
+
+    async def close(self) -> None:
+        """Stops what we started and closes our connections; an external server is left as it is."""
+
+
+def client_for(url: str) -> httpx.AsyncClient:
+    """Makes one runtime's own client: nothing shared, no proxy from the environment between us and a loopback port."""
+    # Reading the CA bundle takes 50 ms and only https needs it.
+    timeout = httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    return httpx.AsyncClient(timeout=timeout, verify=url.startswith("https:"), trust_env=False)
+
+
+def looks_like_oom(text: str) -> bool:
+    """Tells whether a runtime's message says that memory ran out."""
+    return _OUT_OF_MEMORY.search(text) is not None
+
+
+def error_text(body: bytes) -> str:
+    """Finds the sentence in an error body, whichever of the runtimes' shapes it has."""
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        error: Any = json.loads(text)["error"]
+        text = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        pass
+    return text[:ERROR_TEXT_MAX] or "an empty answer"
+
+
+async def probe_chat(
+    client: httpx.AsyncClient, endpoint: Endpoint, *, timeout_s: float, extra: Mapping[str, object] | None = None
+) -> float:
+    """Streams a one-token chat generation and returns the ms until its first content piece."""
+    body: dict[str, object] = {
+        "model": endpoint.model,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 1,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **(extra or {}),
+    }
+    url = f"{endpoint.base_url}/v1/chat/completions"
+    timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+    started = time.perf_counter()
+    try:
+        async with (
+            asyncio.timeout(timeout_s),
+            client.stream("POST", url, json=body, headers=endpoint.headers, timeout=timeout) as response,
+        ):
+            if response.status_code != 200:
+                text = error_text(await response.aread())
+                raise ProbeFailed(f"the probe was answered {response.status_code}: {text}")
+            async with aclosing(_chunks(response)) as chunks:
+                await _first_token(chunks)
+                elapsed_ms = (time.perf_counter() - started) * 1000
+                await _drain(chunks)
+            return elapsed_ms
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise RuntimeUnreachable(f"nobody answers at {endpoint.base_url}: {error}") from error
+    except (TimeoutError, httpx.TimeoutException) as error:
+        raise ProbeFailed(f"the probe got no token within {timeout_s:g} s") from error
+    except httpx.HTTPError as error:
+        raise ProbeFailed(f"the probe broke off before its first token: {type(error).__name__} {error}") from error
+
+
+async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    """Reads the chunks of a chat stream; an error in it, or a line that is no SSE, is a failure."""
+    async for line in response.aiter_lines():
+        if not line or line.startswith((":", "event:", "id:", "retry:")) or line == "data: [DONE]":
+            continue
+        if not line.startswith("data:"):  # A router whose child died writes a bare text line into the stream.
+            raise ProbeFailed(f"the probe's stream turned into text: {line[:ERROR_TEXT_MAX]}")
+        try:
+            chunk = json.loads(line[5:])
+        except ValueError as error:
+            raise ProbeFailed(f"the probe's stream is not JSON: {line[:ERROR_TEXT_MAX]}") from error
+        if not isinstance(chunk, dict):
+            raise ProbeFailed(f"the probe's stream is not a chat stream: {line[:ERROR_TEXT_MAX]}")
+        if "error" in chunk:
+            raise ProbeFailed(f"the probe's stream carried an error: {error_text(line[5:].encode())}")
+        yield chunk
+
+
+async def _first_token(chunks: AsyncIterator[dict[str, Any]]) -> None:
+    """Waits for the first content, or for the runtime's own count of one token that has no text of its own.
+
+    A reasoning model's first token is often a marker that the server swallows (`<think>`), so that a one-token answer
+    ends without content. Its usage or timings still prove that a token was made; a finish without them proves nothing.
+    """
+    async for chunk in chunks:
+        if _has_content(chunk) or _counts_a_token(chunk):
+            return
+    raise ProbeFailed("the probe's stream ended without a token")
+
+
+def _has_content(chunk: Mapping[str, Any]) -> bool:
+    deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or []]
+    return any(delta.get(key) for delta in deltas for key in CONTENT_KEYS)
+
+
+def _counts_a_token(chunk: Mapping[str, Any]) -> bool:
+    usage = chunk.get("usage") or {}
+    timings = chunk.get("timings") or {}
+    return bool(usage.get("completion_tokens") or timings.get("predicted_n"))
+
+
+async def _drain(chunks: AsyncIterator[dict[str, Any]]) -> None:
+    """Reads a one-token stream to its end, so that the slot is freed at once and not by noticing a hang-up."""
+    try:
+        async with asyncio.timeout(PROBE_DRAIN_S):
+            async for _ in chunks:
+                pass
+    except (TimeoutError, httpx.HTTPError, ProbeFailed):
+        pass  # The token has been seen; what follows it is not the probe's business.

@@ -1,0 +1,67 @@
+"""The simulated runtime: a child process that behaves like a llama-server and says "simulated" in every answer.
+
+It has no weights. It exists so that the gateway runs, and can be judged, on a machine without a model, and so that
+tests can ask for every way in which a runtime fails.
+"""
+
+import os
+import re
+import site
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workers.runtimes.llama_server import LlamaServer
+
+if TYPE_CHECKING:
+    from broker.policy import Model
+
+SERVER = "workers.runtimes.simulated_server"
+
+
+class Simulated(LlamaServer):
+    """A simulated model; `options` of the policy become the server's flags (`coldStartMs` or `cold_start_ms`)."""
+
+    def __init__(self, name: str, model: "Model", *, state_dir: Path) -> None:
+        super().__init__(name, model, state_dir=state_dir)
+        options = {_flag(key): value for key, value in model.options.items()}
+        self._memory_mb = model.memory_mb or options.get("memory-mb")
+        self._options = {"parallel": model.max_concurrent, **options}
+        if model.context_tokens:
+            self._options.setdefault("context", model.context_tokens)
+
+    @property
+    def kind(self) -> str:
+        return "simulated"
+
+    async def memory_bytes(self) -> int | None:
+        """Gives the figure that the policy pretends; the process itself needs next to nothing."""
+        if await self.state() != "loaded":
+            return None
+        return int(self._memory_mb * 1024 * 1024) if self._memory_mb else await super().memory_bytes()
+
+    def _command(self, port: int) -> list[str]:
+        command = [sys.executable, "-P", "-m", SERVER, "--port", str(port), "--model", self._model.model]
+        for flag, value in self._options.items():
+            if value is True:
+                command.append(f"--{flag}")
+            elif value is not False and value is not None:
+                command += [f"--{flag}", str(value)]
+        return command
+
+    def _check_files(self, argv: Sequence[str]) -> None:
+        """A simulated model has no file."""
+
+    def _environment(self) -> Mapping[str, str]:
+        """Leads the child to this very package, in a checkout that nobody installed and from any directory."""
+        root = str(Path(__file__).resolve().parents[2])
+        installed = {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")}
+        if root in installed:
+            return {}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+
+
+def _flag(key: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])([A-Z])", r"-\1", key).replace("_", "-").lower()
