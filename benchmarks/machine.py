@@ -69,7 +69,11 @@ def finish_load(process: subprocess.Popen[str], *, limit_s: float = 90) -> dict[
         raise CannotMeasure(f"the load generator did not end within {limit_s:g} s") from None
     if process.returncode:
         raise CannotMeasure(f"the load generator failed: {complaints.strip()[-300:]}")
-    return {**json.loads(out), "complaints": complaints.strip()[-900:]}
+    found = json.loads(out)
+    for name in ("first", "total", "token"):
+        if not found[name]["n"]:
+            found[name] = {"n": 0}  # no sample, no percentile
+    return {**found, "complaints": complaints.strip()[-900:]}
 
 
 def ping(port: int, count: int, pause_us: int) -> dict[str, float]:
@@ -212,7 +216,7 @@ def facts() -> dict[str, str]:
     with contextlib.suppress(OSError, IndexError):
         memory = f"{int(Path('/proc/meminfo').read_text().split()[1]) / 2**20:.1f} GiB"
     return {
-        "processor": f"{len(os.sched_getaffinity(0))} × {cpu}",
+        "processor": f"{len(os.sched_getaffinity(0))} x {cpu}",
         "memory": memory,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

@@ -19,6 +19,7 @@ from machine import (
     CannotMeasure,
     answers,
     command_line,
+    cpu_s,
     descendants,
     end_process,
     free_port,
@@ -34,6 +35,7 @@ LITELLM_OVERRIDES = ("certifi", "litellm-proxy-extras")
 SLOTS = 160
 START_S_MAX = 90.0
 INSTALL_S_MAX = 600.0
+QUIET_S_MAX = 20.0
 
 
 class Rival:
@@ -87,7 +89,8 @@ class _Started(Rival):
     def _wait_for(self, url: str) -> None:
         assert self.process is not None
         process = self.process
-        if not wait_until(lambda: process.poll() is not None or answers(url), START_S_MAX, 0.1) or process.poll() is not None:
+        wait_until(lambda: process.poll() is not None or answers(url), START_S_MAX, 0.1)
+        if process.poll() is not None or not answers(url):
             words = self._log.read_text(errors="replace").strip().splitlines()[-6:]
             self.stop()
             raise CannotMeasure(f"{self.name} did not start: {' / '.join(words)[-500:]}")
@@ -98,6 +101,16 @@ class _Started(Rival):
 
     def pids(self, role: str = "") -> list[int]:
         return list(descendants(self.process.pid)) if self.process is not None else []
+
+    def wait_idle(self) -> None:
+        """Some go on for seconds with answers whose clients have left: waits until it uses little CPU."""
+        wait_until(lambda: self._busy_share() < 0.1, QUIET_S_MAX, 0.0)
+
+    def _busy_share(self, over_s: float = 0.25) -> float:
+        pids = self.pids()
+        before = cpu_s(pids)
+        time.sleep(over_s)
+        return (cpu_s(pids) - before) / over_s
 
 
 class Nginx(_Started):
@@ -295,8 +308,8 @@ class Warmlane(_Started):
         self.port = free_port()
         env = {k: v for k, v in python_env().items() if not k.startswith("GATEWAY_")}
         env["GATEWAY_REDIS_URL"] = self.redis.url
-        args = ["up", "--policy", str(policy), "--host", "127.0.0.1", "--port", str(self.port), "--data", str(home / "data")]
-        self._run([*command, *args], home / "log", env=env, cwd=ROOT)
+        args = [*command, "up", "--policy", str(policy), "--data", str(home / "data")]
+        self._run([*args, "--host", "127.0.0.1", "--port", str(self.port)], home / "log", env=env, cwd=ROOT)
         self._wait_for(f"http://127.0.0.1:{self.port}/healthz")
         for model in ("bench", "tight"):
             if not wait_until(lambda: self._serves(model), 30, 0.2):  # noqa: B023  asked again at once, not later
@@ -306,9 +319,8 @@ class Warmlane(_Started):
 
     def _serves(self, model: str) -> bool:
         body = {"model": model, "messages": [{"role": "user", "content": "bench:0,2,0,0"}]}
-        ask = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
+        url, headers = f"http://127.0.0.1:{self.port}/v1/chat/completions", {"content-type": "application/json"}
+        ask = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(ask, timeout=25) as answer:
                 return bool(answer.status == 200)
@@ -338,7 +350,7 @@ class Warmlane(_Started):
 
         with contextlib.closing(redis.Redis(unix_socket_path=self.redis.socket)) as client:
             wait_until(lambda: client.zcard("gw:due") == 0, 8, 0.05)
-        time.sleep(0.05)
+        super().wait_idle()
 
 
 _POLICY = """models:

@@ -30,6 +30,12 @@ async def beat(
     await store.run("host_beat", keys, [store.now_arg(), host.name, host.boot, lease_ms, int(take), *told])
 
 
+async def read(store: Store, name: str) -> HostRecord | None:
+    """Reads what a host last told, None when no live one has the name."""
+    raw = await store.hash(store.keys.host(name))
+    return HostRecord.from_hash(raw) if raw else None
+
+
 async def leave(store: Store, host: HostRecord, models: list[str]) -> None:
     """Takes a host off at once, so that nobody waits for its lease to end."""
     current = await store.command("HGET", store.keys.host(host.name), "boot")
@@ -41,6 +47,18 @@ async def learn(store: Store, model: str, **facts: float | int | str) -> None:
     """Notes what was learned of a model: fields of ModelFacts."""
     flat = [x for name, value in facts.items() for x in (name, value)]
     await store.command("HSET", store.keys.model(model), *flat)
+
+
+async def forget(store: Store, *, known: set[str] | None) -> None:
+    """Drops hosts that have been silent for a day; with `known`, also what was learned of models not in it."""
+    now = await store.now_ms()
+    await store.command("ZREMRANGEBYSCORE", store.keys.hosts, "-inf", now - FORGET_HOST_MS)
+    if known is None:
+        return
+    async for key in store.scan(store.keys.model("*")):
+        model = store.keys.model_of(key)
+        if model and model not in known:
+            await store.command("DEL", key, store.keys.wake_epoch(model))
 
 
 @dataclass

@@ -53,7 +53,7 @@ async def emit(store: Store, held: Holding, seq: int, data: bytes) -> None:
 
 async def end(
     store: Store, held: Holding, event: Literal["finish", "fail"], *, seq: int = 0, data: bytes = b"",
-    error: errors.JobEnded | None = None, served_by: str = "", usage: dict[str, Any] | None = None,
+    error: errors.BrokerError | None = None, served_by: str = "", usage: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Ends a held job, with one last frame (`seq`, `data`) if there is one. Raises StaleAttempt, AlreadyEnded."""
     code, message = (error.code, str(error)) if error is not None else ("", "")

@@ -97,6 +97,11 @@ class Keyspace:
         """Hash of a model on one host. Model names hold no `:`, so it cannot be another model's own hash."""
         return f"{self._prefix}model:{model}:{host}"
 
+    def model_of(self, key: str) -> str:
+        """Reads the model's name from the key of its own hash; "" for any other key."""
+        family = self.family(key)
+        return key.removeprefix(self.model("")) if family and family.pattern == "model:<model>" else ""
+
     def host(self, host: str) -> str:
         """Hash of a host, owned by one boot."""
         return f"{self._prefix}host:{host}"

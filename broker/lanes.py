@@ -137,6 +137,11 @@ async def sweep(store: Store, lane: str, *, page: int = 200) -> tuple[int, int]:
             return removed, restored
 
 
+async def retire(store: Store, lane: str) -> bool:
+    """Lets a retiring lane go if nothing waits or runs in it any more."""
+    return bool(await store.run("retire", [store.keys.lane(lane), store.keys.policy], [lane]))
+
+
 async def waiting_entries(store: Store, lane: str, *, limit: int) -> AsyncIterator[Waiting]:
     """Lists the oldest entries of a lane, waiting and held alike; the claim decides which is which."""
     for entry, values in await store.command("XRANGE", store.keys.lane(lane), "-", "+", "COUNT", limit) or []:

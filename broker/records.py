@@ -165,6 +165,7 @@ class HostRecord(_Hash):
     policy_version: int = 0
     draining: bool = False
     pid: int = 0
+    machine: str = ""  # which hardware the name stands for
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class Store:
         await self.client.connection_pool.disconnect()
 
     @property
+    def socket_path(self) -> str:
+        """Path of the unix socket, "" when Redis is reached over TCP."""
+        return self.url.removeprefix("unix://").split("?")[0] if self.url.startswith("unix://") else ""
+
+    @property
     def answering_s(self) -> float:
         """How long this process has had an unbroken connection: leases are judged only after one whole lease of it."""
         since = self._wire.opened_at if self._wire is not None else self._first_answer
@@ -183,6 +188,16 @@ class Store:
                     on_push(message["channel"].decode(), message["data"])
         finally:
             await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    async def scan(self, pattern: str) -> AsyncIterator[str]:
+        """Lists keys that match; for chores and tests, never for a request."""
+        cursor: Any = "0"
+        while True:
+            cursor, keys = await self.command("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
+            for key in keys:
+                yield key.decode()
+            if int(cursor) == 0:
+                return
 
     async def durability(self) -> str:
         """Says what a crash of Redis may lose: `none`, `rdb`, `aof-everysec`, `aof-always` or `unknown`."""

@@ -83,44 +83,50 @@ def _refuse_constant(word: str) -> NoReturn:
 
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
 _LENIENT = json.JSONDecoder()
+_SPACE = frozenset(" \t\n\r")
 _skip_space = re.compile(r"[ \t\n\r]*").match
 
 
 def _scan_text(text: str, raw_decode: Any) -> list[Member]:
     """Walks over the object once; offsets count characters."""
-
-    def after_space(at: int) -> int:
-        found = _skip_space(text, at)
-        return found.end() if found else at
-
-    at = after_space(0)
+    at = _after_space(text, 0)
     if text[at : at + 1] != "{":
         raw_decode(text, at)  # malformed JSON is reported as such, a valid value of another kind as what it is
         raise BadRequest("the body must be a JSON object")
     members: list[Member] = []
-    at = after_space(at + 1)
-    closed = text[at : at + 1] == "}"
-    while not closed:
-        key_start = at
-        if text[at : at + 1] != '"':
+    at = _after_space(text, at + 1)
+    mark = text[at : at + 1]
+    while mark != "}":
+        if mark != '"':
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
-        key, at = raw_decode(text, at)
-        at = after_space(at)
-        if text[at : at + 1] != ":":
-            raise json.JSONDecodeError("Expecting ':' delimiter", text, at)
-        start = after_space(at + 1)
+        key, colon = raw_decode(text, at)
+        if text[colon : colon + 1] != ":":
+            colon = _after_space(text, colon)
+            if text[colon : colon + 1] != ":":
+                raise json.JSONDecodeError("Expecting ':' delimiter", text, colon)
+        start = _after_space(text, colon + 1)
         value, end = raw_decode(text, start)
-        members.append(Member(key, value, key_start, start, end))
-        at = after_space(end)
-        closed = text[at : at + 1] == "}"
-        if not closed:
-            if text[at : at + 1] != ",":
+        members.append(Member(key, value, at, start, end))
+        at = _after_space(text, end)
+        mark = text[at : at + 1]
+        if mark != "}":
+            if mark != ",":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            at = after_space(at + 1)
-    at = after_space(at + 1)
+            at = _after_space(text, at + 1)
+            mark = text[at : at + 1]
+            if mark == "}":
+                raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, at)
+    at = _after_space(text, at + 1)
     if at != len(text):
         raise json.JSONDecodeError("Extra data", text, at)
     return members
+
+
+def _after_space(text: str, at: int) -> int:
+    if text[at : at + 1] not in _SPACE:  # compact JSON, the usual case
+        return at
+    found = _skip_space(text, at)
+    return found.end() if found else at
 
 
 def _in_bytes(text: str, members: list[Member]) -> list[Member]:

@@ -37,6 +37,7 @@ BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4  # role and separators of a chat template
 TOKENS_PER_IMAGE = 1024  # what vision models of this size make of a usual picture; its base64 is not text
 
+_USAGE_ASKED: Final = b'{"include_usage":true}'
 _ATTACHMENTS: Final = frozenset({"image_url", "input_image", "image", "input_audio", "file"})
 _IMAGES: Final = frozenset({"image_url", "input_image", "image"})
 
@@ -97,19 +98,12 @@ def read_chat(body: bytes) -> ChatFacts:
 def rewrite_chat(body: bytes, model: str) -> bytes:
     """Names the runtime's model and asks for a stream with usage; leaves every other byte as the client sent it."""
     members = json_splice.scan(body)
-    options: bytes | None = None
+    options = _USAGE_ASKED
     for member in members:
         if member.key == "stream_options" and isinstance(member.value, dict):
-            options = body[member.start : member.end]
-    return json_splice.splice_members(
-        body,
-        members,
-        {
-            "model": model,
-            "stream": True,
-            "stream_options": json_splice.splice(options or b"{}", {"include_usage": True}),
-        },
-    )
+            options = json_splice.splice(body[member.start : member.end], {"include_usage": True})
+    changes = {"model": model, "stream": True, "stream_options": options}
+    return json_splice.splice_members(body, members, changes)
 
 
 def heartbeat(note: str) -> bytes:

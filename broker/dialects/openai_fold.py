@@ -19,9 +19,12 @@ def fold_chat(chunks: Iterable[bytes] | bytes) -> dict[str, Any]:
     """
     stream = chunks if isinstance(chunks, bytes) else b"".join(chunks)
     fold = _Fold()
+    head = tail = b""
     for event in stream.split(b"\n\n"):
-        if event.startswith(b"data: ") and event != b"data: [DONE]":
-            fold.add(event[6:])
+        if head and event.startswith(head) and event.endswith(tail):
+            fold.run.append(event[len(head) : -len(tail)])
+        elif event.startswith(b"data: ") and event != b"data: [DONE]":
+            head, tail = fold.add(event)
     return fold.result()
 
 
@@ -33,21 +36,19 @@ class _Fold:
     """
 
     def __init__(self) -> None:
+        self.run: list[bytes] = []  # what stood between head and tail in the events after the last parsed one
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
-        self._head = self._tail = b""
-        self._run: list[bytes] = []
-        self._run_place = 0, "content"
+        self._around = b"", b""
+        self._place = 0, "content"
 
-    def add(self, payload: bytes) -> None:
-        head, tail = self._head, self._tail
-        if head and payload.startswith(head) and payload.endswith(tail) and len(payload) > len(head) + len(tail):
-            self._run.append(payload[len(head) : -len(tail)])
-            return
+    def add(self, event: bytes) -> tuple[bytes, bytes]:
+        """Parses an event and gives the bytes around its text; both are empty if it adds more than one text."""
         self._end_run()
-        chunk = json.loads(payload)
+        chunk = json.loads(event[6:])
         self._merge(chunk)
-        self._learn(payload, chunk)
+        self._around = self._learn(event, chunk)
+        return self._around
 
     def result(self) -> dict[str, Any]:
         self._end_run()
@@ -58,37 +59,38 @@ class _Fold:
         answer["choices"] = [_close(self._choices[index]) for index in sorted(self._choices)]
         return answer | self._top
 
-    def _learn(self, payload: bytes, chunk: dict[str, Any]) -> None:
-        """Remembers the bytes around the text of a chunk that adds nothing but one piece of text."""
-        self._head = self._tail = b""
+    def _learn(self, event: bytes, chunk: dict[str, Any]) -> tuple[bytes, bytes]:
         choices = chunk.get("choices")
         if not isinstance(choices, list) or len(choices) != 1:
-            return
+            return b"", b""
         choice = choices[0]
         said = {key: value for key, value in (choice.get("delta") or {}).items() if value and key != "role"}
         key = next(iter(said), "")
         quiet = choice.get("finish_reason") is None and choice.get("logprobs") is None
         if len(said) != 1 or key not in _find_text or not quiet or not choice.keys() <= _QUIET_CHOICE_KEYS:
-            return
-        if payload.count(b'"%s"' % key.encode()) == 1 and (found := _find_text[key](payload)):
-            self._head, self._tail = payload[: found.start(1)], payload[found.end(1) :]
-            self._run_place = choice.get("index", 0), key
+            return b"", b""
+        found = _find_text[key](event)
+        if not found or event.count(b'"%s"' % key.encode()) != 1:
+            return b"", b""
+        self._place = choice.get("index", 0), key
+        return event[: found.start(1)], event[found.end(1) :]
 
     def _end_run(self) -> None:
-        run, self._run = self._run, []
+        run, self.run = self.run, []
         if not run:
             return
         try:
             pieces = json.loads(b"[" + b",".join(run) + b"]")
         except ValueError:
             pieces = []
-        if len(pieces) == len(run) and all(type(piece) is str for piece in pieces):
-            index, key = self._run_place
+        if pieces and all(type(piece) is str for piece in pieces):
+            index, key = self._place
             message = self._choices[index]["message"]
             message[key] = (message.get(key) or "") + "".join(pieces)
-        else:  # the same bytes around, but more than one string between them
+        else:  # the same bytes around, but more than one text between them
+            head, tail = self._around
             for middle in run:
-                self._merge(json.loads(self._head + middle + self._tail))
+                self._merge(json.loads((head + middle + tail)[6:]))
 
     def _merge(self, chunk: dict[str, Any]) -> None:
         if chunk.get("error"):

@@ -18,6 +18,7 @@ MAX_COMPLAINT_CHARS = 300  # enough to know the cause; a runtime may quote the w
 _CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call")
 _FAILED_REASONS = frozenset({"error", "abort"})  # the runtime broke off, whatever it has sent so far
 _find_null = re.compile(rb'"finish_reason"\s*:\s*null').search
+_find_model = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"').search
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class ChatReader:
     """Takes a runtime's bytes in, however they were split, and gives the client's bytes out, whole events only.
 
     Nothing comes out before the first content (role-only chunks wait with it), so a generation that fails early
-    leaves no trace and may start again elsewhere. Comments, the runtime's `[DONE]` and its errors never come out:
-    how a stream ends is for the gateway to say.
+    leaves no trace and may start again elsewhere; an answer without content comes out after a good `end`.
+    Comments, the runtime's `[DONE]` and its errors never come out: how a stream ends is for the gateway to say.
     """
 
     def __init__(self, served_as: str, include_usage: bool, n: int = 1) -> None:
@@ -89,9 +90,7 @@ class ChatReader:
             return
         blob = self._cutter.cut(data)
         if blob:
-            if self._is_plain(blob):
-                self._ready.append(self._renamed(blob))
-            else:
+            if not self._pass_plain(blob):
                 self._read_blob(blob)
         if self._cutter.overflowed:
             self._fail("the runtime sent an event that is too long")
@@ -109,43 +108,42 @@ class ChatReader:
 
     def take(self) -> bytes:
         """Gives the client's bytes that are ready and not taken yet."""
-        if not self._ready or not (self.has_content or self._all_finished()):
+        if not self._ready or not (self.has_content or (self._ended and self.succeeded)):
             return b""
         taken = self._ready[0] if len(self._ready) == 1 else b"".join(self._ready)
         self._ready.clear()
         return taken
 
-    def _all_finished(self) -> bool:
-        return self.succeeded and (self._ended or len(self.finish_reasons) >= self._n)
+    def _pass_plain(self, blob: bytes) -> bool:
+        """Renames and passes on a blob that holds nothing but one-line chunks of a running single choice.
 
-    def _is_plain(self, blob: bytes) -> bool:
-        """Whether the blob is nothing but one-line chunks of a running single choice, proven by counting bytes."""
+        That is proven by counting bytes. Cutting at the model's name shows that each event names it once: then a line
+        break lies in every piece between two names.
+        """
         if not self._null or self._n != 1 or not blob.startswith(b"data: {") or len(blob) > sse.MAX_EVENT_BYTES:
             return False
         events = blob.count(self._null)
-        return (
-            blob.count(b"\n") == 2 * events
-            and blob.count(b"\n\ndata: {") == events - 1
-            and blob.count(b'"finish_reason"') == events
-            and blob.count(self._old_name) == events
-            and b'"error"' not in blob
-            and (b'"usage"' not in blob or blob.count(b'"usage"') == blob.count(b'"usage":null'))
-        )
-
-    def _renamed(self, blob: bytes) -> bytes:
-        return blob if self._old_name == self._new_name else blob.replace(self._old_name, self._new_name)
+        if (
+            blob.count(b"\n") != 2 * events
+            or blob.count(b"\n\ndata: {") != events - 1
+            or blob.count(b'"finish_reason"') != events
+            or b'"error"' in blob
+            or (b'"usage"' in blob and blob.count(b'"usage"') != blob.count(b'"usage":null'))
+        ):
+            return False
+        pieces = blob.split(self._old_name)
+        if len(pieces) != events + 1 or not all(b"\n" in piece for piece in pieces[1:-1]):
+            return False
+        self._ready.append(self._new_name.join(pieces))
+        return True
 
     def _read_blob(self, blob: bytes) -> None:
         """Reads a blob event by event: some of it must be understood."""
         for event in blob.split(b"\n\n"):
-            if not event:
-                continue
-            if self._null and self._is_plain(whole := event + b"\n\n"):
-                self._ready.append(self._renamed(whole))
-            else:
+            if event and not (self._null and self._pass_plain(event + b"\n\n")):
                 self._read_event(event)
-            if self.complaint is not None:
-                return
+                if self.complaint is not None:
+                    return
 
     def _read_event(self, event: bytes) -> None:
         if len(event) > sse.MAX_EVENT_BYTES:
@@ -157,15 +155,16 @@ class ChatReader:
             return None
         payload = data.replace(b"\n", b" ")
         try:
-            members = json_splice.scan(payload, finite=False)
-        except BadRequest:
+            chunk = json.loads(payload.decode())
+        except (ValueError, RecursionError):
+            chunk = None
+        if not isinstance(chunk, dict):
             return self._fail("the runtime sent an event that is not a JSON object")
-        chunk = {member.key: member.value for member in members}
         if name == b"error" or chunk.get("error") or chunk.get("object") == "error":
             return self._complain(_complaint(chunk))
-        return self._read_chunk(payload, members, chunk)
+        return self._read_chunk(payload, chunk)
 
-    def _read_chunk(self, payload: bytes, members: list[json_splice.Member], chunk: dict[str, Any]) -> None:
+    def _read_chunk(self, payload: bytes, chunk: dict[str, Any]) -> None:
         choices = chunk.get("choices")
         content = finished = False
         for choice in choices if isinstance(choices, list) else ():
@@ -177,25 +176,29 @@ class ChatReader:
         hidden = not choices and isinstance(chunk.get("usage"), dict) and not self._include_usage
         if hidden or not isinstance(choices, list) or self.complaint is not None:
             return
-        renamed = json_splice.splice_members(payload, members, {"model": self._new_model})
-        self._ready.append(b"data: " + renamed + b"\n\n")
-        if content and not finished:
-            self._learn(payload, members)
-        elif not self.has_content:
-            self._held_bytes += len(renamed)
+        self._pass_on(payload, chunk, learn=content and not finished)
+        if not self.has_content:
+            self._held_bytes += len(payload)
             if self._held_bytes > sse.MAX_EVENT_BYTES:
                 self._fail("the runtime sent too much before its first content")
 
-    def _learn(self, payload: bytes, members: list[json_splice.Member]) -> None:
-        """Notes the exact bytes of the model name and of the open finish reason, for the check by bytes."""
-        names = [member for member in members if member.key == "model"]
-        null = _find_null(payload)
-        if len(names) != 1 or null is None:
-            return
-        name = names[0]
-        self._old_name = payload[name.key_start : name.end]
-        self._new_name = payload[name.key_start : name.start] + self._new_model
-        self._null = null.group()
+    def _pass_on(self, payload: bytes, chunk: dict[str, Any], *, learn: bool) -> None:
+        """Puts our model's name into a parsed chunk, and learns the exact bytes to replace in the chunks to come."""
+        found = None
+        if isinstance(chunk.get("model"), str) and payload.count(b'"model"') == 1:
+            found = _find_model(payload)
+        if found is None:  # no name, or more than one: only the parser can tell which is the chunk's own
+            try:
+                renamed = json_splice.splice(payload, {"model": self._new_model}, finite=False)
+            except BadRequest:
+                return self._fail("the runtime sent an event that cannot be read")
+        else:
+            old, new = found.group(), found.group(1) + self._new_model
+            renamed = payload[: found.start()] + new + payload[found.end() :]
+            if learn and (null := _find_null(payload)):
+                self._old_name, self._new_name, self._null = old, new, null.group()
+        self._ready.append(b"data: " + renamed + b"\n\n")
+        return None
 
     def _read_finish(self, choice: dict[str, Any]) -> bool:
         index = choice.get("index", 0)
@@ -211,7 +214,7 @@ class ChatReader:
         return True
 
     def _read_figures(self, chunk: dict[str, Any], *, last: bool) -> None:
-        """Keeps usage and timings; timings of a running choice are skipped, as the byte check skips them too."""
+        """Keeps usage and timings; those of a running choice may be on every chunk, and most chunks are not parsed."""
         timings = chunk.get("timings")
         if last and isinstance(timings, dict):
             self.timings = timings

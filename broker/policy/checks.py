@@ -95,7 +95,7 @@ def _homeless(content: Content, name: str, path: Path) -> Iterator[Finding]:
         names = [*content.models, *(rule.match.lane for rule in content.routing if rule.match.lane)]
         meant = did_you_mean(name, names)
         yield path, f"'{name}' is neither a model nor a routing name, so it needs a target{meant}"
-    elif len(targets) > 1 or targets & content.lanes.keys():
+    elif targets <= set(_lane_names(content)):  # a target that nobody knows has a sentence of its own
         yield path, f"the rules do not send '{name}' to one model, so it needs a target"
 
 

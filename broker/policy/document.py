@@ -209,7 +209,8 @@ def _scalar(node: Node) -> object:
         return int(text)
     if node.tag == f"{_TAG}float":
         return float(text)
-    return text
+    # JSON writes a rare character as two escapes, a pair of surrogates: make it one character again.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def _unfit(value: object) -> str | None:

@@ -52,12 +52,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
-def near_words(word: str, known: Iterable[str], *, most: int) -> list[str]:
+def near_words(word: str, known: Iterable[str], *, most: int, cutoff: float = 0.6) -> list[str]:
     """Gives the known words that look like this one, whatever their case, hyphens and underscores."""
     flat: dict[str, str] = {}
     for candidate in known:
         flat.setdefault(_flat(candidate), candidate)
-    return [flat[near] for near in difflib.get_close_matches(_flat(word[:200]), flat, n=most)]
+    return [flat[near] for near in difflib.get_close_matches(_flat(word[:200]), flat, n=most, cutoff=cutoff)]
 
 
 def _flat(word: str) -> str:
@@ -102,9 +102,11 @@ def _unit(path: Path) -> str:
 
 
 def _not_one_of(path: Path, value: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str):
+        return f"must be one of {', '.join(allowed)}, not {shown(value)}"
     if path[-1] == "backend" and value in _BACKENDS_NOT_YET:
-        return _not_yet(str(value))
-    meant = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        return _not_yet(value)
+    meant = did_you_mean(value, allowed)
     return f"must be one of {', '.join(allowed)}, not {shown(value)}{meant}"
 
 
@@ -117,10 +119,11 @@ def _unknown_key(path: Path) -> str:
     part = _part_at(path[:-1])
     if key in _NOT_YET.get(part, ()):
         return _not_yet(key)
-    for other, place in _PLACES.items():
-        if key in _keys(other) or key in _NOT_YET.get(other, ()):
-            return f"unknown key {shown(key)} here, it belongs {place}"
     keys = _keys(part)
+    if not near_words(key, keys, most=1, cutoff=0.85):  # a slip of the pen is likelier than the wrong place
+        for other, place in _PLACES.items():
+            if key in _keys(other) or key in _NOT_YET.get(other, ()):
+                return f"unknown key {shown(key)} here, it belongs {place}"
     return f"unknown key {shown(key)}{did_you_mean(key, keys) or ', known here are ' + ', '.join(keys)}"
 
 

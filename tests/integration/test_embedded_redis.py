@@ -6,7 +6,7 @@ import signal
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,8 +16,7 @@ import pytest
 from api import embedded_redis, redis_address
 from api.embedded_redis import EmbeddedRedis, find_program
 from api.redis_address import Address, ask
-from api.state_dir import CannotStart
-from tests.support.waiting import until
+from api.state_dir import CannotStart, state_dir
 
 pytestmark = pytest.mark.real
 
@@ -25,14 +24,13 @@ NEVER = asyncio.Event
 
 
 @pytest.fixture
-async def directory() -> AsyncIterator[Path]:
+def directory() -> Iterator[Path]:
     """A data directory with a short path; servers that a test left running there are killed."""
-    with tempfile.TemporaryDirectory(prefix="warmlane-") as made:
+    with tempfile.TemporaryDirectory(prefix="warmlane-", ignore_cleanup_errors=True) as made:
         yield Path(made)
         for process in psutil.process_iter(["cmdline"]):
             if any(made in word for word in process.info["cmdline"] or ()):
                 process.kill()
-                await until(lambda process=process: not process.is_running() or process.status() == "zombie", what="end")
 
 
 def server(directory: Path, **environ: str) -> EmbeddedRedis:
@@ -167,6 +165,17 @@ async def test_a_directory_that_is_not_ours_holds_no_socket(directory: Path) -> 
     first = redis_address.choose_address(deep, environ)
     Path(first.path).parent.chmod(0o777)
     assert redis_address.choose_address(deep, environ).port
+
+
+def test_the_data_directory_is_private_and_where_xdg_wants_it(directory: Path) -> None:
+    found = state_dir(None, {"XDG_STATE_HOME": str(directory)})
+    assert found == directory / "warmlane"
+    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+    found.chmod(0o755)
+    assert stat.S_IMODE(state_dir(found, {}).stat().st_mode) == 0o700
+    (directory / "file").touch()
+    with pytest.raises(CannotStart, match=r"^The data directory .*/file can't be used: File exists\.$"):
+        state_dir(directory / "file", {})
 
 
 async def test_an_old_server_is_passed_over_and_named_when_nothing_else_is_there(

@@ -1,4 +1,4 @@
-"""`gateway up` as a supervisor: what it starts, says, survives and leaves behind. The children here are small dummies."""
+"""`gateway up` as a supervisor: what it starts, says, survives and leaves behind. The children are small dummies."""
 
 import asyncio
 import os
@@ -87,6 +87,7 @@ class Run:
         return int([line for line in self.said if line.startswith(name) and " pid " in line][-1].split()[-1])
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        assert not self.task.done(), self.said  # nobody would catch the signal
         os.kill(os.getpid(), number)
         return await asyncio.wait_for(self.task, 20)
 
@@ -120,7 +121,12 @@ async def running(
 
 def nothing_to_discover() -> dict[str, str]:
     nowhere = "http://127.0.0.1:1"
-    return {**os.environ, "GATEWAY_OLLAMA_URL": nowhere, "GATEWAY_LLAMA_SERVER_URL": nowhere}
+    return {
+        **os.environ,
+        "GATEWAY_KEYS": "for:the-api-only",
+        "GATEWAY_OLLAMA_URL": nowhere,
+        "GATEWAY_LLAMA_SERVER_URL": nowhere,
+    }
 
 
 async def refused(options: Options, **more: object) -> tuple[int, list[str]]:

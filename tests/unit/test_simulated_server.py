@@ -66,8 +66,12 @@ async def served(*flags: str, wait: bool = True) -> AsyncIterator[Served]:
     finally:
         if process.returncode is None:
             process.terminate()
-        async with asyncio.timeout(BOUND_S):
-            await process.wait()
+        try:
+            async with asyncio.timeout(BOUND_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            raise
 
 
 async def _until_listening(client: httpx.AsyncClient, *, ready: bool) -> None:
@@ -76,7 +80,6 @@ async def _until_listening(client: httpx.AsyncClient, *, ready: bool) -> None:
             with suppress(httpx.ConnectError):
                 if (await client.get("/health")).status_code == 200 or not ready:
                     return
-            await asyncio.sleep(0)
 
 
 def _body(**more: object) -> dict[str, object]:

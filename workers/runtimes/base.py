@@ -5,23 +5,21 @@ own client: a slow probe must never hold a connection that a user's tokens need.
 """
 
 import asyncio
-import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import httpx
+
+from broker.dialects.openai_stream import ChatReader, read_complaint
 
 State = Literal["absent", "loading", "loaded", "unreachable"]
 
 CONNECT_TIMEOUT_S = 2.0
 STATE_TIMEOUT_S = 2.0
 PROBE_DRAIN_S = 1.0
-ERROR_TEXT_MAX = 300
-CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")
 
 _OUT_OF_MEMORY = re.compile(
     r"out of (device |system |host )?memory|OutOfDeviceMemory|OutOfHostMemory|cudaMalloc failed|std::bad_alloc"
@@ -97,25 +95,19 @@ class Runtime(Protocol):
 
 def client_for(url: str) -> httpx.AsyncClient:
     """Makes one runtime's own client: nothing shared, no proxy from the environment between us and a loopback port."""
-    # Reading the CA bundle takes 50 ms and only https needs it.
-    timeout = httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    return httpx.AsyncClient(timeout=timeout, verify=url.startswith("https:"), trust_env=False)
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+        # llama-server promises keep-alive and then closes after every streamed answer, so that the next request on
+        # the same connection may be lost. A new connection each time costs nothing at our rates.
+        limits=httpx.Limits(max_keepalive_connections=0),
+        verify=url.startswith("https:"),  # Reading the CA bundle takes 50 ms and only https needs it.
+        trust_env=False,
+    )
 
 
 def looks_like_oom(text: str) -> bool:
     """Tells whether a runtime's message says that memory ran out."""
     return _OUT_OF_MEMORY.search(text) is not None
-
-
-def error_text(body: bytes) -> str:
-    """Finds the sentence in an error body, whichever of the runtimes' shapes it has."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        error: Any = json.loads(text)["error"]
-        text = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        pass
-    return text[:ERROR_TEXT_MAX] or "an empty answer"
 
 
 async def probe_chat(
@@ -139,12 +131,12 @@ async def probe_chat(
             client.stream("POST", url, json=body, headers=endpoint.headers, timeout=timeout) as response,
         ):
             if response.status_code != 200:
-                text = error_text(await response.aread())
-                raise ProbeFailed(f"the probe was answered {response.status_code}: {text}")
-            async with aclosing(_chunks(response)) as chunks:
-                await _first_token(chunks)
-                elapsed_ms = (time.perf_counter() - started) * 1000
-                await _drain(chunks)
+                complaint = read_complaint(await response.aread())
+                raise ProbeFailed(f"the probe was answered {response.status_code}: {complaint.message}")
+            pieces = response.aiter_bytes()
+            await _first_token(pieces)
+            elapsed_ms = (time.perf_counter() - started) * 1000
+            await _drain(pieces)
             return elapsed_ms
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise RuntimeUnreachable(f"nobody answers at {endpoint.base_url}: {error}") from error
@@ -154,52 +146,31 @@ async def probe_chat(
         raise ProbeFailed(f"the probe broke off before its first token: {type(error).__name__} {error}") from error
 
 
-async def _chunks(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    """Reads the chunks of a chat stream; an error in it, or a line that is no SSE, is a failure."""
-    async for line in response.aiter_lines():
-        if not line or line.startswith((":", "event:", "id:", "retry:")) or line == "data: [DONE]":
-            continue
-        if not line.startswith("data:"):  # A router whose child died writes a bare text line into the stream.
-            raise ProbeFailed(f"the probe's stream turned into text: {line[:ERROR_TEXT_MAX]}")
-        try:
-            chunk = json.loads(line[5:])
-        except ValueError as error:
-            raise ProbeFailed(f"the probe's stream is not JSON: {line[:ERROR_TEXT_MAX]}") from error
-        if not isinstance(chunk, dict):
-            raise ProbeFailed(f"the probe's stream is not a chat stream: {line[:ERROR_TEXT_MAX]}")
-        if "error" in chunk:
-            raise ProbeFailed(f"the probe's stream carried an error: {error_text(line[5:].encode())}")
-        yield chunk
-
-
-async def _first_token(chunks: AsyncIterator[dict[str, Any]]) -> None:
+async def _first_token(pieces: AsyncIterator[bytes]) -> None:
     """Waits for the first content, or for the runtime's own count of one token that has no text of its own.
 
     A reasoning model's first token is often a marker that the server swallows (`<think>`), so that a one-token answer
     ends without content. Its usage or timings still prove that a token was made; a finish without them proves nothing.
     """
-    async for chunk in chunks:
-        if _has_content(chunk) or _counts_a_token(chunk):
+    reader = ChatReader("probe", include_usage=True)
+    async for piece in pieces:
+        reader.feed(piece)
+        if reader.has_content:
             return
-    raise ProbeFailed("the probe's stream ended without a token")
+        if reader.error is not None:
+            break
+    reader.end()
+    if reader.error is not None:
+        raise ProbeFailed(f"the probe got an error instead of a token: {reader.error}")
+    if not (reader.usage or {}).get("completion_tokens"):
+        raise ProbeFailed("the probe's answer ended without a token")
 
 
-def _has_content(chunk: Mapping[str, Any]) -> bool:
-    deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or []]
-    return any(delta.get(key) for delta in deltas for key in CONTENT_KEYS)
-
-
-def _counts_a_token(chunk: Mapping[str, Any]) -> bool:
-    usage = chunk.get("usage") or {}
-    timings = chunk.get("timings") or {}
-    return bool(usage.get("completion_tokens") or timings.get("predicted_n"))
-
-
-async def _drain(chunks: AsyncIterator[dict[str, Any]]) -> None:
+async def _drain(pieces: AsyncIterator[bytes]) -> None:
     """Reads a one-token stream to its end, so that the slot is freed at once and not by noticing a hang-up."""
     try:
         async with asyncio.timeout(PROBE_DRAIN_S):
-            async for _ in chunks:
+            async for _ in pieces:
                 pass
-    except (TimeoutError, httpx.HTTPError, ProbeFailed):
+    except (TimeoutError, httpx.HTTPError, httpx.StreamError):
         pass  # The token has been seen; what follows it is not the probe's business.

@@ -52,7 +52,7 @@ class LlamaServer:
     async def state(self) -> State:
         """Asks /health, which answers 503 while loading and never wakes a sleeping model."""
         if self._child is not None and not self._child.running:
-            return "absent"
+            return "loading" if self._loading.locked() else "absent"
         try:
             async with asyncio.timeout(STATE_TIMEOUT_S):
                 status = (await self._client.get(f"{self._base_url}/health")).status_code

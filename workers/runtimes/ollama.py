@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from broker.dialects.openai_stream import read_complaint
 from workers.runtimes.base import (
     CONNECT_TIMEOUT_S,
     STATE_TIMEOUT_S,
@@ -20,7 +21,6 @@ from workers.runtimes.base import (
     RuntimeUnreachable,
     State,
     client_for,
-    error_text,
     looks_like_oom,
     probe_chat,
 )
@@ -89,7 +89,7 @@ class Ollama:
                 f"{self._title}: Ollama at {self._url} does not have {self._model}; run: ollama pull {self._model}"
             )
         if answer.status_code != 200 or b'"error"' in answer.content[:64]:
-            text = error_text(answer.content)
+            text = read_complaint(answer.content).message
             raise LoadFailed(f"{self._title}: Ollama could not load {self._model}: {text}", looks_like_oom(text))
         self._last_state = "loaded"
 

@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -260,14 +261,21 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 def _kill_session(leader_pid: int, mark: str, leader_created: float | None) -> None:
     """Stops every process of a session that carries our mark; a reused pid does not, so a stranger is never hit."""
     members = [process for process in psutil.process_iter() if _is_member(process, leader_pid, mark, leader_created)]
-    for process in members:
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    _, alive = psutil.wait_procs(members, timeout=TERM_GRACE_S)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=1.0)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        give_up_at = time.monotonic() + TERM_GRACE_S
+        for process in members:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        while (members := [process for process in members if _is_alive(process)]) and time.monotonic() < give_up_at:
+            time.sleep(POLL_S)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Tells a living process from a dead one whose new parent takes its time to notice: that one holds no memory."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _is_member(process: psutil.Process, leader_pid: int, mark: str, leader_created: float | None) -> bool:

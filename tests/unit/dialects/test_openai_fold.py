@@ -97,6 +97,28 @@ def test_what_we_do_not_know_is_kept() -> None:
     assert folded["service_tier"] == "local" and folded["object"] == "chat.completion"
 
 
+def test_equal_surroundings_do_not_hide_what_adds_up() -> None:
+    """Only text may differ between the chunks of a run; lists that repeat still grow."""
+    seen = {"content": [{"token": "a", "logprob": -1}]}
+    folded = answer(
+        vllm({"content": "a"}, logprobs=seen) * 3 + vllm({"content": "a"}, token_ids=[1]) * 3 + vllm({}, "stop")
+    )
+    choice = folded["choices"][0]
+    assert choice["message"]["content"] == "a" * 6
+    assert choice["logprobs"]["content"] == seen["content"] * 3 and choice["token_ids"] == [1, 1, 1]
+    thought = answer(vllm({"reasoning": "a"}, logprobs=seen) * 3 + vllm({}, "stop"))["choices"][0]
+    assert thought["message"]["reasoning"] == "aaa" and thought["logprobs"]["content"] == seen["content"] * 3
+    named = event({"content": "x", "choices": [{"index": 0, "delta": {"content": "y"}}], "model": "m"})
+    assert openai.fold_chat(named * 3)["choices"][0]["message"]["content"] == "yyy"
+    more = event({"choices": [{"index": 0, "delta": {"content": "y", "k": ["z"]}}]})
+    less = event({"choices": [{"index": 0, "delta": {"content": "y"}}]})
+    assert openai.fold_chat(less + more * 2)["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "yyy",
+        "k": ["z", "z"],
+    }
+
+
 def test_an_error_is_no_answer() -> None:
     with pytest.raises(ValueError, match="carries an error"):
         openai.fold_chat(llama({"content": "a"}) + openai.error_event("worker_lost", "gone", kind="server_error"))

@@ -1,5 +1,6 @@
 """Reading runtimes' chat streams: what the client gets, and what we know when they end."""
 
+import itertools
 import json
 from typing import Any
 
@@ -64,36 +65,54 @@ def test_the_split_of_the_bytes_changes_nothing(case: str, step: int) -> None:
     assert outcome(other) == outcome(chat)
 
 
-parts = st.sampled_from(
-    [
-        ollama({"content": "x"}),
-        ollama({"content": 'ü\u2028 "model":"qwen2.5-coder:32b" \\'}),
-        ollama({"content": ""}),
-        ollama({"reasoning": "hm", "content": ""}),
-        ollama({"content": "end"}, "stop"),
-        llama({"content": "y"}),
-        llama({"content": "z"}, provider={"model": "tiny", "finish_reason": None}),
-        llama({"content": "t"}, timings={"cache_n": 1, "prompt_n": 2, "predicted_n": 3}),
-        vllm({"content": "v"}, usage={"prompt_tokens": 3, "completion_tokens": 4}),
-        event(
-            {"model": "tiny", "choices": [{"index": 0, "delta": {"content": "w"}, "finish_reason": None}]}, spaced=True
-        ),
-        streams.usage_chunk("qwen2.5-coder:32b"),
-        event({"object": "other", "model": "tiny"}),
-        event({"model": "tiny", "choices": [{"delta": {"content": "error"}, "finish_reason": None}], "error": None}),
-        event({"error": {"message": "boom", "type": "server_error"}}),
-        b'data:{"choices":[{"delta":{"content":"n"},"finish_reason":null}],"model":"tiny"}\n\n',
-        b'data: {"choices":[{"delta":{"content":"p"},\ndata: "finish_reason":null}],"model":"tiny"}\n\n',
-        b'event: message\ndata: {"choices":[{"delta":{"content":"q"},"finish_reason":null}],"model":"tiny"} \n\n',
-        b'data: {"choices":[{"delta":{"content":"i"},"p":[-Infinity],"finish_reason":null}],"model":"tiny"}\n\n',
-        b": ping\n\n",
-        b"\n",
-        b"id: 7\nretry: 5\n\n",
-        b"proxy error: gone\n\n",
-        b"data: {broken\n\n",
-        b"data: [DONE]\n\n",
-    ]
-)
+PARTS = [
+    ollama({"content": "x"}),
+    ollama({"content": 'ü\u2028 "model":"qwen2.5-coder:32b" \\'}),
+    ollama({"content": ""}),
+    ollama({"reasoning": "hm", "content": ""}),
+    ollama({"content": "end"}, "stop"),
+    llama({"content": "y"}),
+    llama({"content": "z"}, provider={"model": "tiny", "finish_reason": None}),
+    llama({}, "stop"),
+    llama({"content": "e"}, error={"message": "late"}),
+    b'data: {"provider":{"model":"tiny"},' + llama({"content": "r"})[7:],
+    vllm({"content": "s"}, "stop"),
+    llama({"content": "t"}, timings={"cache_n": 1, "prompt_n": 2, "predicted_n": 3}),
+    llama({"content": "u"}, usage={"prompt_tokens": 3, "completion_tokens": 4}),
+    llama({"content": "0"}, usage=None),
+    event({"model": "tiny", "choices": [{"index": 0, "delta": {"content": "w"}, "finish_reason": None}]}, spaced=True),
+    streams.usage_chunk("qwen2.5-coder:32b"),
+    event({"object": "other", "model": "tiny"}),
+    event({"model": "tiny", "choices": [{"delta": {"content": "error"}, "finish_reason": None}], "error": None}),
+    event({"error": {"message": "boom", "type": "server_error"}}),
+    b'data:{"choices":[{"delta":{"content":"n"},"finish_reason":null}],"model":"tiny"}\n\n',
+    b'data: {"choices":[{"delta":{"content":"p"},\ndata: "finish_reason":null}],"model":"tiny"}\n\n',
+    b'event: message\ndata: {"choices":[{"delta":{"content":"q"},"finish_reason":null}],"model":"tiny"} \n\n',
+    b'data: {"choices":[{"delta":{"content":"i"},"p":[-Infinity],"finish_reason":null}],"model":"tiny"}\n\n',
+    b": ping\n\n",
+    b"\n",
+    b"id: 7\nretry: 5\n\n",
+    b"proxy error: gone\n\n",
+    b"data: {broken\n\n",
+    b"data: [DONE]\n\n",
+]
+parts = st.sampled_from(PARTS)
+
+
+@pytest.mark.parametrize("runtime", [ollama, llama, vllm])
+def test_the_byte_check_and_the_parser_agree_on_every_pair_of_events(runtime: Any) -> None:
+    """A running stream takes both events in one look; read byte by byte, each is judged alone."""
+    for first, second in itertools.product(PARTS, repeat=2):
+        blob = runtime({"content": "warm"}) + first + second
+        together = reader(include_usage=False)
+        together.feed(runtime({"content": "warm"}))
+        taken = together.take()
+        together.feed(first + second)
+        together.end()
+        taken += together.take()
+        alone, single = read(blob, include_usage=False, step=1)
+        assert taken == alone, (first, second)
+        assert outcome(together) == outcome(single), (first, second)
 
 
 @given(
@@ -173,6 +192,11 @@ def test_a_generation_without_content_is_a_success() -> None:
     taken, chat = read(streams.recorded("empty"))
     assert chat.succeeded and not chat.has_content
     assert chunks(taken)[1]["choices"][0]["finish_reason"] == "stop"
+    chat = reader()
+    chat.feed(llama({"role": "assistant", "content": None}) + llama({}, "stop"))
+    assert chat.take() == b""  # an error may still follow, and then the job may start again
+    chat.end()
+    assert len(chunks(chat.take())) == 2
 
 
 def test_text_that_looks_like_our_byte_checks_is_left_alone() -> None:
@@ -191,6 +215,28 @@ def test_a_nested_model_name_is_not_ours() -> None:
     stream = llama({"content": "a"}) + llama({"content": "b"}, provider={"model": "tiny"}) * 2 + llama({}, "stop")
     taken, _ = read(stream)
     assert [(c["model"], c.get("provider")) for c in chunks(taken)][1] == ("deep-coder", {"model": "tiny"})
+    first = b'data: {"provider":{"model":"tiny"},' + llama({"content": "b"})[7:]
+    got = chunks(read(first * 2)[0])
+    assert [(c["model"], c["provider"]) for c in got] == [("deep-coder", {"model": "tiny"})] * 2
+
+
+def test_an_event_in_several_lines_leaves_in_one() -> None:
+    chunk = json.dumps(json.loads(llama({"content": "a"})[6:]), indent=1).encode()
+    stream = b"event: message\n" + b"".join(b"data:" + line + b"\n" for line in chunk.split(b"\n")) + b"\n"
+    taken, _ = read(stream * 2)
+    assert taken.count(b"\n") == 4 and taken.startswith(b"data: {")
+    assert [c["choices"][0]["delta"]["content"] for c in chunks(taken)] == ["a", "a"]
+
+
+def test_an_end_beside_running_text_is_not_overlooked() -> None:
+    """A blob may hold as many open finish reasons as events, and yet one of its events is the end."""
+    running = llama({"content": "b"}, provider={"finish_reason": None})
+    chat = reader()
+    chat.feed(llama({"content": "a"}))
+    chat.feed(running + llama({}, "stop"))
+    assert chat.finish_reasons == {0: "stop"}
+    chat.feed(llama({"content": "c"}, error={"message": "late"}))
+    assert chat.error == "late"
 
 
 def test_a_runtime_that_names_no_model_gets_ours_added() -> None:
@@ -221,6 +267,17 @@ def test_cached_tokens_are_found_in_either_place() -> None:
     assert timed.timings == {"cache_n": 90, "prompt_n": 10, "predicted_n": 21}
     both = llama({"content": "a"}, "stop") + llama({}, usage={"prompt_tokens": 9}, choices=[], timings={"cache_n": 4})
     assert read(both)[1].usage == {"prompt_tokens": 9, "cached_tokens": 4}
+
+
+def test_timings_are_those_of_the_end() -> None:
+    """A server may send them with every token; after a loss they must not pass for the whole."""
+    running = llama({"content": "a"}, timings={"cache_n": 0, "prompt_n": 5, "predicted_n": 1})
+    assert read(running * 2)[1].timings is None
+    assert read(streams.recorded("timings"))[1].usage == {
+        "prompt_tokens": 53,
+        "completion_tokens": 5,
+        "cached_tokens": 0,
+    }
 
 
 def test_an_error_in_the_stream_counts_although_done_follows() -> None:

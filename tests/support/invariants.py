@@ -1,0 +1,408 @@
+"""What must hold in Redis, as sentences about what does not. The model, integration and chaos tests all ask here.
+
+`violated(store)` reads everything in one script, so its picture is of one moment even while others write.
+`undone(before, after)` and `missteps(before, after)` compare two pictures: any two, and two with one verb between them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from broker.keyspace import GROUP, Keyspace
+from broker.lifecycle import ENDED, HELD, TRANSITIONS, Event, State
+from broker.policies import Active
+from broker.records import Frame, JobRecord, decode_hash
+from broker.store import Store
+
+# A test may list keys; the verbs never do. Nothing here is written.
+_DUMP = """
+local out = {}
+for _, key in ipairs(redis.call("KEYS", ARGV[1])) do
+  local kind = redis.call("TYPE", key)
+  if type(kind) == "table" then kind = kind.ok end
+  local value = false
+  if kind == "hash" then value = redis.call("HGETALL", key)
+  elseif kind == "string" then value = redis.call("GET", key)
+  elseif kind == "zset" then value = redis.call("ZRANGE", key, 0, -1, "WITHSCORES")
+  elseif kind == "stream" then
+    local groups = {}
+    for i, group in ipairs(redis.call("XINFO", "GROUPS", key)) do
+      groups[i] = { group[2], redis.call("XPENDING", key, group[2], "-", "+", 100000) }
+    end
+    value = { redis.call("XRANGE", key, "-", "+"), groups }
+  end
+  out[#out + 1] = { key, kind, redis.call("PTTL", key), value }
+end
+return out
+"""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream's entries, in order, and who holds which of them."""
+
+    entries: tuple[tuple[str, tuple[bytes, ...]], ...]
+    groups: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+    @property
+    def held(self) -> dict[str, str]:
+        """Entry -> consumer, of our own group."""
+        return {entry: consumer for name, pending in self.groups if name == GROUP for entry, consumer in pending}
+
+    @property
+    def waiting(self) -> int:
+        """Entries that nobody holds, counted as the verbs count them."""
+        return len(self.entries) - len(self.held)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its type, whether it goes by itself, and what it holds."""
+
+    type: str
+    expires: bool
+    value: Any
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything in one namespace at one moment."""
+
+    names: Keyspace
+    keys: dict[str, Key]
+    jobs: dict[str, JobRecord] = field(default_factory=dict, compare=False)
+    lanes: dict[str, Stream] = field(default_factory=dict, compare=False)
+    due: dict[str, int] = field(default_factory=dict, compare=False)
+
+    def of(self, pattern: str) -> dict[str, Key]:
+        """The keys of one row of the key table."""
+        return {name: key for name, key in self.keys.items() if _pattern(self.names, name) == pattern}
+
+    def log(self, job_id: str) -> list[Frame]:
+        """The replay log of a job."""
+        key = self.keys.get(self.names.frames(job_id))
+        return [Frame.from_entry(entry, list(values)) for entry, values in key.value.entries] if key else []
+
+    def readers(self, job_id: str) -> dict[str, int]:
+        """Reader -> end of its lease."""
+        key = self.keys.get(self.names.readers(job_id))
+        return dict(key.value) if key else {}
+
+    def idem(self, name: str) -> str:
+        """The job that an Idempotency-Key leads to, "" if none."""
+        key = self.keys.get(name)
+        return key.value.decode().split(" ")[0] if key else ""
+
+    def marks(self, other: "Snapshot") -> list[str]:
+        """The names of the keys that differ."""
+        names = self.keys.keys() | other.keys.keys()
+        return sorted(n for n in names if self.keys.get(n) != other.keys.get(n))
+
+
+async def take(store: Store) -> Snapshot:
+    """Reads everything in the store's namespace in one script."""
+    keys: dict[str, Key] = {}
+    names = store.keys
+    for raw_name, kind, ttl_ms, value in await store.command("EVAL", _DUMP, 0, f"{names.namespace}:*"):
+        keys[raw_name.decode()] = Key(kind.decode(), int(ttl_ms) >= 0, _value(kind.decode(), value))
+    jobs, lanes = {}, {}
+    for name, key in keys.items():
+        match _pattern(names, name):
+            case "job:<id>":
+                jobs[name.rpartition(":")[2]] = JobRecord.from_hash(key.value)
+            case "lane:<lane>":
+                lanes[name.removeprefix(names.lane(""))] = key.value
+    due = dict(keys[names.due].value) if names.due in keys else {}
+    return Snapshot(names, keys, jobs, lanes, due)
+
+
+async def violated(store: Store) -> list[str]:
+    """Reads everything and says what does not hold; [] is what a healthy gateway answers at every moment."""
+    return violations(await take(store))
+
+
+def violations(s: Snapshot) -> list[str]:
+    """Says which promises one picture breaks."""
+    found: list[str] = []
+    for job in s.jobs.values():
+        found += _record(s, job)
+        found += _ended(s, job) if job.state in ENDED else _live(s, job)
+        found += _log(s, job)
+    return found + _lanes(s) + _due(s) + _keys(s) + _wake_locks(s)
+
+
+def undone(before: Snapshot, after: Snapshot) -> list[str]:
+    """Says what a later picture lacks or turned back, however many verbs lie between."""
+    found = []
+    for job_id, was in before.jobs.items():
+        now = after.jobs.get(job_id)
+        if now is None:
+            if was.state not in ENDED:
+                found.append(f"accepted job {job_id} vanished while {was.state}")
+            continue
+        if was.state in ENDED and (now != was or after.log(job_id) != before.log(job_id)):
+            found.append(f"job {job_id} had ended {was.state} and changed afterwards")
+        if was.state is not State.SCHEDULED and now.state is State.SCHEDULED:
+            found.append(f"job {job_id} went back to scheduled from {was.state}")
+        for name in ("submitted_at", "give_up_at", "not_before", "asked", "zone", "mode", "stream", "caller", "idem"):
+            if getattr(was, name) != getattr(now, name):
+                found.append(f"{name} of job {job_id} moved from {getattr(was, name)} to {getattr(now, name)}")
+        for name in ("attempt", "losses", "promotions", "seen"):
+            if getattr(now, name) < getattr(was, name):
+                found.append(f"{name} of job {job_id} went back from {getattr(was, name)} to {getattr(now, name)}")
+        if was.attempt == now.attempt and was.state is State.STREAMING and now.state is not State.QUEUED:
+            old, new = before.log(job_id), after.log(job_id)
+            if new[: len(old)] != old:
+                found.append(f"frames of job {job_id} were rewritten within attempt {was.attempt}")
+    return found
+
+
+def missteps(before: Snapshot, after: Snapshot, active: Active) -> list[str]:
+    """Says what one verb did that no verb may do, under the policy that it decided with."""
+    found = undone(before, after)
+    for lane, stream in after.lanes.items():
+        old = before.lanes.get(lane, Stream((), ()))
+        if len(stream.entries) > len(old.entries):
+            limit = bound(before, active, lane)
+            if old.waiting >= limit or len(stream.entries) > len(old.entries) + 1:
+                found.append(f"promise 1: lane {lane} took an entry with {old.waiting} waiting and a bound of {limit}")
+    for job_id, now in after.jobs.items():
+        was = before.jobs.get(job_id)
+        if was is None:
+            if now.state not in (State.QUEUED, State.SCHEDULED):
+                found.append(f"job {job_id} began as {now.state}")
+        elif (was.state, was.lane, was.entry, was.attempt) != (now.state, now.lane, now.entry, now.attempt):
+            found += _move(before, was, now, active)
+    return found
+
+
+def bound(s: Snapshot, active: Active, lane_name: str) -> int:
+    """How many jobs may wait in a lane when one more asks: the rule of the design, told once more in Python."""
+    lane = active.lane(lane_name)
+    if lane is None:
+        return 0
+    running = sum(len(s.lanes[name].held) for name in active.lanes_of(lane.model) if name in s.lanes)
+    slots = 0
+    for name, key in s.of("model:<model>:<host>").items():
+        if name.startswith(s.names.model(lane.model) + ":"):
+            told = decode_hash(key.value)
+            if told["state"] in ("warm", "degraded"):
+                slots += max(0, int(float(told["slots_total"])) - int(float(told["slots_settling"])))
+    limit = lane.max_queue + max(0, slots - running)
+    return max(1, limit) if running == 0 else limit
+
+
+def instant(job: JobRecord) -> int:
+    """The moment at which somebody must look at a live job."""
+    if job.state is State.SCHEDULED:
+        moments = [max(job.not_before, job.retry_at), job.give_up_at, job.abandon_at]
+    elif job.state is State.QUEUED:
+        moments = [max(job.promote_at, job.retry_at) if job.promote_at else 0, job.give_up_at, job.abandon_at]
+    else:
+        moments = [job.lease_until, job.abandon_at]
+    return min((m for m in moments if m > 0), default=0)
+
+
+def _record(s: Snapshot, job: JobRecord) -> list[str]:
+    found = []
+    if job.seen and not (job.stream and job.mode == "sync"):
+        found.append(f"job {job.id} is seen, but no reader of it can be: stream={job.stream} mode={job.mode}")
+    if job.state in HELD and not (job.owner and job.boot and job.lease_until and job.attempt):
+        found.append(f"job {job.id} is {job.state} and lacks owner, boot, lease or attempt")
+    if job.state in (State.SCHEDULED, State.QUEUED) and (job.owner or job.boot or job.lease_until):
+        found.append(f"job {job.id} is {job.state} and still has an owner, a boot or a lease")
+    if job.state is State.CLAIMED and job.last_seq:
+        found.append(f"job {job.id} is claimed with {job.last_seq} frames counted")
+    return found
+
+
+def _live(s: Snapshot, job: JobRecord) -> list[str]:
+    found = []
+    if s.keys[s.names.job(job.id)].expires:
+        found.append(f"promise 3: live job {job.id} expires by itself")
+    request = s.keys.get(s.names.request(job.id))
+    if request is None or request.expires:
+        found.append(f"promise 3: live job {job.id} has no lasting request body")
+    if job.idem and s.idem(job.idem) != job.id:
+        found.append(f"live job {job.id} lost its Idempotency-Key")
+    readers = s.readers(job.id)
+    if job.grace_ms >= 0 and readers and job.abandon_at < max(readers.values()) + job.grace_ms:
+        found.append(f"job {job.id} counts as abandoned before its last reader's lease and grace end")
+    if job.grace_ms < 0 and job.abandon_at:
+        found.append(f"job {job.id} does not depend on readers and would be abandoned")
+    places = [(lane, entry) for lane, stream in s.lanes.items() for entry, job_id in _entries(stream) if job_id == job.id]
+    expected = [] if job.state is State.SCHEDULED else [(job.lane, job.entry)]
+    if places != expected:
+        found.append(f"promise 2: job {job.id} is {job.state} with entry {job.lane}/{job.entry}, found at {places}")
+    elif expected and (job.entry in s.lanes[job.lane].held) != (job.state in HELD):
+        found.append(f"promise 2: job {job.id} is {job.state}, which its place in the pending list denies")
+    elif expected and job.state in HELD and s.lanes[job.lane].held[job.entry] != job.owner:
+        found.append(f"promise 2: job {job.id} is held by {job.owner}, pending with another")
+    return found
+
+
+def _ended(s: Snapshot, job: JobRecord) -> list[str]:
+    found = []
+    if not s.keys[s.names.job(job.id)].expires:
+        found.append(f"promise 9: ended job {job.id} is kept for ever")
+    log = s.keys.get(s.names.frames(job.id))
+    if log is None or not log.expires:
+        found.append(f"promise 9: the log of ended job {job.id} is missing or kept for ever")
+    request = s.keys.get(s.names.request(job.id))
+    if request is not None and (job.mode == "sync" or not request.expires):
+        found.append(f"promise 9: the request of ended job {job.id} outlives it")
+    if s.names.readers(job.id) in s.keys:
+        found.append(f"promise 9: ended job {job.id} still has readers")
+    if job.idem and job.state is not State.DONE and s.idem(job.idem) == job.id:
+        found.append(f"job {job.id} ended {job.state} and still holds its Idempotency-Key")
+    if not job.ended_at or job.lease_until or job.entry:
+        found.append(f"job {job.id} ended without an instant, or with a lease or an entry left")
+    return found
+
+
+def _log(s: Snapshot, job: JobRecord) -> list[str]:
+    frames = s.log(job.id)
+    found = []
+    if any(f.attempt != job.attempt for f in frames):
+        found.append(f"promise 4: the log of job {job.id} holds frames of another attempt than {job.attempt}")
+    seqs = [f.seq for f in frames]
+    if seqs and seqs != list(range(seqs[0], seqs[0] + len(seqs))):
+        found.append(f"promise 4: the log of job {job.id} has gaps: {seqs}")
+    if job.state in ENDED:
+        if [f.terminal for f in frames] != [False] * (len(frames) - 1) + [True] or frames[-1].kind != job.state.value:
+            kinds = [f.kind for f in frames]
+            found.append(f"promise 3: job {job.id} ended {job.state}, its log does not end so: {kinds}")
+        elif len(frames) > 1 and seqs[0] != 1 or seqs[-1] != job.last_seq:
+            found.append(f"promise 4: the log of ended job {job.id} is {seqs}, its last frame {job.last_seq}")
+    elif job.state is State.STREAMING:
+        if seqs != list(range(1, job.last_seq + 1)) or not seqs or any(f.terminal for f in frames):
+            found.append(f"promise 4: job {job.id} streams with log {seqs} and last frame {job.last_seq}")
+    elif frames:
+        found.append(f"job {job.id} is {job.state} and its log is not empty")
+    return found
+
+
+def _lanes(s: Snapshot) -> list[str]:
+    found = []
+    for lane, stream in s.lanes.items():
+        for entry, job_id in _entries(stream):
+            job = s.jobs.get(job_id)
+            if job is None or job.state in ENDED:
+                found.append(f"promise 2: entry {entry} of lane {lane} has no live job ({job_id})")
+                continue
+            fields = decode_hash(list(dict(stream.entries)[entry]))
+            told = {
+                "caller": job.caller, "session": job.session, "promote_at": str(job.promote_at),
+                "submitted": str(job.submitted_at), "tokens": str(job.tokens), "priority": job.priority, "zone": job.zone,
+            }  # fmt: skip
+            if job.entry == entry and told.items() - fields.items():
+                found.append(f"the entry of job {job_id} tells workers {fields}, its record {told}")
+        if loose := stream.held.keys() - {entry for entry, _ in stream.entries}:
+            found.append(f"promise 2: lane {lane} has pending entries that are gone: {sorted(loose)}")
+        queued = sum(job.state is State.QUEUED and job.lane == lane for job in s.jobs.values())
+        if stream.waiting != queued:
+            found.append(f"promise 2: lane {lane} counts {stream.waiting} waiting, {queued} records are queued in it")
+    return found
+
+
+def _due(s: Snapshot) -> list[str]:
+    live = {job.id: instant(job) for job in s.jobs.values() if job.live}
+    found = [f"promise 3: live job {i} has no instant" for i in sorted(live.keys() - s.due.keys())]
+    found += [f"promise 9: {i} is due and is no live job" for i in sorted(s.due.keys() - live.keys())]
+    found += [
+        f"job {i} is due at {s.due[i]}, its record says {at}" for i, at in sorted(live.items()) if s.due.get(i, at) != at
+    ]
+    return found
+
+
+def _keys(s: Snapshot) -> list[str]:
+    found = []
+    for name, key in s.keys.items():
+        family = s.names.family(name)
+        if family is None:
+            found.append(f"promise 9: no row of the key table knows {name}")
+        elif family.type != key.type:
+            found.append(f"promise 9: {name} is a {key.type}, the key table says {family.type}")
+        elif family.pattern.startswith(("job:<id>:", "readers:")):
+            if name.removeprefix(s.names.namespace + ":").split(":")[1] not in s.jobs:
+                found.append(f"promise 9: {name} has no job")
+        elif family.pattern in _MUST_EXPIRE and not key.expires:
+            found.append(f"promise 9: {name} never expires")
+        elif family.pattern.startswith("idem:") and s.idem(name) not in s.jobs:
+            found.append(f"promise 9: {name} leads to no job")
+    return found
+
+
+_MUST_EXPIRE = ("wake:<model>", "model:<model>:<host>", "host:<host>", "idem:<caller>:<key>", "usage:<day>")
+
+
+def _wake_locks(s: Snapshot) -> list[str]:
+    found = []
+    for name, key in s.of("wake:<model>").items():
+        counter = s.keys.get(name + ":epoch")
+        if counter is None or key.value.decode().rpartition("/")[2] != counter.value.decode():
+            found.append(f"promise 6: {name} is held as {key.value!r}, which is not the newest epoch")
+    return found
+
+
+def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> list[str]:
+    found = []
+    arrows = TRANSITIONS.get(was.state, {})
+    if now.state not in arrows.values() and not (was.state == now.state and was.state in HELD):
+        found.append(f"job {was.id} went from {was.state} to {now.state}, which the table has no arrow for")
+    if was.lane != now.lane:
+        here = active.lane(was.lane)
+        if Event.PROMOTE not in arrows or now.state is not State.QUEUED or here is None or here.fallback != now.lane:
+            found.append(f"job {was.id} moved from lane {was.lane} to {now.lane} while {was.state}")
+    if now.state is State.CLAIMED and was.state is State.QUEUED:
+        lane = active.lane(now.lane)
+        if lane is None or (lane.trust == "remote" and now.zone != "remote"):
+            found.append(f"promise 7: local-only job {was.id} was claimed in lane {now.lane}, which leads out")
+        if now.attempt != was.attempt + 1 or now.entry != was.entry:
+            found.append(f"claim of job {was.id}: attempt {was.attempt} to {now.attempt}, entry {was.entry} to {now.entry}")
+    elif now.attempt != was.attempt:
+        found.append(f"promise 5: attempt of job {was.id} changed without a claim")
+    if now.state is State.QUEUED and was.state is not State.SCHEDULED:
+        stream = before.lanes.get(now.lane)
+        if stream is not None and now.entry in dict(stream.entries):
+            found.append(f"job {was.id} was put back under the old entry {now.entry}: no tailing worker sees it")
+        if was.state is State.STREAMING and was.seen:
+            found.append(f"job {was.id} was started again although a client has seen part of its answer")
+    return found
+
+
+def _entries(stream: Stream) -> list[tuple[str, str]]:
+    return [(entry, decode_hash(list(values)).get("job", "")) for entry, values in stream.entries]
+
+
+def _value(kind: str, raw: Any) -> Any:
+    match kind:
+        case "hash":
+            return {raw[i]: raw[i + 1] for i in range(0, len(raw), 2)}
+        case "zset":
+            return tuple((raw[i].decode(), int(float(raw[i + 1]))) for i in range(0, len(raw), 2))
+        case "stream":
+            entries = tuple((entry.decode(), tuple(values)) for entry, values in raw[0])
+            groups = tuple(
+                (name.decode(), tuple(sorted((p[0].decode(), p[1].decode()) for p in pending))) for name, pending in raw[1]
+            )
+            return Stream(entries, groups)
+        case _:
+            return raw
+
+
+@lru_cache(maxsize=10_000)
+def _row(namespace: str, key: str) -> str:
+    family = Keyspace(namespace).family(key)
+    return family.pattern if family else ""
+
+
+def _pattern(names: Keyspace, key: str) -> str:
+    """The row of a key, remembered: the model test asks for the same few names thousands of times."""
+    return _row(names.namespace, key)
+
+
+def left_over(s: Snapshot) -> Mapping[str, Key]:
+    """The keys that are not there to stay: what must be gone when all jobs have ended and their keep time is over."""
+    return {n: k for n, k in s.keys.items() if (f := s.names.family(n)) is None or not f.persistent}

@@ -1,0 +1,254 @@
+"""One attempt at one job, as straight-line code: ask the runtime, pass its bytes on, end the job.
+
+Every write carries the attempt. A write that is refused as stale means that somebody else decides about the job now:
+the attempt closes its connection and says nothing more.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from broker import errors, jobs
+from broker.dialects.openai import ChatReader, read_complaint, rewrite_chat
+from broker.jobs import Holding
+from broker.records import Claimed
+from broker.store import Store
+from workers.runtimes.base import Endpoint
+from workers.stream_client import Exchange, StreamClient, UpstreamLost
+
+log = logging.getLogger("warmlane.attempt")
+
+BUFFER_BYTES = 1 << 20
+"""Bytes that may wait for Redis before the runtime is made to wait."""
+
+ERROR_BODY_BYTES = 1 << 16
+LOOK_EVERY_S = 0.5
+LAST_BYTES_S = 1.0
+"""How long the connection may stay open after the last finish reason before the answer counts as whole."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one attempt may take."""
+
+    first_token_timeout_ms: int
+    stall_timeout_ms: int
+    max_losses: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended, for the slot and for what is learned of the model. Times in ms."""
+
+    outcome: str  # done | failed | released | stopped
+    clean: bool  # the runtime closed the answer itself: its slot is free
+    suspect: bool = False  # the runtime itself may be gone
+    first_token_ms: float = 0.0
+    total_ms: float = 0.0
+    usage: dict[str, int] | None = None
+
+
+class Attempt:
+    """Runs one claimed job against one endpoint."""
+
+    def __init__(
+        self, store: Store, client: StreamClient, claimed: Claimed, endpoint: Endpoint, limits: Limits, *, served_by: str
+    ) -> None:  # fmt: skip
+        self.job = claimed.record
+        self.held = Holding(self.job.id, self.job.lane, claimed.attempt, self.job.boot)
+        self._store = store
+        self._client = client
+        self._body = claimed.body
+        self._endpoint = endpoint
+        self._limits = limits
+        self._served_by = served_by
+        self._reader = ChatReader(self.job.model, self.job.include_usage, self.job.choices)
+        self._exchange: Exchange | None = None
+        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._started = self._last_byte = self._loop.time()
+        self._timer: asyncio.TimerHandle
+        self._first_token_s = 0.0
+        self._complaint = bytearray()
+        self._stop: errors.BrokerError | None = None
+        self._seq = 0
+        self._buffered = 0
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the first token is in the log."""
+        return self._seq > 0
+
+    def stop(self, why: errors.BrokerError | None = None) -> None:
+        """Ends the attempt from outside: quietly when the job is not ours any more, else with `why`."""
+        self._stop = why or errors.StaleAttempt("told to stop")
+        if self._exchange is not None:
+            self._exchange.abort()
+        self._news.set()
+
+    async def run(self) -> Ended:
+        """Runs to the end; never raises but for bugs."""
+        self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
+        try:
+            await self._stream()
+            outcome = "done"
+        except (errors.Lost, errors.NoSuchJob) as e:
+            log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
+            outcome = "stopped"
+        except errors.BrokerUnavailable as e:
+            # the lease will tell: whoever finds Redis again first recovers the job
+            log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            outcome = "stopped"
+        except errors.BrokerError as e:
+            outcome = await self._fail(e)
+        finally:
+            self._timer.cancel()
+            if self._exchange is not None and not self._exchange.done:
+                self._exchange.abort()
+        return Ended(
+            outcome, clean=self._exchange is None or self._exchange.done,
+            suspect=outcome in ("failed", "released") and not (self._exchange and self._exchange.done),
+            first_token_ms=self._first_token_s * 1000, total_ms=(self._loop.time() - self._started) * 1000,
+            usage=self._reader.usage,
+        )  # fmt: skip
+
+    async def _stream(self) -> None:
+        self._exchange = await self._ask(fresh=False)
+        reader = self._reader
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._exchange.lost is not None and self._exchange.lost.reused and not self._stop:
+                self._exchange = await self._ask(fresh=True)
+                continue
+            data = reader.take()
+            if self._stop is not None:
+                await self._flush(data)
+                raise self._stop
+            over = self._over()
+            if over and reader.succeeded:
+                if not self.delivered:  # an answer may be nothing but a finish reason
+                    await self._flush(data, first=True)
+                    data = b""
+                await self._finish(data)
+                return
+            await self._flush(data)
+            if over:
+                raise self._failure()
+
+    async def _ask(self, *, fresh: bool) -> Exchange:
+        try:
+            return await self._client.post(
+                self._endpoint.base_url, self.job.endpoint, rewrite_chat(self._body, self._endpoint.model),
+                headers=self._endpoint.headers, on_data=self._on_data, on_news=self._news.set, fresh=fresh,
+            )  # fmt: skip
+        except UpstreamLost as e:
+            raise errors.RuntimeFailed(str(e)) from None
+
+    def _on_data(self, data: bytes) -> None:
+        exchange = self._exchange
+        self._last_byte = self._loop.time()
+        if exchange is None or exchange.status == 200:
+            self._reader.feed(data)
+            self._buffered += len(data)
+            if self._buffered > BUFFER_BYTES and exchange is not None:
+                exchange.pause()
+        elif len(self._complaint) < ERROR_BODY_BYTES:
+            self._complaint += data
+
+    async def _flush(self, data: bytes, *, first: bool = False) -> None:
+        """Writes what is ready: one call, whatever gathered while the last one was in flight."""
+        if not data and not first:
+            return
+        if self._seq == 0:
+            self._first_token_s = self._loop.time() - self._started
+            await jobs.first_token(self._store, self.held, data)
+        else:
+            await jobs.emit(self._store, self.held, self._seq + 1, data)
+        self._seq += 1
+        if self._buffered > BUFFER_BYTES and self._exchange is not None:
+            self._exchange.resume()
+        self._buffered = 0
+
+    async def _finish(self, data: bytes) -> None:
+        usage = self._reader.usage or {}
+        seq = self._seq + 1 if data else 0
+        await jobs.end(
+            self._store, self.held, "finish", seq=seq, data=data, served_by=self._served_by, usage=usage
+        )  # fmt: skip
+        self._seq += 1
+
+    def _over(self) -> bool:
+        """Whether no more bytes are to be waited for."""
+        exchange = self._exchange
+        assert exchange is not None
+        if exchange.done or exchange.lost is not None:
+            if exchange.status == 200:
+                self._reader.end()
+            return True
+        if self._reader.complaint is not None:
+            return True
+        silent = self._loop.time() - self._last_byte
+        return self._reader.succeeded and silent > LAST_BYTES_S
+
+    def _look(self) -> None:
+        """Enforces the timeouts, twice a second."""
+        now, limits = self._loop.time(), self._limits
+        if self._stop is None:
+            if not self._reader.has_content:
+                if (now - self._started) * 1000 > limits.first_token_timeout_ms:
+                    self.stop(errors.RuntimeFailed(
+                        f"no first token within {limits.first_token_timeout_ms / 1000:g} s", status=504, retryable=False
+                    ))  # fmt: skip
+            elif (now - self._last_byte) * 1000 > limits.stall_timeout_ms:
+                self.stop(errors.RuntimeFailed(
+                    f"the runtime was silent for {limits.stall_timeout_ms / 1000:g} s", status=504, retryable=False
+                ))  # fmt: skip
+            elif self._reader.succeeded:
+                self._news.set()
+        self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
+
+    def _failure(self) -> errors.BrokerError:
+        """Words for an answer that is over and was not a success."""
+        exchange = self._exchange
+        assert exchange is not None
+        if exchange.status not in (0, 200):
+            complaint = read_complaint(bytes(self._complaint))
+            if complaint.context_overflow:
+                return errors.ContextTooLong(complaint.message)
+            if exchange.status in (400, 404, 413, 415, 422):
+                return errors.RuntimeRefused(complaint.message, status=exchange.status)
+            retryable = exchange.status in (408, 425, 429, 500, 502, 503, 504)
+            return errors.RuntimeFailed(f"the runtime answered {exchange.status}: {complaint.message}", retryable=retryable)
+        if exchange.lost is not None and not self._reader.has_content:
+            return errors.RuntimeFailed(str(exchange.lost))
+        complaint_found = self._reader.complaint
+        if complaint_found is not None and complaint_found.context_overflow:
+            return errors.ContextTooLong(complaint_found.message)
+        return errors.RuntimeFailed(self._reader.error or "the runtime ended the answer without a finish reason")
+
+    async def _fail(self, error: errors.BrokerError) -> str:
+        """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
+        try:
+            if isinstance(error, errors.WorkerLost) or (isinstance(error, errors.RuntimeFailed) and error.retryable):
+                outcome = await self._give_back(error)
+                if outcome is not None:
+                    return outcome
+            await jobs.end(self._store, self.held, "fail", error=error, served_by=self._served_by)
+        except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as e:
+            log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            return "stopped"
+        log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, error)
+        return "failed"
+
+    async def _give_back(self, error: errors.JobEnded) -> str | None:
+        """Puts the job back into its lane; None when its client has seen part of the answer."""
+        loss = not isinstance(error, errors.WorkerLost)  # a drain is nobody's failure
+        try:
+            where = await jobs.release(
+                self._store, self.held, loss=loss, max_losses=self._limits.max_losses, error=error
+            )  # fmt: skip
+        except errors.BadTransition:
+            return None
+        log.warning("event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error)
+        return "released" if where == "queued" else "failed"

@@ -1,0 +1,33 @@
+"""Slow housekeeping, as plain functions: repair lanes, let retiring ones go, forget hosts and models that are gone.
+
+Each may run twice, late, or not at all for a while: nothing that a client waits for depends on them.
+"""
+
+import logging
+
+from broker import hosts, lanes
+from broker.policies import PolicyBook
+from broker.store import Store
+
+log = logging.getLogger("warmlane.chores")
+
+
+async def sweep(store: Store, book: PolicyBook) -> None:
+    """Repairs every lane and lets empty retiring ones go."""
+    active = await book.reload()
+    if active is None:
+        return
+    for name in active.lanes():
+        removed, restored = await lanes.sweep(store, name)
+        if removed or restored:
+            log.warning("event=sweep lane=%s removed=%d restored=%d", name, removed, restored)
+    for name in active.retiring:
+        if await lanes.retire(store, name):
+            log.info("event=retired lane=%s", name)
+    await book.reload()
+
+
+async def forget(store: Store, book: PolicyBook) -> None:
+    """Drops hosts that have been silent for a day, and what was learned of models that the policy no longer has."""
+    active = await book.reload()
+    await hosts.forget(store, known=set(active.models()) if active is not None else None)

@@ -1,0 +1,78 @@
+"""arq's place in the house: the only file that imports it. Cron chores, supervised: arq dies when Redis blips (its poll
+loop has no reconnect), so it is started again. Values travel as JSON, never as pickles."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from arq.connections import RedisSettings
+from arq.cron import cron
+from arq.worker import Worker
+
+from broker.policies import PolicyBook
+from broker.store import Store
+from workers import chores
+
+log = logging.getLogger("warmlane.clockwork")
+
+Step = Callable[[], Awaitable[float]]
+
+JOB_TIMEOUT_S = 15
+POLL_S = 0.5
+RESTART_PAUSE_S = 1.0
+RESTART_PAUSE_MAX_S = 10.0
+SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
+
+
+async def keep_running(store: Store, book: PolicyBook) -> None:
+    """Runs arq's worker until cancelled; a crash of it is logged and it starts again after a pause."""
+    if not store.url:
+        return
+    pause_s = RESTART_PAUSE_S
+    while True:
+        worker = _worker(store, book)
+        started = asyncio.get_running_loop().time()
+        try:
+            await worker.async_run()
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:  # noqa: BLE001  # whatever arq dies of, chores go on later
+            log.warning("event=arq_restart reason=%s", e or type(e).__name__)
+        finally:
+            await _close(worker)
+        lived_s = asyncio.get_running_loop().time() - started
+        pause_s = RESTART_PAUSE_S if lived_s > 60 else min(pause_s * 2, RESTART_PAUSE_MAX_S)
+        await asyncio.sleep(pause_s)
+
+
+async def _sweep(context: dict[str, Any]) -> None:
+    await chores.sweep(context["store"], context["book"])
+
+
+async def _forget(context: dict[str, Any]) -> None:
+    await chores.forget(context["store"], context["book"])
+
+
+def _worker(store: Store, book: PolicyBook) -> Worker:
+    settings = RedisSettings(unix_socket_path=store.socket_path) if store.socket_path else RedisSettings.from_dsn(store.url)
+    return Worker(
+        functions=[],
+        cron_jobs=[
+            cron(cast(Any, _sweep), name="sweep", second=SWEEP_SECONDS, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True),
+            cron(cast(Any, _forget), name="forget", minute={7}, second={30}, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True),
+        ],
+        redis_settings=settings, queue_name=f"{store.keys.namespace}:arq", handle_signals=False, keep_result=0,
+        poll_delay=POLL_S, job_timeout=JOB_TIMEOUT_S, health_check_interval=15, max_jobs=4,
+        job_serializer=lambda value: json.dumps(value, default=str).encode(),
+        job_deserializer=json.loads, ctx={"store": store, "book": book},
+    )  # fmt: skip
+
+
+async def _close(worker: Worker) -> None:
+    try:
+        async with asyncio.timeout(2):
+            await worker.close()
+    except Exception as e:  # noqa: BLE001  # it is being thrown away
+        log.debug("event=arq_close reason=%s", e)

@@ -1,0 +1,164 @@
+"""The due loop: looks at every job whose instant has passed, and at jobs that wait for a model that cannot come.
+
+Several schedulers may run: the scripts decide. None at all strands nobody either: each api looks after its own jobs.
+arq's chores run in the same process (`clockwork`), but nothing here waits for them.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections import OrderedDict
+
+import uvloop
+
+from broker import dispatch, errors, hosts, lanes
+from broker.due import Due, Looked
+from broker.hosts import Fleet
+from broker.policies import PolicyBook
+from broker.store import Store
+from workers import clockwork
+from workers.settings import WorkerSettings
+
+log = logging.getLogger("warmlane.scheduler")
+
+PAGE = 200
+SLEEP_MAX_S = 0.1
+"""The next instant may be set earlier while the loop sleeps: it never sleeps longer than this."""
+
+STUCK_LOOK_S = 0.05
+STUCK_KEPT = 1_000
+HOPELESS_LOOK_S = 0.5
+HOPELESS_PAGE = 256
+RETRY_PAUSE_S = 0.2
+
+
+class Scheduler:
+    """Settles due jobs until told to stop."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._book = PolicyBook(store)
+        self._fleet = Fleet(store, self._book)
+        self._due = Due(store, self._book, self._fleet)
+        self._stuck: dict[str, OrderedDict[str, None]] = {}  # full lane -> jobs that wanted to enter it, oldest first
+        self._waiting_then: dict[str, int] = {}
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ends `run` after the work in hand."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Runs the loops until `stop`."""
+        await self._book.reload()
+        if self._book.present:
+            await self._fleet.look()
+        async with asyncio.TaskGroup() as group:
+            loops = [
+                group.create_task(self._book.follow(), name="scheduler policy"),
+                group.create_task(self._fleet.follow(), name="scheduler fleet"),
+                group.create_task(self._steadily(self._settle_due), name="scheduler due"),
+                group.create_task(self._steadily(self._retry_stuck), name="scheduler stuck"),
+                group.create_task(self._steadily(self._hasten_hopeless), name="scheduler hopeless"),
+                group.create_task(clockwork.keep_running(self._store, self._book), name="scheduler arq"),
+            ]
+            await self._stop.wait()
+            for task in loops:
+                task.cancel()
+
+    async def _steadily(self, step: "clockwork.Step") -> None:
+        """Repeats a step; each says how long to sleep. Redis' absence is waited out."""
+        while True:
+            try:
+                pause_s = await step() if self._book.present else RETRY_PAUSE_S
+            except errors.BrokerUnavailable as e:
+                log.debug("event=scheduler_retry reason=%s", e)
+                pause_s = RETRY_PAUSE_S
+            await asyncio.sleep(pause_s)
+
+    async def _settle_due(self) -> float:
+        due, wait_ms = await self._due.next(limit=PAGE)
+        if not due:
+            return SLEEP_MAX_S if wait_ms is None else min(SLEEP_MAX_S, wait_ms / 1000)
+        found = await asyncio.gather(*(self._due.look(job) for job in due))
+        for job, looked in zip(due, found, strict=True):
+            self._note(job, looked)
+        unmoved = all(looked.outcome == "not_due" for looked in found)
+        return SLEEP_MAX_S if unmoved else 0.0
+
+    def _note(self, job: str, looked: Looked) -> None:
+        if looked.outcome == "full":
+            waiting = self._stuck.setdefault(looked.lane, OrderedDict())
+            if len(waiting) < STUCK_KEPT:
+                waiting[job] = None
+            return
+        for waiting in self._stuck.values():
+            waiting.pop(job, None)
+
+    async def _retry_stuck(self) -> float:
+        """Lets jobs into a fallback as soon as it has a place, oldest first."""
+        stuck = [lane for lane, jobs in self._stuck.items() if jobs]
+        if not stuck:
+            self._waiting_then.clear()
+            return STUCK_LOOK_S
+        counts = await hosts.lane_counts(self._store, stuck)
+        for lane in stuck:
+            length, held = counts[lane]
+            waiting, before = length - held, self._waiting_then.get(lane)
+            self._waiting_then[lane] = waiting
+            for _ in range(max(0, before - waiting) if before is not None else 0):
+                if not self._stuck[lane]:
+                    break
+                job, _none = self._stuck[lane].popitem(last=False)
+                self._note(job, await self._due.look(job, hasten=True))
+        return STUCK_LOOK_S
+
+    async def _hasten_hopeless(self) -> float:
+        """Finds jobs whose waiting is pointless: no host, quarantined, too slow, or a load that takes too long."""
+        active = self._book.active
+        now = await self._store.now_ms()
+        for name, lane in active.lanes().items():
+            if not lane.fallback or not self._fleet.picture.waiting.get(name):
+                continue
+            view = self._fleet.view(name)
+            if not lane.retiring and view.availability == "warm":
+                continue
+            async for job in lanes.waiting_entries(self._store, name, limit=HOPELESS_PAGE):
+                here = dispatch.first_token_in_ms(view, ahead=0, now_ms=now)
+                left = job.promote_at - now
+                if lane.retiring or dispatch.waiting_is_pointless(here, view, left_ms=left, priority=job.priority):
+                    self._note(job.job, await self._due.look(job.job, hasten=True))
+        return HOPELESS_LOOK_S
+
+
+async def serve(settings: WorkerSettings) -> int:
+    """Runs the scheduler until it is told to stop; gives the exit code."""
+    store = await Store.open(settings.redis_url, namespace=settings.namespace, name="scheduler")
+    scheduler = Scheduler(store)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, scheduler.stop)
+    try:
+        await scheduler.run()
+    finally:
+        with contextlib.suppress(errors.BrokerUnavailable):
+            await store.close()
+    return 0
+
+
+def main() -> None:
+    """Entry point of `python -m workers.scheduler`."""
+    settings = WorkerSettings()
+    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("arq").setLevel(logging.WARNING)
+    try:
+        raise SystemExit(uvloop.run(serve(settings)))
+    except errors.BrokerUnavailable as e:
+        print(e, file=sys.stderr)
+        raise SystemExit(3) from None
+
+
+if __name__ == "__main__":
+    main()

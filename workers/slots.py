@@ -1,0 +1,47 @@
+"""The slots of one model on one host: who uses one, and which are still settling.
+
+A slot whose answer was closed early is *settling* until the runtime itself says that it is idle: a runtime may take
+seconds to notice a closed connection, and a job claimed for that slot would wait inside the runtime, unseen. Past the
+limit the slot counts as lost: still not claimable, until the runtime says idle or is restarted.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Slots:
+    """Counts; `total` is the policy's maxConcurrent."""
+
+    total: int
+    using: set[str] = field(default_factory=set)  # ids of the jobs in flight, claims under way included
+    settling: list[float] = field(default_factory=list)  # loop times at which answers were closed early
+
+    @property
+    def free(self) -> int:
+        """Slots that a job may be claimed for now."""
+        return max(0, self.total - len(self.using) - len(self.settling))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing settles."""
+        return not self.using and not self.settling
+
+    def take(self, job_id: str) -> None:
+        """Gives a slot to a job."""
+        self.using.add(job_id)
+
+    def give_back(self, job_id: str, *, clean: bool, now_s: float) -> None:
+        """Takes the slot back; not clean = the runtime may still be at it."""
+        self.using.discard(job_id)
+        if not clean:
+            self.settling.append(now_s)
+
+    def settled(self, busy: int) -> bool:
+        """Notes that the runtime itself says how many generations run; True if a slot became free by that."""
+        before = len(self.settling)
+        self.settling = self.settling[: max(0, min(before, busy - len(self.using)))]
+        return len(self.settling) < before
+
+    def restarted(self) -> None:
+        """Notes that the runtime is a new one: nothing settles any more."""
+        self.settling.clear()

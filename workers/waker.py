@@ -1,0 +1,382 @@
+"""One model on this host: whether it is warm, and what it takes to make it so.
+
+    cold → waking → warm ⇄ degraded → unloading → cold;  waking → quarantined after a failed load
+
+Nothing is called warm before it has given a first token to our own probe; no port, no health page counts. A wake holds
+the model's wake lock for as long as it goes on, on a connection or a subprocess of ours, so that no client's hang-up
+ends it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker import errors, wake
+from broker.policy import Model
+from broker.records import ModelFacts, ModelOnHost
+from broker.store import Store
+from workers.runtimes import runtime_for
+from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
+from workers.slots import Slots
+
+log = logging.getLogger("warmlane.waker")
+
+LOOK_EVERY_S = 2.0
+"""How often a runtime is asked for its state and its busy slots, at most."""
+
+FIRST_SETTLE_LOOK_S = 0.25
+STEP_EVERY_S = 0.5
+PROBE_IDLE_EVERY_S = 30.0
+PROBE_DEGRADED_EVERY_S = 5.0
+PROBE_PATIENCE = 3.0
+"""A probe may take this many first-token budgets before it counts as failed rather than slow."""
+
+PROBE_LEAST_S = 10.0
+SLOW_IN_A_ROW = 2
+QUARANTINE_S = 5.0
+QUARANTINE_MAX_S = 300.0
+PASSIVE_PROMPT_TOKENS = 512
+"""A real first token counts as a probe only when at most this many prompt tokens had to be read for it."""
+
+EWMA = 0.3
+
+
+@dataclass
+class Surroundings:
+    """What a waker must know beyond its own model, asked for anew at each step."""
+
+    now_ms: Callable[[], Awaitable[int]]
+    facts: Callable[[str], ModelFacts]
+    warm_elsewhere: Callable[[str], bool]
+    make_room: Callable[[str], Awaitable[None]]  # raises LoadFailed when nothing more can go
+    learn: Callable[..., Awaitable[None]]
+    changed: Callable[[], None]
+
+
+class Waker:
+    """Owns one model's runtime, state and slots."""
+
+    def __init__(
+        self, store: Store, name: str, model: Model, *, host: str, boot: str, state_dir: Path, around: Surroundings
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.model = model
+        self.slots = Slots(model.max_concurrent)
+        self.state = "cold"
+        self.reason = ""
+        self.since_ms = 0
+        self.memory_bytes = 0
+        self.first_token_ms = 0.0
+        self.first_token_ewma_ms = 0.0
+        self.wanted_model = model  # what the policy says now; taken over when idle
+        self.leaving = False
+        self.runtime: Runtime = runtime_for(name, model, state_dir=state_dir)
+        self._store = store
+        self._host = host
+        self._boot = boot
+        self._state_dir = state_dir
+        self._around = around
+        self._kick = asyncio.Event()
+        self._slow = 0
+        self._unreachable = 0
+        self._loop = asyncio.get_running_loop()
+        self._warm_since = self._idle_since = self._asked = self._probed = 0.0
+        self._ask_at = self._loop.time()
+
+    @property
+    def claimable(self) -> bool:
+        """Whether jobs may be claimed for it now."""
+        return self.state in ("warm", "degraded") and not self.leaving and self.slots.free > 0
+
+    @property
+    def idle_ms(self) -> float:
+        """For how long nothing ran; 0 while busy."""
+        return (self._loop.time() - self._idle_since) * 1000 if self.slots.idle else 0.0
+
+    @property
+    def stayed_ms(self) -> float:
+        """For how long it has been resident."""
+        return (self._loop.time() - self._warm_since) * 1000
+
+    def kick(self) -> None:
+        """Has the state looked at now."""
+        self._kick.set()
+
+    def told(self, version: int) -> ModelOnHost:
+        """What the host says of it."""
+        return ModelOnHost(
+            state=self.state, reason=self.reason, runtime=self.runtime.kind, slots_total=self.slots.total,
+            slots_used=len(self.slots.using), slots_settling=len(self.slots.settling), memory_bytes=self.memory_bytes,
+            first_token_ms=round(self.first_token_ms, 1), first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
+            since=self.since_ms, version=version,
+        )  # fmt: skip
+
+    async def run(self) -> None:
+        """Looks after the model until cancelled."""
+        try:
+            while True:
+                try:
+                    await self._step()
+                except errors.BrokerUnavailable as e:
+                    log.debug("event=waker_retry model=%s reason=%s", self.name, e)
+                self._kick.clear()
+                try:
+                    async with asyncio.timeout(min(STEP_EVERY_S, max(0.01, self._ask_at - self._loop.time()))):
+                        await self._kick.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            await asyncio.shield(self.runtime.close())
+
+    async def unload(self, reason: str) -> None:
+        """Takes the model out of memory; the caller has made sure that it is idle. Takes all slots first."""
+        await self._become("unloading", reason)
+        try:
+            await self.runtime.unload()
+        except RuntimeProblem as e:
+            log.warning("event=unload_failed model=%s reason=%s", self.name, e)
+        self.memory_bytes = 0
+        self.slots.restarted()
+        await self._become("cold", reason)
+
+    def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int) -> None:
+        """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
+        if prompt_tokens - cached_tokens <= PASSIVE_PROMPT_TOKENS:
+            self._measured(ms)
+
+    def suspect(self) -> None:
+        """Says that an attempt lost its connection: ask the runtime before another job is claimed for it."""
+        self._ask_at = self._loop.time()
+        self._unreachable = 1
+        self.kick()
+
+    def released(self, job_id: str, *, clean: bool) -> None:
+        """Takes a slot back from a job that ended."""
+        self.slots.give_back(job_id, clean=clean, now_s=self._loop.time())
+        if not self.slots.using:
+            self._idle_since = self._loop.time()
+        if not clean:
+            self._ask_at = max(self._asked + LOOK_EVERY_S, self._loop.time() + FIRST_SETTLE_LOOK_S)
+            self.kick()
+
+    async def _step(self) -> None:
+        if self.wanted_model is not self.model and self.slots.idle and self.state != "waking":
+            await self._take_over()
+        if self.state in ("warm", "degraded"):
+            await self._look_after()
+            return
+        if self.leaving or not await self._wanted() or self._around.warm_elsewhere(self.name):
+            if self.state == "quarantined":
+                await self._become("cold", "")
+            return
+        now = await self._around.now_ms()
+        until = self._around.facts(self.name).quarantined_until
+        if until > now:
+            if self.state != "quarantined":
+                await self._become("quarantined", self._around.facts(self.name).failure)
+            return
+        await self._wake()
+
+    async def _wanted(self) -> bool:
+        return self.model.keep_warm or self._around.facts(self.name).wanted_until > await self._around.now_ms()
+
+    async def _take_over(self) -> None:
+        """Follows a changed definition; only what the runtime runs by needs a reload."""
+        old, new = self.model, self.wanted_model
+        same = ("backend", "model", "url", "command", "options", "context_tokens", "max_concurrent")
+        reload = any(getattr(old, f) != getattr(new, f) for f in same)
+        if reload and self.state in ("warm", "degraded"):
+            await self.unload("its definition changed")
+        self.model = new
+        if reload:
+            await self.runtime.close()
+            self.runtime = runtime_for(self.name, new, state_dir=self._state_dir)
+            self.slots = Slots(new.max_concurrent)
+            await self._become("cold", "")
+
+    async def _wake(self) -> None:
+        """Wakes the model under its lock; nobody else on any host wakes it meanwhile."""
+        lock = await wake.take(self._store, self.name, host=self._host, boot=self._boot)
+        if lock is None:
+            return
+        try:
+            if self._around.warm_elsewhere(self.name):
+                return
+            await self._become("waking", "")
+            await self._load_and_probe(lock)
+        finally:
+            if self.state == "waking":
+                await self._become("cold", self.reason)
+            try:
+                await wake.drop(self._store, lock)
+            except errors.BrokerUnavailable:
+                log.warning("event=wake_drop model=%s reason=redis away, the lock runs out by itself", self.name)
+
+    async def _load_and_probe(self, lock: wake.WakeLock) -> None:
+        started = self._loop.time()
+        timeout_s = self.model.wake_timeout_ms / 1000
+        failed: Exception | None = None
+        load_ms = first_ms = 0.0
+        try:
+            async with asyncio.TaskGroup() as group:
+                keeper = group.create_task(self._keep_lock(lock), name=f"wake-lock {self.name}")
+                async with asyncio.timeout(timeout_s):
+                    await self._around.make_room(self.name)
+                    await self.runtime.load(timeout_s=timeout_s)
+                    load_ms = (self._loop.time() - started) * 1000
+                    first_ms = await self._probe()
+                    if first_ms > self.model.first_token_budget_ms:  # the first answer after a load may be slow
+                        first_ms = await self._probe()
+                keeper.cancel()
+        except* (RuntimeProblem, TimeoutError, errors.LockHeld) as group_error:
+            failed = _first(group_error)
+        if failed is not None:
+            await self._wake_failed(failed, timeout_s)
+            return
+        self.memory_bytes = await self.runtime.memory_bytes() or 0
+        self.slots.restarted()
+        self._warm_since = self._idle_since = self._loop.time()
+        self._note(first_ms)
+        self._slow = SLOW_IN_A_ROW if first_ms > self.model.first_token_budget_ms else 0
+        known = self._around.facts(self.name).load_ms
+        await self._around.learn(
+            self.name, failures=0, quarantined_until=0, failure="",
+            load_ms=round(load_ms if not known else known + EWMA * (load_ms - known), 1),
+            footprint_bytes=self.memory_bytes,
+        )  # fmt: skip
+        if self._slow:
+            await self._become("degraded", self._slow_words(first_ms))
+        else:
+            await self._become("warm", "")
+        log.info("event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s", self.name, load_ms, first_ms, self.state)
+
+    async def _keep_lock(self, lock: wake.WakeLock) -> None:
+        while True:
+            await asyncio.sleep(wake.WAKE_RENEW_S)
+            try:
+                if not await wake.keep(self._store, lock):
+                    raise errors.LockHeld(f"somebody else wakes {self.name} now")
+            except errors.BrokerUnavailable as e:
+                log.debug("event=wake_keep_retry model=%s reason=%s", self.name, e)
+
+    async def _wake_failed(self, error: Exception, timeout_s: float) -> None:
+        if isinstance(error, errors.LockHeld):
+            await self._abandon_load()
+            await self._become("cold", str(error))
+            return
+        words = str(error) if isinstance(error, RuntimeProblem) else f"it did not answer within {timeout_s:g} s"
+        await self._abandon_load()
+        failures = self._around.facts(self.name).failures + 1
+        pause_s = min(QUARANTINE_MAX_S, QUARANTINE_S * 2 ** min(failures - 1, 10))
+        now = await self._around.now_ms()
+        await self._around.learn(
+            self.name, failures=failures, failure=words, quarantined_until=now + int(pause_s * 1000)
+        )  # fmt: skip
+        log.warning("event=quarantine model=%s failures=%d pause_s=%.0f reason=%s", self.name, failures, pause_s, words)
+        await self._become("quarantined", words)
+
+    async def _abandon_load(self) -> None:
+        try:
+            await self.runtime.unload()
+        except RuntimeProblem as e:
+            log.warning("event=unload_failed model=%s reason=%s", self.name, e)
+
+    async def _probe(self) -> float:
+        budget_s = self.model.first_token_budget_ms / 1000
+        ms = await self.runtime.probe(timeout_s=max(PROBE_LEAST_S, PROBE_PATIENCE * budget_s))
+        self._probed = self._loop.time()
+        return ms
+
+    async def _look_after(self) -> None:
+        """A resident model: still there? settled? slow? idle for long?"""
+        if self._loop.time() >= self._ask_at:
+            await self._ask_runtime()
+            if self.state not in ("warm", "degraded"):
+                return
+        if self.slots.idle and not self.leaving:
+            every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
+            if self._loop.time() - max(self._probed, self._idle_since) > every_s:
+                await self._probe_idle()
+        if (
+            self.slots.idle and not self.model.keep_warm and self.idle_ms > self.model.idle_unload_ms
+            and not await self._wanted()
+        ):  # fmt: skip
+            await self.unload("idle")
+        await self._judge()
+
+    async def _ask_runtime(self) -> None:
+        self._asked = self._loop.time()
+        self._ask_at = self._asked + LOOK_EVERY_S
+        state = await self.runtime.state()
+        if state == "loaded":
+            self._unreachable = 0
+            if self.slots.settling:
+                busy = await self.runtime.busy_slots()
+                if busy is None and self._loop.time() - self.slots.settling[0] > self.model.settle_ms / 1000:
+                    busy = len(self.slots.using)  # it cannot tell: the limit is all there is to go by
+                if busy is not None and self.slots.settled(busy):
+                    self._around.changed()
+            self.memory_bytes = await self.runtime.memory_bytes() or self.memory_bytes
+            return
+        self._unreachable += 1
+        if state == "absent" or self._unreachable >= 2:
+            self.slots.restarted()
+            self.memory_bytes = 0
+            await self._become("cold", f"the runtime is {state}")
+            self.kick()
+
+    async def _probe_idle(self) -> None:
+        self.slots.take("probe")
+        try:
+            self._measured(await self._probe())
+        except ProbeFailed as e:
+            log.warning("event=probe_failed model=%s reason=%s", self.name, e)
+            self._slow += 1
+            self.reason = str(e)
+        except RuntimeProblem:
+            self._ask_at = self._loop.time()
+        finally:
+            self._probed = self._loop.time()
+            self.slots.using.discard("probe")
+            self._around.changed()
+
+    def _measured(self, ms: float) -> None:
+        self._note(ms)
+        if ms > self.model.first_token_budget_ms:
+            self._slow += 1
+            self.reason = self._slow_words(ms)
+        else:
+            self._slow = 0
+
+    async def _judge(self) -> None:
+        if self.state == "warm" and self._slow >= SLOW_IN_A_ROW:
+            await self._become("degraded", self.reason)
+        elif self.state == "degraded" and self._slow == 0:
+            await self._become("warm", "")
+
+    def _note(self, ms: float) -> None:
+        self.first_token_ms = ms
+        before = self.first_token_ewma_ms
+        self.first_token_ewma_ms = ms if not before else before + EWMA * (ms - before)
+
+    def _slow_words(self, ms: float) -> str:
+        return f"first token after {ms:.0f} ms, budget {self.model.first_token_budget_ms} ms"
+
+    async def _become(self, state: str, reason: str) -> None:
+        if state != self.state:
+            log.info("event=model_state model=%s from=%s to=%s reason=%s", self.name, self.state, state, reason or "-")
+            try:
+                self.since_ms = await self._around.now_ms()
+            except errors.BrokerUnavailable:
+                log.debug("event=model_state_time model=%s reason=redis away", self.name)
+        self.state, self.reason = state, reason
+        self._around.changed()
+
+
+def _first(group: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error if isinstance(error, Exception) else LoadFailed(str(error))
