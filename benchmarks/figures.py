@@ -168,8 +168,8 @@ def _hear_claims(path: str, delays: list[float], hearing: threading.Event, stop:
         while not stop.is_set():
             try:
                 heard = ears.next_command()
-            except redis.exceptions.TimeoutError:
-                continue
+            except (redis.exceptions.TimeoutError, redis.exceptions.ConnectionError):
+                return  # a second without a word: the load has ended
             words = heard["command"].split(" ", 2)
             if len(words) < 2 or ":lane:" not in words[1]:
                 continue

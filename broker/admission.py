@@ -25,9 +25,16 @@ class Admitted:
 
 
 async def admit(
-    store: Store, book: PolicyBook, fleet: Fleet, job: JobRecord, body: bytes, *, reader: str = "",
-    idempotency_key: str = "", promote_within_ms: int | None = None,
-) -> Admitted:  # fmt: skip
+    store: Store,
+    book: PolicyBook,
+    fleet: Fleet,
+    job: JobRecord,
+    body: bytes,
+    *,
+    reader: str = "",
+    idempotency_key: str = "",
+    promote_within_ms: int | None = None,
+) -> Admitted:
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
 
     `job.asked` is what the client wrote. A full lane spills to its fallback; a lane that no live host can serve, whose
@@ -45,13 +52,23 @@ async def admit(
 
 
 async def _admit(
-    store: Store, active: Active, fleet: Fleet, job: JobRecord, body: bytes, *, reader: str, key: str,
+    store: Store,
+    active: Active,
+    fleet: Fleet,
+    job: JobRecord,
+    body: bytes,
+    *,
+    reader: str,
+    key: str,
     promote_within_ms: int | None,
-) -> Admitted:  # fmt: skip
+) -> Admitted:
     asked = active.policy.route(
-        job.asked, caller=job.caller, endpoint=job.endpoint, prompt_tokens=job.tokens,
+        job.asked,
+        caller=job.caller,
+        endpoint=job.endpoint,
+        prompt_tokens=job.tokens,
         priority="batch" if job.priority == "batch" else "interactive",
-    )  # fmt: skip
+    )
     job = replace(job, asked_model=asked.model)
     refusals: list[errors.Refused] = []
     for lane in active.policy.candidates(asked):
@@ -59,12 +76,21 @@ async def _admit(
         if refusal is None:
             try:
                 found = await lanes.submit(
-                    store, active, fleet, job, lane, body, reader=reader, idempotency_key=key,
+                    store,
+                    active,
+                    fleet,
+                    job,
+                    lane,
+                    body,
+                    reader=reader,
+                    idempotency_key=key,
                     promote_within_ms=promote_within_ms,
-                )  # fmt: skip
+                )
                 return Admitted(found.job_id, lane.name, found.attached)
             except errors.LaneFull:
-                refusal = errors.LaneFull(lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active)))
+                refusal = errors.LaneFull(
+                    lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
+                )
         refusals.append(refusal)
     raise _most_helpful(refusals)
 

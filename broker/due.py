@@ -21,7 +21,9 @@ log = logging.getLogger("warmlane.due")
 RETRY_MS = 1_000
 """A job that cannot move at its instant is tried again after this long at most."""
 
-Outcome = Literal["gone", "not_due", "promoted", "waits", "full", "expired", "abandoned", "recovered", "lost", "started"]
+Outcome = Literal[
+    "gone", "not_due", "promoted", "waits", "full", "expired", "abandoned", "recovered", "lost", "started"
+]
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,12 @@ class Due:
         again = await lanes.recover(self._store, job, max_losses=policy.max_losses)
         log.warning(
             "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
-            job.id, job.attempt, job.lane, job.owner, "queued" if again else "failed",
-        )  # fmt: skip
+            job.id,
+            job.attempt,
+            job.lane,
+            job.owner,
+            "queued" if again else "failed",
+        )
         return Looked("recovered" if again else "lost", late_ms=now - job.lease_until)
 
     async def _scheduled(self, job: JobRecord, now: int) -> Looked:

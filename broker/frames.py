@@ -178,9 +178,13 @@ class FrameReader:
         self._look = False  # from here on pushes count: one may arrive before the reply that lacks it
         try:
             entries = await store.command(
-                "XRANGE", store.keys.frames(self.job_id), f"({attempt}-{seq}" if seq or attempt else "-", "+", "COUNT",
+                "XRANGE",
+                store.keys.frames(self.job_id),
+                f"({attempt}-{seq}" if seq or attempt else "-",
+                "+",
+                "COUNT",
                 REFILL_PAGE,
-            )  # fmt: skip
+            )
             if not entries and not await store.command("EXISTS", store.keys.job(self.job_id)):
                 raise errors.NoSuchJob(self.job_id)
         except errors.BrokerUnavailable as e:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,9 @@ async def leave(store: Store, host: HostRecord, models: list[str]) -> None:
     """Takes a host off at once, so that nobody waits for its lease to end."""
     current = await store.command("HGET", store.keys.host(host.name), "boot")
     if current == host.boot.encode():
-        await store.command("DEL", store.keys.host(host.name), *(store.keys.model_on_host(m, host.name) for m in models))
+        await store.command(
+            "DEL", store.keys.host(host.name), *(store.keys.model_on_host(m, host.name) for m in models)
+        )
 
 
 async def learn(store: Store, model: str, **facts: float | int | str) -> None:
@@ -82,11 +85,16 @@ class Picture:
         availability, reason = self._availability(hosts, facts)
         best = min(ready, key=lambda m: m.first_token_ewma_ms or 1e9, default=None)
         return ModelView(
-            availability=availability, slots_total=total, slots_free=max(0, total - used),
-            waiting=self.waiting.get(lane, 0), first_token_ms=best.first_token_ewma_ms if best else 0.0,
-            service_ms=facts.service_ms, load_ms=facts.load_ms, reason=reason,
+            availability=availability,
+            slots_total=total,
+            slots_free=max(0, total - used),
+            waiting=self.waiting.get(lane, 0),
+            first_token_ms=best.first_token_ewma_ms if best else 0.0,
+            service_ms=facts.service_ms,
+            load_ms=facts.load_ms,
+            reason=reason,
             waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
-        )  # fmt: skip
+        )
 
     def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str]:
         if not hosts:
@@ -110,6 +118,7 @@ class Fleet:
         self._store = store
         self._book = book
         self.picture = Picture()
+        self.skew_ms = 0  # Redis' clock minus this machine's
 
     async def follow(self) -> None:
         """Looks every LOOK_EVERY_S until cancelled."""
@@ -125,6 +134,7 @@ class Fleet:
         """Reads hosts, models and lanes in one go. Unreadable lanes count as empty."""
         store, active = self._store, self._book.active
         now = await store.now_ms()
+        self.skew_ms = now - int(time.time() * 1000) if store.clock is None else 0
         names = [n.decode() for n in await store.command("ZRANGEBYSCORE", store.keys.hosts, now - 60_000, "+inf")]
         models = list(active.models())
         picture = Picture(at_ms=now)

@@ -52,19 +52,40 @@ async def emit(store: Store, held: Holding, seq: int, data: bytes) -> None:
 
 
 async def end(
-    store: Store, held: Holding, event: Literal["finish", "fail"], *, seq: int = 0, data: bytes = b"",
-    error: errors.BrokerError | None = None, served_by: str = "", usage: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+    store: Store,
+    held: Holding,
+    event: Literal["finish", "fail"],
+    *,
+    seq: int = 0,
+    data: bytes = b"",
+    error: errors.BrokerError | None = None,
+    served_by: str = "",
+    usage: dict[str, Any] | None = None,
+) -> None:
     """Ends a held job, with one last frame (`seq`, `data`) if there is one. Raises StaleAttempt, AlreadyEnded."""
     code, message = (error.code, str(error)) if error is not None else ("", "")
     usage = usage or {}
     await store.run_through(
         "end",
         closing_keys(store, held.job_id, held.lane),
-        [store.now_arg(), held.job_id, GROUP, *prefixes(store), held.attempt, event, seq, data, code, message,
-         getattr(error, "status", ""), served_by, json.dumps(usage) if usage else "",
-         int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)],
-    )  # fmt: skip
+        [
+            store.now_arg(),
+            held.job_id,
+            GROUP,
+            *prefixes(store),
+            held.attempt,
+            event,
+            seq,
+            data,
+            code,
+            message,
+            getattr(error, "status", ""),
+            served_by,
+            json.dumps(usage) if usage else "",
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0),
+        ],
+    )
 
 
 async def release(
@@ -74,7 +95,17 @@ async def release(
 
     Raises BadTransition when a client has seen part of the answer: then only `end` is honest.
     """
-    args = [store.now_arg(), held.job_id, GROUP, *prefixes(store), held.attempt, int(loss), max_losses, error.code, str(error)]
+    args = [
+        store.now_arg(),
+        held.job_id,
+        GROUP,
+        *prefixes(store),
+        held.attempt,
+        int(loss),
+        max_losses,
+        error.code,
+        str(error),
+    ]
     reply = await store.run_through("release", closing_keys(store, held.job_id, held.lane), args)
     return "queued" if reply[0] == b"queued" else "failed"
 
@@ -85,7 +116,9 @@ async def renew(store: Store, held: Holding, *, lease_ms: int) -> None:
     await store.run("renew", keys, [store.now_arg(), held.job_id, held.attempt, held.boot, lease_ms])
 
 
-async def cancel(store: Store, job_id: str, *, message: str = "cancelled by its caller", if_abandoned: bool = False) -> str:
+async def cancel(
+    store: Store, job_id: str, *, message: str = "cancelled by its caller", if_abandoned: bool = False
+) -> str:
     """Ends a job in any live state and tells its worker; gives the state that it was in.
 
     `if_abandoned`: only if no reader is left whose lease and grace still run (raises NotDue otherwise).

@@ -23,8 +23,13 @@ class Family:
 
 
 TABLE: tuple[Family, ...] = (
-    Family("lane:<lane>", "stream", "while the lane is in the policy or not empty", True,
-           "one entry per waiting or running job; group `workers`"),
+    Family(
+        "lane:<lane>",
+        "stream",
+        "while the lane is in the policy or not empty",
+        True,
+        "one entry per waiting or running job; group `workers`",
+    ),
     Family("job:<id>", "hash", "end + keep time", False, "the job record"),
     Family("job:<id>:request", "string", "the job's end (sync), end + keep time (async)", False, "the request body"),
     Family("job:<id>:frames", "stream", "end + keep time", False, "replay log, ids `<attempt>-<seq>`"),
@@ -32,20 +37,35 @@ TABLE: tuple[Family, ...] = (
     Family("due", "zset", "a member lives as long as its job", False, "live job -> its next instant"),
     Family("wake:<model>", "string", "15 s, renewed while held", False, "wake lock: `host/boot/epoch`"),
     Family("wake:<model>:epoch", "string", "while the model is in the policy", True, "number of wakes so far"),
-    Family("model:<model>", "hash", "while the model is in the policy", True,
-           "wanted_until, quarantine, learned load time, footprint and rates"),
-    Family("model:<model>:<host>", "hash", "6 s, renewed every 2 s", False,
-           "state, first-token times, memory, slots of the model on the host"),
+    Family(
+        "model:<model>",
+        "hash",
+        "while the model is in the policy",
+        True,
+        "wanted_until, quarantine, learned load time, footprint and rates",
+    ),
+    Family(
+        "model:<model>:<host>",
+        "hash",
+        "6 s, renewed every 2 s",
+        False,
+        "state, first-token times, memory, slots of the model on the host",
+    ),
     Family("host:<host>", "hash", "6 s, renewed every 2 s", False, "boot id, heartbeat, memory, draining"),
-    Family("hosts", "zset", "a member lives for a day after its last heartbeat", True,
-           "host -> last heartbeat; the index of the keys above"),
+    Family(
+        "hosts",
+        "zset",
+        "a member lives for a day after its last heartbeat",
+        True,
+        "host -> last heartbeat; the index of the keys above",
+    ),
     Family("idem:<caller>:<key>", "string", "the job's keep time", False, "job id and body hash"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
     Family("control:<host>", "channel", "-", False, "cancel, stop"),
-)  # fmt: skip
+)
 
 
 class Keyspace:
@@ -140,9 +160,15 @@ class Keyspace:
 
 
 _NAMES = {
-    "lane": r"[^:]+", "id": r"[^:]+", "model": r"[^:]+", "host": r"[^:]+", "key": r".+",
-    "caller": r"[^:]+", "day": r"[0-9-]+", "api": r"[^:]+",
-}  # fmt: skip
+    "lane": r"[^:]+",
+    "id": r"[^:]+",
+    "model": r"[^:]+",
+    "host": r"[^:]+",
+    "key": r".+",
+    "caller": r"[^:]+",
+    "day": r"[0-9-]+",
+    "api": r"[^:]+",
+}
 
 
 def as_markdown() -> str:

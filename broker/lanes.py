@@ -29,10 +29,19 @@ class Submitted:
 
 
 async def submit(
-    store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane, body: bytes, *,
-    reader: str = "", idempotency_key: str = "", wanted: bool = True, promote_within_ms: int | None = None,
+    store: Store,
+    active: Active,
+    fleet: Fleet,
+    job: JobRecord,
+    lane: Lane,
+    body: bytes,
+    *,
+    reader: str = "",
+    idempotency_key: str = "",
+    wanted: bool = True,
+    promote_within_ms: int | None = None,
     give_up_within_ms: int | None = None,
-) -> Submitted:  # fmt: skip
+) -> Submitted:
     """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch.
 
     `reader` is `api/reader-id` of the client's connection, attached in the same script, so that the job never lives
@@ -43,9 +52,13 @@ async def submit(
     keys = store.keys
     idem = keys.idem(job.caller, idempotency_key) if idempotency_key else ""
     record = replace(
-        job, lane=lane.name, model=lane.model, priority=lane.priority, idem=idem,
+        job,
+        lane=lane.name,
+        model=lane.model,
+        priority=lane.priority,
+        idem=idem,
         seen=bool(reader) and job.stream and job.mode == "sync",
-    )  # fmt: skip
+    )
     fields = [x for name, value in record.to_hash().items() if name not in _SET_BY_SCRIPT for x in (name, value)]
     hosts, siblings = fleet.host_keys(lane.model), [keys.lane(x) for x in active.lanes_of(lane.model)]
     promote_after = promote_after_ms(lane)
@@ -54,12 +67,37 @@ async def submit(
     body_hash = hashlib.sha256(job.endpoint.encode() + b"\n" + body).hexdigest()[:32] if idem else "-"
     reply = await store.run(
         "submit",
-        [keys.lane(lane.name), keys.job(job.id), keys.request(job.id), keys.due, keys.readers(job.id),
-         idem or keys.idem("-", "-"), keys.policy, keys.model(lane.model), *hosts, *siblings],
-        [store.now_arg(), job.id, GROUP, active.version, lane.max_queue, promote_after,
-         lane.max_wait_ms if give_up_within_ms is None else give_up_within_ms, job.not_before, body, body_hash, job.keep_ms if idem else 0,
-         reader, READER_LEASE_MS, len(hosts), WANTED_FOR_MS if wanted else 0, *fields],
-    )  # fmt: skip
+        [
+            keys.lane(lane.name),
+            keys.job(job.id),
+            keys.request(job.id),
+            keys.due,
+            keys.readers(job.id),
+            idem or keys.idem("-", "-"),
+            keys.policy,
+            keys.model(lane.model),
+            *hosts,
+            *siblings,
+        ],
+        [
+            store.now_arg(),
+            job.id,
+            GROUP,
+            active.version,
+            lane.max_queue,
+            promote_after,
+            lane.max_wait_ms if give_up_within_ms is None else give_up_within_ms,
+            job.not_before,
+            body,
+            body_hash,
+            job.keep_ms if idem else 0,
+            reader,
+            READER_LEASE_MS,
+            len(hosts),
+            WANTED_FOR_MS if wanted else 0,
+            *fields,
+        ],
+    )
     word, value = reply[0].decode(), reply[1].decode()
     return Submitted(value, attached=True) if word == "attached" else Submitted(job.id)
 
@@ -75,22 +113,57 @@ async def claim(
     attempt, body, raw = await store.run(
         "claim",
         [keys.lane(waiting.lane), keys.job(waiting.job), keys.due, keys.policy, keys.request(waiting.job)],
-        [store.now_arg(), waiting.job, GROUP, waiting.lane, waiting.entry, active.version, host, boot, lease_ms, lane.trust],
-    )  # fmt: skip
+        [
+            store.now_arg(),
+            waiting.job,
+            GROUP,
+            waiting.lane,
+            waiting.entry,
+            active.version,
+            host,
+            boot,
+            lease_ms,
+            lane.trust,
+        ],
+    )
     return Claimed(int(attempt), JobRecord.from_hash(raw), body)
 
 
 async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to: Lane) -> None:
-    """Moves a job without a first token into its fallback lane; raises LaneFull, TrustZoneRefused, Moved, StaleAttempt."""
+    """Moves a job without a first token into a fallback lane; LaneFull, TrustZoneRefused, Moved, Stale tell why not."""
     keys = store.keys
     hosts, siblings = fleet.host_keys(to.model), [keys.lane(x) for x in active.lanes_of(to.model)]
     await store.run(
         "promote",
-        [keys.lane(job.lane), keys.lane(to.name), keys.job(job.id), keys.due, keys.policy, keys.model(to.model),
-         *hosts, *siblings],
-        [store.now_arg(), job.id, GROUP, active.version, job.lane, job.entry, job.attempt, to.name, to.model, to.max_queue,
-         promote_after_ms(to), to.trust, len(hosts), WANTED_FOR_MS, keys.control_channel(""), keys.usage_prefix()],
-    )  # fmt: skip
+        [
+            keys.lane(job.lane),
+            keys.lane(to.name),
+            keys.job(job.id),
+            keys.due,
+            keys.policy,
+            keys.model(to.model),
+            *hosts,
+            *siblings,
+        ],
+        [
+            store.now_arg(),
+            job.id,
+            GROUP,
+            active.version,
+            job.lane,
+            job.entry,
+            job.attempt,
+            to.name,
+            to.model,
+            to.max_queue,
+            promote_after_ms(to),
+            to.trust,
+            len(hosts),
+            WANTED_FOR_MS,
+            keys.control_channel(""),
+            keys.usage_prefix(),
+        ],
+    )
 
 
 async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> None:
@@ -100,14 +173,25 @@ async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord
     await store.run(
         "release_due",
         [keys.lane(lane.name), keys.job(job.id), keys.due, keys.policy, keys.model(lane.model), *hosts, *siblings],
-        [store.now_arg(), job.id, GROUP, active.version, lane.name, lane.max_queue, promote_after_ms(lane), len(hosts),
-         WANTED_FOR_MS],
-    )  # fmt: skip
+        [
+            store.now_arg(),
+            job.id,
+            GROUP,
+            active.version,
+            lane.name,
+            lane.max_queue,
+            promote_after_ms(lane),
+            len(hosts),
+            WANTED_FOR_MS,
+        ],
+    )
 
 
 async def postpone(store: Store, job: JobRecord, *, after_ms: int) -> None:
     """Says when to try again to promote or start a job that could not move."""
-    await store.run("postpone", [store.keys.job(job.id), store.keys.due], [store.now_arg(), job.id, job.entry, after_ms])
+    await store.run(
+        "postpone", [store.keys.job(job.id), store.keys.due], [store.now_arg(), job.id, job.entry, after_ms]
+    )
 
 
 async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
@@ -153,6 +237,14 @@ def promote_after_ms(lane: Lane) -> int:
     return max(1, lane.cold_start_budget_ms) if lane.fallback else 0
 
 
-_SET_BY_SCRIPT = frozenset({
-    "state", "submitted_at", "promote_at", "give_up_at", "policy_version", "not_before", "queued_at",
-})  # fmt: skip
+_SET_BY_SCRIPT = frozenset(
+    {
+        "state",
+        "submitted_at",
+        "promote_at",
+        "give_up_at",
+        "policy_version",
+        "not_before",
+        "queued_at",
+    }
+)

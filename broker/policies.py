@@ -138,7 +138,9 @@ class PolicyBook:
         for past in await self.history():
             if int(past["version"]) == version:
                 return await self.apply(past["text"], by=by)
-        raise errors.BadRequest(f"version {version} is not in the history (the last {HISTORY_KEPT} are kept)", "version")
+        raise errors.BadRequest(
+            f"version {version} is not in the history (the last {HISTORY_KEPT} are kept)", "version"
+        )
 
 
 def _retiring(before: Active, policy: Policy) -> dict[str, str]:
@@ -163,6 +165,9 @@ def _parse(fields: dict[str, str]) -> Active:
             kept = json.loads(value)
             retiring[name.removeprefix("retiring:")] = (Lane(**kept["lane"]), Model.model_validate(kept["model"]))
     return Active(
-        policy=Policy.parse(fields["text"]), version=int(fields["version"]), revision=int(fields["revision"]),
-        made_up=fields.get("made_up") == "1", retiring=retiring,
-    )  # fmt: skip
+        policy=Policy.parse(fields["text"]),
+        version=int(fields["version"]),
+        revision=int(fields["revision"]),
+        made_up=fields.get("made_up") == "1",
+        retiring=retiring,
+    )

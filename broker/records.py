@@ -36,12 +36,16 @@ class _Hash:
                 continue
             text, kind = values[f.name], f.type
             known[f.name] = (
-                int(float(text or 0)) if kind is int
-                else float(text or 0) if kind is float
-                else text in ("1", "true") if kind is bool
-                else State(text) if kind is State
+                int(float(text or 0))
+                if kind is int
+                else float(text or 0)
+                if kind is float
+                else text in ("1", "true")
+                if kind is bool
+                else State(text)
+                if kind is State
                 else text
-            )  # fmt: skip
+            )
         return cls(**known)
 
     def to_hash(self) -> dict[str, str | int | float]:
@@ -228,10 +232,17 @@ class Waiting:
         """Reads an entry of a lane's stream."""
         f = decode_hash(values)
         return cls(
-            job=f["job"], lane=lane, entry=_text(entry_id), caller=f.get("caller", ""), session=f.get("session", ""),
-            promote_at=int(f.get("promote_at") or 0), submitted=int(f.get("submitted") or 0),
-            tokens=int(f.get("tokens") or 0), priority=f.get("priority", "interactive"), zone=f.get("zone", "local"),
-        )  # fmt: skip
+            job=f["job"],
+            lane=lane,
+            entry=_text(entry_id),
+            caller=f.get("caller", ""),
+            session=f.get("session", ""),
+            promote_at=int(f.get("promote_at") or 0),
+            submitted=int(f.get("submitted") or 0),
+            tokens=int(f.get("tokens") or 0),
+            priority=f.get("priority", "interactive"),
+            zone=f.get("zone", "local"),
+        )
 
 
 @dataclass(frozen=True)
@@ -241,4 +252,3 @@ class Claimed:
     attempt: int
     record: JobRecord
     body: bytes
-

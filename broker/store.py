@@ -49,9 +49,17 @@ class Store:
         """Connects and checks the server; raises BrokerUnavailable, RedisUnfit with a sentence."""
         try:
             pool = BlockingConnectionPool.from_url(
-                url, max_connections=16, timeout=5, socket_timeout=5, socket_connect_timeout=2, socket_keepalive=True,
-                health_check_interval=15, protocol=2, client_name=name, decode_responses=False,
-            )  # fmt: skip
+                url,
+                max_connections=16,
+                timeout=5,
+                socket_timeout=5,
+                socket_connect_timeout=2,
+                socket_keepalive=True,
+                health_check_interval=15,
+                protocol=2,
+                client_name=name,
+                decode_responses=False,
+            )
             wire = Wire(url, name=name)
         except ValueError as e:
             raise errors.RedisUnfit(f"the Redis URL is not usable: {e}") from None
@@ -230,7 +238,9 @@ class Store:
             raise
         except errors.BrokerError as e:
             raise errors.RedisUnfit(f"Redis refuses INFO: {e}") from None
-        version = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("redis_version")), "0")
+        version = next(
+            (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("redis_version")), "0"
+        )
         if tuple(int(x) for x in version.split(".")[:2]) < FLOOR:
             raise errors.RedisUnfit(f"Redis {version} is too old: warmlane needs 7.0 or later, or Valkey 8 or later")
 

@@ -97,9 +97,14 @@ class Wire:
     decides whether to repeat it (every verb may be repeated)."""
 
     def __init__(
-        self, url: str, *, name: str, on_push: Push | None = None, on_open: Callable[[], None] | None = None,
+        self,
+        url: str,
+        *,
+        name: str,
+        on_push: Push | None = None,
+        on_open: Callable[[], None] | None = None,
         reply_timeout_s: float = REPLY_TIMEOUT_S,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._options: dict[str, Any] = dict(parse_url(url))
         self._name = name
         self._on_push = on_push

@@ -52,8 +52,15 @@ class Attempt:
     """Runs one claimed job against one endpoint."""
 
     def __init__(
-        self, store: Store, client: StreamClient, claimed: Claimed, endpoint: Endpoint, limits: Limits, *, served_by: str
-    ) -> None:  # fmt: skip
+        self,
+        store: Store,
+        client: StreamClient,
+        claimed: Claimed,
+        endpoint: Endpoint,
+        limits: Limits,
+        *,
+        served_by: str,
+    ) -> None:
         self.job = claimed.record
         self.held = Holding(self.job.id, self.job.lane, claimed.attempt, self.job.boot)
         self._store = store
@@ -106,11 +113,13 @@ class Attempt:
             if self._exchange is not None and not self._exchange.done:
                 self._exchange.abort()
         return Ended(
-            outcome, clean=self._exchange is None or self._exchange.done,
+            outcome,
+            clean=self._exchange is None or self._exchange.done,
             suspect=outcome in ("failed", "released") and not (self._exchange and self._exchange.done),
-            first_token_ms=self._first_token_s * 1000, total_ms=(self._loop.time() - self._started) * 1000,
+            first_token_ms=self._first_token_s * 1000,
+            total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
-        )  # fmt: skip
+        )
 
     async def _stream(self) -> None:
         self._exchange = await self._ask(fresh=False)
@@ -139,9 +148,14 @@ class Attempt:
     async def _ask(self, *, fresh: bool) -> Exchange:
         try:
             return await self._client.post(
-                self._endpoint.base_url, self.job.endpoint, rewrite_chat(self._body, self._endpoint.model),
-                headers=self._endpoint.headers, on_data=self._on_data, on_news=self._news.set, fresh=fresh,
-            )  # fmt: skip
+                self._endpoint.base_url,
+                self.job.endpoint,
+                rewrite_chat(self._body, self._endpoint.model),
+                headers=self._endpoint.headers,
+                on_data=self._on_data,
+                on_news=self._news.set,
+                fresh=fresh,
+            )
         except UpstreamLost as e:
             raise errors.RuntimeFailed(str(e)) from None
 
@@ -173,9 +187,7 @@ class Attempt:
     async def _finish(self, data: bytes) -> None:
         usage = self._reader.usage or {}
         seq = self._seq + 1 if data else 0
-        await jobs.end(
-            self._store, self.held, "finish", seq=seq, data=data, served_by=self._served_by, usage=usage
-        )  # fmt: skip
+        await jobs.end(self._store, self.held, "finish", seq=seq, data=data, served_by=self._served_by, usage=usage)
         self._seq += 1
 
     def _over(self) -> bool:
@@ -197,13 +209,19 @@ class Attempt:
         if self._stop is None:
             if not self._reader.has_content:
                 if (now - self._started) * 1000 > limits.first_token_timeout_ms:
-                    self.stop(errors.RuntimeFailed(
-                        f"no first token within {limits.first_token_timeout_ms / 1000:g} s", status=504, retryable=False
-                    ))  # fmt: skip
+                    self.stop(
+                        errors.RuntimeFailed(
+                            f"no first token within {limits.first_token_timeout_ms / 1000:g} s",
+                            status=504,
+                            retryable=False,
+                        )
+                    )
             elif (now - self._last_byte) * 1000 > limits.stall_timeout_ms:
-                self.stop(errors.RuntimeFailed(
-                    f"the runtime was silent for {limits.stall_timeout_ms / 1000:g} s", status=504, retryable=False
-                ))  # fmt: skip
+                self.stop(
+                    errors.RuntimeFailed(
+                        f"the runtime was silent for {limits.stall_timeout_ms / 1000:g} s", status=504, retryable=False
+                    )
+                )
             elif self._reader.succeeded:
                 self._news.set()
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
@@ -219,7 +237,9 @@ class Attempt:
             if exchange.status in (400, 404, 413, 415, 422):
                 return errors.RuntimeRefused(complaint.message, status=exchange.status)
             retryable = exchange.status in (408, 425, 429, 500, 502, 503, 504)
-            return errors.RuntimeFailed(f"the runtime answered {exchange.status}: {complaint.message}", retryable=retryable)
+            return errors.RuntimeFailed(
+                f"the runtime answered {exchange.status}: {complaint.message}", retryable=retryable
+            )
         if exchange.lost is not None and not self._reader.has_content:
             return errors.RuntimeFailed(str(exchange.lost))
         complaint_found = self._reader.complaint
@@ -247,8 +267,10 @@ class Attempt:
         try:
             where = await jobs.release(
                 self._store, self.held, loss=loss, max_losses=self._limits.max_losses, error=error
-            )  # fmt: skip
+            )
         except errors.BadTransition:
             return None
-        log.warning("event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error)
+        log.warning(
+            "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
+        )
         return "released" if where == "queued" else "failed"

@@ -56,18 +56,37 @@ async def _forget(context: dict[str, Any]) -> None:
 
 
 def _worker(store: Store, book: PolicyBook) -> Worker:
-    settings = RedisSettings(unix_socket_path=store.socket_path) if store.socket_path else RedisSettings.from_dsn(store.url)
+    settings = (
+        RedisSettings(unix_socket_path=store.socket_path) if store.socket_path else RedisSettings.from_dsn(store.url)
+    )
     return Worker(
         functions=[],
         cron_jobs=[
-            cron(cast(Any, _sweep), name="sweep", second=SWEEP_SECONDS, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True),
-            cron(cast(Any, _forget), name="forget", minute={7}, second={30}, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True),
+            cron(
+                cast(Any, _sweep), name="sweep", second=SWEEP_SECONDS, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True
+            ),
+            cron(
+                cast(Any, _forget),
+                name="forget",
+                minute={7},
+                second={30},
+                timeout=JOB_TIMEOUT_S,
+                keep_result=0,
+                unique=True,
+            ),
         ],
-        redis_settings=settings, queue_name=f"{store.keys.namespace}:arq", handle_signals=False, keep_result=0,
-        poll_delay=POLL_S, job_timeout=JOB_TIMEOUT_S, health_check_interval=15, max_jobs=4,
+        redis_settings=settings,
+        queue_name=f"{store.keys.namespace}:arq",
+        handle_signals=False,
+        keep_result=0,
+        poll_delay=POLL_S,
+        job_timeout=JOB_TIMEOUT_S,
+        health_check_interval=15,
+        max_jobs=4,
         job_serializer=lambda value: json.dumps(value, default=str).encode(),
-        job_deserializer=json.loads, ctx={"store": store, "book": book},
-    )  # fmt: skip
+        job_deserializer=json.loads,
+        ctx={"store": store, "book": book},
+    )
 
 
 async def _close(worker: Worker) -> None:

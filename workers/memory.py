@@ -62,7 +62,7 @@ def predicted_bytes(*, learned: int, memory_mb: int | None, weights: str) -> int
 def evictions(need: int, headroom: int, residents: Iterable[Resident]) -> list[str] | None:
     """Chooses what to unload so that `need` bytes fit; None if even that would not do.
 
-    The model that was idle longest for what a reload of it costs goes first: `idle_ms / (load_ms × weight)`. Never a
+    The model that was idle longest for what a reload of it costs goes first: `idle_ms / (load_ms * weight)`. Never a
     busy one, never one inside its minimum stay.
     """
     if need * SAFETY <= headroom:

@@ -4,14 +4,23 @@ The picture may be stale; the claim script is the judge. An entry that was refus
 that goes back to wait gets a new entry), so it is remembered and not asked for twice.
 """
 
+import asyncio
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from broker import errors, lanes
 from broker.records import Waiting
+from broker.store import Store
+
+log = logging.getLogger("warmlane.picture")
 
 KEPT_INTERACTIVE = 256
 KEPT_BATCH = 64
 SPENT_KEPT = 20_000
+RESYNC_EVERY_S = 5.0
+SHORT_LOOK_S = 0.2
+RETRY_PAUSE_S = 0.2
 
 
 class LanePicture:
@@ -30,6 +39,10 @@ class LanePicture:
             self._truncated.discard(gone)
         for new in wanted - self._lanes.keys():
             self._lanes[new] = OrderedDict()
+
+    def lanes(self) -> list[str]:
+        """The lanes that count."""
+        return list(self._lanes)
 
     def add(self, job: Waiting) -> None:
         """Notes an entry, if there is room in the picture; beyond it the lane is looked at again later."""
@@ -50,8 +63,8 @@ class LanePicture:
         for job in jobs:
             self.add(job)
 
-    def spent(self, job: Waiting) -> None:
-        """Notes that this entry is not to be had any more."""
+    def spend(self, job: Waiting) -> None:
+        """Notes that this entry is tried, and not to be tried again."""
         lane = self._lanes.get(job.lane)
         if lane is not None:
             lane.pop(job.entry, None)
@@ -60,8 +73,9 @@ class LanePicture:
             self._spent.popitem(last=False)
 
     def unspend(self, job: Waiting) -> None:
-        """Notes that a refusal said nothing about the entry itself."""
+        """Notes that the try said nothing about the entry itself: it still waits."""
         self._spent.pop((job.lane, job.entry), None)
+        self.add(job)
 
     def waiting(self, lanes: Iterable[str]) -> Iterator[Waiting]:
         """The jobs known to wait in these lanes."""
@@ -71,3 +85,67 @@ class LanePicture:
     def short(self) -> list[str]:
         """Lanes that hold more than the picture, and whose picture has run low: look again."""
         return [lane for lane in self._truncated if len(self._lanes.get(lane, ())) < KEPT_BATCH // 2]
+
+
+class Tails:
+    """Keeps a picture fresh: a blocking read hears of new entries at once, a look now and then mends the rest."""
+
+    def __init__(self, store: Store, picture: LanePicture, on_news: Callable[[], None]) -> None:
+        self._store = store
+        self._picture = picture
+        self._on_news = on_news
+
+    async def tail(self) -> None:
+        """Hears of every new entry until cancelled. The blocking read itself is never cancelled: it ends by itself."""
+        last: dict[str, str] = {}
+        async with self._store.tail() as tail:
+            while True:
+                try:
+                    last = await self._start(last)
+                    if not last:
+                        await asyncio.sleep(RETRY_PAUSE_S)
+                        continue
+                    names = {self._store.keys.lane(lane): lane for lane in last}
+                    for key, entries in await tail.read({key: last[lane] for key, lane in names.items()}):
+                        lane = names[key]
+                        for entry, values in entries:
+                            self._picture.add(Waiting.from_entry(lane, entry, values))
+                        last[lane] = entries[-1][0].decode()
+                    self._on_news()
+                except errors.BrokerUnavailable as e:
+                    log.debug("event=tail_retry reason=%s", e)
+                    last = {}  # after a break, look at the whole lane again
+                    await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def resync(self) -> None:
+        """Looks at whole lanes every RESYNC_EVERY_S, and sooner where the picture ran low, until cancelled."""
+        whole_at = 0.0
+        while True:
+            await asyncio.sleep(SHORT_LOOK_S)
+            try:
+                now = asyncio.get_running_loop().time()
+                which = self._picture.short()
+                if now - whole_at > RESYNC_EVERY_S:
+                    whole_at, which = now, self._picture.lanes()
+                for lane in which:
+                    await self._look(lane)
+                if which:
+                    self._on_news()
+            except errors.BrokerUnavailable as e:
+                log.debug("event=resync_retry reason=%s", e)
+
+    async def _start(self, last: dict[str, str]) -> dict[str, str]:
+        """Where to read on in each lane; a new lane is looked at whole, from before what the tail will tell."""
+        served = self._picture.lanes()
+        going = {lane: last[lane] for lane in served if lane in last}
+        for lane in served:
+            if lane not in going:
+                key = self._store.keys.lane(lane)
+                newest = await self._store.command("XREVRANGE", key, "+", "-", "COUNT", 1)
+                going[lane] = newest[0][0].decode() if newest else "0-0"
+                await self._look(lane)
+        return going
+
+    async def _look(self, lane: str) -> None:
+        found = [job async for job in lanes.waiting_entries(self._store, lane, limit=KEPT_INTERACTIVE * 2)]
+        self._picture.replace(lane, found)

@@ -21,7 +21,9 @@ class WorkerSettings(BaseSettings):
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey that all parts share.")
     namespace: str = Field("gw", description="Prefix of every key.")
-    host_name: str = Field(default_factory=platform.node, description="The worker's name in status; one worker per name.")
+    host_name: str = Field(
+        default_factory=platform.node, description="The worker's name in status; one worker per name."
+    )
     state_dir: Path = Field(default_factory=_state_dir, description="Where logs and pid files of started runtimes go.")
     memory_mb: int | None = Field(None, ge=1, description="Memory that models may use here; default: the machine's.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")

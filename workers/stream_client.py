@@ -30,7 +30,9 @@ class UpstreamLost(Exception):
 class Exchange:
     """One request and its answer. `status` is 0 until the head has been read; `done` once the answer is whole."""
 
-    def __init__(self, connection: "_Connection", on_data: Callable[[bytes], None], on_news: Callable[[], None]) -> None:
+    def __init__(
+        self, connection: "_Connection", on_data: Callable[[bytes], None], on_news: Callable[[], None]
+    ) -> None:
         self.status = 0
         self.done = False
         self.lost: UpstreamLost | None = None
@@ -170,9 +172,16 @@ class StreamClient:
         self._idle: dict[tuple[str, int, bool], deque[_Connection]] = {}
 
     async def post(
-        self, base_url: str, path: str, body: bytes, *, headers: Mapping[str, str],
-        on_data: Callable[[bytes], None], on_news: Callable[[], None], fresh: bool = False,
-    ) -> Exchange:  # fmt: skip
+        self,
+        base_url: str,
+        path: str,
+        body: bytes,
+        *,
+        headers: Mapping[str, str],
+        on_data: Callable[[bytes], None],
+        on_news: Callable[[], None],
+        fresh: bool = False,
+    ) -> Exchange:
         """Sends a request; raises UpstreamLost when nobody listens.
 
         `on_data` gets the body's bytes, `on_news` is called after anything happened: bytes, the end, a loss.

@@ -60,7 +60,7 @@ class Waker:
 
     def __init__(
         self, store: Store, name: str, model: Model, *, host: str, boot: str, state_dir: Path, around: Surroundings
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name = name
         self.model = model
         self.slots = Slots(model.max_concurrent)
@@ -107,11 +107,18 @@ class Waker:
     def told(self, version: int) -> ModelOnHost:
         """What the host says of it."""
         return ModelOnHost(
-            state=self.state, reason=self.reason, runtime=self.runtime.kind, slots_total=self.slots.total,
-            slots_used=len(self.slots.using), slots_settling=len(self.slots.settling), memory_bytes=self.memory_bytes,
-            first_token_ms=round(self.first_token_ms, 1), first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
-            since=self.since_ms, version=version,
-        )  # fmt: skip
+            state=self.state,
+            reason=self.reason,
+            runtime=self.runtime.kind,
+            slots_total=self.slots.total,
+            slots_used=len(self.slots.using),
+            slots_settling=len(self.slots.settling),
+            memory_bytes=self.memory_bytes,
+            first_token_ms=round(self.first_token_ms, 1),
+            first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
+            since=self.since_ms,
+            version=version,
+        )
 
     async def run(self) -> None:
         """Looks after the model until cancelled."""
@@ -242,15 +249,20 @@ class Waker:
         self._slow = SLOW_IN_A_ROW if first_ms > self.model.first_token_budget_ms else 0
         known = self._around.facts(self.name).load_ms
         await self._around.learn(
-            self.name, failures=0, quarantined_until=0, failure="",
+            self.name,
+            failures=0,
+            quarantined_until=0,
+            failure="",
             load_ms=round(load_ms if not known else known + EWMA * (load_ms - known), 1),
             footprint_bytes=self.memory_bytes,
-        )  # fmt: skip
+        )
         if self._slow:
             await self._become("degraded", self._slow_words(first_ms))
         else:
             await self._become("warm", "")
-        log.info("event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s", self.name, load_ms, first_ms, self.state)
+        log.info(
+            "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s", self.name, load_ms, first_ms, self.state
+        )
 
     async def _keep_lock(self, lock: wake.WakeLock) -> None:
         while True:
@@ -273,7 +285,7 @@ class Waker:
         now = await self._around.now_ms()
         await self._around.learn(
             self.name, failures=failures, failure=words, quarantined_until=now + int(pause_s * 1000)
-        )  # fmt: skip
+        )
         log.warning("event=quarantine model=%s failures=%d pause_s=%.0f reason=%s", self.name, failures, pause_s, words)
         await self._become("quarantined", words)
 
@@ -300,9 +312,11 @@ class Waker:
             if self._loop.time() - max(self._probed, self._idle_since) > every_s:
                 await self._probe_idle()
         if (
-            self.slots.idle and not self.model.keep_warm and self.idle_ms > self.model.idle_unload_ms
+            self.slots.idle
+            and not self.model.keep_warm
+            and self.idle_ms > self.model.idle_unload_ms
             and not await self._wanted()
-        ):  # fmt: skip
+        ):
             await self.unload("idle")
         await self._judge()
 

@@ -118,9 +118,8 @@ async def test_probes_in_a_row_do_not_stumble_over_closed_connections(tmp_path: 
     """llama.cpp closes after each streamed answer although it announces keep-alive."""
     async with runtime_of(tmp_path, **llama(gguf_file)) as runtime:
         await runtime.load(timeout_s=BOUND_S)
-        for _ in range(20):
+        for _ in range(200):
             assert await runtime.probe(timeout_s=BOUND_S) > 0
-            assert await runtime.state() == "loaded"
 
 
 async def test_llama_cpp_says_which_slots_are_busy(tmp_path: Path, slow_gguf_file: Path) -> None:

@@ -106,7 +106,8 @@ def test_equal_surroundings_do_not_hide_what_adds_up() -> None:
     choice = folded["choices"][0]
     assert choice["message"]["content"] == "a" * 6
     assert choice["logprobs"]["content"] == seen["content"] * 3 and choice["token_ids"] == [1, 1, 1]
-    thought = answer(vllm({"reasoning": "a"}, logprobs=seen) * 3 + vllm({}, "stop"))["choices"][0]
+    thinking = event({"choices": [{"index": 0, "delta": {"reasoning": "a"}, "logprobs": seen}]})
+    thought = openai.fold_chat(thinking * 3)["choices"][0]
     assert thought["message"]["reasoning"] == "aaa" and thought["logprobs"]["content"] == seen["content"] * 3
     named = event({"content": "x", "choices": [{"index": 0, "delta": {"content": "y"}}], "model": "m"})
     assert openai.fold_chat(named * 3)["choices"][0]["message"]["content"] == "yyy"

@@ -280,6 +280,13 @@ def test_timings_are_those_of_the_end() -> None:
     }
 
 
+def test_usage_told_along_the_way_is_kept() -> None:
+    """vLLM's continuous usage is all that is known of a generation that broke off."""
+    figures = {"prompt_tokens": 3, "completion_tokens": 4}
+    _, chat = read(llama({"content": "a"}) + llama({"content": "b"}, usage=figures))
+    assert chat.usage == figures
+
+
 def test_an_error_in_the_stream_counts_although_done_follows() -> None:
     taken, chat = read(streams.VLLM_ERROR_THEN_DONE)
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks(taken)) == "Half an answer"

@@ -1,0 +1,173 @@
+"""Every instrument. Labels come from the policy and the keys, so they are bounded; never a job, never a prompt.
+
+Three sources: what this process counts itself (admissions, first tokens), the status snapshot (gauges), and the day's
+counters in Redis, written by the scripts that moved and ended the jobs. Those last ones are the whole gateway's, the
+same in every api process, and begin again at 0 with each day of UTC, which Prometheus reads as it reads a restart.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from broker.status import Snapshot
+
+OTHER = "other"
+"""The label of whatever the policy or the keys do not (or no longer) know."""
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 25, 40, 60, 120, 300)
+_LONG_SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
+
+MODEL_STATES = ("warm", "degraded", "waking", "unloading", "cold", "quarantined", "absent")
+
+
+class Metrics:
+    """The instruments of one api process."""
+
+    def __init__(self, *, version: str) -> None:
+        self._registry = CollectorRegistry()
+        r = self._registry
+        self._submitted = Counter("gateway_jobs_submitted", "Jobs let into a lane here.", ["lane"], registry=r)
+        self._refused = Counter("gateway_jobs_refused", "Requests refused here.", ["lane", "reason"], registry=r)
+        self._attached = Counter("gateway_jobs_attached", "Retries led to an earlier job here.", ["lane"], registry=r)
+        self._queue_wait = Histogram(
+            "gateway_queue_wait_seconds", "From submit to claim; under 50 ms counts as 0.", ["lane"],
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self._first_token = Histogram(
+            "gateway_time_to_first_token_seconds", "From admission to the first content, as the client sees it.",
+            ["lane", "model"], buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self._generation = Histogram(
+            "gateway_generation_seconds", "From admission to the end of an answer that succeeded.",
+            ["lane", "model"], buckets=_LONG_SECONDS, registry=r,
+        )  # fmt: skip
+        self._told = _Told(version)
+        r.register(self._told)
+
+    def submitted(self, lane: str, *, attached: bool = False) -> None:
+        """Counts a job that was let in, or a retry that came back to one."""
+        (self._attached if attached else self._submitted).labels(lane).inc()
+
+    def refused(self, lane: str, reason: str) -> None:
+        """Counts a request that was refused; `reason` is a code of the error tree."""
+        self._refused.labels(lane, reason).inc()
+
+    def first_token(self, lane: str, model: str, seconds: float) -> None:
+        """Notes how long a client waited for the first content."""
+        self._first_token.labels(lane, model).observe(seconds)
+
+    def queue_wait(self, lane: str, seconds: float) -> None:
+        """Notes how long a job waited in lanes until its last claim."""
+        self._queue_wait.labels(lane).observe(seconds)
+
+    def generation(self, lane: str, model: str, seconds: float) -> None:
+        """Notes how long a whole answer took."""
+        self._generation.labels(lane, model).observe(seconds)
+
+    def render(
+        self, snapshot: Snapshot | None, usage: Mapping[str, int], *, callers: Collection[str], redis_up: bool
+    ) -> bytes:
+        """Gives the page that Prometheus reads; without a snapshot (no policy, no Redis) only what this process knows."""
+        self._told.snapshot, self._told.usage = snapshot, usage
+        self._told.callers, self._told.redis_up = frozenset(callers), redis_up
+        return generate_latest(self._registry)
+
+
+class _Told(Collector):
+    """Makes metrics of what Redis told for this scrape."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self.snapshot: Snapshot | None = None
+        self.usage: Mapping[str, int] = {}
+        self.callers: frozenset[str] = frozenset()
+        self.redis_up = False
+
+    def collect(self) -> Iterator[Metric]:
+        yield _gauge("gateway_build_info", "The version that runs.", ["version"], [((self._version,), 1)])
+        yield _gauge("gateway_redis_up", "Whether Redis answered this scrape.", [], [((), int(self.redis_up))])
+        if self.snapshot is not None:
+            yield from _gauges(self.snapshot)
+            yield from self._counters(self.snapshot)
+
+    def _counters(self, snapshot: Snapshot) -> Iterator[Metric]:
+        known = {
+            "lane": {lane.name for lane in snapshot.lanes},
+            "model": {model.name for model in snapshot.models},
+            "caller": self.callers,
+        }
+        for name, help_text, words, labels in _COUNTED:
+            family = CounterMetricFamily(name, help_text, labels=[label for label, _ in labels])
+            sums: dict[tuple[str, ...], int] = {}
+            for field, value in self.usage.items():
+                event, *values = field.split(":")
+                if event != words or len(values) != len(labels):
+                    continue
+                key = tuple(
+                    v if kind == "" or v in known[kind] else OTHER for v, (_, kind) in zip(values, labels, strict=True)
+                )
+                sums[key] = sums.get(key, 0) + value
+            for key, value in sorted(sums.items()):
+                family.add_metric(list(key), value)
+            yield family
+
+
+_COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
+    ("gateway_jobs_ended", "Jobs ended today, by lane and final state.", "ended", [("lane", "lane"), ("state", "")]),
+    ("gateway_promotions", "Jobs moved to a fallback lane today.", "promoted",
+     [("from_lane", "lane"), ("to_lane", "lane")]),
+    ("gateway_leases_recovered", "Jobs whose worker was lost today.", "recovered", [("lane", "lane"), ("outcome", "")]),
+    ("gateway_jobs_released", "Jobs given back by their worker today.", "released", [("lane", "lane")]),
+    ("gateway_prompt_tokens", "Prompt tokens read today.", "tokens_in", [("caller", "caller"), ("model", "model")]),
+    ("gateway_completion_tokens", "Tokens generated today.", "tokens_out", [("caller", "caller"), ("model", "model")]),
+)  # fmt: skip
+
+
+def _gauges(s: Snapshot) -> Iterator[Metric]:
+    lanes, models, hosts = s.lanes, s.models, s.hosts
+    lane, model, host = ["lane"], ["model"], ["host"]
+    yield _gauge("gateway_policy_version", "The active policy.", [], [((), s.policy_version)])
+    yield _gauge("gateway_lane_depth", "Jobs waiting.", lane, [((x.name,), x.waiting) for x in lanes])
+    yield _gauge("gateway_lane_budget", "The most that may wait.", lane, [((x.name,), x.max_queue) for x in lanes])
+    yield _gauge("gateway_lane_running", "Jobs held by a worker.", lane, [((x.name,), x.running) for x in lanes])
+    yield _gauge(
+        "gateway_lane_oldest_waiting_seconds", "Age of the job that has waited longest.", lane,
+        [((x.name,), x.oldest_waiting_ms / 1000) for x in lanes],
+    )  # fmt: skip
+    yield _gauge(
+        "gateway_model_state", "1 for the state that the model is in.", ["model", "state"],
+        [((m.name, state), int(m.state == state)) for m in models for state in MODEL_STATES],
+    )  # fmt: skip
+    yield _gauge(
+        "gateway_model_slots", "Slots by what they do.", ["model", "use"],
+        [
+            ((m.name, use), value)
+            for m in models
+            for use, value in (("total", m.slots_total), ("used", m.slots_used), ("settling", m.slots_settling))
+        ],
+    )  # fmt: skip
+    yield _gauge("gateway_model_memory_bytes", "Memory of the loaded model.", model,
+                 [((m.name,), m.memory_bytes) for m in models])  # fmt: skip
+    yield _gauge("gateway_model_first_token_seconds", "The last one measured, 0 = none yet.", model,
+                 [((m.name,), m.first_token_ms / 1000) for m in models])  # fmt: skip
+    yield _gauge("gateway_host_up", "Hosts that live.", host, [((h.name,), 1) for h in hosts])
+    yield _gauge("gateway_host_draining", "Hosts that take no more work.", host,
+                 [((h.name,), int(h.draining)) for h in hosts])  # fmt: skip
+    yield _gauge("gateway_host_memory_bytes", "Memory of a host.", ["host", "kind"], [
+        ((h.name, kind), value)
+        for h in hosts
+        for kind, value in (("total", h.memory_total), ("used", h.memory_used), ("headroom", h.memory_headroom))
+    ])  # fmt: skip
+
+
+def _gauge(
+    name: str, help_text: str, labels: list[str], samples: list[tuple[tuple[str, ...], float]]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, help_text, labels=labels)
+    for values, value in samples:
+        family.add_metric(list(values), value)
+    return family

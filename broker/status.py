@@ -1,0 +1,228 @@
+"""One picture of the gateway: what `gateway status`, the status endpoint, the page and the gauges show."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Self, TypeVar
+
+from broker.hosts import Fleet, Picture
+from broker.keyspace import GROUP
+from broker.policies import Active, PolicyBook
+from broker.policy import Lane, Model
+from broker.records import ModelOnHost, Waiting
+from broker.store import Store
+
+NO_HOST = "absent"
+"""The state of a model that no live host serves."""
+
+_BEST_FIRST = ("warm", "degraded", "waking", "unloading", "cold", "quarantined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatus:
+    """A model over all its hosts. `waiting` and `max_queue` are those of its own lane."""
+
+    name: str
+    label: str = ""
+    runtime: str = ""
+    state: str = NO_HOST
+    reason: str = ""
+    first_token_ms: float = 0
+    waiting: int = 0
+    max_queue: int = 0
+    running: int = 0
+    slots_used: int = 0
+    slots_settling: int = 0
+    slots_total: int = 0
+    memory_bytes: int = 0
+    hosts: tuple[str, ...] = ()
+    simulated: bool = False
+    keep_warm: bool = False
+    failures: int = 0
+    wanted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneStatus:
+    """A lane; `oldest_waiting_ms` is the age of the job that has waited longest, 0 where none waits."""
+
+    name: str
+    model: str
+    priority: str = "interactive"
+    waiting: int = 0
+    max_queue: int = 0
+    running: int = 0
+    cold_start_budget_ms: int = 0
+    fallback: str = ""
+    retiring: bool = False
+    oldest_waiting_ms: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostStatus:
+    """A live host."""
+
+    name: str
+    beat_age_ms: int = 0
+    memory_total: int = 0
+    memory_used: int = 0
+    memory_headroom: int = 0
+    policy_version: int = 0
+    draining: bool = False
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The gateway at one moment."""
+
+    at_ms: int = 0
+    policy_version: int = 0
+    made_up: bool = False
+    models: tuple[ModelStatus, ...] = ()
+    lanes: tuple[LaneStatus, ...] = ()
+    hosts: tuple[HostStatus, ...] = ()
+
+    @property
+    def policy_lines(self) -> list[str]:
+        """What the policy does with jobs that wait too long, one sentence per lane with a fallback."""
+        return [
+            f"{lane.name} fallback -> {lane.fallback} after {lane.cold_start_budget_ms}ms cold-start budget"
+            for lane in self.lanes
+            if lane.fallback
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Gives plain data; `from_json` reads it back."""
+        return {**asdict(self), "policy": self.policy_lines}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what another process told; what a newer version added is left out."""
+        parts = _known(cls, data)
+        parts["models"] = tuple(_read(ModelStatus, m) for m in data.get("models", ()))
+        parts["lanes"] = tuple(_read(LaneStatus, lane) for lane in data.get("lanes", ()))
+        parts["hosts"] = tuple(_read(HostStatus, h) for h in data.get("hosts", ()))
+        return cls(**parts)
+
+
+async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
+    """Takes the picture; raises ModelUnavailable where no policy has been applied yet."""
+    active = book.active
+    picture = await fleet.look()
+    lanes = []
+    for lane in active.lanes().values():
+        oldest = await _oldest_waiting_at(store, lane.name, picture.running.get(lane.name, 0), picture)
+        lanes.append(_lane_status(lane, picture, oldest))
+    return Snapshot(
+        at_ms=picture.at_ms,
+        policy_version=active.version,
+        made_up=active.made_up,
+        models=tuple(_model_status(name, model, active, picture) for name, model in active.models().items()),
+        lanes=tuple(lanes),
+        hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
+    )
+
+
+async def usage_today(store: Store) -> dict[str, int]:
+    """Gives the counters of the day (UTC), as the scripts that ended, moved and recovered jobs wrote them."""
+    today = datetime.fromtimestamp(await store.now_ms() / 1000, UTC).date().isoformat()
+    return {name.decode(): int(value) for name, value in (await store.hash(store.keys.usage(today))).items()}
+
+
+async def _oldest_waiting_at(store: Store, lane: str, running: int, picture: Picture) -> int:
+    """The submit time of the job that has waited longest in a lane, 0 if none waits."""
+    if not picture.waiting.get(lane):
+        return 0
+    # Held entries stay in the stream, so the oldest waiting one is among the first `running + 1`, and as many more as
+    # were claimed since the picture was taken; where they all are, nothing old waits.
+    count = running + 8
+    key = store.keys.lane(lane)
+    held = {entry[0] for entry in await store.command("XPENDING", key, GROUP, "-", "+", count) or []}
+    for entry, values in await store.command("XRANGE", key, "-", "+", "COUNT", count) or []:
+        if entry not in held:
+            return Waiting.from_entry(lane, entry, values).submitted
+    return 0
+
+
+def _lane_status(lane: Lane, picture: Picture, oldest_at: int) -> LaneStatus:
+    return LaneStatus(
+        name=lane.name,
+        model=lane.model,
+        priority=lane.priority,
+        waiting=picture.waiting.get(lane.name, 0),
+        max_queue=lane.max_queue,
+        running=picture.running.get(lane.name, 0),
+        cold_start_budget_ms=lane.cold_start_budget_ms,
+        fallback=lane.fallback or "",
+        retiring=lane.retiring,
+        oldest_waiting_ms=max(0, picture.at_ms - oldest_at) if oldest_at else 0,
+    )
+
+
+def _model_status(name: str, model: Model, active: Active, picture: Picture) -> ModelStatus:
+    there = picture.on_host.get(name, {})
+    lane = active.lane(name)
+    best = min(there.values(), key=_rank, default=None)
+    facts = picture.facts.get(name)
+    quarantined = facts is not None and facts.quarantined_until > picture.at_ms
+    state = best.state if best is not None else NO_HOST
+    if quarantined and state == "cold":
+        state = "quarantined"
+    return ModelStatus(
+        name=name,
+        label=model.label or "",
+        runtime=model.backend,
+        state=state,
+        reason=_reason(best, facts.failure if facts is not None and state == "quarantined" else ""),
+        first_token_ms=best.first_token_ms if best is not None else 0,
+        waiting=picture.waiting.get(name, 0),
+        max_queue=lane.max_queue if lane is not None else 0,
+        running=sum(picture.running.get(lane_name, 0) for lane_name in active.lanes_of(name)),
+        slots_used=sum(m.slots_used for m in there.values()),
+        slots_settling=sum(m.slots_settling for m in there.values()),
+        slots_total=sum(m.slots_total for m in there.values()),
+        memory_bytes=sum(m.memory_bytes for m in there.values()),
+        hosts=tuple(sorted(there)),
+        simulated=model.backend == "simulated" or any(m.runtime == "simulated" for m in there.values()),
+        keep_warm=model.keep_warm,
+        failures=facts.failures if facts is not None else 0,
+        wanted=facts is not None and facts.wanted_until > picture.at_ms,
+    )
+
+
+def _host_status(name: str, picture: Picture) -> HostStatus:
+    host = picture.hosts[name]
+    return HostStatus(
+        name=name,
+        beat_age_ms=max(0, picture.at_ms - host.beat_at) if host.beat_at else 0,
+        memory_total=host.memory_total,
+        memory_used=host.memory_used,
+        memory_headroom=host.memory_headroom,
+        policy_version=host.policy_version,
+        draining=host.draining,
+        models=tuple(sorted(model for model, hosts in picture.on_host.items() if name in hosts)),
+    )
+
+
+def _rank(model: ModelOnHost) -> tuple[int, float]:
+    place = _BEST_FIRST.index(model.state) if model.state in _BEST_FIRST else len(_BEST_FIRST)
+    return place, model.first_token_ms or float("inf")
+
+
+def _reason(best: ModelOnHost | None, failure: str) -> str:
+    if best is None:
+        return "no live host serves it"
+    return best.reason or failure
+
+
+_Part = TypeVar("_Part")
+
+
+def _read(kind: type[_Part], data: Mapping[str, Any]) -> _Part:
+    return kind(**_known(kind, data))
+
+
+def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(kind)}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known}

@@ -1,0 +1,213 @@
+"""A small gateway without its processes: one store, one policy, hosts that say what the test wants them to say.
+
+Every verb is called as the api, a worker or the scheduler would call it. `world.now` is the clock of the verbs; keys
+that expire follow the server's own.
+"""
+
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import fakeredis
+import pytest
+
+from broker import errors, hosts, jobs, lanes
+from broker.due import Due
+from broker.frames import replay
+from broker.hosts import Fleet
+from broker.jobs import Holding
+from broker.policies import PolicyBook
+from broker.records import Frame, HostRecord, JobRecord, ModelOnHost, Waiting
+from broker.store import Store
+from tests.support.invariants import Snapshot, take, violations
+
+START = 1_790_000_000_000
+LONG_MS = 10**9
+
+POLICY = """
+models:
+  big:
+    backend: simulated
+    model: weights-big
+    maxConcurrent: 2
+    maxQueue: 3
+    coldStartBudgetMs: 2000
+    maxWaitMs: 20000
+    fallback: small
+  small:
+    backend: simulated
+    model: weights-small
+    maxConcurrent: 1
+    maxQueue: 2
+    coldStartBudgetMs: 1000
+    maxWaitMs: 20000
+    fallback: far
+  far:
+    backend: simulated
+    model: weights-far
+    maxQueue: 2
+    trust: remote
+lanes:
+  side:
+    target: small
+    maxQueue: 1
+    fallback: null
+"""
+
+_numbers = itertools.count(1)
+
+
+def fake_redis() -> Any:
+    """A fakeredis client with a server of its own."""
+    return fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(version=(7,)))
+
+
+def new_namespace() -> str:
+    """A namespace that no other test of this run uses."""
+    return f"t{next(_numbers)}"
+
+
+class World:
+    """What a test holds in its hands."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.book = PolicyBook(store)
+        self.fleet = Fleet(store, self.book)
+        self.due = Due(store, self.book, self.fleet)
+        self.now = START
+        self._ids = itertools.count(1)
+        store.clock = lambda: self.now
+
+    def real_time(self) -> None:
+        """Lets the server's clock decide from here on."""
+        self.store.clock = None
+
+    def new_id(self) -> str:
+        return f"job{next(self._ids):04d}"
+
+    async def apply(self, text: str = POLICY) -> int:
+        version = await self.book.apply(text, by="test")
+        await self.fleet.look()
+        return version
+
+    async def warm(self, host: str = "gpu1", *, boot: str = "boot1", **slots: int) -> None:
+        """Says that models are warm on a host with so many slots; `far=0` says that the model is cold there."""
+        told = {name: ModelOnHost(state="warm" if n else "cold", slots_total=n) for name, n in slots.items()}
+        await self.tell(host, told, boot=boot)
+
+    async def tell(self, host: str, models: dict[str, ModelOnHost], *, boot: str = "boot1", **fields: Any) -> None:
+        """One heartbeat of a host, long enough for the whole test, and a look at it."""
+        record = HostRecord(name=host, boot=boot, beat_at=self.now, **fields)
+        await hosts.beat(self.store, record, models, lease_ms=LONG_MS)
+        await self.fleet.look()
+
+    async def submit(
+        self, lane: str = "big", *, body: bytes = b'{"model":"big"}', reader: str = "", key: str = "",
+        promote_within_ms: int | None = None, give_up_within_ms: int | None = None, **fields: Any,
+    ) -> str:  # fmt: skip
+        """Puts a job straight into a lane; gives the id of the job that answers it."""
+        record = JobRecord(**{"id": self.new_id(), "asked": lane, "keep_ms": LONG_MS} | fields)
+        into = self.book.active.lane(lane)
+        assert into is not None, lane
+        done = await lanes.submit(
+            self.store, self.book.active, self.fleet, record, into, body, reader=reader, idempotency_key=key,
+            promote_within_ms=promote_within_ms, give_up_within_ms=give_up_within_ms,
+        )  # fmt: skip
+        return done.job_id
+
+    async def fill(self, lane: str, **fields: Any) -> list[str]:
+        """Submits until the lane is full."""
+        taken = []
+        while True:
+            try:
+                taken.append(await self.submit(lane, **fields))
+            except errors.LaneFull:
+                return taken
+
+    async def job(self, job_id: str) -> JobRecord:
+        return await jobs.read(self.store, job_id)
+
+    async def waiting(self, job_id: str) -> Waiting:
+        """The entry of a job as a worker sees it."""
+        job = await self.job(job_id)
+        return Waiting(job=job_id, lane=job.lane, entry=job.entry)
+
+    async def claim(self, job_id: str, *, host: str = "gpu1", boot: str = "boot1", lease_ms: int = 10_000) -> Holding:
+        waiting = await self.waiting(job_id)
+        got = await lanes.claim(self.store, self.book.active, waiting, host=host, boot=boot, lease_ms=lease_ms)
+        return Holding(job_id, waiting.lane, got.attempt, boot)
+
+    async def stream(self, job_id: str, *frames: bytes, **claim: Any) -> Holding:
+        """Claims a job and gives it a first token, and the other frames."""
+        held = await self.claim(job_id, **claim)
+        first, *rest = frames or (b"one",)
+        await jobs.first_token(self.store, held, first)
+        for seq, data in enumerate(rest, start=2):
+            await jobs.emit(self.store, held, seq, data)
+        return held
+
+    async def log(self, job_id: str) -> list[Frame]:
+        return [frame async for frame in replay(self.store, job_id)]
+
+    async def promote(self, job_id: str, to: str) -> None:
+        lane = self.book.active.lane(to)
+        assert lane is not None, to
+        await lanes.promote(self.store, self.book.active, self.fleet, await self.job(job_id), lane)
+
+    async def recover(self, job_id: str, *, max_losses: int = 3) -> bool:
+        return await lanes.recover(self.store, await self.job(job_id), max_losses=max_losses)
+
+    async def healthy(self) -> Snapshot:
+        """Fails with the sentences that do not hold; gives the picture."""
+        s = await take(self.store)
+        found = violations(s)
+        assert not found, "\n".join(found)
+        return s
+
+    @asynccontextmanager
+    async def refused(self, error: type[errors.BrokerError]) -> AsyncIterator[pytest.ExceptionInfo[errors.BrokerError]]:
+        """What happens inside must raise exactly this error and leave no mark in Redis."""
+        before = await take(self.store)
+        with pytest.raises(error) as caught:
+            yield caught
+        assert type(caught.value) is error
+        after = await take(self.store)
+        marks = [f"{n}: {before.keys.get(n)} -> {after.keys.get(n)}" for n in before.marks(after)]
+        assert not marks, f"refused with {caught.value.code} and left a mark:\n" + "\n".join(marks)
+
+
+def stale(held: Holding, attempt: int) -> Holding:
+    """The hold of an earlier attempt."""
+    return replace(held, attempt=attempt)
+
+
+@asynccontextmanager
+async def fake_world() -> AsyncIterator[World]:
+    """A world on fakeredis."""
+    store = Store.fake(fake_redis(), namespace=new_namespace())
+    try:
+        yield World(store)
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def real_world(url: str, namespace: str | None = None) -> AsyncIterator[World]:
+    """A world on a real server, in a namespace of its own."""
+    store = await Store.open(url, namespace=namespace or new_namespace(), name="test")
+    try:
+        yield World(store)
+    finally:
+        await store.close()
+
+
+def policy_with(*changes: tuple[str, str]) -> str:
+    """The test policy with pieces of its text replaced; a piece that is not there is a mistake of the test."""
+    text = POLICY
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new, 1)
+    return text

@@ -1,0 +1,189 @@
+"""Gives free slots of warm models to waiting jobs, and runs the attempts."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from broker import dispatch, errors, hosts, jobs, lanes
+from broker.hosts import Fleet
+from broker.policies import Active, PolicyBook
+from broker.records import ModelFacts, Waiting
+from broker.store import Store
+from workers.attempt import Attempt, Ended, Limits
+from workers.picture import LanePicture
+from workers.stream_client import StreamClient
+from workers.waker import Waker
+
+log = logging.getLogger("warmlane.dispatcher")
+
+RENEW_EVERY_S = 3.0
+RETRY_PAUSE_S = 0.2
+EWMA = 0.2
+
+
+class Dispatcher:
+    """Owns the attempts of one host."""
+
+    def __init__(
+        self,
+        store: Store,
+        book: PolicyBook,
+        fleet: Fleet,
+        picture: LanePicture,
+        wakers: Mapping[str, Waker],
+        *,
+        host: str,
+        boot: str,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.attempts: dict[str, Attempt] = {}
+        self.claiming = 0
+        self.stopped = False
+        self._store = store
+        self._book = book
+        self._fleet = fleet
+        self._picture = picture
+        self._wakers = wakers
+        self._host = host
+        self._boot = boot
+        self._tasks = tasks
+        self._client = StreamClient()
+        self._interactive_at: dict[str, int] = {}
+        self._service_ms: dict[str, float] = {}
+        self._unlearned: set[str] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any job is held or about to be."""
+        return bool(self.attempts) or self.claiming > 0
+
+    def dispatch(self) -> None:
+        """Starts an attempt for every free slot that a job may have. Called whenever a job, slot or state is new."""
+        if self.stopped or not self._book.present:
+            return
+        active = self._book.active
+        for name, waker in self._wakers.items():
+            while waker.claimable:
+                job = self._choose(name, waker, active)
+                if job is None:
+                    break
+                self._picture.spend(job)
+                waker.slots.take(job.job)
+                self.claiming += 1
+                self._tasks.create_task(self._serve(waker, job), name=f"attempt {job.job}")
+
+    def stop_attempts(self, why: errors.BrokerError) -> None:
+        """Ends every attempt: unseen jobs go back to their lanes, seen ones are told `why`."""
+        for attempt in list(self.attempts.values()):
+            attempt.stop(why)
+
+    def told(self, message: bytes) -> None:
+        """Hears `cancel <job> <attempt>` and `stop <job> <attempt>`: the job is not ours any more."""
+        word, job_id, number = message.decode().split(" ")
+        attempt = self.attempts.get(job_id)
+        if attempt is not None and attempt.held.attempt == int(number):
+            log.info("event=%s job=%s attempt=%s", word, job_id, number)
+            attempt.stop()
+
+    async def keep_renewing(self) -> None:
+        """Proves every RENEW_EVERY_S that the jobs are held; an attempt that lost its job is stopped."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY_S)
+            await asyncio.gather(*(self._renew(attempt) for attempt in list(self.attempts.values())))
+
+    async def tell_learned(self) -> None:
+        """Writes down how long jobs held their slots lately."""
+        for name in list(self._unlearned):
+            await hosts.learn(self._store, name, service_ms=round(self._service_ms[name], 1))
+            self._unlearned.discard(name)
+
+    def close(self) -> None:
+        """Closes idle connections to the runtimes."""
+        self._client.close()
+
+    def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
+        waiting = self._picture.waiting(active.lanes_of(name))
+        return dispatch.choose(
+            (w for w in waiting if waker.state == "warm" or _takes_degraded(w, active)),
+            free=waker.slots.free,
+            total=waker.slots.total,
+            now_ms=int(time.time() * 1000) + self._fleet.skew_ms,
+            service_ms=self._service_ms.get(name, 0.0),
+            interactive_at=self._interactive_at.get(name, 0),
+        )
+
+    async def _serve(self, waker: Waker, job: Waiting) -> None:
+        clean = True
+        try:
+            attempt = await self._claim(waker, job)
+            if attempt is None:
+                return
+            self.attempts[job.job] = attempt
+            try:
+                ended = await attempt.run()
+            finally:
+                del self.attempts[job.job]
+            clean = ended.clean
+            self._learn(waker, ended)
+        finally:
+            waker.released(job.job, clean=clean)
+            self.dispatch()
+
+    async def _claim(self, waker: Waker, job: Waiting) -> Attempt | None:
+        """Takes the job; None when the race was lost or Redis is away."""
+        active = self._book.active
+        try:
+            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot)
+        except errors.StalePolicy:
+            self._picture.unspend(job)
+            await self._reload()
+            return None
+        except errors.BrokerUnavailable as e:
+            log.warning("event=claim_retry job=%s reason=%s", job.job, e)
+            self._picture.unspend(job)
+            await asyncio.sleep(RETRY_PAUSE_S)
+            return None
+        except (errors.Lost, errors.NoSuchJob, errors.BadTransition, errors.TrustZoneRefused) as e:
+            log.debug("event=claim_lost job=%s reason=%s", job.job, e)
+            return None
+        finally:
+            self.claiming -= 1
+        if job.priority != "batch":
+            self._interactive_at[waker.name] = claimed.record.claimed_at
+        model, max_losses = waker.model, active.policy.max_losses
+        limits = Limits(model.first_token_timeout_ms, model.stall_timeout_ms, max_losses)
+        served_by = f"{waker.name}@{self._host}"
+        return Attempt(self._store, self._client, claimed, waker.runtime.endpoint(), limits, served_by=served_by)
+
+    async def _reload(self) -> None:
+        try:
+            await self._book.reload()
+        except errors.BrokerUnavailable as e:
+            log.debug("event=reload_retry reason=%s", e)
+
+    async def _renew(self, attempt: Attempt) -> None:
+        try:
+            await jobs.renew(self._store, attempt.held, lease_ms=lanes.JOB_LEASE_MS)
+        except (errors.Lost, errors.NoSuchJob) as e:
+            attempt.stop(e)
+        except errors.BrokerUnavailable as e:
+            log.debug("event=renew_retry job=%s reason=%s", attempt.held.job_id, e)
+
+    def _learn(self, waker: Waker, ended: Ended) -> None:
+        if ended.suspect:
+            waker.suspect()
+        if ended.outcome != "done":
+            return
+        before = self._service_ms.get(waker.name) or self._fleet.picture.facts.get(waker.name, ModelFacts()).service_ms
+        self._service_ms[waker.name] = before + EWMA * (ended.total_ms - before) if before else ended.total_ms
+        self._unlearned.add(waker.name)
+        usage = ended.usage or {}
+        prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
+        waker.note_first_token(ended.first_token_ms, prompt_tokens=prompt, cached_tokens=cached)
+
+
+def _takes_degraded(job: Waiting, active: Active) -> bool:
+    """Batch may use a slow model; a person's job too where there is nothing else for it."""
+    lane = active.lane(job.lane)
+    return job.priority == "batch" or lane is None or lane.fallback is None

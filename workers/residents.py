@@ -1,0 +1,154 @@
+"""The models of this host: which there are by the policy, and which of them may be in memory together."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from broker import hosts
+from broker.hosts import Fleet
+from broker.policies import Active
+from broker.records import ModelFacts
+from broker.store import Store
+from workers.memory import HostMemory, Resident, evictions, host_memory, predicted_bytes
+from workers.runtimes.base import LoadFailed
+from workers.waker import Surroundings, Waker
+
+log = logging.getLogger("warmlane.residents")
+
+ROOM_WAIT_S = 20.0
+ROOM_LOOK_S = 0.25
+LEAVE_LOOK_S = 0.2
+
+
+class Residents:
+    """Starts a waker for every model that the policy lets this host serve, and makes room between them."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        *,
+        host: str,
+        boot: str,
+        state_dir: Path,
+        memory_mb: int | None,
+        tasks: asyncio.TaskGroup,
+        changed: Callable[[], None],
+    ) -> None:
+        self.wakers: dict[str, Waker] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._store = store
+        self._fleet = fleet
+        self._host = host
+        self._boot = boot
+        self._state_dir = state_dir
+        self._memory_mb = memory_mb
+        self._tasks = tasks
+        self._changed = changed
+        self._loading = asyncio.Lock()
+
+    def follow(self, active: Active) -> None:
+        """Takes new models in, hands changed definitions on, lets removed ones go when they are idle."""
+        models = {n: m for n, m in active.models().items() if m.hosts is None or self._host in m.hosts}
+        for name, model in models.items():
+            waker = self.wakers.get(name)
+            if waker is None:
+                around = Surroundings(
+                    now_ms=self._store.now_ms,
+                    facts=lambda n: self._fleet.picture.facts.get(n, ModelFacts()),
+                    warm_elsewhere=self._warm_elsewhere,
+                    make_room=self._make_room,
+                    learn=self._learn,
+                    changed=self._changed,
+                )
+                waker = Waker(
+                    self._store,
+                    name,
+                    model,
+                    host=self._host,
+                    boot=self._boot,
+                    state_dir=self._state_dir,
+                    around=around,
+                )
+                self.wakers[name] = waker
+                self._running[name] = self._tasks.create_task(waker.run(), name=f"waker {name}")
+            elif waker.leaving:
+                waker.leaving = False  # it was removed and came back before it was idle
+            waker.wanted_model = waker.model if waker.model == model else model
+            waker.kick()
+        for name in self.wakers.keys() - models.keys():
+            if not self.wakers[name].leaving:
+                self.wakers[name].leaving = True
+                self._tasks.create_task(self._let_go(self.wakers[name]), name=f"let go {name}")
+        self._changed()
+
+    def memory(self) -> HostMemory:
+        """The host's memory now, in bytes."""
+        return host_memory(self._memory_mb, [w.memory_bytes for w in self.wakers.values()])
+
+    def stop(self) -> None:
+        """Stops every waker; each closes the runtime that it started."""
+        for task in self._running.values():
+            task.cancel()
+
+    async def _let_go(self, waker: Waker) -> None:
+        while waker.leaving and not waker.slots.idle:  # noqa: ASYNC110  # it may come back meanwhile
+            await asyncio.sleep(LEAVE_LOOK_S)
+        if waker.leaving:
+            del self.wakers[waker.name]
+            self._running.pop(waker.name).cancel()
+            self._changed()
+
+    async def _learn(self, model: str, **facts: float | int | str) -> None:
+        await hosts.learn(self._store, model, **facts)
+        await self._fleet.look()
+
+    def _warm_elsewhere(self, model: str) -> bool:
+        """Whether another live host has the model, or is about to: one is enough."""
+        others = self._fleet.picture.on_host.get(model, {})
+        return any(h != self._host and m.state in ("warm", "degraded", "waking") for h, m in others.items())
+
+    async def _make_room(self, name: str) -> None:
+        """Unloads idle models until `name` fits, and waits until the memory is really back."""
+        async with self._loading:
+            waker = self.wakers[name]
+            if await waker.runtime.state() == "loaded":
+                return
+            learned = self._fleet.picture.facts.get(name, ModelFacts()).footprint_bytes
+            need = predicted_bytes(learned=learned, memory_mb=waker.model.memory_mb, weights=waker.model.model)
+            headroom = self.memory().headroom
+            going = evictions(need, headroom, self._others(name))
+            if going is None:
+                words = f"{name} needs {need >> 20} MB and {headroom >> 20} MB are free"
+                raise LoadFailed(f"{words}; no idle model can make room")
+            for victim in going:
+                log.info("event=evict model=%s for=%s", victim, name)
+                await self.wakers[victim].unload(f"made room for {name}")
+            if going:
+                await self._wait_for(need)
+
+    async def _wait_for(self, need: int) -> None:
+        """Memory comes back late after an unload: believe the machine, not the answer."""
+        try:
+            async with asyncio.timeout(ROOM_WAIT_S):
+                while self.memory().headroom < need:  # noqa: ASYNC110  # the machine tells nobody
+                    await asyncio.sleep(ROOM_LOOK_S)
+        except TimeoutError:
+            log.warning("event=memory_not_back need_mb=%d headroom_mb=%d", need >> 20, self.memory().headroom >> 20)
+
+    def _others(self, but: str) -> list[Resident]:
+        return [
+            Resident(
+                name,
+                waker.memory_bytes,
+                self._fleet.picture.facts.get(name, ModelFacts()).load_ms,
+                waker.model.weight,
+                waker.idle_ms,
+                waker.stayed_ms,
+                waker.model.min_stay_ms,
+                waker.state in ("warm", "degraded"),
+            )
+            for name, waker in self.wakers.items()
+            if name != but and waker.memory_bytes
+        ]
