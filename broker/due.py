@@ -64,6 +64,10 @@ class Due:
             if isinstance(e, errors.StalePolicy):
                 await self._book.reload()
             return Looked("not_due")
+        except errors.BadTransition as e:
+            # what `look` read was true then: a worker or another scheduler has moved the job since
+            log.debug("event=look_raced job=%s reason=%s", job_id, e)
+            return Looked("not_due")
         except errors.NoSuchJob:
             await self._store.command("ZREM", self._store.keys.due, job_id)
             return Looked("gone")

@@ -58,6 +58,13 @@ class Hub:
             if not readers:
                 del self._readers[reader.job_id]
 
+    def renumber(self, reader: "FrameReader", job_id: str) -> None:
+        """Lets a reader follow another job from its start: an Idempotency-Key led to an earlier one."""
+        self.close(reader)
+        reader.job_id = job_id
+        self._readers.setdefault(job_id, set()).add(reader)
+        reader.look()
+
     def _heard(self, _channel: str, message: bytes) -> None:
         job_id, frame = Frame.from_message(message)
         for reader in self._readers.get(job_id, ()):
@@ -100,11 +107,6 @@ class FrameReader:
         """Says that messages may have been missed."""
         self._look = True
         self._news.set()
-
-    def renumber(self, job_id: str) -> None:
-        """Follows another job from its start: an Idempotency-Key led to an earlier one."""
-        self.job_id = job_id
-        self.look()
 
     def ready(self) -> Frame | None:
         """Gives the next frame if it is already here and in order, without waiting."""

@@ -90,7 +90,7 @@ async def submit(
             job.not_before,
             body,
             body_hash,
-            job.keep_ms if idem else 0,
+            int(bool(idem)),
             reader,
             READER_LEASE_MS,
             len(hosts),

@@ -71,7 +71,7 @@ class Metrics:
     def render(
         self, snapshot: Snapshot | None, usage: Mapping[str, int], *, callers: Collection[str], redis_up: bool
     ) -> bytes:
-        """Gives the page that Prometheus reads; without a snapshot (no policy, no Redis) only what this process knows."""
+        """Gives the page that Prometheus reads; without a snapshot (no policy, no Redis) what this process knows."""
         self._told.snapshot, self._told.usage = snapshot, usage
         self._told.callers, self._told.redis_up = frozenset(callers), redis_up
         return generate_latest(self._registry)

@@ -11,7 +11,8 @@ local now = now_ms(ARGV[1])
 local f = redis.call("HMGET", KEYS[1], "state", "attempt", "last_seq", "grace_ms", "ended_at")
 if not f[1] then return redis.error_reply("NOJOB " .. KEYS[1]) end
 if tonumber(f[5] or 0) > 0 then return { f[1], f[2], f[3] } end
-if not redis.call("ZSCORE", KEYS[2], ARGV[3]) and redis.call("ZCARD", KEYS[2]) >= tonumber(ARGV[6]) then
+local reading = redis.call("ZCOUNT", KEYS[2], "(" .. ms(now), "+inf")
+if not redis.call("ZSCORE", KEYS[2], ARGV[3]) and reading >= tonumber(ARGV[6]) then
   return redis.error_reply("READERS " .. ARGV[6] .. " readers follow this job already")
 end
 

@@ -1,7 +1,7 @@
 -- Ends a job because nobody wants it, in any live state; tells the worker that holds it.
 --   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
---   ARGV[7] lane_name   ARGV[8] entry   ARGV[9] abandoned_by   an instant: only if nobody reads it since then; 0 = at once
+--   ARGV[7] lane_name   ARGV[8] entry   ARGV[9] if_abandoned, 1 = only if its readers and their grace are gone
 --   ARGV[10] message
 -- Returns the state in which the job was.
 -- Errors: NOJOB, ENDED, MOVED, NOTDUE.

@@ -1,17 +1,17 @@
--- Takes a reader off a job. When it was the last and the job belongs to its readers, the grace period starts.
+-- Takes a reader off a job. When it was the last whose lease runs and the job belongs to its readers, the grace period
+-- starts. A reader that is not there (a repeat after a lost reply) changes nothing.
 --   KEYS[1] job   KEYS[2] readers   KEYS[3] due
 --   ARGV[1] now   ARGV[2] id   ARGV[3] reader
--- Returns the number of readers left.
+-- Returns the number of readers left, the silent ones of a dead api not counted.
 --- @include now_ms
 --- @include schedule
 local f = redis.call("HMGET", KEYS[1], "state", "grace_ms", "ended_at")
 if not f[1] or tonumber(f[3] or 0) > 0 then return 0 end
+local now = now_ms(ARGV[1])
 
-redis.call("ZREM", KEYS[2], ARGV[3])
-local left = redis.call("ZCARD", KEYS[2])
-local grace = tonumber(f[2])
-if left == 0 and grace >= 0 then
-  redis.call("HSET", KEYS[1], "abandon_at", ms(now_ms(ARGV[1]) + grace))
+if redis.call("ZREM", KEYS[2], ARGV[3]) == 1 and tonumber(f[2]) >= 0 then
+  local last = tonumber(redis.call("ZRANGE", KEYS[2], -1, -1, "WITHSCORES")[2] or 0)
+  redis.call("HSET", KEYS[1], "abandon_at", ms(math.max(now, last) + tonumber(f[2])))
   schedule(KEYS[3], KEYS[1], ARGV[2])
 end
-return left
+return redis.call("ZCOUNT", KEYS[2], "(" .. ms(now), "+inf")

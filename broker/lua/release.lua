@@ -21,7 +21,7 @@ local f = redis.call("HMGET", KEYS[1], "state", "seen", "losses", "lane")
 if f[1] == "streaming" and f[2] == "1" then return redis.error_reply("SEEN " .. id) end
 
 local losses = redis.call("HINCRBY", KEYS[1], "losses", ARGV[8])
-if losses > tonumber(ARGV[9]) then
+if ARGV[8] == "1" and losses > tonumber(ARGV[9]) then
   close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
     dead = KEYS[7] },
     { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },

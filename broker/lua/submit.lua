@@ -5,7 +5,7 @@
 --   ARGV[1] now            ARGV[2] id        ARGV[3] group     ARGV[4] policy_version
 --   ARGV[5] max_queue      ARGV[6] promote_after_ms, 0 = never ARGV[7] give_up_after_ms
 --   ARGV[8] not_before     0 = now           ARGV[9] body      ARGV[10] body_hash
---   ARGV[11] idem_ttl_ms   0 = no Idempotency-Key
+--   ARGV[11] keyed         1 = it has an Idempotency-Key, which lives as long as the job; its end starts the keep time
 --   ARGV[12] reader        `api/reader` or "" ARGV[13] reader_lease_ms
 --   ARGV[14] hosts         number of keys    ARGV[15] wanted_for_ms, 0 = do not wake
 --   ARGV[16 ..] fields of the job hash, name and value in turn
@@ -23,7 +23,7 @@ if known then return { "known", known } end
 local stale = same_policy(KEYS[7], ARGV[4])
 if stale then return stale end
 local not_before = tonumber(ARGV[8])
-if tonumber(ARGV[11]) > 0 then
+if ARGV[11] == "1" then
   local held = redis.call("GET", KEYS[6])
   if held then
     local other, hash = string.match(held, "^(%S+) (%S+)$")
@@ -45,7 +45,7 @@ local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), g
 redis.call("HSET", KEYS[2], "submitted_at", ms(now), "give_up_at", ms(give_up_at), "policy_version", ARGV[4],
   "not_before", ms(not_before), "promote_at", ms(promote_at), "state", "scheduled")
 redis.call("SET", KEYS[3], ARGV[9])
-if tonumber(ARGV[11]) > 0 then redis.call("SET", KEYS[6], id .. " " .. ARGV[10], "PX", ARGV[11]) end
+if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
 if ARGV[12] ~= "" then
   local ends = now + tonumber(ARGV[13])
   redis.call("ZADD", KEYS[5], ms(ends), ARGV[12])
@@ -53,7 +53,7 @@ if ARGV[12] ~= "" then
   redis.call("HSET", KEYS[2], "apis", string.match(ARGV[12], "^[^/]+"),
     "abandon_at", grace >= 0 and ms(ends + grace) or "0")
 end
-if tonumber(ARGV[15]) > 0 then
+if tonumber(ARGV[15]) > 0 and not_before <= now then
   local wanted = now + tonumber(ARGV[15])
   if wanted > tonumber(redis.call("HGET", KEYS[8], "wanted_until") or 0) then
     redis.call("HSET", KEYS[8], "wanted_until", ms(wanted))

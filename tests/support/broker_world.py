@@ -4,6 +4,7 @@ Every verb is called as the api, a worker or the scheduler would call it. `world
 that expire follow the server's own.
 """
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -211,3 +212,20 @@ def policy_with(*changes: tuple[str, str]) -> str:
         assert old in text, old
         text = text.replace(old, new, 1)
     return text
+
+
+@asynccontextmanager
+async def heard_on(world: World, channel: str) -> AsyncIterator[asyncio.Queue[bytes]]:
+    """Hears one channel, as a worker or an api process would."""
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+    opened = asyncio.Event()
+    ears = asyncio.create_task(
+        world.store.listen([channel], lambda _, message: heard.put_nowait(message), opened.set), name="ears"
+    )
+    try:
+        async with asyncio.timeout(5):
+            await opened.wait()
+            yield heard
+    finally:
+        ears.cancel()
+        await asyncio.gather(ears, return_exceptions=True)

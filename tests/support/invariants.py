@@ -329,12 +329,14 @@ def _keys(s: Snapshot) -> list[str]:
                 found.append(f"promise 9: {name} has no job")
         elif family.pattern in _MUST_EXPIRE and not key.expires:
             found.append(f"promise 9: {name} never expires")
-        elif family.pattern.startswith("idem:") and s.idem(name) not in s.jobs:
-            found.append(f"promise 9: {name} leads to no job")
+        elif family.pattern.startswith("idem:"):
+            job = s.jobs.get(s.idem(name))
+            if job is None or job.live == key.expires:
+                found.append(f"promise 9: {name} leads to {job and job.state}, expires={key.expires}")
     return found
 
 
-_MUST_EXPIRE = ("wake:<model>", "model:<model>:<host>", "host:<host>", "idem:<caller>:<key>", "usage:<day>")
+_MUST_EXPIRE = ("wake:<model>", "model:<model>:<host>", "host:<host>", "usage:<day>")
 
 
 def _wake_locks(s: Snapshot) -> list[str]:

@@ -10,6 +10,7 @@ local function schedule(due, job, id)
   if state == "scheduled" then
     earliest(math.max(number(7), number(3)))
     earliest(number(4))
+    earliest(number(5))
   elseif state == "queued" then
     if number(2) > 0 then earliest(math.max(number(2), number(3))) end
     earliest(number(4))

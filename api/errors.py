@@ -1,0 +1,153 @@
+"""What a client hears of each error of the broker: the one table from error to status, and the words around it.
+
+Two of the choices need a reason. A job that was cancelled answers 499, gRPC's status for it: every SDK repeats a 409 or
+a 503 by itself, and nobody wants a cancelled generation a second time. And whatever waiting cures is a 503 with a
+`Retry-After`: clients keep 429 for a caller's own quota.
+"""
+
+import json
+import logging
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+from broker import errors
+from broker.dialects import openai
+from broker.records import Frame
+
+log = logging.getLogger("warmlane.api")
+
+RETRY_AFTER_S_MAX = 30
+"""Clients give up, or sleep for hours, over a longer one."""
+
+_INVALID, _PERMISSION = "invalid_request_error", "permission_error"
+_BUSY, _BROKEN = "service_unavailable", "server_error"
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one error is told: its status, its `type` in OpenAI's words, and when to come back, if that helps."""
+
+    status: int
+    kind: str
+    retry_after_s: int | None = None
+
+
+ROWS: dict[type[errors.BrokerError], Row] = {
+    errors.LaneFull: Row(503, _BUSY, 1),
+    errors.ModelUnavailable: Row(503, _BUSY, 5),
+    errors.TrustZoneRefused: Row(403, _PERMISSION),
+    errors.UnknownModel: Row(404, _INVALID),
+    errors.UnknownLane: Row(404, _INVALID),
+    errors.ContextTooLong: Row(400, _INVALID),
+    errors.BadRequest: Row(400, _INVALID),
+    errors.BodyTooLarge: Row(413, _INVALID),
+    errors.Unauthorized: Row(401, "authentication_error"),
+    errors.NoSuchJob: Row(404, _INVALID),
+    errors.IdempotencyMismatch: Row(422, _INVALID),
+    errors.PolicyInvalid: Row(422, _INVALID),
+    errors.ColdStartDeadline: Row(503, _BUSY, 5),
+    errors.JobExpired: Row(503, _BUSY, 5),
+    errors.WorkerLost: Row(503, _BUSY, 1),
+    errors.RuntimeFailed: Row(502, _BROKEN),
+    errors.RuntimeRefused: Row(400, _INVALID),
+    errors.SlowReader: Row(503, _BUSY, 1),
+    errors.JobCancelled: Row(499, "cancelled"),
+    # What follows is for our own processes; a client hears it only when something of ours went wrong.
+    errors.StaleAttempt: Row(500, _BROKEN),
+    errors.Moved: Row(503, _BUSY, 1),
+    errors.StalePolicy: Row(503, _BUSY, 1),
+    errors.NotDue: Row(409, _INVALID),
+    errors.FrameGap: Row(500, _BROKEN),
+    errors.AlreadyEnded: Row(409, _INVALID),
+    errors.LockHeld: Row(409, _INVALID),
+    errors.BadTransition: Row(500, _BROKEN),
+    errors.BrokerUnavailable: Row(503, _BUSY, 1),
+    errors.RedisUnfit: Row(503, _BUSY, 5),
+}
+
+_PARAMS: dict[type[errors.BrokerError], str] = {
+    errors.UnknownModel: "model",
+    errors.UnknownLane: "X-Gateway-Lane",
+    errors.IdempotencyMismatch: "Idempotency-Key",
+    errors.ContextTooLong: "messages",
+}
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """One thing that went wrong, ready to be told: as a status with a body, or inside a stream."""
+
+    code: str
+    message: str
+    status: int
+    kind: str
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    def body(self) -> bytes:
+        """The error object of the dialect."""
+        told = openai.error_object(
+            self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
+        )
+        return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+
+    def event(self) -> bytes:
+        """The same inside a stream whose status has been sent; nothing may follow it."""
+        return openai.error_event(
+            self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
+        )
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers that go with the status."""
+        found = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            found.append((b"retry-after", str(self.retry_after_s).encode()))
+        if self.status == 401:
+            found.append((b"www-authenticate", b"Bearer"))
+        return found
+
+
+def wrong(error: errors.BrokerError) -> Wrong:
+    """Says what a client hears of an error that was raised."""
+    row = next((ROWS[kind] for kind in type(error).__mro__ if kind in ROWS), None)
+    if row is None:  # a script's error that has no name in the tree
+        return unexpected(error)
+    retry_after_s = getattr(error, "retry_after_s", row.retry_after_s)
+    return Wrong(
+        error.code,
+        str(error),
+        getattr(error, "status", row.status) if isinstance(error, errors.RuntimeRefused) else row.status,
+        row.kind,
+        getattr(error, "param", None) or _PARAMS.get(type(error)),
+        None if retry_after_s is None else max(1, min(RETRY_AFTER_S_MAX, retry_after_s)),
+    )
+
+
+def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
+    """Says what a client hears of a terminal frame other than `done`; `retry_after_s` is how its lane drains."""
+    said: dict[str, Any] = json.loads(frame.data)
+    code, status = str(said.get("code") or frame.kind), said.get("status")
+    kind = _BY_CODE.get(code, errors.RuntimeFailed)
+    row = ROWS[kind]
+    found = Wrong(code, str(said.get("message") or "the job ended without an answer"), row.status, row.kind)
+    if kind is errors.RuntimeRefused and isinstance(status, int | float) and 400 <= status < 500:
+        return replace(found, status=int(status))
+    if row.retry_after_s is None:
+        return found
+    wait_s = retry_after_s if retry_after_s and kind in (errors.ColdStartDeadline, errors.JobExpired) else None
+    return replace(found, retry_after_s=min(RETRY_AFTER_S_MAX, wait_s or row.retry_after_s))
+
+
+def unexpected(error: BaseException) -> Wrong:
+    """Logs an error that nobody foresaw and gives the client its number. No prompt is in a traceback's lines."""
+    number = secrets.token_hex(4)
+    log.error("event=unexpected id=%s", number, exc_info=error)
+    return Wrong("internal_error", f"something of the gateway broke; its log knows more as {number}", 500, _BROKEN)
+
+
+def _leaves(kind: type[errors.BrokerError]) -> list[type[errors.BrokerError]]:
+    return [kind, *(leaf for sub in kind.__subclasses__() for leaf in _leaves(sub))]
+
+
+_BY_CODE = {kind.code: kind for kind in _leaves(errors.BrokerError) if kind in ROWS}

@@ -1,0 +1,188 @@
+"""One HTTP exchange on the hot route, in plain ASGI: the request's bytes, whether its client is still there, the answer.
+
+At most one task beside the request's own watches for the client to hang up. Nothing here knows jobs.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.types import Receive, Scope, Send
+
+from api.errors import Wrong
+from broker import errors
+from broker.frames import FrameReader, Restarted
+from broker.records import Frame
+
+BODY_BYTES_MAX = 20 * 1024 * 1024
+BODY_S_MAX = 60.0
+LINGER_S_MAX = 2.0
+"""How long the rest of a body that is too large is read and dropped, so that its sender gets to read our answer."""
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Interrupted(Exception):
+    """Why an exchange cannot go on."""
+
+
+class ClientGone(Interrupted):
+    """The client hung up."""
+
+
+class Stalled(Interrupted):
+    """The client takes no more bytes."""
+
+
+class Stopping(Interrupted):
+    """This process is about to end."""
+
+
+class CutConnection(Exception):
+    """Raised out of the application: the server then closes the connection in the middle of the answer.
+
+    A client must not take what it got for the whole; after a 200 there is no other way to say so outside a stream.
+    """
+
+
+class Exchange:
+    """A request and its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.started = False
+        self.in_band = False
+        self.why: type[Interrupted] | None = None
+        self.sending_since = 0.0
+        self._receive = receive
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[None] | None = None
+        self._patience: asyncio.Timeout | None = None
+
+    def header(self, name: bytes) -> str:
+        """Gives a header's text, "" if it was not sent."""
+        return self.headers.get(name, b"").decode("latin-1").strip()
+
+    async def read_body(self, *, bytes_max: int = BODY_BYTES_MAX) -> bytes:
+        """Reads the request's body; raises BodyTooLarge, before reading where the client says its size."""
+        length = self.headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > bytes_max:
+            raise errors.BodyTooLarge(bytes_max)
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            body: bytes = message.get("body", b"")
+            if len(body) > bytes_max:
+                raise errors.BodyTooLarge(bytes_max)
+            return body
+        try:
+            async with asyncio.timeout(BODY_S_MAX):
+                return await self._read_parts(message, bytes_max)
+        except TimeoutError:
+            raise errors.BadRequest(f"the request's body did not arrive within {BODY_S_MAX:.0f} s") from None
+
+    def watch(self) -> None:
+        """Begins to watch for the client to hang up; from here on nobody else may read."""
+        self._watcher = self._loop.create_task(self._watch(), name="watch for a hang-up")
+
+    def close(self) -> None:
+        """Ends the watch."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    def interrupt(self, why: type[Interrupted]) -> None:
+        """Makes whoever waits in `next` raise `why`, now or as soon as it waits again."""
+        if self.why is None:
+            self.why = why
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(0)
+        elif self.sending_since and why is Stalled and self._task is not None:
+            self._task.cancel()  # it waits in `send`, and the client will not let it out
+
+    async def next(self, reader: FrameReader, *, until: float) -> Frame | Restarted | None:
+        """Gives the next frame, None at `until` (loop time); raises Interrupted."""
+        if self.why is not None:
+            raise self.why
+        frame = reader.ready()
+        if frame is not None:
+            return frame
+        try:
+            async with asyncio.timeout_at(until) as self._patience:
+                return await reader.next()
+        except TimeoutError:
+            if self.why is not None:
+                raise self.why from None
+            reader.look()  # it may have been in the middle of a look into the log
+            return None
+        finally:
+            self._patience = None
+
+    async def start(self, status: int, headers: Headers, *, in_band: bool = False) -> None:
+        """Sends status and headers; `in_band` says that errors can still be told inside the body."""
+        self.started, self.in_band = True, in_band
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Sends a piece of the body, and waits while the client is behind."""
+        self.sending_since = self._loop.time()
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        except asyncio.CancelledError:
+            if self.why is not Stalled or self._task is None:
+                raise
+            self._task.uncancel()
+            raise Stalled from None
+        finally:
+            self.sending_since = 0.0
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """Sends a whole answer."""
+        await self.start(status, [*headers, (b"content-length", str(len(body)).encode())])
+        await self.write(body, last=True)
+
+    async def refuse(self, wrong: Wrong, headers: Headers = ()) -> None:
+        """Tells what went wrong in the way that is still open: a status, an event in the stream, a cut connection."""
+        if not self.started:
+            if wrong.code == errors.BodyTooLarge.code:
+                await self._refuse_body(wrong)
+            else:
+                await self.answer(wrong.status, [*wrong.headers(), *headers], wrong.body())
+        elif self.in_band:
+            await self.write(wrong.event(), last=True)
+        else:
+            raise CutConnection(wrong.code)
+
+    async def _read_parts(self, message: object, bytes_max: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            if not isinstance(message, dict) or message["type"] != "http.request":
+                raise ClientGone
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > bytes_max:
+                raise errors.BodyTooLarge(bytes_max)
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+            message = await self._receive()
+
+    async def _refuse_body(self, wrong: Wrong) -> None:
+        """Answers before the body is read, and drops what comes for a moment: a reset would take our answer with it."""
+        body = wrong.body()
+        size = (b"content-length", str(len(body)).encode())
+        await self.start(wrong.status, [*wrong.headers(), size, (b"connection", b"close")])
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        try:
+            async with asyncio.timeout(LINGER_S_MAX):
+                while (await self._receive()).get("more_body"):
+                    pass
+        except TimeoutError:
+            pass
+        await self.write(b"", last=True)
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt(ClientGone)

@@ -1,0 +1,265 @@
+"""One client's wait for one job: how it is let in, what it may ask for, and how it leaves."""
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass
+
+from api.exchange import ClientGone, Exchange
+from api.gateway import Gateway
+from broker import admission, dispatch, errors, jobs, lanes
+from broker.frames import FrameReader
+from broker.metrics import OTHER
+from broker.records import JobRecord
+from broker.store import OUTAGE_LIMIT_S
+
+log = logging.getLogger("warmlane.api")
+
+DOOR_OUTAGE_S = 5.0
+"""How long a request waits at the door while Redis is away; it holds nothing yet and may as well try elsewhere."""
+DOOR_PAUSE_S = 0.1
+QUICK_S = 0.05
+"""An answer that began within this is not worth a look into the job's record for its headers."""
+RECORD_S_MAX = 0.25
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_SESSION = re.compile(r"[\x21-\x7e]{1,128}")
+_model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the headers of a request ask of the gateway."""
+
+    lane: str = ""
+    session: str = ""
+    promote_within_ms: int | None = None
+    idempotency_key: str = ""
+    keep: bool = False
+    may_retry: bool = False
+
+    @classmethod
+    def of(cls, exchange: Exchange) -> "Wishes":
+        """Reads the headers; raises BadRequest."""
+        header = exchange.header
+        on_disconnect = header(b"x-gateway-on-disconnect").lower()
+        if on_disconnect not in ("", "keep", "cancel"):
+            raise errors.BadRequest("X-Gateway-On-Disconnect must be keep or cancel", "X-Gateway-On-Disconnect")
+        key = header(b"idempotency-key")
+        if key and not _KEY.fullmatch(key):
+            raise errors.BadRequest("Idempotency-Key must be 1 to 255 visible characters", "Idempotency-Key")
+        session = header(b"x-session-affinity")
+        if session and not _SESSION.fullmatch(session):
+            raise errors.BadRequest("X-Session-Affinity must be 1 to 128 visible characters", "X-Session-Affinity")
+        within = header(b"x-slo-ttft-ms")
+        if within and not (within.isdecimal() and within.isascii() and 0 < int(within[:12]) <= 86_400_000):
+            raise errors.BadRequest("X-SLO-TTFT-Ms must be a whole number of milliseconds above 0", "X-SLO-TTFT-Ms")
+        return cls(
+            lane=header(b"x-gateway-lane"),
+            session=session,
+            promote_within_ms=int(within) if within else None,
+            idempotency_key=key,
+            keep=on_disconnect == "keep",
+            may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
+        )
+
+    def grace_ms(self, disconnect_grace_ms: int) -> int:
+        """How long the job outlives its last reader, in the words of the job record."""
+        if self.keep:
+            return -1
+        return disconnect_grace_ms if self.may_retry else 0
+
+
+class Visit:
+    """A client at a job."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float) -> None:
+        self.exchange = exchange
+        self.stream = job.stream
+        self.hold_s = hold_s
+        self.job_id = job.id
+        self.lane = ""
+        self.delivered = False
+        self.reader: FrameReader = gateway.hub.open(job.id)
+        self.loop = asyncio.get_running_loop()
+        self.entered_at = self.loop.time()
+        self._gateway = gateway
+        self._job = job
+        self._name = gateway.reader_name()
+        self._attached = False
+        self._away_since = 0.0
+
+    async def enter(self, body: bytes, wishes: Wishes) -> None:
+        """Lets the job in, or finds the one that an Idempotency-Key leads to; raises Refused, ClientGone."""
+        gateway = self._gateway
+        try:
+            admitted = await self._admit(body, wishes)
+        except errors.Refused as refusal:
+            gateway.metrics.refused(self._known_lane(getattr(refusal, "lane", self._job.asked)), refusal.code)
+            if wishes.lane and isinstance(refusal, errors.UnknownModel):
+                raise errors.UnknownLane(refusal.asked, refusal.suggestions) from None
+            raise
+        self.lane = admitted.lane
+        if admitted.attached:
+            await self._join(admitted.job_id)
+        gateway.readers.add(self._name, self.job_id, sees=self.stream)
+        gateway.metrics.submitted(self.lane, attached=admitted.attached)
+
+    async def leave(self) -> None:
+        """The client went away: its job ends, unless a retry may still come back to it or it was to be kept."""
+        self._gateway.readers.drop(self._name)
+        grace_ms = self._job.grace_ms
+        nobody_returns = not self._attached and (grace_ms == 0 or (grace_ms > 0 and self.delivered))
+        try:
+            left = await jobs.detach(self._gateway.store, self.job_id, reader=self._name)
+            if left == 0 and nobody_returns:
+                await jobs.cancel(self._gateway.store, self.job_id, message="its client hung up")
+        except (errors.NoSuchJob, errors.AlreadyEnded):
+            pass
+        except errors.BrokerUnavailable as e:  # then the end of the lease does it
+            log.debug("event=leave_later job=%s reason=%s", self.job_id, e)
+
+    async def detach(self) -> None:
+        """Leaves without a judgement on the job: this process ends, not the client's interest."""
+        self._gateway.readers.drop(self._name)
+        try:
+            await jobs.detach(self._gateway.store, self.job_id, reader=self._name)
+        except errors.BrokerError as e:
+            log.debug("event=leave_later job=%s reason=%s", self.job_id, e)
+
+    def close(self) -> None:
+        """Forgets the reader."""
+        self._gateway.readers.drop(self._name)
+        self._gateway.hub.close(self.reader)
+
+    def retry_after_s(self) -> int:
+        """In how many seconds the job's lane should have a place, as far as this process can see."""
+        if not self._gateway.book.present or not self.lane:
+            return 1
+        return dispatch.retry_after_s(self._gateway.fleet.view(self.lane))
+
+    async def note(self) -> str:
+        """Says how the job does, for a heartbeat; raises BrokerUnavailable once Redis has been away for too long."""
+        try:
+            async with asyncio.timeout(RECORD_S_MAX):
+                words = await _words(self._gateway, await jobs.read(self._gateway.store, self.job_id))
+        except (errors.BrokerUnavailable, TimeoutError):
+            now = self.loop.time()
+            self._away_since = self._away_since or now
+            if now - self._away_since > OUTAGE_LIMIT_S:
+                raise errors.BrokerUnavailable(f"Redis has been away for {OUTAGE_LIMIT_S:.0f} s") from None
+            return "waiting: Redis does not answer at the moment"
+        self._away_since = 0.0
+        return words
+
+    async def begun(self, first: bytes) -> list[tuple[bytes, bytes]]:
+        """Notes that the answer has begun, with these bytes; gives the headers that tell of it, as far as known."""
+        waited_s = self.loop.time() - self.entered_at
+        found = _model_in(first)
+        model = found.group(1).decode() if found else ""
+        lane, queue_s, served_by = self.lane, 0.0, self._on_its_host(model)
+        told: list[tuple[bytes, bytes]] = []
+        if waited_s > QUICK_S:
+            record = await self._record()
+            if record is not None:
+                lane, model = record.lane, record.model
+                served_by = record.served_by or (f"{model}@{record.owner}" if record.owner else served_by)
+                queue_s = max(0, record.claimed_at - record.submitted_at) / 1000
+                told.append((b"x-gateway-queue-ms", str(round(queue_s * 1000)).encode()))
+        metrics = self._gateway.metrics
+        metrics.queue_wait(self._known_lane(lane), queue_s)
+        metrics.first_token(self._known_lane(lane), self._known_model(model), waited_s)
+        told += [
+            (b"x-gateway-job", self.job_id.encode()),
+            (b"x-gateway-lane", lane.encode()),
+            (b"x-gateway-first-token-ms", str(round(waited_s * 1000)).encode()),
+        ]
+        if served_by:
+            told.append((b"x-gateway-served-by", served_by.encode("latin-1", "replace")))
+        self._model = model
+        return told
+
+    def waiting_headers(self) -> list[tuple[bytes, bytes]]:
+        """What can be said in headers before the answer has begun."""
+        found = [(b"x-gateway-job", self.job_id.encode())]
+        return [*found, (b"x-gateway-lane", self.lane.encode())] if self.lane else found
+
+    def finished(self) -> None:
+        """Notes that the whole answer came."""
+        lane, model = self._known_lane(self.lane), self._known_model(getattr(self, "_model", ""))
+        self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
+
+    async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
+        g = self._gateway
+        while True:
+            try:
+                return await admission.admit(
+                    g.store,
+                    g.book,
+                    g.fleet,
+                    self._job,
+                    body,
+                    reader=self._name,
+                    idempotency_key=wishes.idempotency_key,
+                    promote_within_ms=wishes.promote_within_ms,
+                )
+            except errors.BrokerUnavailable:
+                # The job may be in: submit is keyed by its id, so that asking again finds it.
+                if self.loop.time() - self.entered_at > DOOR_OUTAGE_S:
+                    raise
+                if self.exchange.why is not None:
+                    raise self.exchange.why from None
+                await asyncio.sleep(DOOR_PAUSE_S)
+
+    async def _join(self, job_id: str) -> None:
+        """Follows the earlier job from its first frame."""
+        g = self._gateway
+        g.hub.close(self.reader)
+        self.job_id, self._attached = job_id, True
+        self.reader = g.hub.open(job_id)
+        try:
+            await jobs.attach(
+                g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self.stream
+            )  # fmt: skip
+        except errors.NoSuchJob:
+            raise errors.ModelUnavailable("the earlier job of this Idempotency-Key is just gone", retry_after_s=1) from None
+        self.reader.look()
+
+    async def _record(self) -> JobRecord | None:
+        try:
+            async with asyncio.timeout(RECORD_S_MAX):
+                return await jobs.read(self._gateway.store, self.job_id)
+        except (errors.BrokerError, TimeoutError):
+            return None
+
+    def _on_its_host(self, model: str) -> str:
+        hosts = self._gateway.fleet.picture.on_host.get(model, {})
+        return f"{model}@{next(iter(hosts))}" if len(hosts) == 1 else model
+
+    def _known_lane(self, lane: str) -> str:
+        book = self._gateway.book
+        return lane if book.present and book.active.lane(lane) is not None else OTHER
+
+    def _known_model(self, model: str) -> str:
+        book = self._gateway.book
+        return model if book.present and book.active.model(model) is not None else OTHER
+
+
+async def _words(gateway: Gateway, job: JobRecord) -> str:
+    now = gateway.fleet.picture.at_ms
+    if job.claimed_at and job.owner:
+        return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
+    view = gateway.fleet.view(job.lane)
+    ahead = await lanes.position(gateway.store, job.lane, job.entry)
+    words = f"waiting in lane {job.lane} behind {ahead}, {job.model} is {view.availability}"
+    left_ms = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now)
+    if left_ms is not None and left_ms < 86_400_000:
+        words += f", about {max(1, round(left_ms / 1000))} s to the first token"
+    return words
+
+
+def _is_sdk(exchange: Exchange) -> bool:
+    return any(name.startswith(b"x-stainless-") for name in exchange.headers)
+
+
+__all__ = ["ClientGone", "Visit", "Wishes"]
