@@ -16,6 +16,7 @@ from broker.hosts import Fleet
 from broker.metrics import Metrics
 from broker.policies import PolicyBook
 from broker.readers import Readers
+from broker.status import Places
 from broker.store import Store
 
 log = logging.getLogger("warmlane.api")
@@ -43,6 +44,7 @@ class Gateway:
         self.hub = Hub(store, name=api_id or new_api_id())
         self.due = Due(store, self.book, self.fleet)
         self.readers = Readers(store, self.due)
+        self.places = Places(store)
         self.metrics = Metrics(version=version)
         self.exchanges: set[Exchange] = set()
         self.stopping = False

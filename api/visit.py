@@ -5,7 +5,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from api.exchange import ClientGone, Exchange
+from api.exchange import Exchange
 from api.gateway import Gateway
 from broker import admission, dispatch, errors, jobs, lanes
 from broker.frames import FrameReader
@@ -88,6 +88,7 @@ class Visit:
         self._name = gateway.reader_name()
         self._attached = False
         self._away_since = 0.0
+        self._model = ""
 
     async def enter(self, body: bytes, wishes: Wishes) -> None:
         """Lets the job in, or finds the one that an Idempotency-Key leads to; raises Refused, ClientGone."""
@@ -186,7 +187,7 @@ class Visit:
 
     def finished(self) -> None:
         """Notes that the whole answer came."""
-        lane, model = self._known_lane(self.lane), self._known_model(getattr(self, "_model", ""))
+        lane, model = self._known_lane(self.lane), self._known_model(self._model)
         self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
 
     async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
@@ -222,7 +223,8 @@ class Visit:
                 g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self.stream
             )  # fmt: skip
         except errors.NoSuchJob:
-            raise errors.ModelUnavailable("the earlier job of this Idempotency-Key is just gone", retry_after_s=1) from None
+            gone = errors.ModelUnavailable("the earlier job of this Idempotency-Key is just gone", retry_after_s=1)
+            raise gone from None
         self.reader.look()
 
     async def _record(self) -> JobRecord | None:
@@ -247,10 +249,12 @@ class Visit:
 
 async def _words(gateway: Gateway, job: JobRecord) -> str:
     now = gateway.fleet.picture.at_ms
-    if job.claimed_at and job.owner:
+    if job.owner and job.first_token_at:
+        return f"{job.model} on {job.owner} is generating"
+    if job.owner:
         return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
     view = gateway.fleet.view(job.lane)
-    ahead = await lanes.position(gateway.store, job.lane, job.entry)
+    ahead = await gateway.places.ahead(job.lane, job.entry)
     words = f"waiting in lane {job.lane} behind {ahead}, {job.model} is {view.availability}"
     left_ms = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now)
     if left_ms is not None and left_ms < 86_400_000:
@@ -260,6 +264,3 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
 
 def _is_sdk(exchange: Exchange) -> bool:
     return any(name.startswith(b"x-stainless-") for name in exchange.headers)
-
-
-__all__ = ["ClientGone", "Visit", "Wishes"]

@@ -79,7 +79,7 @@ class Due:
         if not job.live:
             await store.command("ZREM", store.keys.due, job_id)
             return Looked("gone")
-        if 0 < job.abandon_at <= now:
+        if 0 < job.abandon_at <= now and self._leases_count():
             await jobs.cancel(store, job_id, message="its client went away", if_abandoned=True)
             return Looked("abandoned", late_ms=now - job.abandon_at)
         if job.state in HELD:
@@ -96,8 +96,7 @@ class Due:
     async def _held(self, job: JobRecord, now: int) -> Looked:
         if job.lease_until > now:
             return Looked("not_due")
-        if self._store.clock is None and self._store.answering_s * 1000 < lanes.JOB_LEASE_MS:
-            # Redis or we just came back: its worker has had no chance to renew yet
+        if not self._leases_count():
             return Looked("not_due")
         policy = self._book.active.policy
         again = await lanes.recover(self._store, job, max_losses=policy.max_losses)
@@ -110,6 +109,10 @@ class Due:
             "queued" if again else "failed",
         )
         return Looked("recovered" if again else "lost", late_ms=now - job.lease_until)
+
+    def _leases_count(self) -> bool:
+        """Whether leases may be judged: when Redis or we just came back, nobody has had a chance to renew yet."""
+        return self._store.clock is not None or self._store.answering_s * 1000 >= lanes.JOB_LEASE_MS
 
     async def _scheduled(self, job: JobRecord, now: int) -> Looked:
         if job.not_before > now:

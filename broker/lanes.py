@@ -16,6 +16,9 @@ from broker.store import Store
 WANTED_FOR_MS = 60_000
 """A request keeps its model wanted for this long: the demand that wakes it."""
 
+IDEM_LIVE_MS = 86_400_000
+"""An Idempotency-Key of a live job holds this long at most; the job's end gives it the job's own keep time."""
+
 READER_LEASE_MS = 10_000
 JOB_LEASE_MS = 10_000
 

@@ -1,5 +1,7 @@
 """One picture of the gateway: what `gateway status`, the status endpoint, the page and the gauges show."""
 
+import asyncio
+import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -14,6 +16,9 @@ from broker.store import Store
 
 NO_HOST = "absent"
 """The state of a model that no live host serves."""
+
+PLACES_MAX = 1024
+PLACES_AGE_S = 2.0
 
 _BEST_FIRST = ("warm", "degraded", "waking", "unloading", "cold", "quarantined")
 
@@ -122,6 +127,36 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
     )
+
+
+class Places:
+    """Says how many jobs wait before one: one look into a lane serves everybody who waits in it for a moment."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seen: dict[str, tuple[float, list[tuple[int, int]]]] = {}
+
+    async def ahead(self, lane: str, entry: str) -> int:
+        """Counts the jobs that wait in the lane before this entry, PLACES_MAX at most."""
+        now = asyncio.get_running_loop().time()
+        at, line = self._seen.get(lane, (0.0, []))
+        if not at or now - at > PLACES_AGE_S:
+            line = await self._look(lane)
+            self._seen[lane] = (now, line)
+        return bisect.bisect_left(line, _entry_id(entry)) if entry else 0
+
+    async def _look(self, lane: str) -> list[tuple[int, int]]:
+        key = self._store.keys.lane(lane)
+        entries = await self._store.command("XRANGE", key, "-", "+", "COUNT", PLACES_MAX)
+        if not entries:
+            return []
+        held = {entry[0] for entry in await self._store.command("XPENDING", key, GROUP, "-", "+", PLACES_MAX) or []}
+        return [_entry_id(entry.decode()) for entry, _ in entries if entry not in held]
+
+
+def _entry_id(entry: str) -> tuple[int, int]:
+    ms, _, number = entry.partition("-")
+    return int(ms), int(number or 0)
 
 
 async def usage_today(store: Store) -> dict[str, int]:

@@ -117,6 +117,8 @@ class Scheduler:
 
     async def _hasten_hopeless(self) -> float:
         """Finds jobs whose waiting is pointless: no host, quarantined, too slow, or a load that takes too long."""
+        if self._store.answering_s * 1000 < hosts.HOST_LEASE_MS:
+            return HOPELESS_LOOK_S  # hosts that live may not have said so yet
         active = self._book.active
         now = await self._store.now_ms()
         for name, lane in active.lanes().items():

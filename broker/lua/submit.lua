@@ -27,8 +27,9 @@ if ARGV[11] == "1" then
   local held = redis.call("GET", KEYS[6])
   if held then
     local other, hash = string.match(held, "^(%S+) (%S+)$")
-    if hash ~= ARGV[10] then return redis.error_reply("IDEMMISMATCH " .. other) end
-    return { "attached", other }
+    local there = redis.call("EXISTS", string.sub(KEYS[2], 1, -#id - 1) .. tostring(other)) == 1
+    if there and hash ~= ARGV[10] then return redis.error_reply("IDEMMISMATCH " .. other) end
+    if there then return { "attached", other } end
   end
 end
 if not_before <= now then

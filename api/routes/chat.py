@@ -1,0 +1,98 @@
+"""POST /v1/chat/completions: the hot route, in plain ASGI and without models of the body."""
+
+import logging
+
+from starlette.types import Receive, Scope, Send
+from ulid import ULID
+
+from api import errors as told
+from api.exchange import CutConnection, Exchange, Interrupted, Stopping
+from api.gateway import Gateway
+from api.stream import WHOLE_HOLD_S, send_stream, send_whole
+from api.visit import Visit, Wishes
+from broker import errors
+from broker.dialects import openai
+from broker.records import JobRecord
+
+log = logging.getLogger("warmlane.api")
+
+PATH = "/v1/chat/completions"
+
+
+class ChatCompletions:
+    """The endpoint. Each request is one exchange, and from its admission on one visit to a job."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        self._gateway.exchanges.add(exchange)
+        try:
+            await self._serve(exchange)
+        except errors.BrokerError as error:
+            await exchange.refuse(told.wrong(error))
+        except Stopping:
+            await exchange.refuse(told.wrong(errors.BrokerUnavailable("the gateway is being restarted; try again")))
+        except Interrupted:
+            pass  # nobody is there to be told
+        except CutConnection:
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where what nobody foresaw becomes an answer
+            await exchange.refuse(told.unexpected(error))
+        finally:
+            exchange.close()
+            self._gateway.exchanges.discard(exchange)
+
+    async def _serve(self, exchange: Exchange) -> None:
+        gateway = self._gateway
+        if exchange.method != "POST":
+            wrong = told.Wrong("method_not_allowed", f"{PATH} takes POST only", 405, "invalid_request_error")
+            return await exchange.refuse(wrong, [(b"allow", b"POST")])
+        caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        body = await exchange.read_body()
+        facts = openai.read_chat(body)
+        wishes = Wishes.of(exchange)
+        visit = Visit(
+            gateway,
+            exchange,
+            self._job(facts, wishes, caller),
+            hold_s=gateway.book.active.policy.header_hold_ms / 1000 if facts.stream else WHOLE_HOLD_S,
+        )
+        exchange.watch()
+        try:
+            await self._follow(visit, body, wishes)
+        finally:
+            visit.close()
+
+    async def _follow(self, visit: Visit, body: bytes, wishes: Wishes) -> None:
+        try:
+            await visit.enter(body, wishes)
+            await (send_stream(visit) if visit.stream else send_whole(visit))
+        except errors.Refused:
+            raise
+        except Stopping:
+            await visit.detach()
+            raise
+        except (errors.BrokerUnavailable, errors.NoSuchJob):
+            raise  # the job is out of reach; without a reader's lease it ends by itself
+        except Exception:
+            await visit.leave()
+            raise
+
+    def _job(self, facts: openai.ChatFacts, wishes: Wishes, caller: str) -> JobRecord:
+        policy = self._gateway.book.active.policy
+        return JobRecord(
+            id=str(ULID()),
+            asked=wishes.lane or facts.model,
+            caller=caller,
+            session=wishes.session or facts.session,
+            stream=facts.stream,
+            include_usage=facts.include_usage,
+            choices=facts.n,
+            tokens=facts.prompt_tokens,
+            max_tokens=facts.max_tokens or 0,
+            grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
+            keep_ms=policy.keep_ms,
+            endpoint=PATH,
+        )
