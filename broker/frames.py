@@ -87,6 +87,7 @@ class FrameReader:
         self._bytes = 0
         self._after = after  # (attempt, seq) of the last frame given
         self._look = after != (0, 0)
+        self._more = False  # the last page of the log was full: there is more behind it
         self._news = asyncio.Event()
 
     def push(self, frame: Frame) -> None:
@@ -130,12 +131,14 @@ class FrameReader:
                 found = self._from_queue()
                 if found is not None:
                     return found
-            if self._look:
+            if self._look or (self._more and not self._queue):
                 found = await self._from_log()
                 if found is not None:
                     return found
             self._news.clear()
             if self._queue or self._look:
+                if limit is not None and loop.time() >= limit:  # Redis is away: the caller still gets its turn
+                    return None
                 continue
             wait = CHECK_EVERY_S if limit is None else min(CHECK_EVERY_S, limit - loop.time())
             if wait <= 0:
@@ -177,6 +180,7 @@ class FrameReader:
         attempt, seq = self._after
         self._queue.clear()
         self._bytes = 0
+        self._more = False
         self._look = False  # from here on pushes count: one may arrive before the reply that lacks it
         try:
             entries = await store.command(
@@ -197,6 +201,7 @@ class FrameReader:
         frames = [Frame.from_entry(entry, values) for entry, values in entries or []]
         if not frames:
             return None
+        self._more = len(frames) == REFILL_PAGE
         last = (frames[-1].attempt, frames[-1].seq)
         pushed = [f for f in self._queue if (f.attempt, f.seq) > last]
         self._queue = deque(frames + pushed)

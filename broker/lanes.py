@@ -203,12 +203,31 @@ async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
     await store.run("expire", closing_keys(store, job.id, job.lane), args)
 
 
-async def recover(store: Store, job: JobRecord, *, max_losses: int) -> bool:
-    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue."""
+async def recover(store: Store, job: JobRecord, *, max_losses: int, host: str = "", boot: str = "") -> bool:
+    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue.
+
+    A worker that has its name for itself passes `host` and `boot`: jobs of its earlier lives need no lease to end.
+    """
     message = f"the worker on {job.owner or 'its host'} went away while it served this request"
-    args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.attempt, max_losses, message]
+    args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.attempt, max_losses, message, host, boot]
     reply = await store.run("recover", closing_keys(store, job.id, job.lane), args)
     return bool(reply[0] == b"queued")
+
+
+async def held_by(store: Store, lane: str, host: str, *, limit: int = 1000) -> list[str]:
+    """Lists the jobs of a lane that a host's consumer holds, as the pending list shows them."""
+    try:
+        rows = await store.command("XPENDING", store.keys.lane(lane), GROUP, "-", "+", limit, host)
+    except errors.BrokerUnavailable as e:
+        if "NOGROUP" in str(e):
+            return []
+        raise
+    found = []
+    for row in rows:
+        entry = row["message_id"] if isinstance(row, dict) else row[0]
+        for entry_id, values in await store.command("XRANGE", store.keys.lane(lane), entry, entry):
+            found.append(Waiting.from_entry(lane, entry_id, values).job)
+    return found
 
 
 async def sweep(store: Store, lane: str, *, page: int = 200) -> tuple[int, int]:

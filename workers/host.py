@@ -21,7 +21,7 @@ from pathlib import Path
 import uvloop
 from ulid import ULID
 
-from broker import errors, hosts
+from broker import errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
@@ -70,6 +70,7 @@ class Host:
                 self._furnish(tasks)
                 # the local lock proves that an earlier worker of this name on this machine is dead
                 await self._beat(take=before is not None and before.machine == MACHINE)
+                await self._recover_earlier_life()
                 self._book.on_change(self._policy_changed)
                 tails = Tails(self._store, self._picture, self.dispatcher.dispatch)
                 channel = self._store.keys.control_channel(self.name)
@@ -128,6 +129,20 @@ class Host:
             boot=self.boot,
             tasks=tasks,
         )
+
+    async def _recover_earlier_life(self) -> None:
+        """Gives back what an earlier, killed life of this worker held: nobody has to wait for its leases to end."""
+        if not self._book.present:
+            return
+        active = self._book.active
+        for lane in active.lanes():
+            for job_id in await lanes.held_by(self._store, lane, self.name):
+                with contextlib.suppress(errors.Lost, errors.NoSuchJob, errors.BadTransition):
+                    job = await jobs.read(self._store, job_id)
+                    again = await lanes.recover(
+                        self._store, job, max_losses=active.policy.max_losses, host=self.name, boot=self.boot
+                    )
+                    log.warning("event=recover job=%s attempt=%d again=%s", job_id, job.attempt, again)
 
     async def _idle_within(self, limit_s: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -2,6 +2,8 @@
 --   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
 --   ARGV[7] attempt   ARGV[8] max_losses   ARGV[9] message
+--   ARGV[10] host   ARGV[11] boot   whoever asks is the only worker of this host: its earlier boots are dead, whatever
+--                                   their leases say; "" = go by the lease
 -- Returns {"queued", entry}, or {"failed", ""} when its client has seen part of the answer or the losses are used up.
 -- Errors: NOJOB, ENDED, BADTRANSITION, STALE, NOTDUE.
 --- @flags allow-oom
@@ -17,8 +19,9 @@ local to, wrong = check(KEYS[1], "recover")
 if not to then return wrong end
 local refusal = fence(KEYS[1], ARGV[7])
 if refusal then return refusal end
-local f = redis.call("HMGET", KEYS[1], "state", "seen", "lease_until", "lane")
-if tonumber(f[3]) > now then return redis.error_reply("NOTDUE " .. f[3]) end
+local f = redis.call("HMGET", KEYS[1], "state", "seen", "lease_until", "lane", "owner", "boot")
+local proved_dead = ARGV[10] ~= "" and f[5] == ARGV[10] and f[6] ~= ARGV[11]
+if tonumber(f[3]) > now and not proved_dead then return redis.error_reply("NOTDUE " .. f[3]) end
 
 local losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
 if (f[1] == "streaming" and f[2] == "1") or losses > tonumber(ARGV[8]) then

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from broker import errors, jobs
-from broker.frames import QUEUE_FRAMES, FrameReader, Hub, Restarted, replay
+from broker.frames import CHECK_EVERY_S, QUEUE_FRAMES, FrameReader, Hub, Restarted, replay
 from broker.records import Frame
 from tests.support.broker_world import World, fake_world
 
@@ -131,7 +131,7 @@ async def test_a_slow_reader_refills_from_the_log(world: World) -> None:
             while not reader._look:
                 await asyncio.sleep(0)
         assert len(reader._queue) <= QUEUE_FRAMES
-        found = await read_on(reader)
+        found = await read_on(reader, timeout_s=CHECK_EVERY_S)
     assert told(found) == [f"1-{n} content" for n in range(1, frames + 1)] + [f"1-{frames + 1} done"]
     assert [f.data for f in found if isinstance(f, Frame)][:-1] == [b"%d" % n for n in range(frames)]
 
@@ -190,9 +190,7 @@ async def test_a_retry_follows_the_job_that_its_key_led_to(world: World) -> None
         held = await world.stream(job_id, b"one")
         assert told([x for x in [await reader.next(timeout_s=5)] if x]) == ["1-1 content"]
         await jobs.emit(world.store, held, 2, b"two")
-        async with asyncio.timeout(1):
-            while reader.ready() is None:
-                await asyncio.sleep(0)
+        assert told([x for x in [await reader.next(timeout_s=1)] if x]) == ["1-2 content"]
         hub.close(reader)
         assert not hub._readers
 
@@ -214,6 +212,18 @@ async def test_the_log_decides_when_redis_is_away_for_a_moment(world: World, mon
     reader.look()
     assert told(await read_on(reader)) == ["1-1 content", "1-2 done"]
     assert failures == 3
+
+
+async def test_a_wait_ends_in_time_while_redis_is_away(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The api must tell its client `still waiting` during an outage too."""
+
+    async def away(*_: str) -> object:
+        raise errors.BrokerUnavailable("away")
+
+    monkeypatch.setattr(world.store, "command", away)
+    reader = FrameReader(world.store, "job", after=(1, 1))
+    async with asyncio.timeout(1):
+        assert await reader.next(timeout_s=0.15) is None
 
 
 @pytest.mark.parametrize("seed", range(25))
