@@ -1,1 +1,1 @@
-"""The front door of the house: the HTTP interface, the command `gateway`, and `up`, which starts everything else."""
+"""The front door: HTTP in, jobs to the broker, frames back out; and the command line."""

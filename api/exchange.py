@@ -1,4 +1,4 @@
-"""One HTTP exchange on the hot route, in plain ASGI: the request's bytes, whether its client is still there, the answer.
+"""One HTTP exchange on the hot route, in plain ASGI: the request's bytes, its client's presence, the answer.
 
 At most one task beside the request's own watches for the client to hang up. Nothing here knows jobs.
 """

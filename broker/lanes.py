@@ -235,7 +235,7 @@ async def sweep(store: Store, lane: str, *, page: int = 200) -> tuple[int, int]:
     removed = restored = 0
     at = "-"
     while True:
-        args = [store.now_arg(), GROUP, lane, store.keys.job(""), at, page]
+        args = [GROUP, lane, store.keys.job(""), at, page]
         reply = await store.run("sweep", [store.keys.lane(lane), store.keys.due], args)
         removed, restored = removed + int(reply[1]), restored + int(reply[2])
         at = reply[0].decode()

@@ -115,7 +115,7 @@ class Attempt:
         return Ended(
             outcome,
             clean=self._exchange is None or self._exchange.done,
-            suspect=outcome in ("failed", "released") and not (self._exchange and self._exchange.done),
+            suspect=outcome in ("failed", "released") and self._runtime_is_suspect(),
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
@@ -132,7 +132,8 @@ class Attempt:
                 continue
             data = reader.take()
             if self._stop is not None:
-                await self._flush(data)
+                if self.delivered:  # what nobody has seen may start again elsewhere
+                    await self._flush(data)
                 raise self._stop
             over = self._over()
             if over and reader.succeeded:
@@ -172,14 +173,14 @@ class Attempt:
 
     async def _flush(self, data: bytes, *, first: bool = False) -> None:
         """Writes what is ready: one call, whatever gathered while the last one was in flight."""
-        if not data and not first:
-            return
-        if self._seq == 0:
-            self._first_token_s = self._loop.time() - self._started
-            await jobs.first_token(self._store, self.held, data)
-        else:
-            await jobs.emit(self._store, self.held, self._seq + 1, data)
-        self._seq += 1
+        if data or first:
+            if self._seq == 0:
+                self._first_token_s = self._loop.time() - self._started
+                await jobs.first_token(self._store, self.held, data)
+            else:
+                await jobs.emit(self._store, self.held, self._seq + 1, data)
+            self._seq += 1
+        # also when nothing was ready: half of a very large event waits for its other half
         if self._buffered > BUFFER_BYTES and self._exchange is not None:
             self._exchange.resume()
         self._buffered = 0
@@ -189,6 +190,10 @@ class Attempt:
         seq = self._seq + 1 if data else 0
         await jobs.end(self._store, self.held, "finish", seq=seq, data=data, served_by=self._served_by, usage=usage)
         self._seq += 1
+
+    def _runtime_is_suspect(self) -> bool:
+        exchange = self._exchange
+        return exchange is None or not exchange.done or exchange.status >= 500
 
     def _over(self) -> bool:
         """Whether no more bytes are to be waited for."""

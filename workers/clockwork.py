@@ -56,18 +56,21 @@ async def _forget(context: dict[str, Any]) -> None:
 
 
 def _worker(store: Store, book: PolicyBook) -> Worker:
-    settings = (
-        RedisSettings(unix_socket_path=store.socket_path) if store.socket_path else RedisSettings.from_dsn(store.url)
-    )
+    name = store.keys.namespace  # arq's own keys know no namespace: without it, gateways that share a Redis take turns
     return Worker(
         functions=[],
         cron_jobs=[
             cron(
-                cast(Any, _sweep), name="sweep", second=SWEEP_SECONDS, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True
+                cast(Any, _sweep),
+                name=f"{name}:sweep",
+                second=SWEEP_SECONDS,
+                timeout=JOB_TIMEOUT_S,
+                keep_result=0,
+                unique=True,
             ),
             cron(
                 cast(Any, _forget),
-                name="forget",
+                name=f"{name}:forget",
                 minute={7},
                 second={30},
                 timeout=JOB_TIMEOUT_S,
@@ -75,7 +78,7 @@ def _worker(store: Store, book: PolicyBook) -> Worker:
                 unique=True,
             ),
         ],
-        redis_settings=settings,
+        redis_settings=RedisSettings.from_dsn(store.url),
         queue_name=f"{store.keys.namespace}:arq",
         handle_signals=False,
         keep_result=0,

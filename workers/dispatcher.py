@@ -37,7 +37,9 @@ class Dispatcher:
         boot: str,
         tasks: asyncio.TaskGroup,
     ) -> None:
-        self.attempts: dict[str, Attempt] = {}
+        self.attempts: dict[
+            tuple[str, int], Attempt
+        ] = {}  # by job and attempt: a job may come back before its last ends
         self.claiming = 0
         self.stopped = False
         self._store = store
@@ -52,6 +54,8 @@ class Dispatcher:
         self._interactive_at: dict[str, int] = {}
         self._service_ms: dict[str, float] = {}
         self._unlearned: set[str] = set()
+        self._end: errors.BrokerError | None = None
+        self._serving: set[asyncio.Task[None]] = set()
 
     @property
     def busy(self) -> bool:
@@ -69,20 +73,24 @@ class Dispatcher:
                 if job is None:
                     break
                 self._picture.spend(job)
-                waker.slots.take(job.job)
+                waker.slots.take(_user(job))
                 self.claiming += 1
-                self._tasks.create_task(self._serve(waker, job), name=f"attempt {job.job}")
+                serving = self._tasks.create_task(self._serve(waker, job), name=f"attempt {job.job}")
+                self._serving.add(serving)
+                serving.add_done_callback(self._serving.discard)
 
     def stop_attempts(self, why: errors.BrokerError) -> None:
-        """Ends every attempt: unseen jobs go back to their lanes, seen ones are told `why`."""
+        """Ends every attempt, those of claims under way too: unseen jobs go back to their lanes, seen ones are told
+        `why`."""
+        self._end = why
         for attempt in list(self.attempts.values()):
             attempt.stop(why)
 
     def told(self, message: bytes) -> None:
         """Hears `cancel <job> <attempt>` and `stop <job> <attempt>`: the job is not ours any more."""
         word, job_id, number = message.decode().split(" ")
-        attempt = self.attempts.get(job_id)
-        if attempt is not None and attempt.held.attempt == int(number):
+        attempt = self.attempts.get((job_id, int(number)))
+        if attempt is not None:
             log.info("event=%s job=%s attempt=%s", word, job_id, number)
             attempt.stop()
 
@@ -97,6 +105,11 @@ class Dispatcher:
         for name in list(self._unlearned):
             await hosts.learn(self._store, name, service_ms=round(self._service_ms[name], 1))
             self._unlearned.discard(name)
+
+    def abandon(self) -> None:
+        """Drops the attempts that cannot end, because Redis is away: their leases will tell."""
+        for serving in self._serving:
+            serving.cancel()
 
     def close(self) -> None:
         """Closes idle connections to the runtimes."""
@@ -119,15 +132,18 @@ class Dispatcher:
             attempt = await self._claim(waker, job)
             if attempt is None:
                 return
-            self.attempts[job.job] = attempt
+            if self._end is not None:
+                attempt.stop(self._end)
+            held = job.job, attempt.held.attempt
+            self.attempts[held] = attempt
             try:
                 ended = await attempt.run()
             finally:
-                del self.attempts[job.job]
+                del self.attempts[held]
             clean = ended.clean
             self._learn(waker, ended)
         finally:
-            waker.released(job.job, clean=clean)
+            waker.released(_user(job), clean=clean)
             self.dispatch()
 
     async def _claim(self, waker: Waker, job: Waiting) -> Attempt | None:
@@ -181,6 +197,10 @@ class Dispatcher:
         usage = ended.usage or {}
         prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
         waker.note_first_token(ended.first_token_ms, prompt_tokens=prompt, cached_tokens=cached)
+
+
+def _user(job: Waiting) -> str:
+    return f"{job.job} {job.entry}"
 
 
 def _takes_degraded(job: Waiting, active: Active) -> bool:

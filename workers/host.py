@@ -18,6 +18,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import uvloop
 from ulid import ULID
 
@@ -68,8 +69,7 @@ class Host:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._furnish(tasks)
-                # the local lock proves that an earlier worker of this name on this machine is dead
-                await self._beat(take=before is not None and before.machine == MACHINE)
+                await self._beat(take=before is not None and _is_dead(before))
                 await self._recover_earlier_life()
                 self._book.on_change(self._policy_changed)
                 tails = Tails(self._store, self._picture, self.dispatcher.dispatch)
@@ -117,6 +117,7 @@ class Host:
             state_dir=self._settings.state_dir,
             memory_mb=self._settings.memory_mb,
             tasks=tasks,
+            tell=lambda: self._beat(take=False),
             changed=self._changed,
         )
         self.dispatcher = Dispatcher(
@@ -154,6 +155,7 @@ class Host:
         words = f"the worker on {self.name} was stopped while it served this request"
         self.dispatcher.stop_attempts(errors.WorkerLost(words))
         await self._idle_within(LAST_WORDS_S)
+        self.dispatcher.abandon()
 
     def _policy_changed(self, active: Active) -> None:
         self.residents.follow(active)
@@ -175,6 +177,9 @@ class Host:
                 await self.dispatcher.tell_learned()
             except errors.BrokerUnavailable as e:
                 log.debug("event=beat_retry reason=%s", e)
+            except errors.LockHeld:
+                self.dispatcher.stopped = True  # the name is another worker's now: claim nothing on the way out
+                raise
 
     async def _beat(self, *, take: bool) -> None:
         version = self._book.active.version if self._book.present else 0
@@ -196,6 +201,12 @@ class Host:
             pid=os.getpid(),
             machine=MACHINE,
         )
+
+
+def _is_dead(before: HostRecord) -> bool:
+    """Whether a worker's record is that of an earlier life on this machine. The local lock says so, but not for
+    another user, nor for one who spells the Redis URL otherwise: ask for the process too."""
+    return before.machine == MACHINE and (before.pid == os.getpid() or not psutil.pid_exists(before.pid))
 
 
 def take_name(settings: WorkerSettings) -> int | None:

@@ -94,6 +94,7 @@ class Tails:
         self._store = store
         self._picture = picture
         self._on_news = on_news
+        self._tailed: set[str] = set()
 
     async def tail(self) -> None:
         """Hears of every new entry until cancelled. The blocking read itself is never cancelled: it ends by itself."""
@@ -102,6 +103,7 @@ class Tails:
             while True:
                 try:
                     last = await self._start(last)
+                    self._tailed = set(last)
                     if not last:
                         await asyncio.sleep(RETRY_PAUSE_S)
                         continue
@@ -124,7 +126,8 @@ class Tails:
             await asyncio.sleep(SHORT_LOOK_S)
             try:
                 now = asyncio.get_running_loop().time()
-                which = self._picture.short()
+                # a lane that is new in the policy is looked at until the blocking read knows of it
+                which = [*self._picture.short(), *(x for x in self._picture.lanes() if x not in self._tailed)]
                 if now - whole_at > RESYNC_EVERY_S:
                     whole_at, which = now, self._picture.lanes()
                 for lane in which:

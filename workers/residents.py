@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from broker import hosts
@@ -11,8 +12,7 @@ from broker.policies import Active
 from broker.records import ModelFacts
 from broker.store import Store
 from workers.memory import HostMemory, Resident, evictions, host_memory, predicted_bytes
-from workers.runtimes.base import LoadFailed
-from workers.waker import Surroundings, Waker
+from workers.waker import NoRoom, Surroundings, Waker
 
 log = logging.getLogger("warmlane.residents")
 
@@ -34,6 +34,7 @@ class Residents:
         state_dir: Path,
         memory_mb: int | None,
         tasks: asyncio.TaskGroup,
+        tell: Callable[[], Awaitable[None]],
         changed: Callable[[], None],
     ) -> None:
         self.wakers: dict[str, Waker] = {}
@@ -45,8 +46,10 @@ class Residents:
         self._state_dir = state_dir
         self._memory_mb = memory_mb
         self._tasks = tasks
+        self._tell = tell
         self._changed = changed
-        self._loading = asyncio.Lock()
+        self._making_room = asyncio.Lock()
+        self._promised: dict[str, int] = {}  # bytes that loads under way will occupy
 
     def follow(self, active: Active) -> None:
         """Takes new models in, hands changed definitions on, lets removed ones go when they are idle."""
@@ -56,10 +59,12 @@ class Residents:
             if waker is None:
                 around = Surroundings(
                     now_ms=self._store.now_ms,
-                    facts=lambda n: self._fleet.picture.facts.get(n, ModelFacts()),
+                    facts=self._facts,
+                    look=self._fleet.look,
                     warm_elsewhere=self._warm_elsewhere,
-                    make_room=self._make_room,
+                    room_for=self._room_for,
                     learn=self._learn,
+                    tell=self._tell,
                     changed=self._changed,
                 )
                 waker = Waker(
@@ -95,7 +100,7 @@ class Residents:
     async def _let_go(self, waker: Waker) -> None:
         while waker.leaving and not waker.slots.idle:  # noqa: ASYNC110  # it may come back meanwhile
             await asyncio.sleep(LEAVE_LOOK_S)
-        if waker.leaving:
+        if waker.leaving and self.wakers.get(waker.name) is waker:
             del self.wakers[waker.name]
             self._running.pop(waker.name).cancel()
             self._changed()
@@ -105,49 +110,78 @@ class Residents:
         await self._fleet.look()
 
     def _warm_elsewhere(self, model: str) -> bool:
-        """Whether another live host has the model, or is about to: one is enough."""
-        others = self._fleet.picture.on_host.get(model, {})
-        return any(h != self._host and m.state in ("warm", "degraded", "waking") for h, m in others.items())
+        """Whether another live host that stays has the model, or is about to: one is enough."""
+        picture = self._fleet.picture
+        others = [
+            m for h, m in picture.on_host.get(model, {}).items() if h != self._host and not picture.hosts[h].draining
+        ]
+        return any(m.state in ("warm", "degraded", "waking") for m in others)
 
-    async def _make_room(self, name: str) -> None:
-        """Unloads idle models until `name` fits, and waits until the memory is really back."""
-        async with self._loading:
-            waker = self.wakers[name]
-            if await waker.runtime.state() == "loaded":
-                return
-            learned = self._fleet.picture.facts.get(name, ModelFacts()).footprint_bytes
-            need = predicted_bytes(learned=learned, memory_mb=waker.model.memory_mb, weights=waker.model.model)
-            headroom = self.memory().headroom
-            going = evictions(need, headroom, self._others(name))
-            if going is None:
-                words = f"{name} needs {need >> 20} MB and {headroom >> 20} MB are free"
-                raise LoadFailed(f"{words}; no idle model can make room")
-            for victim in going:
-                log.info("event=evict model=%s for=%s", victim, name)
-                await self.wakers[victim].unload(f"made room for {name}")
-            if going:
-                await self._wait_for(need)
+    @asynccontextmanager
+    async def _room_for(self, name: str, demanded: bool) -> AsyncIterator[None]:
+        """Makes room for a load, and keeps it from other loads until this one is over.
+
+        Loads may overlap: a small fallback must not wait until the big model has loaded.
+        """
+        async with self._making_room:
+            await self._make_room(self.wakers[name], demanded=demanded)
+        try:
+            yield
+        finally:
+            self._promised.pop(name, None)
+
+    async def _make_room(self, waker: Waker, *, demanded: bool) -> None:
+        """Unloads idle models until one more fits, and waits until the memory is really back."""
+        if await waker.runtime.state() == "loaded":
+            return
+        learned = self._facts(waker.name).footprint_bytes
+        need = predicted_bytes(learned=learned, memory_mb=waker.model.memory_mb, weights=waker.model.model)
+        going = evictions(need, self._headroom(), self._others(waker.name, demanded=demanded))
+        if going is None:
+            words = f"{waker.name} needs {need >> 20} MB and {self._headroom() >> 20} MB are free"
+            raise NoRoom(f"{words}; no idle model can make room")
+        for name in going:
+            victim = self.wakers.get(name)
+            if victim is None:
+                continue
+            if not victim.slots.idle:
+                raise NoRoom(f"{waker.name} needs the memory of {name}, which is at work again")
+            log.info("event=evict model=%s for=%s", name, waker.name)
+            await victim.unload(f"made room for {waker.name}")
+        if going:
+            await self._wait_for(need)
+        self._promised[waker.name] = need
+
+    def _headroom(self) -> int:
+        return max(0, self.memory().headroom - sum(self._promised.values()))
+
+    def _facts(self, model: str) -> ModelFacts:
+        return self._fleet.picture.facts.get(model, ModelFacts())
 
     async def _wait_for(self, need: int) -> None:
         """Memory comes back late after an unload: believe the machine, not the answer."""
         try:
             async with asyncio.timeout(ROOM_WAIT_S):
-                while self.memory().headroom < need:  # noqa: ASYNC110  # the machine tells nobody
+                while self._headroom() < need:  # noqa: ASYNC110  # the machine tells nobody
                     await asyncio.sleep(ROOM_LOOK_S)
         except TimeoutError:
-            log.warning("event=memory_not_back need_mb=%d headroom_mb=%d", need >> 20, self.memory().headroom >> 20)
+            log.warning("event=memory_not_back need_mb=%d headroom_mb=%d", need >> 20, self._headroom() >> 20)
 
-    def _others(self, but: str) -> list[Resident]:
+    def _others(self, but: str, *, demanded: bool) -> list[Resident]:
+        """Lists who is in memory. A model that is merely kept warm takes nobody's place who is wanted too, or two
+        such models would evict each other for ever."""
+        now_ms = self._fleet.picture.at_ms
         return [
             Resident(
                 name,
                 waker.memory_bytes,
-                self._fleet.picture.facts.get(name, ModelFacts()).load_ms,
+                self._facts(name).load_ms,
                 waker.model.weight,
                 waker.idle_ms,
                 waker.stayed_ms,
                 waker.model.min_stay_ms,
-                waker.state in ("warm", "degraded"),
+                waker.state in ("warm", "degraded")
+                and (demanded or not (waker.model.keep_warm or self._facts(name).wanted_until > now_ms)),
             )
             for name, waker in self.wakers.items()
             if name != but and waker.memory_bytes

@@ -13,7 +13,7 @@ class Slots:
     """Counts; `total` is the policy's maxConcurrent."""
 
     total: int
-    using: set[str] = field(default_factory=set)  # ids of the jobs in flight, claims under way included
+    using: set[str] = field(default_factory=set)  # who is in flight, claims under way included
     settling: list[float] = field(default_factory=list)  # loop times at which answers were closed early
 
     @property
@@ -26,13 +26,13 @@ class Slots:
         """Whether nothing runs and nothing settles."""
         return not self.using and not self.settling
 
-    def take(self, job_id: str) -> None:
-        """Gives a slot to a job."""
-        self.using.add(job_id)
+    def take(self, user: str) -> None:
+        """Gives a slot away; a job that comes back while its last attempt still ends is another user."""
+        self.using.add(user)
 
-    def give_back(self, job_id: str, *, clean: bool, now_s: float) -> None:
+    def give_back(self, user: str, *, clean: bool, now_s: float) -> None:
         """Takes the slot back; not clean = the runtime may still be at it."""
-        self.using.discard(job_id)
+        self.using.discard(user)
         if not clean:
             self.settling.append(now_s)
 
@@ -41,6 +41,12 @@ class Slots:
         before = len(self.settling)
         self.settling = self.settling[: max(0, min(before, busy - len(self.using)))]
         return len(self.settling) < before
+
+    def expire(self, before_s: float) -> bool:
+        """Gives up on slots that settle since before an instant, where the runtime cannot tell; True if there were."""
+        left = [since for since in self.settling if since > before_s]
+        gone, self.settling = len(self.settling) - len(left), left
+        return gone > 0
 
     def restarted(self) -> None:
         """Notes that the runtime is a new one: nothing settles any more."""

@@ -10,6 +10,7 @@ ends it.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +38,15 @@ PROBE_LEAST_S = 10.0
 SLOW_IN_A_ROW = 2
 QUARANTINE_S = 5.0
 QUARANTINE_MAX_S = 300.0
+NO_ROOM_PAUSE_S = 5.0
 PASSIVE_PROMPT_TOKENS = 512
 """A real first token counts as a probe only when at most this many prompt tokens had to be read for it."""
 
 EWMA = 0.3
+
+
+class NoRoom(LoadFailed):
+    """The model does not fit beside those that may not go now: no failure of its own."""
 
 
 @dataclass
@@ -49,9 +55,11 @@ class Surroundings:
 
     now_ms: Callable[[], Awaitable[int]]
     facts: Callable[[str], ModelFacts]
+    look: Callable[[], Awaitable[object]]  # makes the facts and the picture of other hosts fresh
     warm_elsewhere: Callable[[str], bool]
-    make_room: Callable[[str], Awaitable[None]]  # raises LoadFailed when nothing more can go
+    room_for: Callable[[str, bool], AbstractAsyncContextManager[None]]  # raises NoRoom; True = a request waits for it
     learn: Callable[..., Awaitable[None]]
+    tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
 
 
@@ -81,6 +89,8 @@ class Waker:
         self._kick = asyncio.Event()
         self._slow = 0
         self._unreachable = 0
+        self._suspected = False
+        self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
         self._warm_since = self._idle_since = self._asked = self._probed = 0.0
         self._ask_at = self._loop.time()
@@ -88,7 +98,8 @@ class Waker:
     @property
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
-        return self.state in ("warm", "degraded") and not self.leaving and self.slots.free > 0
+        resident = self.state in ("warm", "degraded") and not self._suspected
+        return resident and not self.leaving and self.slots.free > 0
 
     @property
     def idle_ms(self) -> float:
@@ -138,15 +149,16 @@ class Waker:
             await asyncio.shield(self.runtime.close())
 
     async def unload(self, reason: str) -> None:
-        """Takes the model out of memory; the caller has made sure that it is idle. Takes all slots first."""
-        await self._become("unloading", reason)
+        """Takes the model out of memory; the caller has seen that it is idle. From here on it is not claimable."""
         try:
+            await self._become("unloading", reason)
             await self.runtime.unload()
         except RuntimeProblem as e:
             log.warning("event=unload_failed model=%s reason=%s", self.name, e)
-        self.memory_bytes = 0
-        self.slots.restarted()
-        await self._become("cold", reason)
+        finally:
+            self.memory_bytes = 0
+            self.slots.restarted()
+            await self._become("cold", reason)
 
     def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int) -> None:
         """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
@@ -155,6 +167,7 @@ class Waker:
 
     def suspect(self) -> None:
         """Says that an attempt lost its connection: ask the runtime before another job is claimed for it."""
+        self._suspected = True
         self._ask_at = self._loop.time()
         self._unreachable = 1
         self.kick()
@@ -169,7 +182,9 @@ class Waker:
             self.kick()
 
     async def _step(self) -> None:
-        if self.wanted_model is not self.model and self.slots.idle and self.state != "waking":
+        if self.state == "unloading":
+            return  # whoever takes its memory says when it is done
+        if self.wanted_model is not self.model:
             await self._take_over()
         if self.state in ("warm", "degraded"):
             await self._look_after()
@@ -177,6 +192,8 @@ class Waker:
         if self.leaving or not await self._wanted() or self._around.warm_elsewhere(self.name):
             if self.state == "quarantined":
                 await self._become("cold", "")
+            return
+        if self._loop.time() < self._no_room_until and not await self._demanded():
             return
         now = await self._around.now_ms()
         until = self._around.facts(self.name).quarantined_until
@@ -187,21 +204,29 @@ class Waker:
         await self._wake()
 
     async def _wanted(self) -> bool:
-        return self.model.keep_warm or self._around.facts(self.name).wanted_until > await self._around.now_ms()
+        return self.model.keep_warm or await self._demanded()
+
+    async def _demanded(self) -> bool:
+        return self._around.facts(self.name).wanted_until > await self._around.now_ms()
 
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
         old, new = self.model, self.wanted_model
         same = ("backend", "model", "url", "command", "options", "context_tokens", "max_concurrent")
-        reload = any(getattr(old, f) != getattr(new, f) for f in same)
-        if reload and self.state in ("warm", "degraded"):
+        if all(getattr(old, f) == getattr(new, f) for f in same):
+            self.model = new
+            return
+        if not self.slots.idle:
+            return
+        if self.state in ("warm", "degraded"):
             await self.unload("its definition changed")
         self.model = new
-        if reload:
-            await self.runtime.close()
-            self.runtime = runtime_for(self.name, new, state_dir=self._state_dir)
-            self.slots = Slots(new.max_concurrent)
-            await self._become("cold", "")
+        await self.runtime.close()
+        self.runtime = runtime_for(self.name, new, state_dir=self._state_dir)
+        self.slots = Slots(new.max_concurrent)
+        await self._become("cold", "")
+        if self._around.facts(self.name).failure:  # what failed was the old definition
+            await self._around.learn(self.name, failures=0, quarantined_until=0, failure="")
 
     async def _wake(self) -> None:
         """Wakes the model under its lock; nobody else on any host wakes it meanwhile."""
@@ -209,6 +234,7 @@ class Waker:
         if lock is None:
             return
         try:
+            await self._around.look()  # the picture may be older than the lock
             if self._around.warm_elsewhere(self.name):
                 return
             await self._become("waking", "")
@@ -217,6 +243,7 @@ class Waker:
             if self.state == "waking":
                 await self._become("cold", self.reason)
             try:
+                await self._around.tell()  # before the lock is free: whoever takes it next must see that it is warm
                 await wake.drop(self._store, lock)
             except errors.BrokerUnavailable:
                 log.warning("event=wake_drop model=%s reason=redis away, the lock runs out by itself", self.name)
@@ -229,20 +256,21 @@ class Waker:
         try:
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(self._keep_lock(lock), name=f"wake-lock {self.name}")
-                async with asyncio.timeout(timeout_s):
-                    await self._around.make_room(self.name)
+                demanded = await self._demanded()
+                async with asyncio.timeout(timeout_s), self._around.room_for(self.name, demanded):
                     await self.runtime.load(timeout_s=timeout_s)
                     load_ms = (self._loop.time() - started) * 1000
                     first_ms = await self._probe()
                     if first_ms > self.model.first_token_budget_ms:  # the first answer after a load may be slow
                         first_ms = await self._probe()
+                    self.memory_bytes = await self.runtime.memory_bytes() or 0
                 keeper.cancel()
-        except* (RuntimeProblem, TimeoutError, errors.LockHeld) as group_error:
+        except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
             failed = _first(group_error)
         if failed is not None:
             await self._wake_failed(failed, timeout_s)
             return
-        self.memory_bytes = await self.runtime.memory_bytes() or 0
+        self._suspected = False
         self.slots.restarted()
         self._warm_since = self._idle_since = self._loop.time()
         self._note(first_ms)
@@ -278,7 +306,10 @@ class Waker:
             await self._abandon_load()
             await self._become("cold", str(error))
             return
-        words = str(error) if isinstance(error, RuntimeProblem) else f"it did not answer within {timeout_s:g} s"
+        if isinstance(error, NoRoom):
+            await self._wait_for_room(error)
+            return
+        words = f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
         await self._abandon_load()
         failures = self._around.facts(self.name).failures + 1
         pause_s = min(QUARANTINE_MAX_S, QUARANTINE_S * 2 ** min(failures - 1, 10))
@@ -288,6 +319,18 @@ class Waker:
         )
         log.warning("event=quarantine model=%s failures=%d pause_s=%.0f reason=%s", self.name, failures, pause_s, words)
         await self._become("quarantined", words)
+
+    async def _wait_for_room(self, error: NoRoom) -> None:
+        """Tries again soon. Where requests wait, they are sent elsewhere meanwhile; without any, the next one may
+        still ask for an eviction, so the model only stays cold."""
+        self._no_room_until = self._loop.time() + NO_ROOM_PAUSE_S
+        log.info("event=no_room model=%s reason=%s", self.name, error)
+        if not await self._demanded():
+            await self._become("cold", str(error))
+            return
+        until = await self._around.now_ms() + int(NO_ROOM_PAUSE_S * 1000)
+        await self._around.learn(self.name, failure=str(error), quarantined_until=until)
+        await self._become("quarantined", str(error))
 
     async def _abandon_load(self) -> None:
         try:
@@ -324,14 +367,15 @@ class Waker:
         self._asked = self._loop.time()
         self._ask_at = self._asked + LOOK_EVERY_S
         state = await self.runtime.state()
+        if self.state not in ("warm", "degraded"):
+            return  # its memory was taken meanwhile
         if state == "loaded":
             self._unreachable = 0
-            if self.slots.settling:
-                busy = await self.runtime.busy_slots()
-                if busy is None and self._loop.time() - self.slots.settling[0] > self.model.settle_ms / 1000:
-                    busy = len(self.slots.using)  # it cannot tell: the limit is all there is to go by
-                if busy is not None and self.slots.settled(busy):
-                    self._around.changed()
+            if self._suspected:
+                self._suspected = False
+                self._around.changed()
+            if self.slots.settling and await self._slots_settled():
+                self._around.changed()
             self.memory_bytes = await self.runtime.memory_bytes() or self.memory_bytes
             return
         self._unreachable += 1
@@ -341,19 +385,27 @@ class Waker:
             await self._become("cold", f"the runtime is {state}")
             self.kick()
 
+    async def _slots_settled(self) -> bool:
+        busy = await self.runtime.busy_slots()
+        if busy is None:  # it cannot tell: the limit is all there is to go by
+            return self.slots.expire(self._loop.time() - self.model.settle_ms / 1000)
+        return self.slots.settled(busy)
+
     async def _probe_idle(self) -> None:
         self.slots.take("probe")
+        clean = True
         try:
             self._measured(await self._probe())
         except ProbeFailed as e:
             log.warning("event=probe_failed model=%s reason=%s", self.name, e)
             self._slow += 1
             self.reason = str(e)
+            clean = False
         except RuntimeProblem:
             self._ask_at = self._loop.time()
         finally:
             self._probed = self._loop.time()
-            self.slots.using.discard("probe")
+            self.slots.give_back("probe", clean=clean, now_s=self._loop.time())
             self._around.changed()
 
     def _measured(self, ms: float) -> None:
@@ -379,13 +431,13 @@ class Waker:
         return f"first token after {ms:.0f} ms, budget {self.model.first_token_budget_ms} ms"
 
     async def _become(self, state: str, reason: str) -> None:
-        if state != self.state:
-            log.info("event=model_state model=%s from=%s to=%s reason=%s", self.name, self.state, state, reason or "-")
+        before, self.state, self.reason = self.state, state, reason  # at once: no claim may slip in before an unload
+        if state != before:
+            log.info("event=model_state model=%s from=%s to=%s reason=%s", self.name, before, state, reason or "-")
             try:
                 self.since_ms = await self._around.now_ms()
             except errors.BrokerUnavailable:
                 log.debug("event=model_state_time model=%s reason=redis away", self.name)
-        self.state, self.reason = state, reason
         self._around.changed()
 
 

@@ -66,16 +66,19 @@ class ChatCompletions:
             visit.close()
 
     async def _follow(self, visit: Visit, body: bytes, wishes: Wishes) -> None:
+        await visit.enter(body, wishes)
         try:
-            await visit.enter(body, wishes)
             await (send_stream(visit) if visit.stream else send_whole(visit))
-        except errors.Refused:
-            raise
         except Stopping:
             await visit.detach()
             raise
-        except (errors.BrokerUnavailable, errors.NoSuchJob):
+        except errors.BrokerUnavailable:
             raise  # the job is out of reach; without a reader's lease it ends by itself
+        except errors.NoSuchJob:
+            # A client that reads on after the keep time, or a Redis that lost its data.
+            if visit.delivered:
+                raise errors.SlowReader("the answer was read too slowly: the rest of it is no longer kept") from None
+            raise errors.WorkerLost("the job is gone from Redis; try again") from None
         except Exception:
             await visit.leave()
             raise

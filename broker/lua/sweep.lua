@@ -1,21 +1,21 @@
 -- Repairs one lane: entries whose job is gone, ended or elsewhere leave it; a waiting or held job that fell out of the
 -- due set is put back into it; consumers that hold nothing and have been silent for an hour are forgotten.
 --   KEYS[1] lane   KEYS[2] due
---   ARGV[1] now   ARGV[2] group   ARGV[3] lane_name   ARGV[4] job_prefix   ARGV[5] from   ARGV[6] count
+--   ARGV[1] group   ARGV[2] lane_name   ARGV[3] job_prefix   ARGV[4] from   ARGV[5] count
 -- Returns {the id to go on from or "", entries removed, instants restored}.
 --- @include now_ms
 --- @include schedule
 if redis.call("EXISTS", KEYS[1]) == 0 then return { "", 0, 0 } end
-local group = ARGV[2]
+local group = ARGV[1]
 
 local removed, restored = 0, 0
-local entries = redis.call("XRANGE", KEYS[1], ARGV[5], "+", "COUNT", ARGV[6])
+local entries = redis.call("XRANGE", KEYS[1], ARGV[4], "+", "COUNT", ARGV[5])
 for _, entry in ipairs(entries) do
   local id
   for i = 1, #entry[2], 2 do if entry[2][i] == "job" then id = entry[2][i + 1] end end
-  local job = ARGV[4] .. tostring(id)
+  local job = ARGV[3] .. tostring(id)
   local f = redis.call("HMGET", job, "state", "lane", "entry")
-  if not f[1] or f[2] ~= ARGV[3] or f[3] ~= entry[1] then
+  if not f[1] or f[2] ~= ARGV[2] or f[3] ~= entry[1] then
     redis.call("XACK", KEYS[1], group, entry[1])
     redis.call("XDEL", KEYS[1], entry[1])
     removed = removed + 1
@@ -24,7 +24,7 @@ for _, entry in ipairs(entries) do
     restored = restored + 1
   end
 end
-if #entries < tonumber(ARGV[6]) then
+if #entries < tonumber(ARGV[5]) then
   for _, consumer in ipairs(redis.call("XINFO", "CONSUMERS", KEYS[1], group)) do
     local c = {}
     for i = 1, #consumer, 2 do c[consumer[i]] = consumer[i + 1] end

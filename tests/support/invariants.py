@@ -151,7 +151,9 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
         for name in ("attempt", "losses", "promotions", "seen"):
             if getattr(now, name) < getattr(was, name):
                 found.append(f"{name} of job {job_id} went back from {getattr(was, name)} to {getattr(now, name)}")
-        if was.attempt == now.attempt and was.state is State.STREAMING and now.state is not State.QUEUED:
+        # put back and then cancelled, a job keeps its attempt and loses its log: only these three were never put back
+        kept = now.state in (State.STREAMING, State.DONE, State.FAILED)
+        if kept and was.attempt == now.attempt and was.state is State.STREAMING:
             old, new = before.log(job_id), after.log(job_id)
             if new[: len(old)] != old:
                 found.append(f"frames of job {job_id} were rewritten within attempt {was.attempt}")

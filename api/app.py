@@ -1,0 +1,223 @@
+"""The api process: `python -P -m api.app`. Wires the endpoints to the broker and runs them under uvicorn.
+
+Exit codes: 0 after an orderly stop, 1 when a part of it broke, 2 when it may not or cannot listen, 3 without a Redis.
+"""
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+from api import errors as told
+from api.exchange import CutConnection
+from api.gateway import Gateway, new_api_id
+from api.listen import Listen
+from api.routes import health, jobs, models
+from api.routes.chat import PATH, ChatCompletions
+from api.settings import ApiSettings
+from api.state_dir import CannotStart
+from api.version import version
+from broker import errors
+from broker.callers import Keys
+from broker.settings import SettingsInvalid, read_settings
+from broker.store import Store
+
+log = logging.getLogger("warmlane.api")
+
+BROKEN, CANNOT_LISTEN, NO_REDIS = 1, 2, 3
+KEEP_ALIVE_S = 75
+"""Longer than the pools of clients keep theirs, so that nobody writes into a connection that we just closed."""
+STOP_MARGIN_S = 1
+GC_AFTER = 50_000
+
+
+def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> Router:
+    """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
+
+    @asynccontextmanager
+    async def lifespan(_app: object) -> AsyncIterator[None]:
+        try:
+            async with gateway.running():
+                yield
+        except BaseExceptionGroup as group:
+            for error in group.exceptions:
+                log.critical("event=part_broke reason=%s", error, exc_info=error)
+            crashed()
+            raise
+
+    # The hot route stays outside of FastAPI, whose middleware would touch every piece of every answer.
+    return Router(
+        [Route(PATH, ChatCompletions(gateway), include_in_schema=False)],
+        default=_rest(gateway),
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+
+
+def _rest(gateway: Gateway) -> FastAPI:
+    rest = FastAPI(title="warmlane", version=gateway.version, summary="A gateway for local LLMs.")
+    rest.state.gateway = gateway
+    for routes in (models.router, jobs.router, health.router):
+        rest.include_router(routes)
+
+    @rest.exception_handler(errors.BrokerError)
+    async def refused(_request: Request, error: errors.BrokerError) -> Response:
+        return _response(told.wrong(error))
+
+    @rest.exception_handler(HTTPException)
+    async def not_served(request: Request, error: HTTPException) -> Response:
+        words = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes another method"}
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        message = words.get(error.status_code, str(error.detail))
+        return _response(told.Wrong(code, message, error.status_code, "invalid_request_error"))
+
+    @rest.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return _response(told.wrong(errors.BadRequest(str(first["msg"]), str(first["loc"][-1]))))
+
+    @rest.exception_handler(Exception)
+    async def broke(_request: Request, error: Exception) -> Response:
+        return _response(told.unexpected(error))
+
+    return rest
+
+
+def _response(wrong: told.Wrong) -> Response:
+    response = Response(wrong.body(), wrong.status)
+    response.raw_headers = [*response.raw_headers, *wrong.headers()]
+    return response
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but SIGTERM is an orderly end with exit code 0, and the gateway hears of it first."""
+
+    def __init__(self, gateway: Gateway, *, stop_after_s: float) -> None:
+        self.broken = False
+        self._gateway = gateway
+        self._stop_after_s = stop_after_s
+        super().__init__(
+            uvicorn.Config(
+                create_app(gateway, crashed=self._crashed),
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(stop_after_s) + STOP_MARGIN_S,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Hears Ctrl-C and SIGTERM on the loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no new connections, and gives the running answers a moment."""
+        self._gateway.stop_in(self._stop_after_s)
+        await super().shutdown(sockets)
+
+    def _crashed(self) -> None:
+        self.broken = True
+        self.should_exit = True
+
+
+async def serve(settings: ApiSettings) -> int:
+    """Runs the api until it is told to stop; gives the exit code."""
+    keys = Keys.parse(settings.keys.get_secret_value())
+    try:
+        place = Listen.on(settings.host, settings.port, open_to_others=bool(keys))
+        listener = _bind(place)
+    except CannotStart as problem:
+        print(problem, file=sys.stderr)
+        return CANNOT_LISTEN
+    api_id = new_api_id()
+    try:
+        store = await Store.open(settings.redis_url, namespace=settings.namespace, name=api_id)
+    except errors.BrokerUnavailable as problem:
+        listener.close()
+        print(_sentence(str(problem)), file=sys.stderr)
+        return NO_REDIS
+    try:
+        for sentence in await store.unfit_settings():
+            log.warning("event=unfit_redis reason=%s", sentence)
+        server = Server(
+            Gateway(store, keys, version=version(), api_id=api_id), stop_after_s=settings.stop_after_ms / 1000
+        )
+        log.info("event=listening url=%s api=%s", place.url, api_id)
+        # What exists now lives as long as the process: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_AFTER)
+        await server.serve(sockets=[listener])
+        return BROKEN if server.broken else 0
+    finally:
+        await store.close()
+
+
+def main() -> int:
+    """Reads the settings and runs the api."""
+    try:
+        settings = read_settings(ApiSettings)
+    except SettingsInvalid as problem:
+        print(problem, file=sys.stderr)
+        return CANNOT_LISTEN
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(_not_cut_on_purpose)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(serve(settings))
+
+
+def _bind(place: Listen) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise CannotStart(f"Port {place.port} of {place.host} can't be used: {error.strerror}.") from error
+    return listener
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return None
+    return uvloop.new_event_loop
+
+
+def _not_cut_on_purpose(record: logging.LogRecord) -> bool:
+    """Keeps uvicorn from reporting an answer that we broke off because nothing else was honest."""
+    return not (record.exc_info and isinstance(record.exc_info[1], CutConnection))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""How the gateway does: alive, ready, in figures, and the status snapshot. None of them touches a runtime."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse, Response
+
+from api.auth import Gate, needs_key
+from api.gateway import Gateway
+from broker import errors
+from broker.metrics import CONTENT_TYPE
+from broker.status import Snapshot, snapshot, usage_today
+
+router = APIRouter(tags=["health"])
+
+ASK_S_MAX = 1.0
+"""Whoever watches us wants an answer, also while Redis hangs."""
+
+
+@router.get("/healthz")
+async def healthz(gateway: Gate) -> dict[str, Any]:
+    """Says that this process lives, and what it thinks of its Redis."""
+    told: dict[str, Any] = {
+        "status": "stopping" if gateway.stopping else "ok",
+        "version": gateway.version,
+        "policy_version": gateway.book.active.version if gateway.book.present else None,
+    }
+    try:
+        async with asyncio.timeout(ASK_S_MAX):
+            await gateway.store.now_ms()
+            durability = await gateway.store.durability()
+            return {**told, "redis": "ok", "durability": durability, "unfit": await gateway.store.unfit_settings()}
+    except (errors.BrokerError, TimeoutError):
+        return {**told, "redis": "away", "durability": "unknown", "unfit": []}
+
+
+@router.get("/readyz")
+async def readyz(gateway: Gate) -> JSONResponse:
+    """Says whether some lane's model answers now or can be woken: 200, or 503 with the reasons."""
+    reasons = await _unready(gateway)
+    return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
+
+
+@router.get("/metrics", dependencies=[Depends(needs_key)])
+async def metrics(gateway: Gate) -> Response:
+    """The page that Prometheus reads."""
+    shown: Snapshot | None = None
+    usage: dict[str, int] = {}
+    up = True
+    try:
+        async with asyncio.timeout(ASK_S_MAX):
+            usage = await usage_today(gateway.store)
+            shown = await snapshot(gateway.store, gateway.book, gateway.fleet)
+    except errors.ModelUnavailable:
+        pass  # no policy yet
+    except (errors.BrokerError, TimeoutError):
+        up = False
+    page = gateway.metrics.render(shown, usage, callers=gateway.keys.names, redis_up=up)
+    return Response(page, headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/v1/status", dependencies=[Depends(needs_key)])
+async def status(gateway: Gate) -> dict[str, Any]:
+    """The snapshot that `gateway status` prints."""
+    return (await snapshot(gateway.store, gateway.book, gateway.fleet)).as_json()
+
+
+async def _unready(gateway: Gateway) -> list[str]:
+    if gateway.stopping:
+        return ["the gateway is stopping"]
+    if not gateway.book.present:
+        return ["no policy has been applied yet"]
+    try:
+        async with asyncio.timeout(ASK_S_MAX):
+            await gateway.fleet.look()
+    except (errors.BrokerError, TimeoutError):
+        return ["Redis does not answer"]
+    active = gateway.book.active
+    views = {name: gateway.fleet.view(name) for name in active.policy.models}
+    if any(view.availability != "unavailable" for view in views.values()):
+        return []
+    return [f"{name}: {view.reason}" for name, view in views.items()]

@@ -1,0 +1,143 @@
+"""Jobs over HTTP: look at one, cancel it, follow its frames and resume where the connection broke."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.auth import Caller, Gate
+from api.exchange import Exchange, Interrupted
+from api.gateway import Gateway
+from api.stream import EVENT_STREAM, HEARTBEAT_S
+from broker import errors, jobs, lanes
+from broker.frames import FrameReader, Restarted
+from broker.lifecycle import ENDED
+from broker.records import Frame, JobRecord
+
+router = APIRouter(tags=["jobs"])
+
+_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_FRAME_ID = re.compile(r"([0-9]{1,9})-([0-9]{1,12})")
+
+
+@router.get("/v1/jobs/{job_id}")
+async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
+    """Shows a job of the caller."""
+    return (await _own_job(gateway, job_id, caller)).public()
+
+
+@router.delete("/v1/jobs/{job_id}")
+async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
+    """Cancels a job in any state; one that has ended stays as it ended."""
+    await _own_job(gateway, job_id, caller)
+    try:
+        await jobs.cancel(gateway.store, job_id)
+    except errors.AlreadyEnded:
+        pass
+    return (await jobs.read(gateway.store, job_id)).public()
+
+
+@router.get("/v1/jobs/{job_id}/events", response_class=Response)
+async def follow_job(job_id: str, request: Request, gateway: Gate, caller: Caller) -> Response:
+    """Streams a job's frames as server-sent events, from the first or from after `Last-Event-ID`.
+
+    Events are `frame` and `end` with data {"kind", "data"}, and `restarted`, after which earlier attempts are void.
+    """
+    job = await _own_job(gateway, job_id, caller)
+    after = _after(request.headers.get("last-event-id", ""))
+    if job.state in ENDED and after >= (job.attempt, job.last_seq):
+        return Response(status_code=204)  # tells a browser's EventSource to stop asking
+    return _Events(gateway, job, after)
+
+
+class _Events(Response):
+    """Follows one job; it never marks the answer as seen, because it can say that it began again."""
+
+    def __init__(self, gateway: Gateway, job: JobRecord, after: tuple[int, int]) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._job = job
+        self._after_frame = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, job_id = self._gateway, self._job.id
+        exchange = Exchange(scope, receive, send)
+        name = gateway.reader_name()
+        reader = gateway.hub.open(job_id, after=self._after_frame)
+        gateway.exchanges.add(exchange)
+        exchange.watch()
+        try:
+            await jobs.attach(gateway.store, job_id, reader=name, lease_ms=lanes.READER_LEASE_MS, sees=False)
+            gateway.readers.add(name, job_id, sees=False)
+            reader.look()
+            await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
+            await exchange.write(b": following\n\n")
+            await _follow(exchange, reader)
+        except Interrupted:
+            pass
+        finally:
+            exchange.close()
+            gateway.exchanges.discard(exchange)
+            gateway.readers.drop(name)
+            gateway.hub.close(reader)
+            await _detach(gateway, job_id, name)
+
+
+async def _follow(exchange: Exchange, reader: FrameReader) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            found = await exchange.next(reader, until=loop.time() + HEARTBEAT_S)
+        except errors.NoSuchJob:
+            return await exchange.write(_event("gone", "", {"kind": "gone", "data": None}), last=True)
+        if found is None:
+            await exchange.write(b": still following\n\n")
+        elif isinstance(found, Restarted):
+            await exchange.write(_event("restarted", "", {"kind": "restarted", "data": {"attempt": found.attempt}}))
+        elif found.terminal:
+            said = {"kind": found.kind, "data": json.loads(found.data)}
+            return await exchange.write(_event("end", found.id, said), last=True)
+        else:
+            await exchange.write(_frame(found))
+
+
+async def _detach(gateway: Gateway, job_id: str, name: str) -> None:
+    try:
+        await jobs.detach(gateway.store, job_id, reader=name)
+    except errors.BrokerError:
+        pass  # its lease runs out
+
+
+def _frame(frame: Frame) -> bytes:
+    return _event("frame", frame.id, {"kind": frame.kind, "data": frame.data.decode("utf-8", "replace")})
+
+
+def _event(name: str, frame_id: str, said: dict[str, Any]) -> bytes:
+    id_line = f"id: {frame_id}\n" if frame_id else ""
+    return f"{id_line}event: {name}\ndata: {json.dumps(said, separators=(',', ':'))}\n\n".encode()
+
+
+async def _own_job(gateway: Gateway, job_id: str, caller: str) -> JobRecord:
+    """Reads a job; another caller's is as unknown as one that never was."""
+    if not _ID.fullmatch(job_id):
+        raise errors.NoSuchJob(job_id[:64])
+    job = await jobs.read(gateway.store, job_id)
+    if job.caller != caller:
+        raise errors.NoSuchJob(job_id)
+    return job
+
+
+def _after(text: str) -> tuple[int, int]:
+    """Reads a frame's id as a client repeats it."""
+    if not text:
+        return 0, 0
+    found = _FRAME_ID.fullmatch(text.strip())
+    if found is None:
+        raise errors.BadRequest("Last-Event-ID must be the id of a frame, like 1-17", "Last-Event-ID")
+    return int(found.group(1)), int(found.group(2))
+
+

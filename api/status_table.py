@@ -1,0 +1,79 @@
+"""The text of `gateway status`, made of a snapshot and nothing else."""
+
+from broker.status import HostStatus, ModelStatus, Snapshot
+
+_HEAD = ("MODEL", "STATE", "FIRST TOKEN", "QUEUE", "MEM")
+_GAPS = (2, 3, 3, 3, 0)
+_GIB = 1 << 30
+_MIB = 1 << 20
+
+
+def status_table(shown: Snapshot) -> str:
+    """Gives the table of models, then the policy, the hosts, and a line for whatever needs a word."""
+    rows = [_HEAD, *(_row(model) for model in shown.models)]
+    widths = [max(len(row[column]) for row in rows) + gap for column, gap in enumerate(_GAPS)]
+    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"policy: {line}" for line in shown.policy_lines]
+    lines += _other_lanes(shown)
+    lines += [_host(host) for host in shown.hosts] or ["host: none is alive, so nothing can be served"]
+    lines += [f"note: {_name(model)} {words}" for model in shown.models for words in _notes(model)]
+    if shown.made_up:
+        lines.append("note: this policy was made up by `gateway up`, since none was given")
+    return "\n".join(lines)
+
+
+def size(value: int) -> str:
+    """Writes bytes the short way: 31.8G, 640M, - for nothing."""
+    if value <= 0:
+        return "-"
+    return f"{value / _GIB:.1f}G" if value >= _GIB else f"{max(1, round(value / _MIB))}M"
+
+
+def duration(value_ms: float) -> str:
+    """Writes an age the short way: 850ms, 12s, 4m, 2h."""
+    if value_ms < 1_000:
+        return f"{value_ms:.0f}ms"
+    if value_ms < 120_000:
+        return f"{value_ms / 1_000:.0f}s"
+    return f"{value_ms / 60_000:.0f}m" if value_ms < 7_200_000 else f"{value_ms / 3_600_000:.0f}h"
+
+
+def _row(model: ModelStatus) -> tuple[str, ...]:
+    first_token = f"{model.first_token_ms:.0f}ms" if model.first_token_ms else "-"
+    return (_name(model), model.state, first_token, f"{model.waiting}/{model.max_queue}", size(model.memory_bytes))
+
+
+def _name(model: ModelStatus) -> str:
+    return model.label or model.name
+
+
+def _other_lanes(shown: Snapshot) -> list[str]:
+    """Lanes beside the models' own: where somebody waits or runs, and those on their way out."""
+    own = {model.name for model in shown.models}
+    lines = []
+    for lane in shown.lanes:
+        if (lane.name in own and not lane.retiring) or not (lane.waiting or lane.running or lane.retiring):
+            continue
+        words = f"lane: {lane.name} {lane.waiting}/{lane.max_queue} waiting, {lane.running} running on {lane.model}"
+        if lane.oldest_waiting_ms:
+            words += f", the oldest for {duration(lane.oldest_waiting_ms)}"
+        lines.append(words + (", retiring" if lane.retiring else ""))
+    return lines
+
+
+def _host(host: HostStatus) -> str:
+    words = f"host: {host.name} {'draining' if host.draining else 'up'}"
+    if host.memory_total:
+        words += f", {size(host.memory_used)} of {size(host.memory_total)} used, headroom {size(host.memory_headroom)}"
+    return words
+
+
+def _notes(model: ModelStatus) -> list[str]:
+    words = []
+    if model.simulated:
+        words.append("is simulated: its answers mean nothing")
+    if model.reason:
+        words.append(f"is {model.state}: {model.reason}")
+    if model.slots_settling:
+        words.append(f"has {model.slots_settling} of {model.slots_total} slots settling after a cancel")
+    return words

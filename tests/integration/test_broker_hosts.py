@@ -1,0 +1,145 @@
+"""Hosts, the wake lock, and the sweep that repairs what somebody broke by hand."""
+
+import asyncio
+
+from broker import errors, hosts, jobs, lanes, wake
+from broker.keyspace import GROUP
+from broker.records import HostRecord, ModelFacts, ModelOnHost
+from tests.support.broker_world import LONG_MS, World
+from tests.support.invariants import take, violations
+
+
+async def test_a_host_tells_and_everybody_sees_it(world: World) -> None:
+    """Numbers survive the way through JSON and Lua, and a later beat leaves nothing of an earlier one."""
+    told = ModelOnHost(
+        state="warm", reason='said "ready"', slots_total=3, slots_settling=1, first_token_ewma_ms=1180.5,
+        memory_bytes=34_359_738_368, since=world.now,
+    )  # fmt: skip
+    host = HostRecord(name="gpu1", boot="boot1", beat_at=world.now, memory_total=137_438_953_472, draining=True)
+    await hosts.beat(world.store, host, {"big": told, "small": ModelOnHost(state="waking", since=world.now)})
+    await hosts.learn(world.store, "big", load_ms=31_000.5, service_ms=900)
+    picture = await world.fleet.look()
+    assert picture.on_host["big"]["gpu1"] == told
+    assert picture.hosts["gpu1"] == host == await hosts.read(world.store, "gpu1")
+    assert picture.facts["big"] == ModelFacts(load_ms=31_000.5, service_ms=900)
+    view = world.fleet.view("big")
+    assert (view.availability, view.slots_total, view.slots_free, view.first_token_ms) == ("warm", 2, 2, 1180.5)
+    assert world.fleet.view("side").availability == "waking"
+    assert world.fleet.view("far").availability == "unavailable"
+    await world.claim(await world.submit())
+    await world.submit()
+    await world.fleet.look()
+    view = world.fleet.view("big")
+    assert (view.slots_free, view.waiting) == (1, 1)
+    await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot1"), {"big": ModelOnHost()})
+    assert (await world.fleet.look()).on_host["big"]["gpu1"] == ModelOnHost()
+    await world.healthy()
+
+
+async def test_a_hosts_name_belongs_to_one_boot(world: World) -> None:
+    """A second worker with the same name is refused until the first is proved dead or silent."""
+    await world.warm(big=2)
+    second = HostRecord(name="gpu1", boot="boot2")
+    async with world.refused(errors.LockHeld) as caught:
+        await hosts.beat(world.store, second, {"big": ModelOnHost(state="cold")})
+    assert "boot1" in str(caught.value)
+    await hosts.beat(world.store, second, {"big": ModelOnHost(state="cold")}, take=True, lease_ms=100)
+    async with world.refused(errors.LockHeld):
+        await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot1"), {}, lease_ms=LONG_MS)
+    await gone(world, world.store.keys.host("gpu1"))
+    await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot3"), {}, lease_ms=LONG_MS)
+    await hosts.leave(world.store, HostRecord(name="gpu1", boot="boot2"), ["big"])
+    assert await hosts.read(world.store, "gpu1")
+    await hosts.leave(world.store, HostRecord(name="gpu1", boot="boot3"), ["big"])
+    assert await hosts.read(world.store, "gpu1") is None
+
+
+async def gone(world: World, key: str) -> None:
+    """Waits until a key has expired."""
+    async with asyncio.timeout(2):
+        while await world.store.command("EXISTS", key):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_silent_host_and_an_unknown_model_are_forgotten(world: World) -> None:
+    await world.warm(big=1)
+    await hosts.learn(world.store, "old-model", load_ms=1)
+    await wake.take(world.store, "old-model", host="gpu1", boot="boot1", ttl_ms=LONG_MS)
+    await wake.take(world.store, "big", host="gpu1", boot="boot1", ttl_ms=LONG_MS)
+    await hosts.learn(world.store, "big", load_ms=1)
+    world.now += hosts.FORGET_HOST_MS
+    await hosts.forget(world.store, known={"big", "small", "far"})
+    names = (await take(world.store)).keys
+    k = world.store.keys
+    assert k.hosts not in names and k.model("old-model") not in names and k.wake_epoch("old-model") not in names
+    assert k.model("big") in names and k.wake_epoch("big") in names and k.model_on_host("big", "gpu1") in names
+
+
+async def test_one_wake_at_a_time(world: World) -> None:
+    """Promise 6: of many who ask at once one gets the lock; it renews it and gives it back."""
+    asked = [wake.take(world.store, "big", host=f"gpu{n}", boot="b", ttl_ms=LONG_MS) for n in range(20)]
+    [lock] = [got for got in await asyncio.gather(*asked) if got is not None]
+    assert await wake.holder(world.store, "big") == lock.value == f"{lock.host}/b/1"
+    assert await wake.take(world.store, "big", host=lock.host, boot="b") is None
+    assert await wake.keep(world.store, lock, ttl_ms=LONG_MS)
+    before = await take(world.store)
+    await wake.drop(world.store, wake.WakeLock("big", "other", "b", 1))
+    assert not before.marks(await take(world.store))
+    await wake.drop(world.store, lock)
+    assert await wake.holder(world.store, "big") == ""
+    again = await wake.take(world.store, "big", host="gpu7", boot="b", ttl_ms=LONG_MS)
+    assert again is not None and again.epoch == 2
+    await world.healthy()
+
+
+async def test_a_holder_takes_its_free_lock_again_and_a_late_one_does_not(world: World) -> None:
+    """After an outage the lock may have expired: its holder goes on, unless another wake began in between."""
+    first = await wake.take(world.store, "big", host="gpu1", boot="b", ttl_ms=50)
+    assert first is not None
+    await gone(world, world.store.keys.wake("big"))
+    assert await wake.keep(world.store, first, ttl_ms=50)
+    assert await wake.holder(world.store, "big") == first.value
+    await gone(world, world.store.keys.wake("big"))
+    second = await wake.take(world.store, "big", host="gpu2", boot="b", ttl_ms=LONG_MS)
+    assert second is not None and second.epoch == 2
+    assert not await wake.keep(world.store, first)
+    await wake.drop(world.store, second)
+    assert not await wake.keep(world.store, first)
+    assert await wake.holder(world.store, "big") == ""
+
+
+async def test_a_restarted_worker_breaks_its_own_dead_boots_lock(world: World) -> None:
+    dead = await wake.take(world.store, "big", host="gpu1", boot="boot1", ttl_ms=LONG_MS)
+    assert dead is not None
+    assert await wake.take(world.store, "big", host="gpu2", boot="boot2") is None
+    mine = await wake.take(world.store, "big", host="gpu1", boot="boot2", ttl_ms=LONG_MS)
+    assert mine is not None and mine.epoch == 2
+    assert not await wake.keep(world.store, dead)
+    assert await wake.holder(world.store, "big") == mine.value
+    await world.healthy()
+
+
+async def test_the_sweep_repairs_planted_damage(world: World) -> None:
+    """Entries without a live job, twins of an entry and lost instants, over several pages; the healthy stay."""
+    store, lane = world.store, world.store.keys.lane("big.batch")
+    good = [await world.submit("big.batch") for _ in range(7)]
+    await world.claim(good[0])
+    vanished = await world.submit("big.batch")
+    await store.command("DEL", store.keys.job(vanished), store.keys.request(vanished))
+    await store.command("ZREM", store.keys.due, vanished)
+    ended = await world.submit("big.batch")
+    entry = (await world.job(ended)).entry
+    await jobs.cancel(store, ended)
+    for twin in (ended, good[1]):
+        await store.command("XADD", lane, "*", "job", twin)
+    await store.command("XADD", lane, "*", "something", "else")
+    held = await store.command("XADD", lane, "*", "job", ended)
+    await store.command("EVAL", "redis.call('XCLAIM', KEYS[1], ARGV[1], 'x', '0', ARGV[2], 'FORCE', 'JUSTID')", 1, lane, GROUP, held)
+    await store.command("ZREM", store.keys.due, good[0], good[2])
+    assert entry and violations(await take(store))
+    assert await lanes.sweep(store, "big.batch", page=3) == (5, 2)
+    s = await world.healthy()
+    assert len(s.lanes["big.batch"].entries) == 7
+    assert await lanes.sweep(store, "big.batch") == (0, 0)
+    assert not s.marks(await take(store))
+    assert await lanes.sweep(store, "small") == (0, 0)

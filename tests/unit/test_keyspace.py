@@ -1,0 +1,85 @@
+"""Every key has a row in the table, and the table finds the row of every key."""
+
+import inspect
+
+import pytest
+
+from broker.keyspace import TABLE, Keyspace, as_markdown
+
+# every function of the keyspace that makes a key, with arguments that are hard to tell apart
+MADE = {
+    "lane": (("deep-coder.batch",), "lane:<lane>"),
+    "job": (("01J9ZK",), "job:<id>"),
+    "request": (("01J9ZK",), "job:<id>:request"),
+    "frames": (("01J9ZK",), "job:<id>:frames"),
+    "readers": (("01J9ZK",), "readers:<id>"),
+    "wake": (("epoch",), "wake:<model>"),
+    "wake_epoch": (("qwen2.5-coder",), "wake:<model>:epoch"),
+    "model": (("qwen2.5-coder",), "model:<model>"),
+    "model_on_host": (("qwen2.5-coder", "gpu-box.local"), "model:<model>:<host>"),
+    "host": (("gpu-box.local",), "host:<host>"),
+    "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),
+    "usage": (("2026-10-30",), "usage:<day>"),
+}
+CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
+FIXED = ("due", "hosts", "dead", "policy")
+OTHER = {"family", "model_of", "usage_prefix"}
+
+
+@pytest.mark.parametrize("namespace", ["gw", "team.a-1_b"])
+@pytest.mark.parametrize("function", MADE)
+def test_every_function_makes_a_key_of_its_row(function: str, namespace: str) -> None:
+    arguments, pattern = MADE[function]
+    key = getattr(Keyspace(namespace), function)(*arguments)
+    assert key.startswith(namespace + ":")
+    found = Keyspace(namespace).family(key)
+    assert found is not None and found.pattern == pattern
+    assert Keyspace("other").family(key) is None
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_fixed_key_has_its_row(name: str) -> None:
+    found = Keyspace().family(getattr(Keyspace(), name))
+    assert found is not None and found.pattern == name
+
+
+def test_no_function_is_forgotten_here() -> None:
+    functions = {n for n, _ in inspect.getmembers(Keyspace, inspect.isfunction) if not n.startswith("_")}
+    assert functions == MADE.keys() | CHANNELS.keys() | OTHER
+    keys = {pattern for _, pattern in MADE.values()} | set(FIXED)
+    assert keys == {family.pattern for family in TABLE if family.type != "channel"}
+
+
+def test_no_two_keys_are_the_same() -> None:
+    k = Keyspace()
+    made = [getattr(k, f)(*("x",) * len(a)) for f, (a, _) in MADE.items()] + [getattr(k, n) for n in FIXED]
+    made += [getattr(k, f)(*a) for f, a in CHANNELS.items()]
+    assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize("key", ["gw", "gw:", "gw:nothing", "gw:job", "gw:job:", "gw:job:a:b", "gw:frames:api1", "xgw:due"])
+def test_a_strange_key_has_no_row(key: str) -> None:
+    assert Keyspace().family(key) is None
+
+
+def test_the_model_of_a_key() -> None:
+    k = Keyspace("ns")
+    assert k.model_of(k.model("a.b")) == "a.b"
+    assert k.model_of(k.model_on_host("a.b", "gpu1")) == k.model_of(k.due) == k.model_of("") == ""
+
+
+@pytest.mark.parametrize("namespace", ["", "a:b", "a b", "x" * 65, "ä", "a\n"])
+def test_a_namespace_that_would_not_read_well_is_refused(namespace: str) -> None:
+    with pytest.raises(ValueError, match="may hold letters"):
+        Keyspace(namespace)
+
+
+def test_the_printed_table_has_a_line_per_row() -> None:
+    lines = as_markdown().split("\n")
+    assert len(lines) == len(TABLE) + 2
+    assert "| `gw:due` | zset | a member lives as long as its job | live job -> its next instant |" in lines
+
+
+def test_what_is_not_persistent_says_when_it_goes() -> None:
+    assert all(family.lifetime and family.holds for family in TABLE)
+    assert not any(f.persistent for f in TABLE if f.pattern.startswith(("job", "readers", "idem", "due", "host:")))
