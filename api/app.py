@@ -16,10 +16,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
-from starlette.routing import Route, Router
 
 from api import errors as told
+from api.asgi import App, Receive, Scope, Send
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
@@ -42,11 +41,24 @@ STOP_MARGIN_S = 1
 GC_AFTER = 50_000
 
 
-def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> Router:
+def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
     """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
+    chat = ChatCompletions(gateway)
+    rest = _rest(gateway, crashed)
 
+    async def door(scope: Scope, receive: Receive, send: Send) -> None:
+        # The hot route stays outside of FastAPI, whose middleware would touch every piece of every answer.
+        if scope["type"] == "http" and scope["path"] == PATH:
+            await chat(scope, receive, send)
+        else:
+            await rest(scope, receive, send)
+
+    return door
+
+
+def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
     @asynccontextmanager
-    async def lifespan(_app: object) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         try:
             async with gateway.running():
                 yield
@@ -56,17 +68,10 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
             crashed()
             raise
 
-    # The hot route stays outside of FastAPI, whose middleware would touch every piece of every answer.
-    return Router(
-        [Route(PATH, ChatCompletions(gateway), include_in_schema=False)],
-        default=_rest(gateway),
+    rest = FastAPI(
+        title="warmlane", version=gateway.version, summary="A gateway for local LLMs.", lifespan=lifespan,
         redirect_slashes=False,
-        lifespan=lifespan,
-    )
-
-
-def _rest(gateway: Gateway) -> FastAPI:
-    rest = FastAPI(title="warmlane", version=gateway.version, summary="A gateway for local LLMs.")
+    )  # fmt: skip
     rest.state.gateway = gateway
     for routes in (models.router, jobs.router, health.router):
         rest.include_router(routes)
@@ -75,12 +80,14 @@ def _rest(gateway: Gateway) -> FastAPI:
     async def refused(_request: Request, error: errors.BrokerError) -> Response:
         return _response(told.wrong(error))
 
-    @rest.exception_handler(HTTPException)
-    async def not_served(request: Request, error: HTTPException) -> Response:
-        words = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes another method"}
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        message = words.get(error.status_code, str(error.detail))
-        return _response(told.Wrong(code, message, error.status_code, "invalid_request_error"))
+    @rest.exception_handler(404)
+    async def not_served(request: Request, _error: Exception) -> Response:
+        return _response(told.Wrong("not_found", f"there is no {request.url.path} here", 404, told.INVALID))
+
+    @rest.exception_handler(405)
+    async def other_method(request: Request, _error: Exception) -> Response:
+        words = f"{request.url.path} does not take {request.method}"
+        return _response(told.Wrong("method_not_allowed", words, 405, told.INVALID))
 
     @rest.exception_handler(RequestValidationError)
     async def malformed(_request: Request, error: RequestValidationError) -> Response:

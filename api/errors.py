@@ -20,8 +20,9 @@ log = logging.getLogger("warmlane.api")
 RETRY_AFTER_S_MAX = 30
 """Clients give up, or sleep for hours, over a longer one."""
 
-_INVALID, _PERMISSION = "invalid_request_error", "permission_error"
-_BUSY, _BROKEN = "service_unavailable", "server_error"
+INVALID = "invalid_request_error"
+"""OpenAI's `type` of whatever the client itself can mend."""
+_PERMISSION, _BUSY, _BROKEN = "permission_error", "service_unavailable", "server_error"
 
 
 @dataclass(frozen=True)
@@ -37,30 +38,30 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.LaneFull: Row(503, _BUSY, 1),
     errors.ModelUnavailable: Row(503, _BUSY, 5),
     errors.TrustZoneRefused: Row(403, _PERMISSION),
-    errors.UnknownModel: Row(404, _INVALID),
-    errors.UnknownLane: Row(404, _INVALID),
-    errors.ContextTooLong: Row(400, _INVALID),
-    errors.BadRequest: Row(400, _INVALID),
-    errors.BodyTooLarge: Row(413, _INVALID),
+    errors.UnknownModel: Row(404, INVALID),
+    errors.UnknownLane: Row(404, INVALID),
+    errors.ContextTooLong: Row(400, INVALID),
+    errors.BadRequest: Row(400, INVALID),
+    errors.BodyTooLarge: Row(413, INVALID),
     errors.Unauthorized: Row(401, "authentication_error"),
-    errors.NoSuchJob: Row(404, _INVALID),
-    errors.IdempotencyMismatch: Row(422, _INVALID),
-    errors.PolicyInvalid: Row(422, _INVALID),
+    errors.NoSuchJob: Row(404, INVALID),
+    errors.IdempotencyMismatch: Row(422, INVALID),
+    errors.PolicyInvalid: Row(422, INVALID),
     errors.ColdStartDeadline: Row(503, _BUSY, 5),
     errors.JobExpired: Row(503, _BUSY, 5),
     errors.WorkerLost: Row(503, _BUSY, 1),
     errors.RuntimeFailed: Row(502, _BROKEN),
-    errors.RuntimeRefused: Row(400, _INVALID),
+    errors.RuntimeRefused: Row(400, INVALID),
     errors.SlowReader: Row(503, _BUSY, 1),
     errors.JobCancelled: Row(499, "cancelled"),
     # What follows is for our own processes; a client hears it only when something of ours went wrong.
     errors.StaleAttempt: Row(500, _BROKEN),
     errors.Moved: Row(503, _BUSY, 1),
     errors.StalePolicy: Row(503, _BUSY, 1),
-    errors.NotDue: Row(409, _INVALID),
+    errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
-    errors.AlreadyEnded: Row(409, _INVALID),
-    errors.LockHeld: Row(409, _INVALID),
+    errors.AlreadyEnded: Row(409, INVALID),
+    errors.LockHeld: Row(409, INVALID),
     errors.BadTransition: Row(500, _BROKEN),
     errors.BrokerUnavailable: Row(503, _BUSY, 1),
     errors.RedisUnfit: Row(503, _BUSY, 5),

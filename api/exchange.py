@@ -6,8 +6,7 @@ At most one task beside the request's own watches for the client to hang up. Not
 import asyncio
 from collections.abc import Sequence
 
-from starlette.types import Receive, Scope, Send
-
+from api.asgi import Receive, Scope, Send
 from api.errors import Wrong
 from broker import errors
 from broker.frames import FrameReader, Restarted

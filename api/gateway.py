@@ -44,7 +44,7 @@ class Gateway:
         self.hub = Hub(store, name=api_id or new_api_id())
         self.due = Due(store, self.book, self.fleet)
         self.readers = Readers(store, self.due)
-        self.places = Places(store)
+        self.places = Places(store, self.fleet)
         self.metrics = Metrics(version=version)
         self.exchanges: set[Exchange] = set()
         self.stopping = False

@@ -5,6 +5,7 @@ three processes alive: the api, the scheduler and a worker. They are started by 
 """
 
 import asyncio
+import contextlib
 import importlib.metadata
 import os
 import site
@@ -26,6 +27,8 @@ from broker.errors import BrokerError
 
 READY_S_MAX = 30.0
 """How long `up` waits for the api before it says that something is wrong."""
+WORKER_S_MAX = 5.0
+"""How long it then waits for a worker that can serve something."""
 READY_POLL_S = 0.1
 STOP_S_MAX = 5.0
 """What the scheduler and the api get to end."""
@@ -209,15 +212,17 @@ class _House:
         self._say(f"clients   OPENAI_BASE_URL={self._listen.url}/v1 OPENAI_API_KEY={key}")
 
     async def _tell_when_ready(self) -> None:
-        url = f"{self._listen.url}/healthz"
-        try:
-            async with asyncio.timeout(READY_S_MAX), httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
-                while not await _answers(client, url):  # noqa: ASYNC110 - the api is another process
-                    await asyncio.sleep(READY_POLL_S)
-        except TimeoutError:
-            self._say(f"The api has not answered within {READY_S_MAX:g} s; what it says is above. Still trying.")
-        else:
-            self._say("ready     the api answers; Ctrl-C stops everything")
+        async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
+            try:
+                await _until_fine(client, f"{self._listen.url}/healthz", READY_S_MAX)
+            except TimeoutError:
+                self._say(f"The api has not answered within {READY_S_MAX:g} s; what it says is above. Still trying.")
+                return
+            # The worker comes a moment later; who asks before it would be refused. A model that cannot be loaded at
+            # all is told by the worker, not by our silence.
+            with contextlib.suppress(TimeoutError):
+                await _until_fine(client, f"{self._listen.url}/readyz", WORKER_S_MAX)
+        self._say("ready     the api answers; Ctrl-C stops everything")
 
     def _child_env(self, redis_url: str) -> dict[str, str]:
         env = child_environment(self._environ)
@@ -261,11 +266,14 @@ def _without_our_settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("GATEWAY_")}
 
 
-async def _answers(client: httpx.AsyncClient, url: str) -> bool:
-    try:
-        return (await client.get(url)).is_success
-    except httpx.HTTPError:
-        return False
+async def _until_fine(client: httpx.AsyncClient, url: str, s_max: float) -> None:
+    """Asks until the answer is a success; raises TimeoutError."""
+    async with asyncio.timeout(s_max):
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(url)).is_success:
+                    return
+            await asyncio.sleep(READY_POLL_S)
 
 
 def _read(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Which lane a request enters: the one it asked for, else its fallbacks, else an honest refusal."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from broker import dispatch, errors, lanes
 from broker.hosts import Fleet
@@ -13,6 +13,9 @@ from broker.store import Store
 log = logging.getLogger("warmlane.admission")
 
 STALE_TRIES = 5
+
+OLD_PICTURE_S = 0.1
+"""Nobody is refused for want of a host on a picture older than this: the host may just have come."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ async def admit(
     `job.asked` is what the client wrote. A full lane spills to its fallback; a lane that no live host can serve, whose
     model cannot hold the prompt, or that leads out of the job's trust zone is passed over.
     """
+    looked = False
     for _ in range(STALE_TRIES):
         active = book.active
         try:
@@ -48,6 +52,10 @@ async def admit(
             )
         except errors.StalePolicy:
             await book.reload()
+        except errors.ModelUnavailable:
+            if looked or not await fleet.look_again(older_than_s=OLD_PICTURE_S):
+                raise
+            looked = True
     raise errors.ModelUnavailable("the policy changes faster than the request could be admitted", retry_after_s=1)
 
 
@@ -69,7 +77,6 @@ async def _admit(
         prompt_tokens=job.tokens,
         priority="batch" if job.priority == "batch" else "interactive",
     )
-    job = replace(job, asked_model=asked.model)
     refusals: list[errors.Refused] = []
     for lane in active.policy.candidates(asked):
         refusal = refuses(active, fleet, job, lane)
@@ -82,6 +89,7 @@ async def _admit(
                     job,
                     lane,
                     body,
+                    asked_model=asked.model,
                     reader=reader,
                     idempotency_key=key,
                     promote_within_ms=promote_within_ms,

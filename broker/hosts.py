@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,8 @@ class Fleet:
         self._book = book
         self.picture = Picture()
         self.skew_ms = 0  # Redis' clock minus this machine's
+        self._looked_at = -math.inf
+        self._looking = asyncio.Lock()
 
     async def follow(self) -> None:
         """Looks every LOOK_EVERY_S until cancelled."""
@@ -129,6 +132,14 @@ class Fleet:
             except errors.BrokerUnavailable as e:
                 log.debug("event=fleet_retry reason=%s", e)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def look_again(self, *, older_than_s: float) -> bool:
+        """Looks if the picture is that old, once for everybody who asks at the moment; True if there is a newer one."""
+        before = self.picture
+        async with self._looking:
+            if asyncio.get_running_loop().time() - self._looked_at > older_than_s:
+                await self.look()
+        return self.picture is not before
 
     async def look(self) -> Picture:
         """Reads hosts, models and lanes in one go. Unreadable lanes count as empty."""
@@ -150,6 +161,7 @@ class Fleet:
         for lane, (length, held) in (await lane_counts(store, list(active.lanes()))).items():
             picture.waiting[lane], picture.running[lane] = length - held, held
         self.picture = picture
+        self._looked_at = asyncio.get_running_loop().time()
         return picture
 
     def view(self, lane_name: str, active: Active | None = None) -> ModelView:

@@ -36,7 +36,7 @@ async def first_token(store: Store, held: Holding, data: bytes) -> None:
     keys = store.keys
     await store.run_through(
         "first_token",
-        [keys.job(held.job_id), keys.frames(held.job_id), keys.due],
+        [keys.job(held.job_id), keys.frames(held.job_id)],
         [store.now_arg(), held.job_id, held.attempt, 1, data, keys.frames_channel("")],
     )
 

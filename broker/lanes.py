@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from broker import errors
 from broker.hosts import Fleet
@@ -15,9 +15,6 @@ from broker.store import Store
 
 WANTED_FOR_MS = 60_000
 """A request keeps its model wanted for this long: the demand that wakes it."""
-
-IDEM_LIVE_MS = 86_400_000
-"""An Idempotency-Key of a live job holds this long at most; the job's end gives it the job's own keep time."""
 
 READER_LEASE_MS = 10_000
 JOB_LEASE_MS = 10_000
@@ -39,6 +36,7 @@ async def submit(
     lane: Lane,
     body: bytes,
     *,
+    asked_model: str = "",
     reader: str = "",
     idempotency_key: str = "",
     wanted: bool = True,
@@ -54,15 +52,13 @@ async def submit(
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
     keys = store.keys
     idem = keys.idem(job.caller, idempotency_key) if idempotency_key else ""
-    record = replace(
-        job,
-        lane=lane.name,
-        model=lane.model,
-        priority=lane.priority,
-        idem=idem,
-        seen=bool(reader) and job.stream and job.mode == "sync",
-    )
-    fields = [x for name, value in record.to_hash().items() if name not in _SET_BY_SCRIPT for x in (name, value)]
+    record = job.to_hash() | {"lane": lane.name, "model": lane.model, "priority": lane.priority}
+    record["asked_model"] = asked_model or lane.model
+    if idem:
+        record["idem"] = idem
+    if reader and job.stream and job.mode == "sync":
+        record["seen"] = 1
+    fields = [x for name, value in record.items() if name not in _SET_BY_SCRIPT for x in (name, value)]
     hosts, siblings = fleet.host_keys(lane.model), [keys.lane(x) for x in active.lanes_of(lane.model)]
     promote_after = promote_after_ms(lane)
     if promote_after and promote_within_ms is not None:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from broker import errors
@@ -34,28 +35,40 @@ class Active:
 
     def lane(self, name: str) -> Lane | None:
         """Finds a lane, retiring ones included."""
-        found = self.policy.lane(name)
-        if found is None and name in self.retiring:
-            return self.retiring[name][0]
-        return found
+        return self._lanes.get(name)
 
     def lanes(self) -> dict[str, Lane]:
         """Every lane that may hold jobs."""
-        return {name: lane for name, (lane, _) in self.retiring.items()} | self.policy.all_lanes()
+        return dict(self._lanes)
 
     def model(self, name: str) -> Model | None:
         """Finds a model, those of retiring lanes included."""
-        if name in self.policy.models:
-            return self.policy.models[name]
-        return next((model for lane, model in self.retiring.values() if lane.model == name), None)
+        return self._models.get(name)
 
     def models(self) -> dict[str, Model]:
         """Every model that may have to serve."""
-        return {lane.model: model for lane, model in self.retiring.values()} | dict(self.policy.models)
+        return dict(self._models)
 
     def lanes_of(self, model: str) -> list[str]:
         """The lanes that lead to a model, in a fixed order: the scripts count its running jobs over them."""
-        return sorted(name for name, lane in self.lanes().items() if lane.model == model)
+        return self._lanes_of.get(model, [])
+
+    # asked for several times per request, and never different for one version
+
+    @cached_property
+    def _lanes(self) -> dict[str, Lane]:
+        return {name: lane for name, (lane, _) in self.retiring.items()} | self.policy.all_lanes()
+
+    @cached_property
+    def _models(self) -> dict[str, Model]:
+        return {lane.model: model for lane, model in self.retiring.values()} | dict(self.policy.models)
+
+    @cached_property
+    def _lanes_of(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._lanes):
+            found.setdefault(self._lanes[name].model, []).append(name)
+        return found
 
 
 class PolicyBook:

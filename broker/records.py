@@ -1,9 +1,10 @@
 """The only reader and writer of hash fields: what a job, a model and a host look like in Redis."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from functools import cache
+from typing import Any, ClassVar, Literal, Self, cast
 
 from broker.lifecycle import ENDED, State
 
@@ -26,40 +27,58 @@ def decode_hash(raw: Mapping[Any, Any] | list[Any]) -> dict[str, str]:
 class _Hash:
     """Shared codec: dataclass fields are the hash fields; int, float, bool and str survive the round trip."""
 
+    _always: ClassVar[frozenset[str]] = frozenset()
+
     @classmethod
     def from_hash(cls, raw: Mapping[Any, Any] | list[Any]) -> Self:
         """Reads a record; fields that the hash lacks keep their defaults, fields we do not know are left alone."""
-        values = decode_hash(raw)
+        readers = _readers(cast(Any, cls))
+        pairs = zip(raw[::2], raw[1::2], strict=True) if isinstance(raw, list) else raw.items()
         known: dict[str, Any] = {}
-        for f in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
-            if f.name not in values:
-                continue
-            text, kind = values[f.name], f.type
-            known[f.name] = (
-                int(float(text or 0))
-                if kind is int
-                else float(text or 0)
-                if kind is float
-                else text in ("1", "true")
-                if kind is bool
-                else State(text)
-                if kind is State
-                else text
-            )
+        for key, value in pairs:
+            name = _text(key)
+            read = readers.get(name)
+            if read is not None:
+                known[name] = read(_text(value))
         return cls(**known)
 
     def to_hash(self) -> dict[str, str | int | float]:
-        """Writes a record as hash fields."""
+        """Writes a record as hash fields; a field at its default is left out unless a script reads it."""
         out: dict[str, str | int | float] = {}
-        for f in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value = getattr(self, f.name)
-            out[f.name] = int(value) if isinstance(value, bool) else value
+        for name, default in _defaults(cast(Any, type(self))):
+            value = getattr(self, name)
+            if value != default or name in self._always:
+                out[name] = int(value) if isinstance(value, bool) else value
         return out
+
+
+_Read = Callable[[str], Any]
+_READ: dict[Any, _Read] = {
+    int: lambda text: int(text) if text.isdigit() else int(float(text or 0)),
+    float: lambda text: float(text or 0),
+    bool: lambda text: text in ("1", "true"),
+    str: lambda text: text,
+    State: State,
+}
+
+
+@cache
+def _readers(kind: Any) -> dict[str, _Read]:
+    return {f.name: _READ[f.type] for f in fields(kind)}
+
+
+@cache
+def _defaults(kind: Any) -> list[tuple[str, Any]]:
+    return [(f.name, f.default) for f in fields(kind)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord(_Hash):
     """One generation, from submit to its end. Instants end in `_at` and are ms of Redis' clock, 0 = has not come."""
+
+    _always = frozenset(
+        "attempt caller entry grace_ms keep_ms last_seq losses mode priority promotions session tokens zone".split()
+    )
 
     id: str
     state: State = State.QUEUED
@@ -126,6 +145,8 @@ class JobRecord(_Hash):
 @dataclass(frozen=True, kw_only=True)
 class ModelOnHost(_Hash):
     """One model on one host, as its worker last told."""
+
+    _always = frozenset({"state", "slots_total", "slots_settling"})
 
     state: str = "cold"  # cold | waking | warm | degraded | unloading | quarantined
     reason: str = ""
@@ -247,7 +268,8 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Claimed:
-    """What a worker holds after a claim: the attempt that fences its writes, the record, the request's bytes."""
+    """What a worker holds after a claim: the attempt that fences its writes, the request's bytes, and of the record
+    what an attempt needs (the rest stands at its defaults)."""
 
     attempt: int
     record: JobRecord

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
 from broker.hosts import Fleet, Picture
-from broker.keyspace import GROUP
+from broker.lanes import waiting_entries
+from broker.lifecycle import State
 from broker.policies import Active, PolicyBook
 from broker.policy import Lane, Model
-from broker.records import ModelOnHost, Waiting
+from broker.records import ModelOnHost
 from broker.store import Store
 
 NO_HOST = "absent"
@@ -132,26 +133,20 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
 class Places:
     """Says how many jobs wait before one: one look into a lane serves everybody who waits in it for a moment."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, fleet: Fleet) -> None:
         self._store = store
+        self._fleet = fleet
         self._seen: dict[str, tuple[float, list[tuple[int, int]]]] = {}
 
     async def ahead(self, lane: str, entry: str) -> int:
-        """Counts the jobs that wait in the lane before this entry, PLACES_MAX at most."""
+        """Counts the jobs before this entry, PLACES_MAX at most, less those that run: mostly the oldest do."""
         now = asyncio.get_running_loop().time()
         at, line = self._seen.get(lane, (0.0, []))
         if not at or now - at > PLACES_AGE_S:
-            line = await self._look(lane)
+            line = [_entry_id(w.entry) async for w in waiting_entries(self._store, lane, limit=PLACES_MAX)]
             self._seen[lane] = (now, line)
-        return bisect.bisect_left(line, _entry_id(entry)) if entry else 0
-
-    async def _look(self, lane: str) -> list[tuple[int, int]]:
-        key = self._store.keys.lane(lane)
-        entries = await self._store.command("XRANGE", key, "-", "+", "COUNT", PLACES_MAX)
-        if not entries:
-            return []
-        held = {entry[0] for entry in await self._store.command("XPENDING", key, GROUP, "-", "+", PLACES_MAX) or []}
-        return [_entry_id(entry.decode()) for entry, _ in entries if entry not in held]
+        running = self._fleet.picture.running.get(lane, 0)
+        return max(0, bisect.bisect_left(line, _entry_id(entry)) - running) if entry else 0
 
 
 def _entry_id(entry: str) -> tuple[int, int]:
@@ -169,14 +164,13 @@ async def _oldest_waiting_at(store: Store, lane: str, running: int, picture: Pic
     """The submit time of the job that has waited longest in a lane, 0 if none waits."""
     if not picture.waiting.get(lane):
         return 0
-    # Held entries stay in the stream, so the oldest waiting one is among the first `running + 1`, and as many more as
-    # were claimed since the picture was taken; where they all are, nothing old waits.
-    count = running + 8
-    key = store.keys.lane(lane)
-    held = {entry[0] for entry in await store.command("XPENDING", key, GROUP, "-", "+", count) or []}
-    for entry, values in await store.command("XRANGE", key, "-", "+", "COUNT", count) or []:
-        if entry not in held:
-            return Waiting.from_entry(lane, entry, values).submitted
+    # Held jobs keep their entries, so the oldest waiting one is the first of `running + 1`, or a little behind where
+    # more were claimed since the picture was taken.
+    entries = [waiting async for waiting in waiting_entries(store, lane, limit=running + 8)]
+    states = await asyncio.gather(*(store.command("HGET", store.keys.job(entry.job), "state") for entry in entries))
+    for entry, state in zip(entries, states, strict=True):
+        if state == State.QUEUED.encode():
+            return entry.submitted
     return 0
 
 

@@ -79,7 +79,7 @@ def _worker(store: Store, book: PolicyBook) -> Worker:
             ),
         ],
         redis_settings=RedisSettings.from_dsn(store.url),
-        queue_name=f"{store.keys.namespace}:arq",
+        queue_name=f"arq:{name}",  # beside its other keys, and not among ours: no row of our key table describes it
         handle_signals=False,
         keep_result=0,
         poll_delay=POLL_S,

@@ -90,6 +90,7 @@ class Waker:
         self._slow = 0
         self._unreachable = 0
         self._suspected = False
+        self._busy_asked = 0.0
         self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
         self._warm_since = self._idle_since = self._asked = self._probed = 0.0
@@ -177,7 +178,7 @@ class Waker:
         self.slots.give_back(job_id, clean=clean, now_s=self._loop.time())
         if not self.slots.using:
             self._idle_since = self._loop.time()
-        if not clean:
+        if not clean and not self._suspected:
             self._ask_at = max(self._asked + LOOK_EVERY_S, self._loop.time() + FIRST_SETTLE_LOOK_S)
             self.kick()
 
@@ -386,6 +387,9 @@ class Waker:
             self.kick()
 
     async def _slots_settled(self) -> bool:
+        if self._loop.time() - self._busy_asked < LOOK_EVERY_S / 2:
+            return False  # asked about for another reason: polling too often hides closed connections from a runtime
+        self._busy_asked = self._loop.time()
         busy = await self.runtime.busy_slots()
         if busy is None:  # it cannot tell: the limit is all there is to go by
             return self.slots.expire(self._loop.time() - self.model.settle_ms / 1000)

@@ -2,10 +2,10 @@
 
 import logging
 
-from starlette.types import Receive, Scope, Send
 from ulid import ULID
 
 from api import errors as told
+from api.asgi import Receive, Scope, Send
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import WHOLE_HOLD_S, send_stream, send_whole
@@ -47,7 +47,7 @@ class ChatCompletions:
     async def _serve(self, exchange: Exchange) -> None:
         gateway = self._gateway
         if exchange.method != "POST":
-            wrong = told.Wrong("method_not_allowed", f"{PATH} takes POST only", 405, "invalid_request_error")
+            wrong = told.Wrong("method_not_allowed", f"{PATH} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
         caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
         body = await exchange.read_body()

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
 from api.exchange import Exchange, Interrupted
 from api.gateway import Gateway

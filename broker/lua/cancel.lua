@@ -18,7 +18,7 @@ if not to then return refusal end
 local elsewhere = placed(KEYS[1], ARGV[7], ARGV[8])
 if elsewhere then return elsewhere end
 if ARGV[9] ~= "0" then
-  local abandon_at = tonumber(redis.call("HGET", KEYS[1], "abandon_at"))
+  local abandon_at = tonumber(redis.call("HGET", KEYS[1], "abandon_at") or 0)
   if abandon_at == 0 or abandon_at > now then return redis.error_reply("NOTDUE read until " .. ms(abandon_at)) end
 end
 

@@ -7,7 +7,7 @@
 --- @include publish
 local f = redis.call("HMGET", KEYS[1], "state", "attempt", "last_seq", "apis")
 if f[1] ~= "streaming" or f[2] ~= ARGV[2] then
-  return fence(KEYS[1], ARGV[2]) or redis.error_reply("GAP no first token before frame " .. ARGV[3])
+  return holds(f[1], f[2], ARGV[2], KEYS[1]) or redis.error_reply("GAP no first token before frame " .. ARGV[3])
 end
 local seq, last = tonumber(ARGV[3]), tonumber(f[3])
 if seq <= last then return 0 end

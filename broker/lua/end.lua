@@ -14,11 +14,11 @@
 --- @include usage
 --- @include close
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local refusal = fence(KEYS[1], ARGV[7])
+local f = redis.call("HMGET", KEYS[1], "last_seq", "apis", "caller", "model", "state", "attempt")
+local refusal = holds(f[5], f[6], ARGV[7], KEYS[1])
 if refusal then return refusal end
-local to, wrong = check(KEYS[1], ARGV[8])
+local to, wrong = follow(f[5], ARGV[8], KEYS[1])
 if not to then return wrong end
-local f = redis.call("HMGET", KEYS[1], "last_seq", "apis", "caller", "model")
 local seq, last = tonumber(ARGV[9]), tonumber(f[1])
 if seq > last + 1 then return redis.error_reply("GAP " .. last .. " then " .. ARGV[9]) end
 
@@ -28,8 +28,8 @@ if seq > last then
   publish(ARGV[4], f[2], id, ARGV[7], ARGV[9], "content", ARGV[10])
 end
 redis.call("HSET", KEYS[1], "served_by", ARGV[14], "usage", ARGV[15])
-usage(ARGV[6], now, "tokens_in:" .. f[3] .. ":" .. f[4], tonumber(ARGV[16]))
-usage(ARGV[6], now, "tokens_out:" .. f[3] .. ":" .. f[4], tonumber(ARGV[17]))
+local who = f[3] .. ":" .. f[4]
+usage(ARGV[6], now, "tokens_in:" .. who, ARGV[16], "tokens_out:" .. who, ARGV[17])
 close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
   dead = KEYS[7] },
   { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },

@@ -38,33 +38,51 @@ if not_before <= now then
   end
 end
 
-local fields = {}
-for i = 16, #ARGV do fields[#fields + 1] = ARGV[i] end
-redis.call("HSET", KEYS[2], unpack(fields))
 local give_up_at = now + tonumber(ARGV[7])
 local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), give_up_at) or 0
-redis.call("HSET", KEYS[2], "submitted_at", ms(now), "give_up_at", ms(give_up_at), "policy_version", ARGV[4],
-  "not_before", ms(not_before), "promote_at", ms(promote_at), "state", "scheduled")
-redis.call("SET", KEYS[3], ARGV[9])
-if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
+local named, fields = {}, {}
+for i = 16, #ARGV, 2 do
+  named[ARGV[i]] = ARGV[i + 1]
+  fields[#fields + 1] = ARGV[i]
+  fields[#fields + 1] = ARGV[i + 1]
+end
+local abandon_at = 0
+local function set(field, value)
+  fields[#fields + 1] = field
+  fields[#fields + 1] = value
+end
 if ARGV[12] ~= "" then
   local ends = now + tonumber(ARGV[13])
   redis.call("ZADD", KEYS[5], ms(ends), ARGV[12])
-  local grace = tonumber(redis.call("HGET", KEYS[2], "grace_ms"))
-  redis.call("HSET", KEYS[2], "apis", string.match(ARGV[12], "^[^/]+"),
-    "abandon_at", grace >= 0 and ms(ends + grace) or "0")
+  local grace = tonumber(named.grace_ms)
+  if grace >= 0 then abandon_at = ends + grace end
+  set("apis", string.match(ARGV[12], "^[^/]+"))
+  set("abandon_at", ms(abandon_at))
 end
+set("submitted_at", ms(now))
+set("give_up_at", ms(give_up_at))
+set("promote_at", ms(promote_at))
+set("policy_version", ARGV[4])
+local state, entry = "queued", ""
+if not_before > now then
+  state = "scheduled"
+  set("not_before", ms(not_before))
+  redis.call("ZADD", KEYS[4], ms(earliest(not_before, give_up_at, abandon_at)), id)
+else
+  entry = add_entry(KEYS[1], group, id, named.caller, named.session, ms(promote_at), ms(now), named.tokens,
+    named.priority, named.zone)
+  set("entry", entry)
+  set("queued_at", ms(now))
+  redis.call("ZADD", KEYS[4], ms(earliest(promote_at, give_up_at, abandon_at)), id)
+end
+set("state", state)
+redis.call("HSET", KEYS[2], unpack(fields))
+redis.call("SET", KEYS[3], ARGV[9])
+if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
 if tonumber(ARGV[15]) > 0 and not_before <= now then
   local wanted = now + tonumber(ARGV[15])
   if wanted > tonumber(redis.call("HGET", KEYS[8], "wanted_until") or 0) then
     redis.call("HSET", KEYS[8], "wanted_until", ms(wanted))
   end
 end
-if not_before > now then
-  schedule(KEYS[4], KEYS[2], id)
-  return { "scheduled", "" }
-end
-local entry = enter(KEYS[1], group, KEYS[2], id)
-redis.call("HSET", KEYS[2], "state", "queued", "entry", entry, "queued_at", ms(now))
-schedule(KEYS[4], KEYS[2], id)
-return { "queued", entry }
+return { state, entry }

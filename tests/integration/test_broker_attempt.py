@@ -30,7 +30,7 @@ async def test_an_attempt_from_claim_to_done(world: World) -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 2}
     await jobs.end(world.store, held, "finish", seq=3, data=b"third", served_by="big@gpu1", usage=usage)
     job, log = await world.job(job_id), await world.log(job_id)
-    assert [(f.id, f.kind) for f in log] == [("1-1", "content"), ("1-2", "content"), ("1-3", "content"), ("1-4", "done")]
+    assert [f"{f.id} {f.kind}" for f in log] == ["1-1 content", "1-2 content", "1-3 content", "1-4 done"]
     assert [f.data for f in log[:3]] == [b"\x00first\xff\n", b"second", b"third"]
     assert (job.first_token_at, job.ended_at, job.served_by) == (world.now - 100, world.now, "big@gpu1")
     assert job.public()["usage"] == usage

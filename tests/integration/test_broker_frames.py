@@ -2,31 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 
 from broker import errors, jobs
-from broker.frames import CHECK_EVERY_S, QUEUE_FRAMES, FrameReader, Hub, Restarted, replay
+from broker.frames import CHECK_EVERY_S, QUEUE_FRAMES, FrameReader, Restarted, replay
 from broker.records import Frame
-from tests.support.broker_world import World, fake_world
+from tests.support.broker_world import World, fake_world, hub_of
+from tests.support.waiting import until
 
 DRAINED = errors.WorkerLost("drained")
-
-
-@asynccontextmanager
-async def hub_of(world: World, name: str = "api1") -> AsyncIterator[Hub]:
-    """A listening hub."""
-    hub = Hub(world.store, name=name)
-    running = asyncio.create_task(hub.run(), name="hub")
-    try:
-        async with asyncio.timeout(5):
-            await hub.listening.wait()
-        yield hub
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
 
 
 async def read_on(reader: FrameReader, *, timeout_s: float = 10) -> list[Frame | Restarted]:
@@ -127,9 +112,7 @@ async def test_a_slow_reader_refills_from_the_log(world: World) -> None:
         frames = 2 * QUEUE_FRAMES + 100
         held = await world.stream(job_id, *(b"%d" % n for n in range(frames)))
         await jobs.end(world.store, held, "finish")
-        async with asyncio.timeout(5):
-            while not reader._look:
-                await asyncio.sleep(0)
+        await until(lambda: reader._look, what="a full queue")
         assert len(reader._queue) <= QUEUE_FRAMES
         found = await read_on(reader, timeout_s=CHECK_EVERY_S)
     assert told(found) == [f"1-{n} content" for n in range(1, frames + 1)] + [f"1-{frames + 1} done"]
@@ -181,7 +164,7 @@ async def test_a_resumed_reader_gets_the_rest(world: World) -> None:
 
 
 async def test_a_retry_follows_the_job_that_its_key_led_to(world: World) -> None:
-    """Its reader was opened for an id that never came to be: it hears the earlier job at once, and is forgotten once."""
+    """Its reader was opened for an id that never came to be: it hears the earlier job, and is forgotten once."""
     async with hub_of(world) as hub:
         job_id = await world.submit(key="k", reader="api1/r1")
         reader = hub.open("never")

@@ -5,7 +5,7 @@ import asyncio
 from broker import errors, hosts, jobs, lanes, wake
 from broker.keyspace import GROUP
 from broker.records import HostRecord, ModelFacts, ModelOnHost
-from tests.support.broker_world import LONG_MS, World
+from tests.support.broker_world import LONG_MS, World, until_gone
 from tests.support.invariants import take, violations
 
 
@@ -56,9 +56,7 @@ async def test_a_hosts_name_belongs_to_one_boot(world: World) -> None:
 
 async def gone(world: World, key: str) -> None:
     """Waits until a key has expired."""
-    async with asyncio.timeout(2):
-        while await world.store.command("EXISTS", key):
-            await asyncio.sleep(0.02)
+    await until_gone(world, lambda s: key in s.keys)
 
 
 async def test_a_silent_host_and_an_unknown_model_are_forgotten(world: World) -> None:
@@ -134,7 +132,8 @@ async def test_the_sweep_repairs_planted_damage(world: World) -> None:
         await store.command("XADD", lane, "*", "job", twin)
     await store.command("XADD", lane, "*", "something", "else")
     held = await store.command("XADD", lane, "*", "job", ended)
-    await store.command("EVAL", "redis.call('XCLAIM', KEYS[1], ARGV[1], 'x', '0', ARGV[2], 'FORCE', 'JUSTID')", 1, lane, GROUP, held)
+    claim = "redis.call('XCLAIM', KEYS[1], ARGV[1], 'x', '0', ARGV[2], 'FORCE', 'JUSTID')"
+    await store.command("EVAL", claim, 1, lane, GROUP, held)
     await store.command("ZREM", store.keys.due, good[0], good[2])
     assert entry and violations(await take(store))
     assert await lanes.sweep(store, "big.batch", page=3) == (5, 2)

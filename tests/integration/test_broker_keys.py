@@ -1,15 +1,15 @@
 """Counts that hold at every moment of a busy run, and keys that are gone when their time is over."""
 
 import asyncio
+import itertools
 import random
 
 import pytest
 
 from broker import errors, hosts, jobs, lanes, wake
-from broker.frames import Hub
 from broker.lifecycle import State
 from broker.records import HostRecord, JobRecord, ModelOnHost
-from tests.support.broker_world import World
+from tests.support.broker_world import World, until_gone
 from tests.support.invariants import Snapshot, left_over, take, undone, violations
 
 KEEP_MS = 400
@@ -26,8 +26,9 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
         while not stop.is_set():
             try:
                 await world.submit(
-                    rng.choice(["big", "big", "small", "side"]), reader=rng.choice(["", "api1/r"]), grace_ms=rng.choice([-1, 0]),
-                    stream=rng.random() < 0.5, key=rng.choice(["", "", f"k{rng.randrange(99)}"]),
+                    rng.choice(["big", "big", "small", "side"]), reader=rng.choice(["", "api1/r"]),
+                    grace_ms=rng.choice([-1, 0]), stream=rng.random() < 0.5,
+                    key=rng.choice(["", "", f"k{rng.randrange(99)}"]),
                 )  # fmt: skip
             except errors.LaneFull:
                 pass
@@ -84,7 +85,7 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
             tasks.create_task(work)
         watching = tasks.create_task(watch())
     pictures = watching.result()
-    for before, after in zip(pictures, pictures[1:], strict=False):
+    for before, after in itertools.pairwise(pictures):
         assert violations(after) + undone(before, after) == []
     ended = {job.state for job in pictures[-1].jobs.values()}
     assert ended >= {State.DONE, State.FAILED, State.CANCELLED}
@@ -93,8 +94,6 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
 async def test_nothing_is_left_when_its_time_is_over(world: World) -> None:
     """Every kind of job in every way it can end, every lock and host; past the keep time only the table's own stay."""
     await world.tell("gpu1", {"big": ModelOnHost(state="warm", slots_total=9)})
-    hub = Hub(world.store, name="api1")
-    listening = asyncio.create_task(hub.run(), name="hub")
 
     async def job(**fields: object) -> str:
         asked = {"keep_ms": KEEP_MS, "reader": "api1/r", "key": world.new_id(), "mode": "async"} | fields
@@ -125,11 +124,7 @@ async def test_nothing_is_left_when_its_time_is_over(world: World) -> None:
     await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot1"), {"big": ModelOnHost()}, lease_ms=KEEP_MS)
     s = await world.healthy()
     assert {j.state for j in s.jobs.values()} == {State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED}
-    async with asyncio.timeout(2):
-        while left_over(await take(world.store)):
-            await asyncio.sleep(0.05)
-    listening.cancel()
-    await asyncio.gather(listening, return_exceptions=True)
+    await until_gone(world, left_over)
     s = await world.healthy()
     patterns = {family.pattern for name in s.keys if (family := s.names.family(name))}
     assert patterns == {"lane:<lane>", "model:<model>", "wake:<model>:epoch", "hosts", "dead", "usage:<day>", "policy"}

@@ -80,7 +80,8 @@ async def test_thirty_changes_a_second_drop_no_job(world: World) -> None:
 
     async def apply() -> None:
         for n in range(30):
-            await world.book.apply(policy_with(("maxQueue: 3", f"maxQueue: {3 + n % 7}"), ("maxQueue: 2", f"maxQueue: {n % 5}")))
+            text = policy_with(("maxQueue: 3", f"maxQueue: {3 + n % 7}"), ("maxQueue: 2", f"maxQueue: {n % 5}"))
+            await world.book.apply(text)
             await asyncio.sleep(0.01)
         stop.set()
 
@@ -192,7 +193,7 @@ async def test_a_job_waiting_in_a_removed_lane_is_promoted_where_it_may_go(world
 
 
 async def test_a_lane_whose_model_now_leads_out_keeps_local_jobs_in(world: World) -> None:
-    """Promise 7 against a policy change: the job that waits there is refused by the claim, and may still be promoted."""
+    """Promise 7 against a policy change: the job that waits there is refused by the claim and may be promoted."""
     job_id = await world.submit()
     await world.apply(policy_with(("weights-big\n", "weights-big\n    trust: remote\n")))
     async with world.refused(errors.TrustZoneRefused):

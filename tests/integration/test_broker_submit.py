@@ -71,8 +71,8 @@ async def test_running_jobs_of_a_sister_lane_use_the_models_slots(world: World) 
 
 async def test_sixty_at_once_are_six_and_twelve_and_the_rest_refused(world: World) -> None:
     """Both slots and all four of the fallback are held; the lanes take their budgets exactly, from the records."""
-    text = policy_with(("maxQueue: 3", "maxQueue: 6"), ("maxQueue: 2", "maxQueue: 12"), ("fallback: far", "fallback: null"))
-    await world.apply(text)
+    six, twelve = ("maxQueue: 3", "maxQueue: 6"), ("maxQueue: 2", "maxQueue: 12")
+    await world.apply(policy_with(six, twelve, ("fallback: far", "fallback: null")))
     await world.warm(big=2, small=4)
     for lane, slots in (("big", 2), ("small", 4)):
         for _ in range(slots):

@@ -6,7 +6,7 @@ that expire follow the server's own.
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 
 from broker import errors, hosts, jobs, lanes
 from broker.due import Due
-from broker.frames import replay
+from broker.frames import Hub, replay
 from broker.hosts import Fleet
 from broker.jobs import Holding
 from broker.policies import PolicyBook
@@ -214,6 +214,13 @@ def policy_with(*changes: tuple[str, str]) -> str:
     return text
 
 
+async def until_gone(world: World, still_there: Callable[[Snapshot], object]) -> None:
+    """Waits, two seconds at most, for keys to expire by the server's own clock."""
+    async with asyncio.timeout(2):
+        while still_there(await take(world.store)):  # noqa: ASYNC110  # nobody announces that a key has expired
+            await asyncio.sleep(0.02)
+
+
 @asynccontextmanager
 async def heard_on(world: World, channel: str) -> AsyncIterator[asyncio.Queue[bytes]]:
     """Hears one channel, as a worker or an api process would."""
@@ -229,3 +236,17 @@ async def heard_on(world: World, channel: str) -> AsyncIterator[asyncio.Queue[by
     finally:
         ears.cancel()
         await asyncio.gather(ears, return_exceptions=True)
+
+
+@asynccontextmanager
+async def hub_of(world: World, name: str = "api1") -> AsyncIterator[Hub]:
+    """A listening hub."""
+    hub = Hub(world.store, name=name)
+    running = asyncio.create_task(hub.run(), name="hub")
+    try:
+        async with asyncio.timeout(5):
+            await hub.listening.wait()
+        yield hub
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

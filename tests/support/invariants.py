@@ -233,7 +233,7 @@ def _live(s: Snapshot, job: JobRecord) -> list[str]:
         found.append(f"job {job.id} counts as abandoned before its last reader's lease and grace end")
     if job.grace_ms < 0 and job.abandon_at:
         found.append(f"job {job.id} does not depend on readers and would be abandoned")
-    places = [(lane, entry) for lane, stream in s.lanes.items() for entry, job_id in _entries(stream) if job_id == job.id]
+    places = [(lane, entry) for lane, stream in s.lanes.items() for entry, who in _entries(stream) if who == job.id]
     expected = [] if job.state is State.SCHEDULED else [(job.lane, job.entry)]
     if places != expected:
         found.append(f"promise 2: job {job.id} is {job.state} with entry {job.lane}/{job.entry}, found at {places}")
@@ -275,7 +275,7 @@ def _log(s: Snapshot, job: JobRecord) -> list[str]:
         if [f.terminal for f in frames] != [False] * (len(frames) - 1) + [True] or frames[-1].kind != job.state.value:
             kinds = [f.kind for f in frames]
             found.append(f"promise 3: job {job.id} ended {job.state}, its log does not end so: {kinds}")
-        elif len(frames) > 1 and seqs[0] != 1 or seqs[-1] != job.last_seq:
+        elif (len(frames) > 1 and seqs[0] != 1) or seqs[-1] != job.last_seq:
             found.append(f"promise 4: the log of ended job {job.id} is {seqs}, its last frame {job.last_seq}")
     elif job.state is State.STREAMING:
         if seqs != list(range(1, job.last_seq + 1)) or not seqs or any(f.terminal for f in frames):
@@ -295,8 +295,8 @@ def _lanes(s: Snapshot) -> list[str]:
                 continue
             fields = decode_hash(list(dict(stream.entries)[entry]))
             told = {
-                "caller": job.caller, "session": job.session, "promote_at": str(job.promote_at),
-                "submitted": str(job.submitted_at), "tokens": str(job.tokens), "priority": job.priority, "zone": job.zone,
+                "caller": job.caller, "session": job.session, "priority": job.priority, "zone": job.zone,
+                "promote_at": str(job.promote_at), "submitted": str(job.submitted_at), "tokens": str(job.tokens),
             }  # fmt: skip
             if job.entry == entry and told.items() - fields.items():
                 found.append(f"the entry of job {job_id} tells workers {fields}, its record {told}")
@@ -313,7 +313,9 @@ def _due(s: Snapshot) -> list[str]:
     found = [f"promise 3: live job {i} has no instant" for i in sorted(live.keys() - s.due.keys())]
     found += [f"promise 9: {i} is due and is no live job" for i in sorted(s.due.keys() - live.keys())]
     found += [
-        f"job {i} is due at {s.due[i]}, its record says {at}" for i, at in sorted(live.items()) if s.due.get(i, at) != at
+        f"job {i} is due at {s.due[i]}, its record says {at}"
+        for i, at in sorted(live.items())
+        if s.due.get(i, at) != at
     ]
     return found
 
@@ -364,7 +366,7 @@ def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> l
         if lane is None or (lane.trust == "remote" and now.zone != "remote"):
             found.append(f"promise 7: local-only job {was.id} was claimed in lane {now.lane}, which leads out")
         if now.attempt != was.attempt + 1 or now.entry != was.entry:
-            found.append(f"claim of job {was.id}: attempt {was.attempt} to {now.attempt}, entry {was.entry} to {now.entry}")
+            found.append(f"claim of {was.id}: attempt {was.attempt} to {now.attempt}, entry {was.entry} to {now.entry}")
     elif now.attempt != was.attempt:
         found.append(f"promise 5: attempt of job {was.id} changed without a claim")
     if now.state is State.QUEUED and was.state is not State.SCHEDULED:
@@ -389,7 +391,8 @@ def _value(kind: str, raw: Any) -> Any:
         case "stream":
             entries = tuple((entry.decode(), tuple(values)) for entry, values in raw[0])
             groups = tuple(
-                (name.decode(), tuple(sorted((p[0].decode(), p[1].decode()) for p in pending))) for name, pending in raw[1]
+                (name.decode(), tuple(sorted((p[0].decode(), p[1].decode()) for p in pending)))
+                for name, pending in raw[1]
             )
             return Stream(entries, groups)
         case _:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Self
 
@@ -11,7 +11,16 @@ from api.app import Server
 from api.gateway import Gateway
 from broker.callers import Keys
 from broker.store import Store
-from tests.support.waiting import until
+from tests.support.waiting import POLL_S, until
+
+
+async def until_true(seen: Callable[[], Awaitable[Any]], *, what: str, timeout_s: float = 5.0) -> Any:
+    """Waits for a question that has to be asked over a connection; gives its first true answer."""
+    end = asyncio.get_running_loop().time() + timeout_s
+    while not (found := await seen()):
+        assert asyncio.get_running_loop().time() < end, f"not within {timeout_s:g} s: {what}"
+        await asyncio.sleep(POLL_S)
+    return found
 
 
 class QuietServer(Server):
@@ -29,20 +38,24 @@ class LiveApi:
         self.server = server
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
+        self.clients: list[RawClient] = []
 
 
 @asynccontextmanager
 async def live_api(store: Store, *, keys: str = "", stop_after_s: float = 0.0) -> AsyncIterator[LiveApi]:
-    """Runs it for the length of the block."""
+    """Runs it for the length of the block; raw clients hang up with it."""
     gateway = Gateway(store, Keys.parse(keys), version="1.2.3")
     server = QuietServer(gateway, stop_after_s=stop_after_s)
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")
+    running = LiveApi(gateway, server, listener.getsockname()[1])
     try:
         await until(lambda: server.started or task.done(), what="the api has started")
         assert not task.done(), task.result()
-        yield LiveApi(gateway, server, listener.getsockname()[1])
+        yield running
     finally:
+        for client in running.clients:
+            client.close()
         server.should_exit = True
         await asyncio.wait_for(task, 15)
 
@@ -58,7 +71,9 @@ class RawClient:
 
     @classmethod
     async def open(cls, api: LiveApi) -> Self:
-        return cls(*await asyncio.open_connection("127.0.0.1", api.port))
+        client = cls(*await asyncio.open_connection("127.0.0.1", api.port))
+        api.clients.append(client)
+        return client
 
     async def send(self, method: str, path: str, body: bytes = b"", **headers: str) -> None:
         """Sends a request; header names are written with underscores."""

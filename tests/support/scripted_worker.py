@@ -125,7 +125,7 @@ class ScriptedWorker:
     async def beat(self, **states: str) -> None:
         """Tells what state the models are in: warm with two slots unless said otherwise."""
         for model in self.book.active.models():
-            state = states.get(model, self.models[model].state if model in self.models else "warm")
+            state = states.get(model, "warm")
             self.models[model] = ModelOnHost(
                 state=state, slots_total=2 if state == "warm" else 0, first_token_ms=12, runtime="simulated",
                 memory_bytes=3 << 30, reason="" if state == "warm" else f"the test says {state}",

@@ -57,7 +57,9 @@ def test_no_two_keys_are_the_same() -> None:
     assert len(set(made)) == len(made)
 
 
-@pytest.mark.parametrize("key", ["gw", "gw:", "gw:nothing", "gw:job", "gw:job:", "gw:job:a:b", "gw:frames:api1", "xgw:due"])
+@pytest.mark.parametrize(
+    "key", ["gw", "gw:", "gw:nothing", "gw:job", "gw:job:", "gw:job:a:b", "gw:frames:a", "xgw:due"]
+)
 def test_a_strange_key_has_no_row(key: str) -> None:
     assert Keyspace().family(key) is None
 

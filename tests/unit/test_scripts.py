@@ -107,6 +107,7 @@ def test_a_header_names_every_error_that_the_verb_can_raise(verb: str) -> None:
     text = scripts._read(verb)
     raised = set(re.findall(r'error_reply\("([A-Z]+)', text))
     calls = {"check(": {"NOJOB", "ENDED", "BADTRANSITION"}, "fence(": {"NOJOB", "ENDED", "STALE"}}
+    calls |= {"follow(": calls["check("], "holds(": calls["fence("]}
     calls |= {"placed(": {"MOVED"}, "same_policy(": {"STALEPOLICY"}}
     for call, words in calls.items():
         if re.search(r"\b" + re.escape(call), text):
@@ -153,8 +154,9 @@ async def call_everything(world: World) -> None:
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself
 ROWS = {
     "lane": "lane:<lane>", "from_lane": "lane:<lane>", "to_lane": "lane:<lane>", "job": "job:<id>",
-    "request": "job:<id>:request", "frames": "job:<id>:frames", "readers": "readers:<id>", "idem": "idem:<caller>:<key>",
-    "model": "model:<model>", "host": "host:<host>", "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
+    "request": "job:<id>:request", "frames": "job:<id>:frames", "readers": "readers:<id>",
+    "idem": "idem:<caller>:<key>", "model": "model:<model>", "host": "host:<host>",
+    "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 
 

@@ -1,21 +1,24 @@
 --- @include lifecycle
--- Asks the lifecycle table. Returns the next state, or nil and the refusal.
-local function check(job, event)
-  local state = redis.call("HGET", job, "state")
+-- Asks the lifecycle table with a state that was read. Returns the next state, or nil and the refusal.
+local function follow(state, event, job)
   if not state then return nil, redis.error_reply("NOJOB " .. job) end
   local to = TRANSITIONS[state] and TRANSITIONS[state][event]
   if to then return to end
   if ENDED[state] then return nil, redis.error_reply("ENDED " .. state) end
   return nil, redis.error_reply("BADTRANSITION " .. state .. " " .. event)
 end
+local function check(job, event) return follow(redis.call("HGET", job, "state"), event, job) end
 -- Refuses whoever is not the present holder of the job: an older attempt, or one that lost it.
-local function fence(job, attempt)
-  local f = redis.call("HMGET", job, "state", "attempt")
-  if not f[1] then return redis.error_reply("NOJOB " .. job) end
-  if ENDED[f[1]] then return redis.error_reply("ENDED " .. f[1]) end
-  if (f[1] ~= "claimed" and f[1] ~= "streaming") or f[2] ~= attempt then
-    return redis.error_reply("STALE attempt " .. attempt .. ", job is " .. f[1] .. " at " .. f[2])
+local function holds(state, attempt, claimed, job)
+  if not state then return redis.error_reply("NOJOB " .. job) end
+  if ENDED[state] then return redis.error_reply("ENDED " .. state) end
+  if (state ~= "claimed" and state ~= "streaming") or attempt ~= claimed then
+    return redis.error_reply("STALE attempt " .. claimed .. ", job is " .. state .. " at " .. attempt)
   end
+end
+local function fence(job, claimed)
+  local f = redis.call("HMGET", job, "state", "attempt")
+  return holds(f[1], f[2], claimed, job)
 end
 -- Refuses a caller whose picture of where the job waits is old.
 local function placed(job, lane, entry)

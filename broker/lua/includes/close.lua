@@ -20,7 +20,7 @@ local function close(k, p, now, id, to, code, message, status)
   if f[7] and f[7] ~= "" then
     -- a failed, expired or cancelled job frees its Idempotency-Key; a done one keeps it for the keep time
     if to == "done" then redis.call("PEXPIRE", f[7], keep)
-    elseif string.sub(redis.call("GET", f[7]) or "", 1, #id) == id then redis.call("DEL", f[7]) end
+    elseif string.sub(redis.call("GET", f[7]) or "", 1, #id + 1) == id .. " " then redis.call("DEL", f[7]) end
   end
   publish(p.frames_prefix, f[4], id, f[2], seq, to, said)
   if (from == "claimed" or from == "streaming") and to == "cancelled" then

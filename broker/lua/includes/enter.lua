@@ -1,10 +1,13 @@
 -- Makes sure the lane and its group exist, and adds the job's entry to it. Returns the entry id.
 -- The entry repeats what the choice of the next job needs, so that workers choose without reading hashes.
-local function enter(lane, group, job, id)
+local function add_entry(lane, group, id, caller, session, promote_at, submitted_at, tokens, priority, zone)
   if redis.call("EXISTS", lane) == 0 then redis.call("XGROUP", "CREATE", lane, group, "0", "MKSTREAM") end
+  return redis.call("XADD", lane, "*", "job", id, "caller", caller, "session", session, "promote_at", promote_at,
+    "submitted", submitted_at, "tokens", tokens, "priority", priority, "zone", zone)
+end
+local function enter(lane, group, job, id)
   local f = redis.call("HMGET", job, "caller", "session", "promote_at", "submitted_at", "tokens", "priority", "zone")
-  return redis.call("XADD", lane, "*", "job", id, "caller", f[1], "session", f[2], "promote_at", f[3],
-    "submitted", f[4], "tokens", f[5], "priority", f[6], "zone", f[7])
+  return add_entry(lane, group, id, f[1], f[2], f[3], f[4], f[5], f[6], f[7])
 end
 local function leave(lane, group, entry)
   redis.call("XACK", lane, group, entry)

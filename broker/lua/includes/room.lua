@@ -1,15 +1,19 @@
--- How many entries of a lane are being worked on. A lane that was never used has none.
+-- How many entries of a lane are being worked on. A lane that is empty or was never used has none.
 local function pending(lane, group)
-  if redis.call("EXISTS", lane) == 0 then return 0 end
+  if redis.call("XLEN", lane) == 0 then return 0 end
   return redis.call("XPENDING", lane, group)[1]
 end
 local function waiting(lane, group)
-  return redis.call("XLEN", lane) - pending(lane, group)
+  local length = redis.call("XLEN", lane)
+  if length == 0 then return 0 end
+  return length - redis.call("XPENDING", lane, group)[1]
 end
 -- Is there a place in the lane? waiting < max(1 if nothing runs, max_queue + free), where free = slots of
 -- warm hosts that nobody uses. KEYS[hosts_from .. hosts_to] are the model's hashes on its hosts, and
 -- KEYS[lanes_from .. lanes_to] all lanes of that model, this one among them.
 local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
+  local waits = waiting(lane, group)
+  if waits < max_queue then return true end
   local running, slots = 0, 0
   for i = lanes_from, lanes_to do running = running + pending(KEYS[i], group) end
   for i = hosts_from, hosts_to do
@@ -20,5 +24,5 @@ local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from
   end
   local bound = max_queue + math.max(0, slots - running)
   if running == 0 and bound < 1 then bound = 1 end
-  return waiting(lane, group) < bound
+  return waits < bound
 end

@@ -1,23 +1,24 @@
+-- The earliest of some instants; 0 and nil are instants that never come.
+local function earliest(...)
+  local at
+  for i = 1, select("#", ...) do
+    local instant = tonumber((select(i, ...)) or 0) or 0
+    if instant > 0 and (not at or instant < at) then at = instant end
+  end
+  return at
+end
 -- Writes the job's next instant into the due set: the earliest at which somebody must look at it.
 local function schedule(due, job, id)
   local f = redis.call("HMGET", job, "state", "promote_at", "retry_at", "give_up_at", "abandon_at", "lease_until",
     "not_before")
-  local state, at = f[1], nil
-  local function earliest(instant)
-    if instant > 0 and (not at or instant < at) then at = instant end
-  end
-  local function number(i) return tonumber(f[i] or 0) or 0 end
-  if state == "scheduled" then
-    earliest(math.max(number(7), number(3)))
-    earliest(number(4))
-    earliest(number(5))
-  elseif state == "queued" then
-    if number(2) > 0 then earliest(math.max(number(2), number(3))) end
-    earliest(number(4))
-    earliest(number(5))
+  local promote_at, retry_at = tonumber(f[2] or 0) or 0, tonumber(f[3] or 0) or 0
+  local at
+  if f[1] == "scheduled" then
+    at = earliest(math.max(tonumber(f[7]), retry_at), f[4], f[5])
+  elseif f[1] == "queued" then
+    at = earliest(promote_at > 0 and math.max(promote_at, retry_at), f[4], f[5])
   else
-    earliest(number(6))
-    earliest(number(5))
+    at = earliest(f[6], f[5])
   end
   redis.call("ZADD", due, ms(at), id)
 end

@@ -1,0 +1,56 @@
+"""SIGKILL under load: whatever one process is killed, every accepted job ends once and its client is told."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from broker.lifecycle import State
+from tests.chaos.storm import Ledger, Storm, ends, judge, loads, seed_of, storm_policy, watched
+from tests.support.gateway_process import House, house
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.real
+
+KILLS = 3
+
+
+async def kill_and_wait(up: House, part: str, storm: Storm) -> None:
+    """Kills a part at a random moment, and waits until another one runs in its place."""
+    await asyncio.sleep(0.3 + 1.7 * storm.dice.random())
+    killed = up.kill_part(part)
+    await until(lambda: (now := up.part(part)) is not None and now.pid != killed, what=f"another {part}", timeout_s=15)
+
+
+async def run(up: House, storm: Storm, ledger: Ledger, parts: list[str]) -> None:
+    """Kills these parts one after another, gives the last one a moment, and waits for the end of everything."""
+    async with storm.raging():
+        await asyncio.sleep(1.5)
+        for part in parts:
+            await kill_and_wait(up, part, storm)
+        await asyncio.sleep(2.0)
+    await ledger.settled()
+    print(dict(storm.outcomes), ends(ledger))
+
+
+@pytest.mark.parametrize("part", ["worker", "api", "scheduler", "redis"])
+async def test_a_part_is_killed_under_load(part: str, tmp_path: Path) -> None:
+    """Forty clients ask all the time; the part is killed at random moments."""
+    seed = seed_of(part)
+    log = tmp_path / "loads"
+    with house(tmp_path / "data", policy=storm_policy(log)) as up:
+        storm = Storm([up.url], seed)
+        async with watched(up.redis_url) as ledger:
+            started = time.monotonic()
+            await run(up, storm, ledger, [part] * KILLS)
+            judge(storm, ledger)
+            print(f"{len(storm.told)} requests in {time.monotonic() - started:.1f} s")
+    assert not ledger.last or not ledger.last.of("wake:<model>")
+    lives = 1 + (KILLS if part == "worker" else 0)
+    for model in ("big", "small"):
+        assert 1 <= loads(log, model) <= lives, f"{loads(log, model)} loads of {model} in {lives} lives"
+    if part == "scheduler":
+        assert storm.outcomes.keys() <= {"served", "refused lane_full"}, storm.outcomes
+    if part in ("scheduler", "redis"):
+        assert not [job for job in ledger.jobs.values() if job.state is not State.DONE], ends(ledger)

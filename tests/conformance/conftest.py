@@ -1,0 +1,57 @@
+"""A gateway for the tests of this folder: real processes, a real llama.cpp, and pretended models that misbehave."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.gateway_process import House, house
+from tests.support.llama_server import llama_command
+from tests.support.tiny_gguf import write_tiny_gguf
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.real)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real weights that load in a moment."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("weights") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_gguf: Path) -> Callable[..., dict[str, Any]]:
+    """Makes a policy entry for the real llama.cpp; words of `llama_command` delay its load or log it."""
+
+    def entry(*, load_delay_ms: int = 0, load_log: Path | None = None, **keys: Any) -> dict[str, Any]:
+        command = llama_command(load_delay_ms=load_delay_ms, load_log=load_log)
+        known = {"backend": "llama.cpp", "model": str(tiny_gguf), "command": command, "contextTokens": 1024}
+        return {**known, "memoryMb": 64, "keepWarm": True, **keys}
+
+    return entry
+
+
+def pretend(**keys: Any) -> dict[str, Any]:
+    """A policy entry for a simulated model."""
+    return {"backend": "simulated", "model": "pretend", "memoryMb": 1, "keepWarm": True, **keys}
+
+
+@pytest.fixture(scope="session")
+def shared_house(tmp_path_factory: pytest.TempPathFactory, llama: Callable[..., dict[str, Any]]) -> Iterator[House]:
+    """One gateway for the tests that leave it as they found it."""
+    models = {
+        "tiny": llama(maxConcurrent=2, maxQueue=8, aliases=["gpt-4o"]),
+        "pretend": pretend(maxConcurrent=4, maxQueue=8, options={"decodeTps": 100}),
+        "narrow": pretend(maxConcurrent=1, maxQueue=1, options={"decodeTps": 20}),
+        "thoughtful": pretend(maxConcurrent=4, options={"prefillTps": 12}),
+    }
+    policy = json.dumps({"models": models, "headerHoldMs": 300})
+    with house(tmp_path_factory.mktemp("house") / "data", policy=policy) as up:
+        for name in models:
+            up.until_state(name, "warm")
+        yield up

@@ -1,0 +1,132 @@
+"""Nobody wants the answer any more: the runtime must hear of it within a second, whatever state the job is in."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from broker import jobs
+from broker.lifecycle import State
+from tests.support.redis_server import RedisServer
+from tests.support.worker_world import Runtime, World, eventually, simulated, until, worker_world
+from workers import waker
+
+pytestmark = pytest.mark.real
+NOTICED_MS = 1000
+
+
+@pytest_asyncio.fixture
+async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        yield world
+
+
+async def aborted(runtime: Runtime, count: int = 1) -> list[dict[str, Any]]:
+    """Waits until the runtime has seen so many closed requests."""
+
+    async def check() -> list[dict[str, Any]]:
+        stats = await runtime.stats()
+        return stats["aborts"] if len(stats["aborts"]) >= count else []
+
+    return await eventually(check, what="the runtime sees that the request was closed", timeout_s=3)
+
+
+async def test_a_waiting_job_leaves_without_a_trace_at_the_runtime(world: World) -> None:
+    await world.apply({"big": simulated(maxConcurrent=1)})
+    await world.host()
+    await world.until_model("big", "warm")
+    runtime = world.runtime("big")
+    await runtime.break_with(stall_after_tokens=1, times=1)
+    held = await world.submit("big", tokens=9)
+    await held.until_state(State.STREAMING)
+    waits = await world.submit("big")
+
+    assert await jobs.cancel(world.store, waits.job_id) == "queued"
+    assert (await waits.end()).state is State.CANCELLED
+    await jobs.cancel(world.store, held.job_id)
+    after = await world.submit("big")
+    assert (await after.end()).state is State.DONE
+    assert (await runtime.stats())["requests_started"] == 2 + 1, "probe of the wake, the held one, the last one"
+
+
+@pytest.mark.parametrize(
+    ("fault", "state", "step"),
+    [
+        ({"first_token_delay_ms": 20_000}, State.CLAIMED, "prefill"),
+        ({"stall_after_tokens": 2}, State.STREAMING, "decoding"),
+    ],
+)
+async def test_a_held_job_closes_its_request_and_its_slot_settles(
+    world: World, monkeypatch: pytest.MonkeyPatch, fault: dict[str, float], state: State, step: str
+) -> None:
+    """The slot counts as free only when the runtime itself says that nothing runs in it."""
+    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
+    await world.apply({"big": simulated(maxConcurrent=1)})
+    host = await world.host()
+    await world.until_model("big", "warm")
+    runtime = world.runtime("big")
+    await runtime.break_with(**fault, times=1)
+    ask = await world.submit("big", tokens=9)
+    await ask.until_state(state)
+    waits = await world.submit("big")
+    claims_while_settling = []
+    slots = host.residents.wakers["big"].slots
+    settled = slots.settled
+
+    def spy(busy: int) -> bool:
+        claims_while_settling.append((len(slots.settling), slots.free, len(slots.using)))
+        return settled(busy)
+
+    monkeypatch.setattr(slots, "settled", spy)
+    began = time.monotonic() * 1000
+    assert await jobs.cancel(world.store, ask.job_id) == state.value
+
+    found = (await aborted(runtime))[0]
+    assert found["at_monotonic_ms"] - began < NOTICED_MS
+    assert found["step"] == step
+    record = await ask.end()
+    assert (record.state, ask.said["code"]) == (State.CANCELLED, "cancelled")
+    assert (await waits.end()).state is State.DONE
+    assert claims_while_settling[0] == (1, 0, 0), "a job was claimed for a slot that had not settled"
+    assert slots.idle
+
+
+async def test_a_hang_up_of_the_last_reader_cancels_the_job(world: World) -> None:
+    """Its reader detaches and no retry may attach: what runs for nobody is stopped."""
+    await world.apply({"big": simulated(maxConcurrent=1)})
+    await world.scheduler()
+    await world.host()
+    await world.until_model("big", "warm")
+    runtime = world.runtime("big")
+    await runtime.break_with(stall_after_tokens=1)
+    ask = await world.submit("big", tokens=9, grace_ms=0)
+    await ask.until_state(State.STREAMING)
+    began = time.monotonic() * 1000
+
+    await jobs.detach(world.store, ask.job_id, reader=f"test/{ask.job_id}")
+
+    assert (await aborted(runtime))[0]["at_monotonic_ms"] - began < NOTICED_MS
+    assert (await ask.end()).state is State.CANCELLED
+
+
+async def test_many_cancelled_at_once_free_all_their_slots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
+    await world.apply({"big": simulated(maxConcurrent=4, maxQueue=20)})
+    host = await world.host()
+    await world.until_model("big", "warm")
+    runtime = world.runtime("big")
+    await runtime.break_with(stall_after_tokens=1, times=4)
+    held = [await world.submit("big", tokens=9) for _ in range(4)]
+    for ask in held:
+        await ask.until_state(State.STREAMING)
+    more = [await world.submit("big") for _ in range(6)]
+    await asyncio.gather(*(jobs.cancel(world.store, ask.job_id) for ask in held))
+
+    assert {(await ask.end()).state for ask in more} == {State.DONE}
+    await until(lambda: host.residents.wakers["big"].slots.idle, what="all slots are free again")
+    stats = await runtime.stats()
+    assert (stats["max_active"], stats["max_waiting"]) == (4, 0), "a request waited inside the runtime"

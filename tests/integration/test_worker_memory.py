@@ -1,0 +1,173 @@
+"""Two models that do not fit together: who goes, who stays, and what the others hear."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from broker import errors
+from broker.lifecycle import State
+from tests.support.redis_server import RedisServer
+from tests.support.worker_world import World, eventually, simulated, words, worker_world
+from workers import waker
+
+pytestmark = pytest.mark.real
+LIMIT_MB = 1000
+
+
+@pytest_asyncio.fixture
+async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        yield world
+
+
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.3)
+
+
+async def resident(world: World) -> set[str]:
+    """Which models are in memory; fails when they are too many."""
+    found = {name: waker.memory_bytes for name, waker in world.hosts["gpu1"].residents.wakers.items()}
+    running = [name for name, waker in world.hosts["gpu1"].residents.wakers.items() if waker.runtime._child.running]  # type: ignore[attr-defined]
+    assert sum(found.values()) <= LIMIT_MB << 20, found
+    assert len(running) <= 1, f"{running} run at once"
+    return {name for name, size in found.items() if size}
+
+
+async def test_an_idle_model_goes_after_its_minimum_stay(world: World) -> None:
+    """Not before: who has just been loaded is not thrown out for the next one."""
+    stay_ms = 2500
+    await world.apply(
+        {
+            "first": simulated(keepWarm=False, memoryMb=700, minStayMs=stay_ms),
+            "second": simulated(keepWarm=False, memoryMb=600, minStayMs=stay_ms),
+        }
+    )
+    await world.host(memory_mb=LIMIT_MB)
+    first = await (await world.submit("first")).end()
+    warm_at = (await world.model("first")).since
+
+    ask = await world.submit("second")
+    told = await world.until_model("second", "quarantined")
+    assert told.reason == "second needs 600 MB and 300 MB are free; no idle model can make room"
+    assert await resident(world) == {"first"}
+    with pytest.raises(errors.ModelUnavailable) as refused:
+        await world.submit("second")
+    assert "300 MB are free" in str(refused.value)
+
+    record = await ask.end()
+
+    assert (first.state, record.state) == (State.DONE, State.DONE)
+    assert record.claimed_at - warm_at >= stay_ms
+    assert await resident(world) == {"second"}
+    assert (await world.model("first")).reason == "made room for second"
+
+
+async def test_a_busy_model_never_goes(world: World) -> None:
+    await world.apply(
+        {
+            "first": simulated(keepWarm=False, memoryMb=700, minStayMs=0, options={"decodeTps": 20}),
+            "second": simulated(keepWarm=False, memoryMb=600, minStayMs=0),
+        }
+    )
+    await world.host(memory_mb=LIMIT_MB)
+    runs = await world.submit("first", tokens=40)
+    await runs.until_state(State.STREAMING)
+    waits = await world.submit("second")
+    await world.until_model("second", "quarantined")
+    assert await resident(world) == {"first"}
+
+    records = await asyncio.gather(runs.end(), waits.end())
+
+    assert runs.text == words(40)
+    assert records[1].claimed_at >= records[0].ended_at
+    assert await resident(world) == {"second"}
+
+
+async def test_two_that_wake_at_once_do_not_both_take_the_same_room(world: World) -> None:
+    """Each alone would fit: the room that one load was given is not free for the other while it loads."""
+    await world.apply(
+        {
+            name: simulated(keepWarm=False, memoryMb=600, minStayMs=0, options={"coldStartMs": 500})
+            for name in ("first", "second")
+        }
+    )
+    await world.host(memory_mb=LIMIT_MB)
+    asks = await asyncio.gather(*(world.submit(name) for name in ("first", "second")))
+    ends = [asyncio.create_task(ask.end()) for ask in asks]
+
+    async def over() -> bool:
+        await resident(world)
+        return all(task.done() for task in ends)
+
+    await eventually(over, what="both were served, one after the other")
+    assert {task.result().state for task in ends} == {State.DONE}
+
+
+async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: World) -> None:
+    """Otherwise they would swap for ever, with nobody asking. A request decides; without one the first stays."""
+    await world.apply({name: simulated(memoryMb=600, minStayMs=100) for name in ("first", "second")})
+    host = await world.host(memory_mb=LIMIT_MB)
+
+    async def settled() -> bool:
+        states = {(await world.model(name)).state for name in ("first", "second")}
+        reasons = {(await world.model(name)).reason for name in ("first", "second")}
+        return states == {"warm", "cold"} and any("no idle model can make room" in reason for reason in reasons)
+
+    await eventually(settled, what="one is warm, one says why not")
+    [stays] = await resident(world)
+    [other] = {"first", "second"} - {stays}
+    warm_since = (await world.model(stays)).since
+
+    async def tried_again() -> bool:
+        return host.residents.wakers[other]._no_room_until > asyncio.get_running_loop().time() + 0.2
+
+    for _ in range(3):
+        await eventually(tried_again, what="another look for room")
+        assert (await world.model(stays)).since == warm_since
+    record = await (await world.submit(other)).end()
+
+    assert record.served_by == f"{other}@gpu1"
+    assert await resident(world) == {other}
+
+
+async def test_a_kept_warm_model_comes_back_when_nobody_wants_the_other(world: World) -> None:
+    await world.apply(
+        {
+            "kept": simulated(memoryMb=600, minStayMs=100),
+            "guest": simulated(keepWarm=False, memoryMb=600, minStayMs=100),
+        }
+    )
+    await world.host(memory_mb=LIMIT_MB)
+    await world.until_model("kept", "warm")
+    assert (await (await world.submit("guest")).end()).served_by == "guest@gpu1"
+    assert await resident(world) == {"guest"}
+    await world.store.command("HSET", world.store.keys.model("guest"), "wanted_until", "0")
+
+    await world.until_model("kept", "warm")
+
+    assert await resident(world) == {"kept"}
+
+
+async def test_a_model_larger_than_the_machine_says_so(world: World) -> None:
+    """It is no failure of the model, so the pauses do not grow, and its fallback serves at once."""
+    await world.apply(
+        {
+            "huge": simulated(keepWarm=False, memoryMb=5000, coldStartBudgetMs=60_000, fallback="small"),
+            "small": simulated(memoryMb=100),
+        }
+    )
+    await world.scheduler()
+    await world.host(memory_mb=LIMIT_MB)
+    await world.until_model("small", "warm")
+    record = await (await world.submit("huge")).end()
+
+    assert (record.served_by, record.promotions) == ("small@gpu1", 1)
+    assert record.promoted_at - record.submitted_at < 3000
+    told = await world.until_model("huge", "quarantined")
+    assert told.reason.startswith("huge needs 5000 MB and 900 MB are free")
+    facts = await world.store.hash(world.store.keys.model("huge"))
+    assert facts.get(b"failures", b"0") == b"0"

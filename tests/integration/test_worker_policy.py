@@ -1,0 +1,229 @@
+"""A policy that changes while the worker is at work: nothing that waits or runs is dropped."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from broker import errors, hosts, store
+from broker.lifecycle import State
+from tests.support.redis_server import RedisServer
+from tests.support.worker_world import Ask, World, eventually, simulated, words, worker_world
+from workers import chores
+
+pytestmark = pytest.mark.real
+
+
+@pytest_asyncio.fixture
+async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        yield world
+
+
+async def keys_of(world: World, model: str) -> set[str]:
+    names = world.store.keys
+    patterns = [names.lane(model), names.lane(model + ".batch"), names.model(model), names.wake_epoch(model)]
+    return {key for pattern in patterns async for key in world.store.scan(pattern)}
+
+
+async def test_a_new_model_is_served_within_a_second(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lane is not in the blocking read that is under way: its first job must not wait for that to end."""
+    monkeypatch.setattr(store, "BLOCK_MS", 6000)
+    await world.apply({"old": simulated()})
+    await world.host()
+    await world.until_model("old", "warm")
+
+    began = time.monotonic()
+    await world.apply({"old": simulated(), "new": simulated()})
+    await world.until_model("new", "warm", "waking", "cold", timeout_s=1)
+    known_s = time.monotonic() - began
+    await world.until_model("new", "warm")
+    asked = time.monotonic()
+    ask = await world.submit("new")
+    record = await ask.end()
+
+    assert record.served_by == "new@gpu1"
+    assert known_s < 1
+    assert time.monotonic() - asked < 1
+    told = await hosts.read(world.store, "gpu1")
+    assert told is not None and told.policy_version == world.book.active.version
+
+
+async def test_a_lowered_budget_drains_and_never_trims(world: World) -> None:
+    await world.apply({"big": simulated(maxConcurrent=1, maxQueue=6)})
+    await world.host()
+    await world.until_model("big", "warm")
+    await world.runtime("big").break_with(first_token_delay_ms=500, times=1)
+    asks = [await world.submit("big") for _ in range(7)]
+    await world.apply({"big": simulated(maxConcurrent=1, maxQueue=2)})
+    assert await world.waiting("big") == 6
+    with pytest.raises(errors.LaneFull):
+        await world.submit("big")
+
+    records = await asyncio.gather(*(ask.end() for ask in asks))
+
+    assert {(record.state, record.attempt) for record in records} == {(State.DONE, 1)}
+
+
+async def test_a_removed_model_with_a_fallback_promotes_what_waits(world: World) -> None:
+    small = simulated(maxConcurrent=2, maxQueue=20)
+    await world.apply({"big": simulated(maxConcurrent=1, coldStartBudgetMs=60_000, fallback="small"), "small": small})
+    await world.scheduler()
+    await world.host()
+    for model in ("big", "small"):
+        await world.until_model(model, "warm")
+    await world.runtime("big").break_with(first_token_delay_ms=1500, times=1)
+    held = await world.submit("big")
+    await held.until_state(State.CLAIMED)
+    asks = [await world.submit("big") for _ in range(4)]
+
+    await world.apply({"small": small})
+
+    with pytest.raises(errors.UnknownModel):
+        await world.submit("big")
+    records = await asyncio.gather(*(ask.end() for ask in asks))
+    assert {(record.served_by, record.promotions) for record in records} == {("small@gpu1", 1)}
+    assert (await held.end()).served_by == "big@gpu1", "what ran was dropped"
+    await gone(world, "big")
+
+
+async def test_a_removed_model_without_a_fallback_is_served_from_its_last_definition(world: World) -> None:
+    await world.apply({"big": simulated(maxConcurrent=1), "small": simulated()})
+    await world.scheduler()
+    await world.host()
+    await world.until_model("big", "warm")
+    await world.runtime("big").break_with(first_token_delay_ms=700, times=1)
+    asks = [await world.submit("big") for _ in range(3)]
+
+    await world.apply({"small": simulated()})
+    records = await asyncio.gather(*(ask.end() for ask in asks))
+
+    assert {record.served_by for record in records} == {"big@gpu1"}
+    await gone(world, "big")
+
+
+async def gone(world: World, model: str) -> None:
+    """What a removed model leaves behind goes with the next chores, and its runtime with its worker's next look."""
+    pid = world.runtime(model).pid
+    await chores.sweep(world.store, world.book)
+    await chores.forget(world.store, world.book)
+    assert not world.book.active.retiring
+
+    async def check() -> bool:
+        return model not in world.hosts["gpu1"].residents.wakers and not Path(f"/proc/{pid}").exists()
+
+    await eventually(check, what=f"the worker lets {model} go")
+    await chores.forget(world.store, world.book)
+    assert await keys_of(world, model) == set()
+
+
+async def test_a_changed_runtime_is_reloaded_only_when_idle(world: World, tmp_path: Path) -> None:
+    load_log = str(tmp_path / "loads")
+    before: dict[str, Any] = {"decodeTps": 40, "loadLog": load_log}
+    await world.apply({"big": simulated(maxConcurrent=1, options=before)})
+    await world.host()
+    await world.until_model("big", "warm")
+    ask = await world.submit("big", tokens=40)
+    await ask.until_state(State.STREAMING)
+
+    await world.apply({"big": simulated(maxConcurrent=2, options=before | {"answerTokens": 5})})
+    record = await ask.end()
+
+    assert (record.state, record.attempt, ask.text) == (State.DONE, 1, words(40))
+
+    async def reloaded() -> bool:
+        return (await world.model("big")).slots_total == 2 and (await world.model("big")).state == "warm"
+
+    await eventually(reloaded, what="the model runs by its new definition")
+    assert len(Path(load_log).read_text().splitlines()) == 2
+    await world.apply(
+        {"big": simulated(maxConcurrent=2, maxQueue=3, minStayMs=7, options=before | {"answerTokens": 5})}
+    )
+    host = world.hosts["gpu1"]
+
+    async def followed() -> bool:
+        return host.residents.wakers["big"].model.min_stay_ms == 7
+
+    await eventually(followed, what="a change that needs no reload is followed")
+    assert (await world.model("big")).state == "warm"
+    assert len(Path(load_log).read_text().splitlines()) == 2
+
+
+async def test_what_needs_no_reload_holds_at_once(world: World) -> None:
+    """A limit that protects from a stuck answer must not wait until the stuck answer is over."""
+    await world.apply({"big": simulated(maxConcurrent=2, stallTimeoutMs=60_000)})
+    await world.host()
+    await world.until_model("big", "warm")
+    await world.runtime("big").break_with(stall_after_tokens=1)
+    stuck = await world.submit("big", tokens=9)
+    await stuck.until_state(State.STREAMING)
+    await world.apply({"big": simulated(maxConcurrent=2, stallTimeoutMs=300)})
+    host = world.hosts["gpu1"]
+
+    async def followed() -> bool:
+        return host.residents.wakers["big"].model.stall_timeout_ms == 300
+
+    await eventually(followed, what="the new limit", timeout_s=2)
+    assert (await (await world.submit("big", tokens=9)).end()).error_message == "the runtime was silent for 0.3 s"
+    assert (await stuck.record()).state is State.STREAMING
+
+
+async def test_thirty_applies_a_second_drop_nothing(world: World) -> None:
+    """Budgets change, and a model comes and goes, while forty clients ask for answers."""
+    await world.apply(definitions(0))
+    await world.scheduler()
+    await world.host()
+    for model in ("big", "small", "fleeting"):
+        await world.until_model(model, "warm")
+    done = asyncio.Event()
+    asks: list[Ask] = []
+
+    async def change() -> int:
+        number = 0
+        while not done.is_set():
+            number += 1
+            await world.apply(definitions(number))
+            try:
+                await asyncio.wait_for(done.wait(), 1 / 30)
+            except TimeoutError:
+                continue
+        return number
+
+    async def client(model: str) -> None:
+        for _ in range(6):
+            try:
+                ask = await world.submit(model, tokens=8)
+            except (errors.LaneFull, errors.UnknownModel, errors.ModelUnavailable):
+                continue
+            asks.append(ask)
+            await ask.end(20)
+
+    changing = asyncio.create_task(change())
+    await asyncio.gather(*(client(model) for model in ["big"] * 15 + ["small"] * 15 + ["fleeting"] * 10))
+    done.set()
+    changes = await changing
+    records = [await ask.record() for ask in asks]
+
+    assert changes > 15
+    assert len(asks) > 150
+    assert {record.state for record in records} == {State.DONE}
+    assert {ask.text for ask in asks} == {words(8)}
+    assert {record.losses for record in records} == {0}
+    await world.apply(definitions(0))
+    await world.until_model("fleeting", "warm")
+    assert (await (await world.submit("fleeting")).end()).served_by == "fleeting@gpu1"
+
+
+def definitions(number: int) -> dict[str, dict[str, Any]]:
+    options = {"decodeTps": 150}
+    models = {
+        "big": simulated(maxConcurrent=4, maxQueue=20 + number % 7, fallback="small", options=options),
+        "small": simulated(maxConcurrent=4, maxQueue=40 + number % 5, options=options),
+    }
+    if number % 4 != 3:
+        models["fleeting"] = simulated(maxConcurrent=2, maxQueue=20, fallback="small")
+    return models

@@ -1,0 +1,539 @@
+"""The model test: every verb in any order, on a virtual clock, against the promises of the design.
+
+After each step one picture of Redis is taken. It must break no sentence of `invariants`, the step must be one that the
+lifecycle table and the queue budgets allow, a refusal must have left no mark, and the answer must be the one that the
+rules below expect. The faults of `faults.py` show that it notices.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from broker import errors, jobs, lanes
+from broker.jobs import Holding
+from broker.lifecycle import ENDED, HELD, State
+from broker.policies import Active
+from broker.policy import Lane
+from broker.records import JobRecord, ModelOnHost, Waiting
+from broker.store import Store
+from tests.model.faults import FAULTS, Fault, planted
+from tests.support.broker_world import LONG_MS, POLICY, World, fake_redis, new_namespace, policy_with
+from tests.support.invariants import bound, missteps, take, violations
+
+POLICIES = [
+    POLICY,
+    policy_with(("maxQueue: 3", "maxQueue: 1"), ("maxQueue: 2", "maxQueue: 0")),
+    policy_with(("weights-big\n", "weights-big\n    trust: remote\n")),
+    "models:\n  big:\n    backend: simulated\n    model: weights-big\n    maxQueue: 3\n",
+]
+LANES = ("big", "small", "side", "far")
+REFUSALS = (errors.Refused, errors.Lost, errors.BadTransition)
+BROKE = errors.RuntimeFailed("broke")
+
+Step = TypeVar("Step", bound=Callable[..., None])
+DRAWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {}
+
+Call = Callable[[], Awaitable[Any]]
+Expected = type[errors.BrokerError] | None
+picks = st.integers(0, 15)
+
+
+def takes(**drawn: st.SearchStrategy[Any]) -> Callable[[Step], Step]:
+    """Says from what a step's arguments are drawn."""
+
+    def mark(step: Step) -> Step:
+        DRAWN[step.__name__] = st.fixed_dictionaries(drawn)
+        return step
+
+    return mark
+
+
+def several(*names: str) -> st.SearchStrategy[list[tuple[str, dict[str, Any]]]]:
+    """A few steps of one kind of actor, in any order; a name that stands here twice is drawn twice as often."""
+    one = st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), DRAWN[name]))
+    return st.lists(one, min_size=1, max_size=4)
+
+
+class Broken(AssertionError):
+    """A promise was broken; the message says which."""
+
+
+class Verbs(RuleBasedStateMachine):
+    """Clients, two workers, a scheduler and an operator, all of whom may be confused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.world = self.wait(self._open())
+        self.now = self.wait(take(self.world.store))
+        self.old: Active = self.world.book.active
+        self.ids: list[str] = []
+        self.held: list[Holding] = []
+        self.bodies: dict[str, bytes] = {}
+        self.seen: dict[str, bool] = {}
+        self.said: dict[str, list[bytes]] = {}
+
+    def wait(self, coming: Awaitable[Any]) -> Any:
+        return self.loop.run_until_complete(coming)  # type: ignore[arg-type]
+
+    async def _open(self) -> World:
+        world = World(Store.fake(fake_redis(), namespace=new_namespace()))
+        await world.apply()
+        return world
+
+    def teardown(self) -> None:
+        self.wait(self.world.store.close())
+        self.wait(self.loop.shutdown_default_executor())
+        self.loop.close()
+
+    # -- one step --
+
+    def act(self, what: str, call: Call, expected: Expected = None, *, marks: bool = True) -> Any:
+        """Does one thing and judges it; gives its result, None where it was refused."""
+        before, active = self.now, self.world.book.active
+        result, refusal = None, None
+        try:
+            result = self.wait(call())
+        except REFUSALS as e:
+            refusal = e
+        self.now = after = self.wait(take(self.world.store))
+        broken = []
+        changed = before.marks(after)
+        if refusal is not None and changed:
+            broken.append(f"promise 8: {what} was refused with {refusal.code} and left a mark on {', '.join(changed)}")
+        if not marks and changed:
+            broken.append(f"{what} changed {', '.join(changed)}")
+        broken += missteps(before, after, active) + violations(after)
+        if type(refusal) is not (expected or type(None)):
+            broken.append(f"{what}: expected {expected and expected.__name__}, got {refusal!r}")
+        if broken:
+            raise Broken("; ".join(broken))
+        return result
+
+    @invariant()
+    def what_was_said_is_in_the_log(self) -> None:
+        """Promise 4, and the rule of `seen`: known here because every frame and every reader came from here."""
+        for job_id, job in self.now.jobs.items():
+            content = [f.data for f in self.now.log(job_id) if not f.terminal]
+            if content and content != self.said[job_id]:
+                raise Broken(f"promise 4: the log of {job_id} says {content}, its worker said {self.said[job_id]}")
+            if job.seen != self.seen[job_id]:
+                raise Broken(f"job {job_id} has seen={job.seen}, its readers make it {self.seen[job_id]}")
+
+    # -- what the rules draw from --
+
+    def some_job(self, pick: int, *fitting: State) -> JobRecord:
+        """A job in one of the states that fit, if there is one; every fourth pick is any job, live ones first.
+
+        Hypothesis likes small numbers, so those must lead somewhere.
+        """
+        records = [self.now.jobs[i] for i in self.ids]
+        fit = [job for job in records if job.state in fitting]
+        known = fit if fit and pick % 4 < 3 else [j for j in records if j.live] + [j for j in records if not j.live][-3:]
+        return known[pick // 4 % len(known)]
+
+    def some_hold(self, pick: int, *fitting: State) -> tuple[Holding, JobRecord]:
+        """A hold that still holds, in one of the states that fit; every fourth pick is any of the last few holds."""
+        fit = [h for h in self.held if self.fenced(h, job := self.now.jobs[h.job_id]) is None and job.state in fitting]
+        known = fit if fit and pick % 4 < 3 else self.held[-8:]
+        held = known[-1 - pick // 4 % len(known)]
+        return held, self.now.jobs[held.job_id]
+
+    def fenced(self, held: Holding, job: JobRecord) -> Expected:
+        if job.state in ENDED:
+            return errors.AlreadyEnded
+        return None if job.state in HELD and job.attempt == held.attempt else errors.StaleAttempt
+
+    def full(self, lane: Lane) -> bool:
+        waiting = self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
+        return waiting >= bound(self.now, self.world.book.active, lane.name)
+
+    # -- clients --
+
+    @takes(
+        lane=st.sampled_from(LANES), sync=st.booleans(), stream=st.booleans(), grace=st.sampled_from([-1, 0, 4_000]),
+        reader=st.booleans(), later=st.sampled_from([0, 0, 0, 1_500]), key=st.sampled_from(["", "", "a", "b"]),
+        body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), stale=st.sampled_from([False] * 5 + [True]),
+    )  # fmt: skip
+    def submit(
+        self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
+        remote: bool, stale: bool,
+    ) -> None:  # fmt: skip
+        active = self.old if stale else self.world.book.active
+        into, w = active.lane(lane), self.world
+        if into is None or len(self.now.due) >= MOST_LIVE:
+            return
+        record = JobRecord(
+            id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
+            keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
+        )  # fmt: skip
+        idem = self.now.keys.get(w.store.keys.idem("anonymous", key)) if key else None
+        twin = idem.value.decode().split(" ")[0] if idem else ""
+        expected: Expected = None
+        if into.retiring:
+            expected = errors.ModelUnavailable
+        elif active.version != w.book.active.version:
+            expected = errors.StalePolicy
+        elif twin and self.bodies[twin] != body:
+            expected = errors.IdempotencyMismatch
+        elif not twin and not later and self.full(into):
+            expected = errors.LaneFull
+        got = self.act(
+            f"submit into {lane}",
+            lambda: lanes.submit(
+                w.store, active, w.fleet, record, into, body, reader="api1/r1" if reader else "", idempotency_key=key
+            ),
+            expected,
+            marks=not twin,
+        )
+        if got is None:
+            return
+        assert got.job_id == (twin or record.id) and got.attached == bool(twin)
+        if not twin:
+            self.ids.append(record.id)
+            self.bodies[record.id] = body
+            self.seen[record.id] = sync and stream and reader
+
+    @takes(pick=picks, lane=st.sampled_from(LANES))
+    def submit_again(self, pick: int, lane: str) -> None:
+        """The reply was lost: the same id once more, perhaps even into another lane."""
+        job, w = self.some_job(pick), self.world
+        into = w.book.active.lane(lane)
+        if into is not None and not into.retiring:
+            again = JobRecord(id=job.id, keep_ms=LONG_MS)
+            self.act(
+                "submit again", lambda: lanes.submit(w.store, w.book.active, w.fleet, again, into, b"x"), marks=False
+            )
+
+    @takes(pick=picks, reader=st.sampled_from(["api1/r1", "api1/r2", "api2/r1"]), wants=st.booleans())
+    def attach(self, pick: int, reader: str, wants: bool) -> None:
+        job = self.some_job(pick, State.QUEUED, State.STREAMING)
+        sees = wants and job.stream and job.mode == "sync"
+        self.act(
+            f"attach to {job.state}",
+            lambda: jobs.attach(self.world.store, job.id, reader=reader, lease_ms=10_000, sees=sees),
+            marks=job.live,
+        )
+        if job.live and sees:
+            self.seen[job.id] = True
+
+    @takes(pick=picks, reader=st.sampled_from(["api1/r1", "api1/r2", "api2/r1"]))
+    def detach(self, pick: int, reader: str) -> None:
+        job, there = self.some_job(pick), self.now.readers(self.some_job(pick).id)
+        left = self.act(
+            "detach", lambda: jobs.detach(self.world.store, job.id, reader=reader), marks=job.live and reader in there
+        )
+        alive = [name for name, until in there.items() if until > self.world.now and name != reader]
+        assert left == (len(alive) if job.live else 0)
+        if job.live and reader in there and not alive and job.grace_ms >= 0:
+            assert self.now.jobs[job.id].abandon_at == self.world.now + job.grace_ms
+
+    @takes(pick=picks, if_abandoned=st.booleans())
+    def cancel(self, pick: int, if_abandoned: bool) -> None:
+        job = self.some_job(pick)
+        expected: Expected = None if job.live else errors.AlreadyEnded
+        if job.live and if_abandoned and not 0 < job.abandon_at <= self.world.now:
+            expected = errors.NotDue
+        self.act(
+            f"cancel {job.state}", lambda: jobs.cancel(self.world.store, job.id, if_abandoned=if_abandoned), expected
+        )
+
+    # -- workers --
+
+    @takes(
+        pick=picks, host=st.sampled_from(["gpu1", "gpu2"]),
+        confused=st.sampled_from(["", "", "", "", "", "entry", "lane", "policy"]),
+    )  # fmt: skip
+    def claim(self, pick: int, host: str, confused: str) -> None:
+        job, w = self.some_job(pick, State.QUEUED), self.world
+        active = self.old if confused == "policy" else w.book.active
+        lane_name = "side" if confused == "lane" else job.lane
+        picture = Waiting(job.id, lane_name, "1-1" if confused == "entry" else job.entry)
+        lane, expected = active.lane(lane_name), None
+        if lane is None or active.version != w.book.active.version:
+            expected = errors.StalePolicy
+        elif not job.live:
+            expected = errors.AlreadyEnded
+        elif job.state is not State.QUEUED:
+            expected = errors.BadTransition
+        elif (lane_name, picture.entry) != (job.lane, job.entry):
+            expected = errors.Moved
+        elif lane.trust == "remote" and job.zone != "remote":
+            expected = errors.TrustZoneRefused
+        got = self.act(
+            f"claim {job.state}",
+            lambda: lanes.claim(w.store, active, picture, host=host, boot=host + "-boot"),
+            expected,
+        )
+        if got is not None:
+            record = self.now.jobs[job.id]
+            assert got.body == self.bodies[job.id]
+            assert [getattr(got.record, name) for name in CLAIMED] == [getattr(record, name) for name in CLAIMED]
+            self.held.append(Holding(job.id, job.lane, got.attempt, host + "-boot"))
+            self.said[job.id] = []
+
+    @takes(pick=picks)
+    def first_token(self, pick: int) -> None:
+        held, job = self.some_hold(pick, State.CLAIMED)
+        expected = self.fenced(held, job)
+        data = b"%d-1" % held.attempt
+        repeat = job.state is State.STREAMING
+        self.act(
+            f"first token for {job.state}", lambda: jobs.first_token(self.world.store, held, data), expected,
+            marks=not repeat,
+        )  # fmt: skip
+        if expected is None and not repeat:
+            self.said[job.id] = [data]
+
+    @takes(pick=picks, ahead=st.sampled_from([1, 1, 1, 0, 2]))
+    def emit(self, pick: int, ahead: int) -> None:
+        held, job = self.some_hold(pick, State.STREAMING)
+        seq = max(1, job.last_seq + ahead)
+        expected = self.fenced(held, job)
+        if expected is None and (job.state is not State.STREAMING or seq > job.last_seq + 1):
+            expected = errors.FrameGap
+        data = b"%d-%d" % (held.attempt, seq)
+        repeat = seq <= job.last_seq
+        self.act(
+            f"emit {seq} after {job.last_seq}", lambda: jobs.emit(self.world.store, held, seq, data), expected,
+            marks=not repeat,
+        )  # fmt: skip
+        if expected is None and not repeat:
+            self.said[job.id].append(data)
+
+    @takes(pick=picks, finish=st.booleans(), ahead=st.sampled_from([None, None, 0, 1, 1, 2]))
+    def end(self, pick: int, finish: bool, ahead: int | None) -> None:
+        held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
+        seq = 0 if ahead is None else job.last_seq + ahead
+        expected = self.fenced(held, job)
+        if expected is None and finish and job.state is State.CLAIMED:
+            expected = errors.BadTransition
+        elif expected is None and seq > job.last_seq + 1:
+            expected = errors.FrameGap
+        data, error = b"%d-%d" % (held.attempt, seq), None if finish else BROKE
+        self.act(
+            f"end {job.state} at attempt {job.attempt} by attempt {held.attempt}",
+            lambda: jobs.end(self.world.store, held, "finish" if finish else "fail", seq=seq, data=data, error=error),
+            expected,
+        )
+        if expected is None and seq == job.last_seq + 1:
+            self.said[job.id].append(data)
+
+    @takes(pick=picks, loss=st.booleans())
+    def release(self, pick: int, loss: bool) -> None:
+        held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
+        expected = self.fenced(held, job)
+        if expected is None and job.state is State.STREAMING and job.seen:
+            expected = errors.BadTransition
+        got = self.act(
+            f"release {job.state}",
+            lambda: jobs.release(self.world.store, held, loss=loss, max_losses=1, error=BROKE),
+            expected,
+        )
+        if got is not None:
+            assert got == ("failed" if loss and job.losses >= 1 else "queued")
+
+    @takes(pick=picks, right=st.sampled_from([True, True, False]))
+    def renew(self, pick: int, right: bool) -> None:
+        held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
+        asked = held if right else replace(held, boot="another")
+        expected = self.fenced(held, job) or (None if right else errors.StaleAttempt)
+        self.act("renew", lambda: jobs.renew(self.world.store, asked, lease_ms=10_000), expected)
+
+    # -- schedulers --
+
+    @takes(pick=picks, moved=st.sampled_from([False, False, False, True]))
+    def promote(self, pick: int, moved: bool) -> None:
+        job, w = self.some_job(pick, State.QUEUED, State.CLAIMED), self.world
+        here = w.book.active.lane(job.lane)
+        to = w.book.active.policy.lane(here.fallback) if here is not None and here.fallback else None
+        if to is None:
+            return
+        picture, expected = replace(job, entry="1-1") if moved else job, None
+        if not job.live:
+            expected = errors.AlreadyEnded
+        elif job.state not in (State.QUEUED, State.CLAIMED):
+            expected = errors.BadTransition
+        elif moved:
+            expected = errors.Moved
+        elif to.trust == "remote" and job.zone != "remote":
+            expected = errors.TrustZoneRefused
+        elif self.full(to):
+            expected = errors.LaneFull
+        self.act(f"promote {job.state}", lambda: lanes.promote(w.store, w.book.active, w.fleet, picture, to), expected)
+
+    @takes(pick=picks)
+    def recover(self, pick: int) -> None:
+        job = self.some_job(pick, State.CLAIMED, State.STREAMING)
+        expected: Expected = None
+        if not job.live:
+            expected = errors.AlreadyEnded
+        elif job.state not in HELD:
+            expected = errors.BadTransition
+        elif job.lease_until > self.world.now:
+            expected = errors.NotDue
+        again = self.act(f"recover {job.state}", lambda: lanes.recover(self.world.store, job, max_losses=1), expected)
+        if again is not None:
+            assert again == (job.losses < 1 and not (job.state is State.STREAMING and job.seen))
+
+    @takes(pick=picks)
+    def expire(self, pick: int) -> None:
+        job = self.some_job(pick, State.QUEUED)
+        expected: Expected = None
+        if not job.live:
+            expected = errors.AlreadyEnded
+        elif job.state in HELD:
+            expected = errors.BadTransition
+        elif job.give_up_at > self.world.now:
+            expected = errors.NotDue
+        self.act(
+            f"expire {job.state}", lambda: lanes.expire(self.world.store, job, errors.JobExpired("late")), expected
+        )
+
+    @takes(pick=picks)
+    def release_due(self, pick: int) -> None:
+        job, w = self.some_job(pick, State.SCHEDULED), self.world
+        lane = w.book.active.lane(job.lane)
+        if lane is None:
+            return
+        expected: Expected = None
+        if not job.live:
+            expected = errors.AlreadyEnded
+        elif job.state is not State.SCHEDULED:
+            expected = errors.BadTransition
+        elif job.not_before > w.now:
+            expected = errors.NotDue
+        elif self.full(lane):
+            expected = errors.LaneFull
+        self.act(
+            f"release_due {job.state}", lambda: lanes.release_due(w.store, w.book.active, w.fleet, job, lane), expected
+        )
+
+    @takes(pick=picks)
+    def postpone(self, pick: int) -> None:
+        job = self.some_job(pick)
+        self.act("postpone", lambda: lanes.postpone(self.world.store, job, after_ms=1_000), marks=job.state not in HELD)
+
+    @takes(pick=picks, hasten=st.booleans())
+    def look(self, pick: int, hasten: bool) -> None:
+        job = self.some_job(pick)
+        self.act("look", lambda: self.world.due.look(job.id, hasten=hasten))
+
+    @takes(lane=st.sampled_from(LANES))
+    def sweep(self, lane: str) -> None:
+        """On a healthy lane it has nothing to do."""
+        assert self.act("sweep", lambda: lanes.sweep(self.world.store, lane, page=2), marks=False) == (0, 0)
+
+    # -- operator, hosts, time --
+
+    @takes(number=st.integers(0, len(POLICIES) - 1))
+    def apply(self, number: int) -> None:
+        self.old = self.world.book.active
+        self.act("apply", lambda: self.world.apply(POLICIES[number]))
+
+    @takes(lane=st.sampled_from(LANES))
+    def retire(self, lane: str) -> None:
+        async def retire() -> None:
+            gone = await lanes.retire(self.world.store, lane)
+            assert not gone or lane not in self.now.lanes or not self.now.lanes[lane].entries
+            await self.world.book.reload()
+
+        self.act("retire", retire)
+
+    @takes(
+        host=st.sampled_from(["gpu1", "gpu2"]), model=st.sampled_from(["big", "small", "far"]),
+        state=st.sampled_from(["warm", "warm", "degraded", "cold", "waking"]), slots=st.integers(0, 3),
+        settling=st.integers(0, 1),
+    )  # fmt: skip
+    def beat(self, host: str, model: str, state: str, slots: int, settling: int) -> None:
+        told = {model: ModelOnHost(state=state, slots_total=slots, slots_settling=settling)}
+        self.act("beat", lambda: self.world.tell(host, told, boot=host + "-boot"))
+
+    # -- who does what: the rules --
+    # One rule for each kind of actor, several steps long: with a rule for each verb, hypothesis switches so many of
+    # them off in an example that a job rarely comes as far as its second frame.
+
+    def do(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        for name, arguments in steps:
+            if (name == "submit" or self.ids) and (name not in ON_A_HOLD or self.held):
+                getattr(self, name)(**arguments)
+
+    @initialize(first=DRAWN["submit"], told=DRAWN["beat"])
+    def begin(self, first: dict[str, Any], told: dict[str, Any]) -> None:
+        self.beat(**told)
+        self.submit(**first)
+
+    @rule(steps=several("submit", "submit", "submit", "submit_again"))
+    def clients_ask(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        self.do(steps)
+
+    @rule(steps=several("attach", "detach", "cancel"))
+    def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        self.do(steps)
+
+    @rule(steps=several("claim", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
+    def workers_work(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        self.do(steps)
+
+    @rule(serve=st.tuples(DRAWN["claim"], DRAWN["first_token"], DRAWN["emit"], DRAWN["end"]), steps=st.integers(2, 4))
+    def workers_serve(self, serve: tuple[dict[str, Any], ...], steps: int) -> None:
+        self.do(list(zip(("claim", "first_token", "emit", "end"), serve, strict=True))[:steps])
+
+    @rule(steps=several("promote", "promote", "recover", "expire", "release_due", "postpone", "look", "sweep"))
+    def schedulers_look(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        self.do(steps)
+
+    @rule(steps=several("apply", "retire", "beat", "beat"))
+    def operators_change(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        self.do(steps)
+
+    @rule(ms=st.sampled_from([1_000, 10_000, 1, 500, 4_000, 20_000]))
+    def time_passes(self, ms: int) -> None:
+        """Of the ended jobs all but the last few are past their keep time: their keys go as if they had expired."""
+        self.world.now += ms
+        names, ended = self.world.store.keys, [i for i in self.ids if not self.now.jobs[i].live]
+        for job_id in ended[:-3]:
+            gone = [names.job(job_id), names.frames(job_id), names.request(job_id)]
+            idem = self.now.jobs[job_id].idem
+            if idem and self.now.idem(idem) == job_id:
+                gone.append(idem)
+            self.wait(self.world.store.command("DEL", *gone))
+            self.ids.remove(job_id)
+            self.held = [held for held in self.held if held.job_id != job_id]
+        self.now = self.wait(take(self.world.store))
+
+
+MOST_LIVE = 6
+CLAIMED = ("id", "lane", "entry", "state", "attempt", "owner", "boot", "model", "stream", "mode", "zone", "lease_until")
+ON_A_HOLD = {"first_token", "emit", "end", "release", "renew"}
+
+QUICK = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
+)  # fmt: skip
+HUNT = settings(QUICK, max_examples=250, derandomize=True, database=None, phases=[Phase.generate])
+
+
+def test_the_verbs_keep_the_promises() -> None:
+    run_state_machine_as_test(Verbs, settings=QUICK)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3_600)
+def test_the_verbs_keep_the_promises_for_long() -> None:
+    run_state_machine_as_test(Verbs, settings=settings(QUICK, max_examples=4_000, stateful_step_count=80))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_a_planted_fault_is_caught(fault: Fault, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model test that notices nothing proves nothing."""
+    with planted(fault), pytest.raises(Broken) as caught:
+        run_state_machine_as_test(Verbs, settings=HUNT)
+    with capsys.disabled():
+        print(f"\n{fault.name}: {caught.value}")

@@ -1,0 +1,189 @@
+"""Who is next, how long it will take, and whether moving helps: tables of facts and decisions."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.dispatch import (
+    INTERACTIVE_MEMORY_MS,
+    UNKNOWN_SERVICE_MS,
+    ModelView,
+    choose,
+    first_token_in_ms,
+    promotion_helps,
+    ready_in_ms,
+    retry_after_s,
+    waiting_is_pointless,
+)
+from broker.records import Waiting
+
+NOW = 1_000_000
+WARM = ModelView("warm", slots_total=2, slots_free=2, service_ms=1_000, load_ms=8_000, first_token_ms=300)
+
+
+def job(name: str, *, age_ms: int = 0, slack_ms: int | None = None, batch: bool = False) -> Waiting:
+    return Waiting(
+        job=name, lane="big", entry="1-1", submitted=NOW - age_ms, priority="batch" if batch else "interactive",
+        promote_at=0 if slack_ms is None else NOW + slack_ms,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("why", "waiting", "chosen"),
+    [
+        ("the oldest", [job("new", age_ms=1), job("old", age_ms=9), job("mid", age_ms=5)], "old"),
+        ("interactive before older batch", [job("b", age_ms=99, batch=True), job("i")], "i"),
+        ("batch when there is nothing else", [job("b2", age_ms=1, batch=True), job("b1", age_ms=2, batch=True)], "b1"),
+        ("slack under one service time beats age", [job("old", age_ms=99), job("near", slack_ms=999)], "near"),
+        ("slack of one service time does not", [job("old", age_ms=99), job("far", slack_ms=1_000)], "old"),
+        ("the earliest deadline of the near ones", [job("n1", age_ms=9, slack_ms=900), job("n2", slack_ms=100)], "n2"),
+        ("an overdue one first of all", [job("near", slack_ms=10), job("late", slack_ms=-500)], "late"),
+        ("no deadline is never near", [job("old", age_ms=1), job("new", slack_ms=50_000)], "old"),
+        ("a near batch job waits for interactive work", [job("b", slack_ms=1, batch=True), job("i")], "i"),
+        ("the id decides between equals", [job("b"), job("a"), job("c")], "a"),
+    ],
+)
+def test_who_is_next(why: str, waiting: list[Waiting], chosen: str) -> None:
+    for order in (waiting, waiting[::-1]):
+        found = choose(order, free=1, total=1, now_ms=NOW, service_ms=1_000)
+        assert found is not None and found.job == chosen, why
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "interactive_at", "batch_runs"),
+    [
+        (1, 1, NOW, True),  # a single slot is never kept
+        (1, 2, NOW - 1, False),  # the last of two is kept after interactive work
+        (2, 2, NOW - 1, True),
+        (1, 2, NOW - INTERACTIVE_MEMORY_MS, True),  # long ago
+        (1, 2, 0, True),  # never
+        (0, 2, 0, False),
+    ],
+)
+def test_the_slot_that_is_kept_for_people(free: int, total: int, interactive_at: int, batch_runs: bool) -> None:
+    facts = {"free": free, "total": total, "now_ms": NOW, "service_ms": 1_000, "interactive_at": interactive_at}
+    assert (choose([job("b", batch=True)], **facts) is not None) is batch_runs
+    assert (choose([job("i"), job("b", batch=True)], **facts) is not None) is (free > 0)
+
+
+JOBS = st.builds(
+    job, st.text("abcdef", min_size=1, max_size=3), age_ms=st.integers(0, 50),
+    slack_ms=st.none() | st.integers(-9, 2_000), batch=st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(JOBS, unique_by=lambda j: j.job), st.randoms(use_true_random=False))
+def test_the_choice_depends_on_the_facts_only(waiting: list[Waiting], rng: object) -> None:
+    """Not on the order in which the entries come; an interactive job never waits for a batch job."""
+    shuffled = list(waiting)
+    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    facts = {"free": 1, "total": 1, "now_ms": NOW, "service_ms": 1_000.0}
+    found = choose(waiting, **facts)  # type: ignore[arg-type]
+    assert found == choose(shuffled, **facts)  # type: ignore[arg-type]
+    assert (found is None) == (not waiting)
+    if found is not None and found.priority == "batch":
+        assert all(j.priority == "batch" for j in waiting)
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        (WARM, 0),
+        (replace(WARM, availability="degraded"), 0),
+        (replace(WARM, availability="cold"), 8_000),
+        (replace(WARM, availability="unavailable"), math.inf),
+        (replace(WARM, availability="cold", load_ms=0), None),
+        (replace(WARM, availability="waking", load_ms=0, waking_since=NOW - 5), None),
+        (replace(WARM, availability="waking", waking_since=NOW - 5_000), 3_000),
+        (replace(WARM, availability="waking", waking_since=0), 8_000),
+        (replace(WARM, availability="waking", waking_since=NOW - 60_000), 2_000),  # late: a quarter more
+    ],
+)
+def test_when_a_model_can_take_a_job(view: ModelView, expected: float | None) -> None:
+    assert ready_in_ms(view, NOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("view", "ahead", "expected"),
+    [
+        (WARM, 0, 300),
+        (WARM, 1, 300),
+        (WARM, 2, 1_300),  # both slots go to those before it
+        (WARM, 3, 1_300),
+        (WARM, 4, 2_300),
+        (replace(WARM, slots_free=0), 0, 1_300),
+        (replace(WARM, service_ms=0, slots_free=0), 0, UNKNOWN_SERVICE_MS + 300),
+        (replace(WARM, availability="cold", slots_free=0), 1, 8_300),
+        (replace(WARM, availability="cold", slots_free=0), 2, 9_300),
+        (replace(WARM, availability="cold", slots_total=0, slots_free=0), 0, 8_300),
+        (replace(WARM, availability="unavailable"), 0, math.inf),
+        (replace(WARM, availability="cold", load_ms=0), 0, None),
+    ],
+)
+def test_when_a_first_token_comes(view: ModelView, ahead: int, expected: float | None) -> None:
+    assert first_token_in_ms(view, ahead=ahead, now_ms=NOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "overdue", "helps"),
+    [
+        (5_000, 300, False, True),
+        (300, 5_000, True, False),
+        (300, 300, True, False),
+        (None, 300, False, False),  # nothing is known and there is time: wait
+        (None, 300, True, True),  # past the deadline, unknown counts as never
+        (None, None, True, True),
+        (math.inf, None, False, True),
+        (3_999, None, True, False),  # a fallback that was never loaded counts as its own budget
+        (4_001, None, True, True),
+        (math.inf, math.inf, True, False),
+        (None, math.inf, True, False),
+    ],
+)
+def test_whether_moving_helps(here: float | None, there: float | None, overdue: bool, helps: bool) -> None:
+    assert promotion_helps(here, there, there_budget_ms=4_000, overdue=overdue) is helps
+
+
+@pytest.mark.parametrize(
+    ("availability", "here", "priority", "pointless"),
+    [
+        ("unavailable", math.inf, "batch", True),
+        ("degraded", 0, "interactive", True),
+        ("degraded", 0, "batch", False),
+        ("warm", 90_000, "interactive", False),  # warm and busy: its turn will come
+        ("cold", 5_001, "interactive", True),
+        ("waking", 5_000, "interactive", False),
+        ("waking", None, "interactive", False),
+    ],
+)
+def test_whether_waiting_is_pointless(availability: str, here: float | None, priority: str, pointless: bool) -> None:
+    view = ModelView(availability)  # type: ignore[arg-type]
+    assert waiting_is_pointless(here, view, left_ms=5_000, priority=priority) is pointless
+
+
+@pytest.mark.parametrize(
+    ("view", "seconds"),
+    [
+        (WARM, 1),
+        (replace(WARM, service_ms=7_000), 4),
+        (replace(WARM, service_ms=7_000, slots_total=0), 7),
+        (replace(WARM, service_ms=0, slots_total=1), 5),
+        (replace(WARM, availability="waking"), 9),
+        (replace(WARM, availability="cold", load_ms=90_000), 30),
+        (replace(WARM, service_ms=1, slots_total=8), 1),
+    ],
+)
+def test_when_to_come_back(view: ModelView, seconds: int) -> None:
+    assert retry_after_s(view) == seconds
+
+
+@given(
+    st.sampled_from(["warm", "degraded", "waking", "cold", "unavailable"]), st.integers(0, 9), st.floats(0, 1e9),
+    st.floats(0, 1e9),
+)  # fmt: skip
+def test_the_answer_is_always_between_one_and_thirty(state: str, slots: int, service: float, load: float) -> None:
+    view = ModelView(state, slots_total=slots, service_ms=service, load_ms=load)  # type: ignore[arg-type]
+    assert 1 <= retry_after_s(view) <= 30

@@ -1,0 +1,102 @@
+"""The text of `gateway status`, letter by letter."""
+
+import json
+
+from api.status_table import duration, size, status_table
+from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
+
+GIB = 1 << 30
+
+SPECIFIED = """\
+MODEL        STATE   FIRST TOKEN   QUEUE   MEM
+deep-coder   warm    1180ms        2/6     31.8G
+coder-small  warm    420ms         1/12    8.6G
+policy: deep-coder fallback -> coder-small after 25000ms cold-start budget
+"""
+
+DEEP = ModelStatus(
+    name="deep-coder", runtime="ollama", state="warm", first_token_ms=1180.4, waiting=2, max_queue=6,
+    slots_total=2, memory_bytes=int(31.8 * GIB), hosts=("gpu1",),
+)  # fmt: skip
+SMALL = ModelStatus(
+    name="coder-small", runtime="llama.cpp", state="warm", first_token_ms=420, waiting=1, max_queue=12,
+    slots_total=4, memory_bytes=int(8.6 * GIB), hosts=("gpu1",),
+)  # fmt: skip
+HOST = HostStatus(
+    name="gpu1", memory_total=48 * GIB, memory_used=int(40.4 * GIB), memory_headroom=int(7.6 * GIB),
+    models=("coder-small", "deep-coder"),
+)  # fmt: skip
+TEAM = Snapshot(
+    policy_version=3,
+    models=(DEEP, SMALL),
+    lanes=(
+        LaneStatus(
+            name="deep-coder", model="deep-coder", waiting=2, max_queue=6, fallback="coder-small",
+            cold_start_budget_ms=25_000,
+        ),
+        LaneStatus(name="deep-coder.batch", model="deep-coder", priority="batch", max_queue=10_000),
+        LaneStatus(name="coder-small", model="coder-small", waiting=1, max_queue=12, cold_start_budget_ms=4_000),
+    ),
+    hosts=(HOST,),
+)  # fmt: skip
+
+
+def test_the_table_of_the_specification() -> None:
+    """What people were promised, and under it the host."""
+    assert status_table(TEAM) == SPECIFIED + "host: gpu1 up, 40.4G of 48.0G used, headroom 7.6G"
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    cold = Snapshot(models=(ModelStatus(name="big", state="cold", max_queue=8),), hosts=(HOST,))
+    assert status_table(cold).splitlines()[1] == "big    cold    -             0/8     -"
+
+
+def test_long_names_widen_their_column() -> None:
+    long = ModelStatus(name="a-model-with-quite-a-name", state="quarantined", max_queue=8)
+    head, row = status_table(Snapshot(models=(long,), hosts=(HOST,))).splitlines()[:2]
+    assert head.index("STATE") == row.index("quarantined") == len(long.name) + 2
+    assert head.index("FIRST TOKEN") == row.index("-", row.index("quarantined")) == head.index("STATE") + 14
+
+
+def test_whatever_needs_a_word_gets_a_line() -> None:
+    """Simulated answers, a failed load, slots that settle, a batch that waits, a lane on its way out, no host."""
+    shown = Snapshot(
+        made_up=True,
+        models=(
+            ModelStatus(name="sim", state="warm", simulated=True, slots_total=2, slots_settling=1),
+            ModelStatus(name="big", label="the big one", state="quarantined", reason="the file is not there"),
+        ),
+        lanes=(
+            LaneStatus(name="sim", model="sim"),
+            LaneStatus(
+                name="sim.batch", model="sim", waiting=7, max_queue=10_000, running=1, oldest_waiting_ms=185_000
+            ),
+            LaneStatus(name="gone", model="gone", waiting=1, max_queue=4, retiring=True),
+        ),
+    )
+    assert status_table(shown).splitlines()[3:] == [
+        "lane: sim.batch 7/10000 waiting, 1 running on sim, the oldest for 3m",
+        "lane: gone 1/4 waiting, 0 running on gone, retiring",
+        "host: none is alive, so nothing can be served",
+        "note: sim is simulated: its answers mean nothing",
+        "note: sim has 1 of 2 slots settling after a cancel",
+        "note: the big one is quarantined: the file is not there",
+        "note: this policy was made up by `gateway up`, since none was given",
+    ]
+
+
+def test_a_snapshot_survives_the_wire() -> None:
+    """The command line reads what the api tells, also when a newer one tells more."""
+    told = json.loads(json.dumps(TEAM.as_json()))
+    told["news"] = told["models"][0]["news"] = told["lanes"][0]["news"] = told["hosts"][0]["news"] = [1]
+    assert Snapshot.from_json(told) == TEAM
+    assert told["policy"] == ["deep-coder fallback -> coder-small after 25000ms cold-start budget"]
+
+
+def test_sizes_and_ages_are_short() -> None:
+    assert [size(n) for n in (0, 1, 640 << 20, 1023 << 20, GIB, 100 * GIB)] == [
+        "-", "1M", "640M", "1023M", "1.0G", "100.0G",
+    ]  # fmt: skip
+    assert [duration(n) for n in (0, 999, 1000, 119_000, 120_000, 7_199_000, 7_200_000)] == [
+        "0ms", "999ms", "1s", "119s", "2m", "120m", "2h",
+    ]  # fmt: skip
