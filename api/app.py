@@ -19,6 +19,7 @@ from fastapi.responses import Response
 
 from api import errors as told
 from api.asgi import App, Receive, Scope, Send
+from api.cork import CorkedProtocol
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
@@ -117,7 +118,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(gateway, crashed=self._crashed),
-                http="httptools",
+                http=CorkedProtocol,
+                proxy_headers=False,  # nothing here asks where a request came from
                 ws="none",
                 lifespan="on",
                 access_log=False,

@@ -1,6 +1,5 @@
 """Whose request it is, for the endpoints that FastAPI serves."""
 
-from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -24,4 +23,3 @@ def caller_of(request: Request, gateway: Gate) -> str:
 
 
 Caller = Annotated[str, Depends(caller_of)]
-needs_key: Callable[..., str] = caller_of

@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
+from api.listen import Listen
+from api.settings import ApiSettings
 from api.state_dir import CannotStart, state_dir
 from api.status_table import duration, status_table
 from api.up import AppliedPolicy, Options, child_environment
@@ -68,16 +70,15 @@ def up(
     data: Annotated[Path | None, typer.Option(help="Where the data goes.", envvar="GATEWAY_STATE_DIR")] = None,
 ) -> None:
     """Runs everything on this machine: Redis if need be, the api, the scheduler and a worker."""
-    bound_host, bound_port = _bind_of(os.environ.get("GATEWAY_BIND", ""))
-    settings = read_settings(BrokerSettings)
+    settings = read_settings(ApiSettings)
     options = Options(
         policy_path=policy,
-        host=host or bound_host or "127.0.0.1",
-        port=port if port is not None else bound_port if bound_port is not None else 8400,
+        host=host or settings.host,
+        port=settings.port if port is None else port,
         data_dir=data,
         redis_url=os.environ.get("GATEWAY_REDIS_URL", ""),
         namespace=settings.namespace,
-        keys=os.environ.get("GATEWAY_KEYS", ""),
+        keys=settings.keys.get_secret_value(),
         host_name=os.environ.get("GATEWAY_HOST_NAME", ""),
     )
     raise typer.Exit(asyncio.run(run_up(options, apply_policy=apply_policy)))
@@ -89,11 +90,9 @@ def api(
     port: Annotated[int | None, typer.Option(help="The port.", min=0, max=65535)] = None,
 ) -> None:
     """Runs the api alone, against GATEWAY_REDIS_URL."""
-    bound_host, bound_port = _bind_of(os.environ.get("GATEWAY_BIND", ""))
-    place = host or bound_host or "127.0.0.1"
-    number = port if port is not None else bound_port if bound_port is not None else 8400
-    bind = f"[{place}]:{number}" if ":" in place else f"{place}:{number}"
-    _become("api.app", GATEWAY_BIND=bind, GATEWAY_KEYS=os.environ.get("GATEWAY_KEYS", ""))
+    settings = read_settings(ApiSettings)
+    place = Listen(host or settings.host, settings.port if port is None else port)
+    _become("api.app", GATEWAY_BIND=place.bind, GATEWAY_KEYS=settings.keys.get_secret_value())
 
 
 @app.command()
@@ -136,7 +135,11 @@ def status(
             await asyncio.sleep(every_s)
             await show()
 
-    asyncio.run(look())
+    try:
+        asyncio.run(look())
+    except KeyboardInterrupt:
+        if not watch:
+            raise
 
 
 @policy_app.command("check")
@@ -293,13 +296,6 @@ def _become(module: str, **more: str) -> NoReturn:
     environment = {**child_environment(os.environ), **{name: value for name, value in more.items() if value}}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)
-
-
-def _bind_of(text: str) -> tuple[str, int | None]:
-    host, _, port = text.rpartition(":")
-    if text and not (host and port.isdecimal()):
-        raise Failed("GATEWAY_BIND must be a host and a port, like 127.0.0.1:8400", USAGE)
-    return host.strip("[]"), int(port) if port else None
 
 
 def _read(file: Path) -> str:

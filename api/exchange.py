@@ -58,7 +58,10 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._patience: asyncio.Timeout | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._until = 0.0
+        self._waiting = False
+        self._woken = False
 
     def header(self, name: bytes) -> str:
         """Gives a header's text, "" if it was not sent."""
@@ -89,13 +92,15 @@ class Exchange:
         """Ends the watch."""
         if self._watcher is not None:
             self._watcher.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
 
     def interrupt(self, why: type[Interrupted]) -> None:
         """Makes whoever waits in `next` raise `why`, now or as soon as it waits again."""
         if self.why is None:
             self.why = why
-        if self._patience is not None and not self._patience.expired():
-            self._patience.reschedule(0)
+        if self._waiting:
+            self._wake()
         elif self.sending_since and why is Stalled and self._task is not None:
             self._task.cancel()  # it waits in `send`, and the client will not let it out
 
@@ -106,16 +111,19 @@ class Exchange:
         frame = reader.ready()
         if frame is not None:
             return frame
+        self._expect(until)
+        self._waiting = True
         try:
-            async with asyncio.timeout_at(until) as self._patience:
-                return await reader.next()
-        except TimeoutError:
+            return await reader.next()
+        except asyncio.CancelledError:
+            if not self._woken or self._task is None or self._task.uncancel() > 0:
+                raise
             if self.why is not None:
                 raise self.why from None
             reader.look()  # it may have been in the middle of a look into the log
             return None
         finally:
-            self._patience = None
+            self._waiting = self._woken = False
 
     async def start(self, status: int, headers: Headers, *, in_band: bool = False) -> None:
         """Sends status and headers; `in_band` says that errors can still be told inside the body."""
@@ -151,6 +159,30 @@ class Exchange:
             await self.write(wrong.event(), last=True)
         else:
             raise CutConnection(wrong.code)
+
+    def _expect(self, until: float) -> None:
+        """Sees to it that `next` ends in time. One timer lives on over all frames: a timeout for each would cost more
+        than the frame."""
+        self._until = until
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(until, self._ring)
+        elif self._alarm.when() > until:
+            self._alarm.cancel()
+            self._alarm = self._loop.call_at(until, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if not self._waiting:
+            return
+        if self._loop.time() < self._until:
+            self._alarm = self._loop.call_at(self._until, self._ring)
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken and self._task is not None:
+            self._woken = True
+            self._task.cancel()
 
     async def _read_parts(self, message: object, bytes_max: int) -> bytes:
         parts: list[bytes] = []

@@ -108,7 +108,8 @@ class Scheduler:
             length, held = counts[lane]
             waiting, before = length - held, self._waiting_then.get(lane)
             self._waiting_then[lane] = waiting
-            for _ in range(max(0, before - waiting) if before is not None else 0):
+            # the first count of a lane comes after its refusal: a place may have been freed in between
+            for _ in range(1 if before is None else max(0, before - waiting)):
                 if not self._stuck[lane]:
                     break
                 job, _none = self._stuck[lane].popitem(last=False)

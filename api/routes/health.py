@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 
-from api.auth import Gate, needs_key
+from api.auth import Gate, caller_of
 from api.gateway import Gateway
 from broker import errors
 from broker.metrics import CONTENT_TYPE
@@ -42,7 +42,7 @@ async def readyz(gateway: Gate) -> JSONResponse:
     return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
 
 
-@router.get("/metrics", dependencies=[Depends(needs_key)])
+@router.get("/metrics", dependencies=[Depends(caller_of)])
 async def metrics(gateway: Gate) -> Response:
     """The page that Prometheus reads."""
     shown: Snapshot | None = None
@@ -60,7 +60,7 @@ async def metrics(gateway: Gate) -> Response:
     return Response(page, headers={"content-type": CONTENT_TYPE})
 
 
-@router.get("/v1/status", dependencies=[Depends(needs_key)])
+@router.get("/v1/status", dependencies=[Depends(caller_of)])
 async def status(gateway: Gate) -> dict[str, Any]:
     """The snapshot that `gateway status` prints."""
     return (await snapshot(gateway.store, gateway.book, gateway.fleet)).as_json()

@@ -139,5 +139,3 @@ def _after(text: str) -> tuple[int, int]:
     if found is None:
         raise errors.BadRequest("Last-Event-ID must be the id of a frame, like 1-17", "Last-Event-ID")
     return int(found.group(1)), int(found.group(2))
-
-

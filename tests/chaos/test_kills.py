@@ -18,7 +18,7 @@ KILLS = 3
 
 async def kill_and_wait(up: House, part: str, storm: Storm) -> None:
     """Kills a part at a random moment, and waits until another one runs in its place."""
-    await asyncio.sleep(0.3 + 1.7 * storm.dice.random())
+    await asyncio.sleep(0.2 + 1.3 * storm.dice.random())
     killed = up.kill_part(part)
     await until(lambda: (now := up.part(part)) is not None and now.pid != killed, what=f"another {part}", timeout_s=15)
 
@@ -26,10 +26,10 @@ async def kill_and_wait(up: House, part: str, storm: Storm) -> None:
 async def run(up: House, storm: Storm, ledger: Ledger, parts: list[str]) -> None:
     """Kills these parts one after another, gives the last one a moment, and waits for the end of everything."""
     async with storm.raging():
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.0)
         for part in parts:
             await kill_and_wait(up, part, storm)
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(1.0)
     await ledger.settled()
     print(dict(storm.outcomes), ends(ledger))
 

@@ -23,9 +23,12 @@ async def test_hundreds_of_kills(tmp_path: Path) -> None:
     seed = seed_of("long")
     log = tmp_path / "loads"
     kills: dict[str, int] = {}
-    async with parts(tmp_path, storm_policy(log, keepMs=60_000), *NAMES) as house:
-        await house.until_warm("big", "small", workers=("worker1",))
-        storm = Storm([house.api("api1"), house.api("api2")], seed, longest=60)
+    policy = storm_policy(log, hosts=("worker1", "worker2"), keepMs=60_000)
+    async with parts(tmp_path, policy, *NAMES) as house:
+        await house.until_warm("of-worker1", workers=("worker1",))
+        await house.until_warm("of-worker2", workers=("worker2",))
+        models = ("big", "big", "small", "of-worker1", "of-worker2")
+        storm = Storm([house.api("api1"), house.api("api2")], seed, longest=60, models=models)
         async with watched(house.redis.url, every_s=4.0) as ledger:
             end = time.monotonic() + MINUTES * 60
             async with storm.raging():

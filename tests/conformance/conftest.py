@@ -1,6 +1,5 @@
 """A gateway for the tests of this folder: real processes, a real llama.cpp, and pretended models that misbehave."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,9 @@ import pytest
 from tests.support.gateway_process import House, house
 from tests.support.llama_server import llama_command
 from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.worker_world import policy, simulated
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.real)
+Llama = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +21,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama(tiny_gguf: Path) -> Callable[..., dict[str, Any]]:
+def llama(tiny_gguf: Path) -> Llama:
     """Makes a policy entry for the real llama.cpp; words of `llama_command` delay its load or log it."""
 
     def entry(*, load_delay_ms: int = 0, load_log: Path | None = None, **keys: Any) -> dict[str, Any]:
@@ -36,22 +32,18 @@ def llama(tiny_gguf: Path) -> Callable[..., dict[str, Any]]:
     return entry
 
 
-def pretend(**keys: Any) -> dict[str, Any]:
-    """A policy entry for a simulated model."""
-    return {"backend": "simulated", "model": "pretend", "memoryMb": 1, "keepWarm": True, **keys}
-
-
 @pytest.fixture(scope="session")
-def shared_house(tmp_path_factory: pytest.TempPathFactory, llama: Callable[..., dict[str, Any]]) -> Iterator[House]:
+def shared_house(tmp_path_factory: pytest.TempPathFactory, llama: Llama) -> Iterator[House]:
     """One gateway for the tests that leave it as they found it."""
     models = {
         "tiny": llama(maxConcurrent=2, maxQueue=8, aliases=["gpt-4o"]),
-        "pretend": pretend(maxConcurrent=4, maxQueue=8, options={"decodeTps": 100}),
-        "narrow": pretend(maxConcurrent=1, maxQueue=1, options={"decodeTps": 20}),
-        "thoughtful": pretend(maxConcurrent=4, options={"prefillTps": 12}),
+        "pretend": simulated(maxConcurrent=5, maxQueue=8, memoryMb=1, options={"decodeTps": 100}),
+        "narrow": simulated(maxConcurrent=1, maxQueue=1, memoryMb=1, options={"decodeTps": 50}),
+        "thoughtful": simulated(maxConcurrent=4, memoryMb=1, options={"prefillTps": 15}),
     }
-    policy = json.dumps({"models": models, "headerHoldMs": 300})
-    with house(tmp_path_factory.mktemp("house") / "data", policy=policy) as up:
+    routing = [{"match": {"lane": "fast-edit"}, "target": "pretend"}]
+    text = policy(models, routing=routing, headerHoldMs=300)
+    with house(tmp_path_factory.mktemp("house") / "data", policy=text) as up:
         for name in models:
             up.until_state(name, "warm")
         yield up

@@ -1,15 +1,18 @@
 """The main job, from nothing: one command, a real model, and a stock client that streams tokens from it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 
+from tests.conformance.conftest import Llama
 from tests.support.clients import sdk, text_of, user
 from tests.support.gateway_process import House, is_alive, tells_no_traceback
+
+pytestmark = pytest.mark.real
 
 PERSON = {
     "type": "object",
@@ -18,7 +21,7 @@ PERSON = {
 }
 
 
-def test_the_main_job(tmp_path: Path, llama: Callable[..., dict[str, Any]]) -> None:
+def test_the_main_job(tmp_path: Path, llama: Llama) -> None:
     """In a folder that holds somebody else's `api` and `workers`, without any data, and gone without a trace."""
     for room in ("api", "broker", "workers"):
         (tmp_path / room).mkdir()

@@ -139,8 +139,8 @@ def scripts(scene: Scene) -> dict[str, Callable[[Turn], Any]]:
         await turn.finish()
 
     return {
-        "hello": hello, "wait": wait, "pause": pause, "refuse": refuse, "break_early": break_early, "flood": flood, "deluge": deluge,
-        "break_late": break_late, "wait_and_break": wait_and_break, "restart": restart,
+        "hello": hello, "wait": wait, "pause": pause, "refuse": refuse, "break_early": break_early, "flood": flood,
+        "deluge": deluge, "break_late": break_late, "wait_and_break": wait_and_break, "restart": restart,
     }  # fmt: skip
 
 

@@ -3,16 +3,18 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
 from broker import errors, hosts, store
 from broker.lifecycle import State
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import Ask, World, eventually, simulated, words, worker_world
+from tests.support.worker_world import Ask, World, eventually, simulated, until, words, worker_world
 from workers import chores
 
 pytestmark = pytest.mark.real
@@ -114,7 +116,7 @@ async def gone(world: World, model: str) -> None:
     assert not world.book.active.retiring
 
     async def check() -> bool:
-        return model not in world.hosts["gpu1"].residents.wakers and not Path(f"/proc/{pid}").exists()
+        return model not in world.hosts["gpu1"].residents.wakers and not psutil.pid_exists(pid)
 
     await eventually(check, what=f"the worker lets {model} go")
     await chores.forget(world.store, world.book)
@@ -122,8 +124,8 @@ async def gone(world: World, model: str) -> None:
 
 
 async def test_a_changed_runtime_is_reloaded_only_when_idle(world: World, tmp_path: Path) -> None:
-    load_log = str(tmp_path / "loads")
-    before: dict[str, Any] = {"decodeTps": 40, "loadLog": load_log}
+    load_log = tmp_path / "loads"
+    before: dict[str, Any] = {"decodeTps": 40, "loadLog": str(load_log)}
     await world.apply({"big": simulated(maxConcurrent=1, options=before)})
     await world.host()
     await world.until_model("big", "warm")
@@ -139,7 +141,7 @@ async def test_a_changed_runtime_is_reloaded_only_when_idle(world: World, tmp_pa
         return (await world.model("big")).slots_total == 2 and (await world.model("big")).state == "warm"
 
     await eventually(reloaded, what="the model runs by its new definition")
-    assert len(Path(load_log).read_text().splitlines()) == 2
+    assert len(load_log.read_text().splitlines()) == 2
     await world.apply(
         {"big": simulated(maxConcurrent=2, maxQueue=3, minStayMs=7, options=before | {"answerTokens": 5})}
     )
@@ -150,7 +152,7 @@ async def test_a_changed_runtime_is_reloaded_only_when_idle(world: World, tmp_pa
 
     await eventually(followed, what="a change that needs no reload is followed")
     assert (await world.model("big")).state == "warm"
-    assert len(Path(load_log).read_text().splitlines()) == 2
+    assert len(load_log.read_text().splitlines()) == 2
 
 
 async def test_what_needs_no_reload_holds_at_once(world: World) -> None:
@@ -170,6 +172,28 @@ async def test_what_needs_no_reload_holds_at_once(world: World) -> None:
     await eventually(followed, what="the new limit", timeout_s=2)
     assert (await (await world.submit("big", tokens=9)).end()).error_message == "the runtime was silent for 0.3 s"
     assert (await stuck.record()).state is State.STREAMING
+
+
+async def test_a_model_that_is_removed_twice_before_it_is_idle_goes_once(world: World) -> None:
+    keeps = {"small": simulated()}
+    await world.apply(keeps | {"big": simulated(maxConcurrent=1)})
+    host = await world.host()
+    await world.until_model("big", "warm")
+    with_it = world.book.active
+    await world.apply(keeps)
+    without = replace(world.book.active, retiring={})
+    host.residents.wakers["big"].slots.take("somebody")
+    for active in (without, with_it, without):
+        host.residents.follow(active)
+    host.residents.wakers["big"].slots.give_back("somebody", clean=True, now_s=0)
+
+    await until(lambda: "big" not in host.residents.wakers, what="it is gone")
+
+    assert (await (await world.submit("small")).end()).state is State.DONE
+    await until(
+        lambda: not [t for t in asyncio.all_tasks() if t.get_name() == "let go big"], what="nobody waits for it"
+    )
+    assert (await (await world.submit("small")).end()).state is State.DONE
 
 
 async def test_thirty_applies_a_second_drop_nothing(world: World) -> None:

@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -161,21 +162,30 @@ async def test_the_streams_and_the_records_tell_the_same_at_any_moment(world: Wo
     assert ended.keys() <= {State.DONE, State.CANCELLED} and ended[State.DONE] > 80, ended
 
 
-async def test_a_job_that_comes_back_is_a_user_of_its_own(world: World) -> None:
+async def test_a_job_that_comes_back_is_a_user_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last attempt may still be ending when it is claimed again; one slot must not become two jobs."""
-    await world.apply({"big": simulated(maxConcurrent=1, maxQueue=20)})
+    await world.apply({"big": simulated(maxConcurrent=2, options={"decodeTps": 30})})
     host = await world.host()
     await world.until_model("big", "warm")
-    runtime = world.runtime("big")
-    await runtime.break_with(error_status=503, times=6)
+    release = jobs.release
+    old_goes = asyncio.Event()
 
-    records = await asyncio.gather(*[(await world.submit("big", tokens=5)).end() for _ in range(8)])
+    async def slow_release(*args: Any, **more: Any) -> str:
+        where = await release(*args, **more)
+        await until(lambda: len(host.dispatcher.attempts) == 2, what="the job is claimed again")
+        old_goes.set()
+        return where
 
-    assert Counter(record.state for record in records)[State.DONE] >= 6
-    stats = await runtime.stats()
-    assert (stats["max_active"], stats["max_waiting"]) == (1, 0)
+    monkeypatch.setattr(jobs, "release", slow_release)
+    await world.runtime("big").break_with(error_status=503, times=1)
+    ask = await world.submit("big", tokens=20)
+    await asyncio.wait_for(old_goes.wait(), 5)
+    await until(lambda: len(host.dispatcher.attempts) == 1, what="the old attempt is over")
+
     slots = host.residents.wakers["big"].slots
-    await until(lambda: slots.idle, what="the slot is free again")
+    assert (len(slots.using), slots.free) == (1, 1)
+    assert (await ask.end()).attempt == 2
+    await until(lambda: slots.idle, what="both slots are free again")
 
 
 async def test_a_lost_job_that_this_worker_claims_again_does_not_upset_it(world: World) -> None:

@@ -145,6 +145,25 @@ async def test_another_host_wakes_a_model_that_its_host_takes_along(world: World
     assert (await ask.end()).served_by == "big@gpu2"
 
 
+async def test_another_host_wakes_a_model_while_its_host_still_drains(world: World) -> None:
+    """It claims no more, so what it has warm is of no use to those who come now."""
+    await world.apply({"big": simulated(maxConcurrent=1)}, drainTimeoutMs=60_000)
+    leaving = await world.host("gpu1")
+    await world.until_model("big", "warm", host="gpu1")
+    await world.host("gpu2")
+    await world.runtime("big", "gpu1").break_with(stall_after_tokens=1)
+    held = await world.submit("big", tokens=9)
+    await held.until_state(State.STREAMING)
+    draining = asyncio.create_task(leaving.drain(), name="drain")
+
+    ask = await world.submit("big")
+
+    assert (await ask.end()).served_by == "big@gpu2"
+    assert (await held.record()).state is State.STREAMING
+    await world.leave("gpu1")
+    await draining
+
+
 async def test_only_another_holder_stops_a_load(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that fell free is taken again; one that somebody else holds ends the load, and the model is cold."""
     monkeypatch.setattr(wake, "WAKE_RENEW_S", 0.1)

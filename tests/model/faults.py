@@ -4,6 +4,7 @@ Each replaces one piece of a verb's final text. A piece that is no longer there 
 anew, or it would prove nothing.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from broker import scripts
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake: in which verbs, which text, and what stands there instead."""
+    """One mistake: in which verbs, what is looked for (a pattern that fits once), and what stands there instead."""
 
     name: str
     verbs: tuple[str, ...]
@@ -26,47 +27,44 @@ FAULTS = [
     Fault(
         "the cap check removed",
         ("submit", "promote", "release_due"),
-        "return waiting(lane, group) < bound",
-        "return true",
+        r"return \w+(\(lane, group\))? < bound\n",
+        "return true\n",
     ),
     Fault(
         "end ignores the attempt",
         ("end",),
-        "local refusal = fence(KEYS[1], ARGV[7])\n",
-        "local refusal = nil\n",
+        r"local refusal = (fence|holds)\(.*\)\nif refusal then return refusal end\n",
+        "",
     ),
     Fault(
         "promote keeps the old entry",
         ("promote",),
-        "leave(KEYS[1], group, ARGV[6])\n",
+        r"\nleave\(KEYS\[1\], .*\)\n",
         "\n",
     ),
     Fault(
         "recover does not check the state",
         ("recover",),
-        'local to, wrong = check(KEYS[1], "recover")\nif not to then return wrong end\n'
-        "local refusal = fence(KEYS[1], ARGV[7])\nif refusal then return refusal end\n",
+        r"local to, wrong = check\(.*\)\nif not to .*\nlocal refusal = fence\(.*\)\nif refusal .*\n",
         'if redis.call("HGET", KEYS[1], "attempt") ~= ARGV[7] then return redis.error_reply("STALE") end\n',
     ),
     Fault(
         "emit writes before it refuses",
         ("emit",),
-        'if seq > last + 1 then return redis.error_reply("GAP " .. last .. " then " .. ARGV[3]) end\n\n'
-        'redis.call("XADD", KEYS[2], ARGV[2] .. "-" .. ARGV[3], "kind", "content", "data", ARGV[4])\n',
-        'redis.call("XADD", KEYS[2], ARGV[2] .. "-" .. ARGV[3], "kind", "content", "data", ARGV[4])\n\n'
-        'if seq > last + 1 then return redis.error_reply("GAP " .. last .. " then " .. ARGV[3]) end\n',
+        r"(if seq > last \+ 1 then return .*\n)\n(redis\.call\(\"XADD\".*\n)",
+        r"\2\n\1",
     ),
     Fault(
         "release reuses the entry",
         ("release",),
-        '  leave(lane, group, redis.call("HGET", job, "entry"))\n  local entry = enter(lane, group, job, id)\n',
-        '  local entry = redis.call("HGET", job, "entry")\n  redis.call("XACK", lane, group, entry)\n',
+        r"leave\(lane, group, (redis\.call\(\"HGET\", job, \"entry\"\))\)\n  local entry = enter\(.*\)\n",
+        r'local entry = \1\n  redis.call("XACK", lane, group, entry)\n',
     ),
     Fault(
         "attach sets seen for a stream:false waiter",
         ("attach",),
-        'if ARGV[5] == "1" then redis.call("HSET"',
-        'if true then redis.call("HSET"',
+        r"if ARGV\[5\] == \"1\" then (redis\.call\(\"HSET\", KEYS\[1\], \"seen\")",
+        r"if true then \1",
     ),
 ]
 
@@ -80,8 +78,9 @@ def planted(fault: Fault) -> Iterator[None]:
         script = load(name, shebang=shebang)
         if name not in fault.verbs:
             return script
-        assert script.text.count(fault.right) == 1, f"{name} no longer reads so; plant anew: {fault.right}"
-        return scripts.Script(name, script.text.replace(fault.right, fault.wrong), "changed")
+        text, places = re.subn(fault.right, fault.wrong, script.text)
+        assert places == 1, f"{name} fits {places} times; plant anew: {fault.right}"
+        return scripts.Script(name, text, "changed")
 
     with mock.patch.object(scripts, "load", wrong):
         yield

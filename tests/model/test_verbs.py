@@ -7,6 +7,7 @@ rules below expect. The faults of `faults.py` show that it notices.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -33,7 +34,6 @@ POLICIES = [
     "models:\n  big:\n    backend: simulated\n    model: weights-big\n    maxQueue: 3\n",
 ]
 LANES = ("big", "small", "side", "far")
-REFUSALS = (errors.Refused, errors.Lost, errors.BadTransition)
 BROKE = errors.RuntimeFailed("broke")
 
 Step = TypeVar("Step", bound=Callable[..., None])
@@ -41,6 +41,9 @@ DRAWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {}
 
 Call = Callable[[], Awaitable[Any]]
 Expected = type[errors.BrokerError] | None
+TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
+MOVED = ("submit", "claim", "promote", "renew", "claim")
+SERVED = ("submit", "claim", "first_token", "emit", "end")
 picks = st.integers(0, 15)
 
 
@@ -58,6 +61,10 @@ def several(*names: str) -> st.SearchStrategy[list[tuple[str, dict[str, Any]]]]:
     """A few steps of one kind of actor, in any order; a name that stands here twice is drawn twice as often."""
     one = st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), DRAWN[name]))
     return st.lists(one, min_size=1, max_size=4)
+
+
+class NothingFits(Exception):
+    """There is no job for this step at the moment."""
 
 
 class Broken(AssertionError):
@@ -100,7 +107,7 @@ class Verbs(RuleBasedStateMachine):
         result, refusal = None, None
         try:
             result = self.wait(call())
-        except REFUSALS as e:
+        except errors.BrokerError as e:
             refusal = e
         self.now = after = self.wait(take(self.world.store))
         broken = []
@@ -129,19 +136,22 @@ class Verbs(RuleBasedStateMachine):
     # -- what the rules draw from --
 
     def some_job(self, pick: int, *fitting: State) -> JobRecord:
-        """A job in one of the states that fit, if there is one; every fourth pick is any job, live ones first.
-
-        Hypothesis likes small numbers, so those must lead somewhere.
-        """
+        """A job in one of the states that fit; every fourth pick is any job, live ones first."""
         records = [self.now.jobs[i] for i in self.ids]
         fit = [job for job in records if job.state in fitting]
-        known = fit if fit and pick % 4 < 3 else [j for j in records if j.live] + [j for j in records if not j.live][-3:]
+        known = fit if fitting and pick % 4 < 3 else sorted(records, key=lambda job: not job.live)
+        if not known:
+            raise NothingFits
         return known[pick // 4 % len(known)]
 
     def some_hold(self, pick: int, *fitting: State) -> tuple[Holding, JobRecord]:
-        """A hold that still holds, in one of the states that fit; every fourth pick is any of the last few holds."""
-        fit = [h for h in self.held if self.fenced(h, job := self.now.jobs[h.job_id]) is None and job.state in fitting]
-        known = fit if fit and pick % 4 < 3 else self.held[-8:]
+        """Half the time a hold that holds, in one of the states that fit; else a stale one, or any."""
+        records = [(held, self.now.jobs[held.job_id]) for held in self.held]
+        fit = [held for held, job in records if self.fenced(held, job) is None and job.state in fitting]
+        stale = [held for held, job in records if self.fenced(held, job) is errors.StaleAttempt]
+        known = (fit, fit, stale, self.held[-8:])[pick % 4]
+        if not known:
+            raise NothingFits
         held = known[-1 - pick // 4 % len(known)]
         return held, self.now.jobs[held.job_id]
 
@@ -461,7 +471,7 @@ class Verbs(RuleBasedStateMachine):
 
     def do(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         for name, arguments in steps:
-            if (name == "submit" or self.ids) and (name not in ON_A_HOLD or self.held):
+            with suppress(NothingFits):
                 getattr(self, name)(**arguments)
 
     @initialize(first=DRAWN["submit"], told=DRAWN["beat"])
@@ -481,9 +491,32 @@ class Verbs(RuleBasedStateMachine):
     def workers_work(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
-    @rule(serve=st.tuples(DRAWN["claim"], DRAWN["first_token"], DRAWN["emit"], DRAWN["end"]), steps=st.integers(2, 4))
-    def workers_serve(self, serve: tuple[dict[str, Any], ...], steps: int) -> None:
-        self.do(list(zip(("claim", "first_token", "emit", "end"), serve, strict=True))[:steps])
+    @rule(served=st.tuples(*(DRAWN[name] for name in SERVED)), steps=st.integers(3, len(SERVED)))
+    def a_job_is_served(self, served: tuple[dict[str, Any], ...], steps: int) -> None:
+        """The straight road, as far as it goes."""
+        self.do(list(zip(SERVED, served, strict=True))[:steps])
+
+    @rule(
+        tried=st.tuples(*(DRAWN[name] for name in TRIED_AGAIN)),
+        silent=st.booleans(),
+        late=several("end", "emit", "renew"),
+    )
+    def an_attempt_is_lost(
+        self, tried: tuple[dict[str, Any], ...], silent: bool, late: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        """Its worker falls silent or gives the job back, another claims it, and the first still has a word."""
+        steps = dict(zip(TRIED_AGAIN, tried, strict=True))
+        self.do([(name, steps[name]) for name in ("submit", "claim", "first_token")])
+        if silent:
+            self.world.now += lanes.JOB_LEASE_MS
+        self.do([("recover" if silent else "release", steps["recover" if silent else "release"])])
+        self.do([("claim", steps["claim"]), *late])
+
+    @rule(moved=st.tuples(*(DRAWN[name] for name in MOVED)), held=st.booleans())
+    def a_job_is_moved(self, moved: tuple[dict[str, Any], ...], held: bool) -> None:
+        """It waits or is claimed, moves to its fallback, and a worker there takes it."""
+        steps = list(zip(MOVED, moved, strict=True))
+        self.do(steps if held else [steps[0], *steps[2:]])
 
     @rule(steps=several("promote", "promote", "recover", "expire", "release_due", "postpone", "look", "sweep"))
     def schedulers_look(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
@@ -498,7 +531,7 @@ class Verbs(RuleBasedStateMachine):
         """Of the ended jobs all but the last few are past their keep time: their keys go as if they had expired."""
         self.world.now += ms
         names, ended = self.world.store.keys, [i for i in self.ids if not self.now.jobs[i].live]
-        for job_id in ended[:-3]:
+        for job_id in ended[:-2]:
             gone = [names.job(job_id), names.frames(job_id), names.request(job_id)]
             idem = self.now.jobs[job_id].idem
             if idem and self.now.idem(idem) == job_id:
@@ -509,10 +542,8 @@ class Verbs(RuleBasedStateMachine):
         self.now = self.wait(take(self.world.store))
 
 
-MOST_LIVE = 6
+MOST_LIVE = 4
 CLAIMED = ("id", "lane", "entry", "state", "attempt", "owner", "boot", "model", "stream", "mode", "zone", "lease_until")
-ON_A_HOLD = {"first_token", "emit", "end", "release", "renew"}
-
 QUICK = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,

@@ -104,7 +104,7 @@ class GatewayProcess:
         """SIGKILL, and its last words are heard."""
         self._popen.kill()
         self._popen.wait(STOP_S_MAX)
-        self._ears.join(1)
+        self._hear_out()
 
     def end(self) -> None:
         """Ends it for good with all that it started, whatever state it is in."""
@@ -119,9 +119,7 @@ class GatewayProcess:
         for process in family:
             if is_alive(process):
                 process.kill()
-        self._ears.join(5)
-        assert self._popen.stdout is not None
-        self._popen.stdout.close()
+        self._hear_out()
 
     def family(self) -> list[psutil.Process]:
         """The process and everything below it, now."""
@@ -130,6 +128,12 @@ class GatewayProcess:
             return [me, *me.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+    def _hear_out(self) -> None:
+        """Reads what is left; its end of the pipe is the last one, since runtimes log into files."""
+        self._ears.join(5)
+        assert self._popen.stdout is not None
+        self._popen.stdout.close()
 
     def _listen(self) -> None:
         assert self._popen.stdout is not None

@@ -137,12 +137,18 @@ class ScriptedWorker:
 
     async def _work(self) -> None:
         while True:
-            for lane in self.book.active.lanes().values():
-                if self.models.get(lane.model, ModelOnHost()).state == "warm":
-                    async for waiting in lanes.waiting_entries(self.store, lane.name, limit=64):
-                        if self._free(lane.model):
-                            await self._claim(waiting)
+            try:
+                await self._look()
+            except errors.BrokerUnavailable:
+                pass  # as the real one: it goes on when Redis is back
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self) -> None:
+        for lane in self.book.active.lanes().values():
+            if self.models.get(lane.model, ModelOnHost()).state == "warm":
+                async for waiting in lanes.waiting_entries(self.store, lane.name, limit=64):
+                    if self._free(lane.model):
+                        await self._claim(waiting)
 
     def _free(self, model: str) -> bool:
         return sum(task.get_name() == model for task in self._turns) < self.models[model].slots_total

@@ -90,9 +90,7 @@ def test_a_bad_line_is_one_sentence_without_its_secrets(
         ("GATEWAY_STOP_AFTER_MS", "-1", "greater than or equal to 0"),
     ],
 )
-def test_a_setting_fails_with_a_sentence(
-    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_setting_fails_with_a_sentence(name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsInvalid, match=f"^{name} ") as caught:
         read_settings(ApiSettings)

@@ -126,6 +126,18 @@ def test_a_policy_that_cannot_be_read_is_a_2(gateway: Gateway, tmp_path: Path) -
     gateway("policy", "check", str(tmp_path / "binary.yaml")).complains(2, "no UTF-8 text")
 
 
+@pytest.mark.parametrize("command", ["up", "api"])
+def test_a_wrong_setting_is_a_2_before_anything_starts(
+    gateway: Gateway, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that restarts an api with a broken key line for ever helps nobody."""
+    monkeypatch.setenv("GATEWAY_KEYS", "hunter2")
+    gateway(command).complains(2, "GATEWAY_KEYS holds pairs")
+    monkeypatch.setenv("GATEWAY_KEYS", "")
+    monkeypatch.setenv("GATEWAY_BIND", "everywhere")
+    gateway(command).complains(2, "GATEWAY_BIND must be a host and a port")
+
+
 def test_the_schema_is_json(gateway: Gateway) -> None:
     assert json.loads(gateway("policy", "schema").out) == Policy.json_schema()
 
@@ -173,6 +185,23 @@ async def test_a_client_sees_status_models_and_its_jobs(
     cancelled = await asyncio.to_thread(gateway, "job", "cancel", job_id, "--json")
     assert json.loads(cancelled.out)["state"] == "done"  # it had ended, and stays as it ended
     (await asyncio.to_thread(gateway, "job", "show", "01JZZZZZZZZZZZZZZZZZZZZZZZ")).complains(1, "no job")
+
+
+async def test_watch_prints_until_it_is_interrupted(running: LiveApi) -> None:
+    """Ctrl-C is how one stops looking, not a failure."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-c", "from api.cli import main; main()", "status", "--watch", "--every", "0.1"),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "GATEWAY_URL": running.url, "GATEWAY_KEY": "secret"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    heads = 0
+    while heads < 2:
+        heads += (await asyncio.wait_for(process.stdout.readline(), 20)).startswith(b"MODEL")
+    process.send_signal(signal.SIGINT)
+    _, err = await asyncio.wait_for(process.communicate(), 20)
+    assert (process.returncode, err) == (0, b"")
 
 
 async def test_what_is_no_gateway_is_said_so(

@@ -1,0 +1,366 @@
+"""One attempt against a runtime that answers as the test says: what is logged, how it ends, what the slot hears."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from broker import errors, lanes
+from broker.lifecycle import State
+from broker.records import JobRecord
+from tests.support.broker_world import World, fake_world
+from tests.support.waiting import until
+from workers import attempt as attempt_module
+from workers.attempt import Attempt, Ended, Limits
+from workers.runtimes.base import Endpoint
+from workers.runtimes.http_server import Exchange, HttpServer
+from workers.stream_client import StreamClient
+
+Answer = Callable[[Exchange], Awaitable[None]]
+BODY = json.dumps({"model": "big", "messages": [], "stream": False}).encode()
+ROLE = {"role": "assistant", "content": None}
+
+
+def event(delta: dict[str, Any] | None = None, finish: str | None = None, **more: Any) -> bytes:
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
+    chunk = {"id": "c", "object": "chat.completion.chunk", "model": "weights", "choices": choices} | more
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+def says(*pieces: bytes, cut: bool = False) -> Answer:
+    """A runtime that streams these bytes, and then ends the answer or cuts the connection."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        for piece in pieces:
+            await exchange.write(piece)
+        if cut:
+            exchange._connection._transport.close()
+        else:
+            await exchange.end()
+
+    return answer
+
+
+def refuses(status: int, message: str = "no", kind: str = "") -> Answer:
+    async def answer(exchange: Exchange) -> None:
+        await exchange.answer({"error": {"message": message, "type": kind}}, status=status)
+
+    return answer
+
+
+class Bench:
+    """A job that is claimed, and a runtime that answers in turn."""
+
+    def __init__(self, world: World, url: str, answers: list[Answer]) -> None:
+        self.world = world
+        self.url = url
+        self.answers = answers
+        self.bodies: list[dict[str, Any]] = []
+        self.client = StreamClient()
+        self.attempt: Attempt
+        self.job_id = ""
+
+    async def claim(self, *, stall_ms: int = 60_000, first_token_ms: int = 60_000, **fields: Any) -> Attempt:
+        fields = {"stream": True, "reader": "api1/r1"} | fields
+        self.job_id = await self.world.submit("big", body=BODY, **fields)
+        waiting = await self.world.waiting(self.job_id)
+        claimed = await lanes.claim(self.world.store, self.world.book.active, waiting, host="gpu1", boot="boot1")
+        limits = Limits(first_token_ms, stall_ms, max_losses=1)
+        endpoint = Endpoint(self.url, model="weights")
+        self.attempt = Attempt(self.world.store, self.client, claimed, endpoint, limits, served_by="big@gpu1")
+        return self.attempt
+
+    async def run(self, *answers: Answer, **claim: Any) -> Ended:
+        self.answers[:] = answers
+        return await asyncio.wait_for((await self.claim(**claim)).run(), 10)
+
+    async def record(self) -> JobRecord:
+        return await self.world.job(self.job_id)
+
+    async def log(self) -> list[tuple[str, bytes]]:
+        return [(frame.kind, frame.data) for frame in await self.world.log(self.job_id)]
+
+    async def said(self) -> dict[str, Any]:
+        kind, data = (await self.log())[-1]
+        told: dict[str, Any] = {"kind": kind} | json.loads(data)
+        return told
+
+
+@pytest_asyncio.fixture
+async def bench() -> AsyncIterator[Bench]:
+    async with fake_world() as world, runtime() as (url, answers, bodies):
+        await world.apply()
+        await world.warm(big=2)
+        bench = Bench(world, url, answers)
+        bench.bodies = bodies
+        yield bench
+        bench.client.close()
+
+
+@asynccontextmanager
+async def runtime() -> AsyncIterator[tuple[str, list[Answer], list[dict[str, Any]]]]:
+    answers: list[Answer] = []
+    bodies: list[dict[str, Any]] = []
+
+    async def handle(exchange: Exchange) -> None:
+        bodies.append(exchange.json())
+        await answers.pop(0)(exchange)
+
+    server = HttpServer(handle)
+    async with server.listening() as port:
+        yield f"http://127.0.0.1:{port}", answers, bodies
+
+
+async def never(exchange: Exchange) -> None:
+    await asyncio.get_running_loop().create_future()
+
+
+async def test_a_good_answer(bench: Bench) -> None:
+    """Asked with stream and the runtime's model name, told under ours; role and first content are one frame."""
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    parts = [event(ROLE), event({"content": "a"}), event({"content": "b"}), event({}, "stop"), event(usage=usage)]
+    ended = await bench.run(says(*parts, b"data: [DONE]\n\n"))
+
+    assert (bench.bodies[0]["model"], bench.bodies[0]["stream"]) == ("weights", True)
+    assert (ended.outcome, ended.clean, ended.suspect) == ("done", True, False)
+    assert ended.usage is not None and ended.usage["prompt_tokens"] == 7
+    assert 0 < ended.first_token_ms <= ended.total_ms
+    record = await bench.record()
+    assert (record.state, record.served_by) == (State.DONE, "big@gpu1")
+    assert json.loads(record.usage)["completion_tokens"] == 2
+    log = await bench.log()
+    whole = b"".join(data for kind, data in log if kind == "content")
+    assert whole == b"".join(parts[:4]).replace(b'"weights"', b'"big"')
+    assert log[0][1].count(b"data: ") >= 2, "the role came before the first content"
+    assert [kind for kind, _ in log if kind != "content"] == ["done"]
+
+
+async def test_an_answer_that_is_only_a_finish_reason_is_one(bench: Bench) -> None:
+    ended = await bench.run(says(event(ROLE), event({}, "stop")))
+    assert ended.outcome == "done"
+    assert [kind for kind, _ in await bench.log()] == ["content", "done"]
+
+
+async def test_a_finish_without_an_end_counts_after_a_moment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime keeps the connection open: the answer is whole, but its slot is not known to be free."""
+    monkeypatch.setattr(attempt_module, "LAST_BYTES_S", 0.1)
+    monkeypatch.setattr(attempt_module, "LOOK_EVERY_S", 0.05)
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        await exchange.write(event({"content": "a"}) + event({}, "stop"))
+        await never(exchange)
+
+    ended = await bench.run(answer)
+    assert (ended.outcome, ended.clean) == ("done", False)
+    assert (await bench.record()).state is State.DONE
+
+
+async def test_one_very_large_event_is_not_waited_for_for_ever(bench: Bench) -> None:
+    """Its first half is more than may wait for Redis, and nothing of it can be written before the second half."""
+    text = "x" * (3 * attempt_module.BUFFER_BYTES)
+    whole = event({"content": text})
+    parts = [whole[: at + 100_000][at:] for at in range(0, len(whole), 100_000)]
+    ended = await bench.run(says(*parts, event({}, "stop")))
+    assert ended.outcome == "done"
+    assert sum(len(data) for _, data in await bench.log()) > 3 * attempt_module.BUFFER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code", "said"),
+    [
+        (400, "", "runtime_refused", 400),
+        (404, "", "runtime_refused", 404),
+        (422, "", "runtime_refused", 422),
+        (400, "exceed_context_size_error", "context_length_exceeded", None),
+        (401, "", "runtime_failed", 502),
+    ],
+)
+async def test_what_the_runtime_refuses_is_not_tried_again(
+    bench: Bench, status: int, kind: str, code: str, said: int | None
+) -> None:
+    ended = await bench.run(refuses(status, "because", kind))
+    assert (ended.outcome, ended.clean, ended.suspect) == ("failed", True, False)
+    told = await bench.said()
+    assert (told["kind"], told["code"], told.get("status")) == ("failed", code, said)
+    assert "because" in told["message"]
+    assert len(bench.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_what_the_runtime_could_not_do_now_goes_back_until_it_is_too_often(bench: Bench, status: int) -> None:
+    ended = await bench.run(refuses(status))
+    assert (ended.outcome, ended.clean, ended.suspect) == ("released", True, status >= 500)
+    record = await bench.record()
+    assert (record.state, record.losses, record.attempt) == (State.QUEUED, 1, 1)
+    assert await bench.log() == []
+
+    waiting = await bench.world.waiting(bench.job_id)
+    claimed = await lanes.claim(bench.world.store, bench.world.book.active, waiting, host="gpu1", boot="boot1")
+    bench.answers.append(refuses(status))
+    again = Attempt(
+        bench.world.store, bench.client, claimed, Endpoint(bench.url), Limits(9000, 9000, 1), served_by="big@gpu1"
+    )
+    assert (await again.run()).outcome == "failed"
+    assert (await bench.said())["code"] == "runtime_failed"
+
+
+@pytest.mark.parametrize("how", ["cut", "no finish", "error"])
+async def test_a_broken_answer_is_told_to_who_has_seen_it_and_started_again_for_who_has_not(
+    bench: Bench, how: str
+) -> None:
+    pieces = [event({"content": "a"}), event({"content": "b"})]
+    if how == "error":
+        pieces.append(b'data: {"error":{"message":"broken"}}\n\n')
+    answer = says(*pieces, cut=how == "cut")
+
+    ended = await bench.run(answer)
+    assert ended.outcome == "failed"
+    assert (await bench.record()).state is State.FAILED
+    assert (await bench.said())["code"] == "runtime_failed"
+    assert b'"content":"b"' in b"".join(data for _, data in await bench.log())
+
+    ended = await bench.run(answer, stream=False)
+    assert ended.outcome == "released"
+    assert ((await bench.record()).state, await bench.log()) == (State.QUEUED, [])
+
+
+async def test_nobody_listens(bench: Bench) -> None:
+    attempt = await bench.claim()
+    attempt._endpoint = Endpoint("http://127.0.0.1:1", model="weights")
+    ended = await attempt.run()
+    assert (ended.outcome, ended.clean, ended.suspect) == ("released", True, True)
+
+
+async def test_an_old_connection_that_died_costs_no_attempt(bench: Bench) -> None:
+    """The runtime closed it after its last answer: the request goes out again on a new one, unseen by anybody."""
+
+    async def hangs_up(exchange: Exchange) -> None:
+        exchange._connection._transport.close()
+
+    good = says(event({"content": "a"}), event({}, "stop"))
+    await bench.run(good)
+    ended = await bench.run(hangs_up, good)
+    assert (ended.outcome, len(bench.bodies)) == ("done", 3)
+    assert (await bench.record()).attempt == 1
+
+
+async def running(bench: Bench, answer: Answer, **claim: Any) -> "asyncio.Task[Ended]":
+    bench.answers.append(answer)
+    attempt = await bench.claim(**claim)
+    task = asyncio.create_task(attempt.run(), name="attempt")
+    await until(lambda: bench.bodies, what="the runtime was asked")
+    return task
+
+
+@asynccontextmanager
+async def streaming(bench: Bench, **claim: Any) -> AsyncIterator[tuple["asyncio.Task[Ended]", asyncio.Event]]:
+    """An attempt in the middle of its answer; the event says that the runtime saw its request closed."""
+    closed = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        await exchange.write(event({"content": "a"}))
+        try:
+            await never(exchange)
+        finally:
+            closed.set()
+
+    task = await running(bench, answer, **claim)
+    await until(lambda: bench.attempt.delivered, what="the first token")
+    try:
+        yield task, closed
+    finally:
+        with contextlib.suppress(asyncio.CancelledError):
+            task.cancel()
+            await task
+
+
+async def test_told_to_stop_it_closes_at_once_and_says_nothing(bench: Bench) -> None:
+    async with streaming(bench) as (task, closed):
+        before = await bench.log()
+        bench.attempt.stop()
+        ended = await asyncio.wait_for(task, 1)
+        await asyncio.wait_for(closed.wait(), 1)
+        assert (ended.outcome, ended.clean, ended.suspect) == ("stopped", False, False)
+        assert await bench.log() == before
+        assert (await bench.record()).state is State.STREAMING
+
+
+@pytest.mark.parametrize(("stream", "state"), [(True, State.FAILED), (False, State.QUEUED)])
+async def test_a_drain_tells_the_seen_and_gives_the_unseen_back_without_a_loss(
+    bench: Bench, stream: bool, state: State
+) -> None:
+    async with streaming(bench, stream=stream) as (task, _closed):
+        bench.attempt.stop(errors.WorkerLost("stopped"))
+        await asyncio.wait_for(task, 1)
+        record = await bench.record()
+        assert (record.state, record.losses) == (state, 0)
+        if stream:
+            assert (await bench.said())["code"] == "worker_lost"
+
+
+async def test_a_drain_before_the_first_token_shows_nobody_anything(bench: Bench) -> None:
+    """The first content has arrived and is not written yet: unwritten, it can start again for a seeing reader too."""
+    more = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        await more.wait()
+
+    task = await running(bench, answer)
+    await until(lambda: bench.attempt._exchange and bench.attempt._exchange.status, what="the head of the answer")
+    bench.attempt._on_data(event({"content": "a"}))
+    bench.attempt.stop(errors.WorkerLost("stopped"))
+    ended = await asyncio.wait_for(task, 1)
+    assert ended.outcome == "released"
+    record = await bench.record()
+    assert (record.state, record.seen, await bench.log()) == (State.QUEUED, True, [])
+
+
+async def test_silence(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt_module, "LOOK_EVERY_S", 0.05)
+    ended = await bench.run(never, first_token_ms=150)
+    assert (ended.outcome, ended.clean, ended.suspect) == ("failed", False, True)
+    assert await bench.said() == {
+        "kind": "failed", "code": "runtime_failed", "message": "no first token within 0.15 s", "status": 504
+    }  # fmt: skip
+
+    async def stalls(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        await exchange.write(event({"content": "a"}))
+        await never(exchange)
+
+    await bench.run(stalls, stall_ms=150)
+    assert (await bench.said())["message"] == "the runtime was silent for 0.15 s"
+
+
+async def test_a_stale_attempt_writes_nothing_more(bench: Bench) -> None:
+    """Somebody recovered its job and another attempt has it: the first write that is refused ends it."""
+    more = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        await exchange.write(event({"content": "a"}))
+        await more.wait()
+        await exchange.write(event({"content": "b"}) + event({}, "stop"))
+        await exchange.end()
+
+    task = await running(bench, answer, stream=False)
+    await until(lambda: bench.attempt.delivered, what="the first token")
+    bench.world.now += 20_000
+    assert await bench.world.recover(bench.job_id)
+    new = await bench.world.stream(bench.job_id, b"new")
+    more.set()
+    ended = await asyncio.wait_for(task, 2)
+
+    assert (ended.outcome, ended.suspect) == ("stopped", False)
+    assert [data for _, data in await bench.log()] == [b"new"]
+    record = await bench.record()
+    assert (record.state, record.attempt) == (State.STREAMING, new.attempt)
