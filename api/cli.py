@@ -9,57 +9,36 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
 from rich.console import Console
-from rich.syntax import Syntax
 
+from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
 from api.listen import Listen
 from api.settings import ApiSettings
-from api.state_dir import CannotStart, state_dir
+from api.state_dir import CannotStart
 from api.status_table import duration, status_table
-from api.up import AppliedPolicy, Options, child_environment
+from api.up import Options, child_environment
 from api.up import up as run_up
 from api.version import version as installed_version
 from broker import errors
-from broker.policies import PolicyBook
-from broker.policy import Policy
-from broker.settings import BrokerSettings, SettingsInvalid, read_settings
+from broker.settings import SettingsInvalid, read_settings
 from broker.status import Snapshot
-from broker.store import Store
 
-REFUSED, USAGE, UNREACHABLE = 1, 2, 3
 ANSWER_S_MAX = 10.0
-
-T = TypeVar("T")
 
 app = typer.Typer(
     help="A gateway for local LLMs with predictable first-token latency.", no_args_is_help=True,
     pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
 )  # fmt: skip
-policy_app = typer.Typer(help="Check, apply and look back at the policy.", no_args_is_help=True)
 job_app = typer.Typer(help="Look at a job, or cancel it.", no_args_is_help=True)
 model_app = typer.Typer(help="What may be asked for.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
 app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
-
-PolicyFile = Annotated[Path, typer.Argument(help="The policy file.", show_default=False)]
-DataDir = Annotated[Path | None, typer.Option("--data", help="The data directory of `gateway up`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class Failed(Exception):
-    """A sentence for the person, and the exit code."""
-
-    def __init__(self, sentence: str, code: int = REFUSED) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 @app.command()
@@ -142,81 +121,6 @@ def status(
             raise
 
 
-@policy_app.command("check")
-def policy_check(file: PolicyFile) -> None:
-    """Says what is wrong with a policy file, line by line. Nothing is applied."""
-    policy = Policy.parse(_read(file))
-    for warning in policy.warnings():
-        print(f"warning: {warning}")
-    lanes = sum(1 for name in policy.all_lanes() if not name.endswith(".batch"))
-    print(f"{file}: fine, {len(policy.models)} models, {lanes} lanes, {len(policy.routing)} routing rules")
-
-
-@policy_app.command("schema")
-def policy_schema() -> None:
-    """Prints the JSON Schema with which editors complete a policy file."""
-    print(json.dumps(Policy.json_schema(), indent=2))
-
-
-@policy_app.command("apply")
-def policy_apply(file: PolicyFile, data: DataDir = None) -> None:
-    """Makes a file the active policy; every process follows within a second."""
-    text = _read(file)
-    policy = Policy.parse(text)  # before Redis: a typo needs no server
-    for warning in policy.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
-
-    async def apply(book: PolicyBook) -> tuple[int, int]:
-        before = await book.reload()
-        return before.version if before else 0, await book.apply(text, by="cli")
-
-    before, after = _with_book(apply, data)
-    print(f"version {after} is active" if after != before else f"version {after} says the same and stays active")
-
-
-@policy_app.command("show")
-def policy_show(
-    wanted: Annotated[int | None, typer.Option("--version", help="An earlier version.", min=1)] = None,
-    data: DataDir = None,
-) -> None:
-    """Prints the active policy as it was written, or an earlier one."""
-    if wanted is None:
-        active = _with_book(_active, data)
-        text = active.policy.text
-    else:
-        past = {int(entry["version"]): entry for entry in _with_book(lambda book: book.history(), data)}
-        if wanted not in past:
-            raise Failed(f"Version {wanted} is not in the history.")
-        text = past[wanted]["text"]
-    console = Console()
-    if console.is_terminal:
-        console.print(Syntax(text, "yaml", background_color="default"))
-    else:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
-
-
-@policy_app.command("history")
-def policy_history(as_json: AsJson = False, data: DataDir = None) -> None:
-    """Lists the last versions, newest first."""
-    entries = _with_book(lambda book: book.history(), data)
-    if as_json:
-        print(json.dumps(entries, indent=2))
-        return
-    for entry in entries:
-        at = datetime.fromtimestamp(int(entry["applied_at"]) / 1000, UTC)
-        print(f"{entry['version']:>4}  {at:%Y-%m-%d %H:%M:%S} UTC  {entry['applied_by']:<6}  {entry['digest'][:12]}")
-
-
-@policy_app.command("rollback")
-def policy_rollback(
-    to: Annotated[int, typer.Argument(help="The version to go back to.", min=1, metavar="VERSION")],
-    data: DataDir = None,
-) -> None:
-    """Makes an earlier version's text the active policy, as a new version."""
-    now = _with_book(lambda book: book.rollback(to), data)
-    print(f"version {now} is active, with the text of version {to}")
-
-
 @job_app.command("show")
 def job_show(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
     """Shows what became of a job."""
@@ -238,26 +142,6 @@ def model_list(as_json: AsJson = False) -> None:
         return
     for model in told["data"]:
         print(model["id"])
-
-
-async def apply_policy(redis_url: str, namespace: str, text: str, *, made_up: bool) -> AppliedPolicy:
-    """Brings a policy into Redis for `gateway up`; a made-up one never takes the place of one that was applied."""
-    store = await Store.open(redis_url, namespace=namespace, name="gateway-up")
-    try:
-        book = PolicyBook(store)
-        before = await book.reload()
-        kept = made_up and before is not None and not before.made_up
-        if not kept:
-            await book.apply(text, by="up", made_up=made_up)
-        active = book.active
-        return AppliedPolicy(
-            version=active.version,
-            models=list(active.policy.models),
-            kept=kept,
-            warnings=[*active.policy.warnings(), *await store.unfit_settings()],
-        )
-    finally:
-        await store.close()
 
 
 def main() -> NoReturn:
@@ -296,47 +180,6 @@ def _become(module: str, **more: str) -> NoReturn:
     environment = {**child_environment(os.environ), **{name: value for name, value in more.items() if value}}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise Failed(f"{file} is no UTF-8 text.", USAGE) from None
-    except OSError as problem:
-        raise Failed(f"{file} can't be read: {problem.strerror}.", USAGE) from None
-
-
-def _with_book(work: Callable[[PolicyBook], Awaitable[T]], data: Path | None) -> T:
-    settings = read_settings(BrokerSettings)
-
-    async def run_it() -> T:
-        store = await Store.open(_redis_url(settings, data), namespace=settings.namespace, name="gateway-cli")
-        try:
-            return await work(PolicyBook(store))
-        finally:
-            await store.close()
-
-    return asyncio.run(run_it())
-
-
-def _redis_url(settings: BrokerSettings, data: Path | None) -> str:
-    """The Redis of the environment, else the private one that `gateway up` runs on its data directory."""
-    if os.environ.get("GATEWAY_REDIS_URL") and data is None:
-        return settings.redis_url
-    given = data or (Path(os.environ["GATEWAY_STATE_DIR"]) if os.environ.get("GATEWAY_STATE_DIR") else None)
-    place = state_dir(given, os.environ) / "redis" / "url"
-    try:
-        return place.read_text().strip()
-    except OSError:
-        raise Failed(
-            f"No GATEWAY_REDIS_URL is set and no `gateway up` has run on {place.parent.parent}.", UNREACHABLE
-        ) from None
-
-
-async def _active(book: PolicyBook) -> Any:
-    await book.reload()
-    return book.active
 
 
 async def _ask(method: str, path: str) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class Attempt:
             return errors.RuntimeFailed(
                 f"the runtime answered {exchange.status}: {complaint.message}", retryable=retryable
             )
-        if exchange.lost is not None and not self._reader.has_content:
+        if exchange.lost is not None:
             return errors.RuntimeFailed(str(exchange.lost))
         complaint_found = self._reader.complaint
         if complaint_found is not None and complaint_found.context_overflow:

@@ -49,11 +49,13 @@ class Residents:
         self._tell = tell
         self._changed = changed
         self._making_room = asyncio.Lock()
+        self._lanes: dict[str, list[str]] = {}  # of each model
         self._promised: dict[str, int] = {}  # bytes that loads under way will occupy
 
     def follow(self, active: Active) -> None:
         """Takes new models in, hands changed definitions on, lets removed ones go when they are idle."""
         models = {n: m for n, m in active.models().items() if m.hosts is None or self._host in m.hosts}
+        self._lanes = {name: active.lanes_of(name) for name in models}
         for name, model in models.items():
             waker = self.wakers.get(name)
             if waker is None:
@@ -167,10 +169,17 @@ class Residents:
         except TimeoutError:
             log.warning("event=memory_not_back need_mb=%d headroom_mb=%d", need >> 20, self._headroom() >> 20)
 
+    def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
+        """Whether one model's wish is the stronger one. Otherwise two of them would evict each other for as long as
+        both are wanted: a waiting job decides, else who was asked for last; being kept warm is the weakest wish."""
+        picture = self._fleet.picture
+        theirs = self._facts(victim.name).wanted_until
+        if not demanded:
+            return not victim.model.keep_warm and theirs <= picture.at_ms
+        waits = any(picture.waiting.get(lane) for lane in self._lanes.get(name, ()))
+        return waits or theirs < self._facts(name).wanted_until
+
     def _others(self, but: str, *, demanded: bool) -> list[Resident]:
-        """Lists who is in memory. A model that is merely kept warm takes nobody's place who is wanted too, or two
-        such models would evict each other for ever."""
-        now_ms = self._fleet.picture.at_ms
         return [
             Resident(
                 name,
@@ -180,8 +189,7 @@ class Residents:
                 waker.idle_ms,
                 waker.stayed_ms,
                 waker.model.min_stay_ms,
-                waker.state in ("warm", "degraded")
-                and (demanded or not (waker.model.keep_warm or self._facts(name).wanted_until > now_ms)),
+                waker.state in ("warm", "degraded") and self._may_take_from(but, waker, demanded=demanded),
             )
             for name, waker in self.wakers.items()
             if name != but and waker.memory_bytes

@@ -36,21 +36,24 @@ class Exchange:
         self.status = 0
         self.done = False
         self.lost: UpstreamLost | None = None
-        self._connection = connection
+        self._connection: _Connection | None = connection
         self._on_data = on_data
         self._on_news = on_news
 
     def abort(self) -> None:
-        """Closes the connection at once."""
-        self._connection.abort()
+        """Closes the connection at once. Once the answer is over, the connection may serve another: it is let be."""
+        if self._connection is not None:
+            self._connection.abort()
 
     def pause(self) -> None:
         """Stops reading, so that the runtime feels that we cannot keep up."""
-        self._connection.pause()
+        if self._connection is not None:
+            self._connection.pause()
 
     def resume(self) -> None:
         """Reads on."""
-        self._connection.resume()
+        if self._connection is not None:
+            self._connection.resume()
 
     def head(self, status: int) -> None:
         self.status = status
@@ -61,6 +64,7 @@ class Exchange:
     def finish(self, lost: UpstreamLost | None) -> None:
         if self.done or self.lost is not None:
             return
+        self._connection = None
         if lost is None:
             self.done = True
         else:
@@ -79,7 +83,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._until_eof = False
-        self._heard = False
+        self._heard = self._paused = False
         self.used = 0
         self.idle_since = 0.0
         self.open = False
@@ -139,6 +143,7 @@ class _Connection(asyncio.Protocol):
         exchange.finish(None)
         if self._parser.should_keep_alive() and self.open and len(self._idle) < IDLE_KEPT:
             self._parser = httptools.HttpResponseParser(self)
+            self.resume()
             self.idle_since = asyncio.get_running_loop().time()
             self._idle.append(self)
         else:
@@ -157,11 +162,13 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def pause(self) -> None:
-        if self._transport is not None and self.open:
+        if self._transport is not None and self.open and not self._paused:
+            self._paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        if self._transport is not None and self.open:
+        if self._transport is not None and self.open and self._paused:
+            self._paused = False
             self._transport.resume_reading()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.clients import ask, async_sdk, sdk, text_of, user
+from tests.support.clients import ask, async_sdk, heard_out, sdk, text_of, user
 from tests.support.fake_ollama import FakeOllama
 from tests.support.gateway_process import House, house, tells_no_traceback
 from tests.support.waiting import until
@@ -47,9 +47,10 @@ async def test_an_ollama_is_loaded_on_our_own_connection(tmp_path: Path) -> None
             assert ollama.loads_started == [MODEL]
             async with async_sdk(up.url, max_retries=0) as client:
                 asked = asyncio.create_task(client.chat.completions.create(**body))
-                async with await asyncio.wait_for(asked, 10) as stream:  # the status comes before the model does
-                    ollama.release_loads()
-                    chunks = [chunk async for chunk in stream]
+                stream = await asyncio.wait_for(asked, 10)  # the status comes before the model does
+                ollama.release_loads()
+                chunks = await heard_out(stream)
+                del stream, asked
             assert text_of(chunks) == "ollama 1 2 3 4"
             assert {chunk.model for chunk in chunks} == {"deep-coder"}
             assert (ollama.loads_started, ollama.loads_aborted) == ([MODEL], [])
@@ -67,7 +68,7 @@ async def test_a_running_ollama_is_found(tmp_path: Path) -> None:
             assert up.says("policy ", ollama.url), up.output
             assert not up.says("simulated"), up.output
             async with async_sdk(up.url, max_retries=1) as client:
-                (name,) = [model.id async for model in client.models.list()]
+                name = next(model.id for model in (await client.models.list()).data)
                 assert name.startswith("qwen2.5-coder")
                 answer = await client.chat.completions.create(model=name, messages=user("hi"), max_tokens=3)
             assert answer.choices[0].message.content == "ollama 1 2"

@@ -13,7 +13,7 @@ import pytest
 from api import stream as stream_module
 from api.routes import chat as chat_module
 from broker.store import Store
-from tests.support.clients import Attempts, async_sdk, sdk, text_of, user
+from tests.support.clients import Attempts, async_sdk, heard_out, sdk, text_of, user
 from tests.support.gateway_process import House
 from tests.support.live_api import live_api
 from tests.support.waiting import block_until, until
@@ -74,10 +74,11 @@ async def test_five_equal_requests_at_once_are_five_answers(shared_house: House)
 
 async def test_the_async_client_streams(shared_house: House) -> None:
     async with async_sdk(shared_house.url, max_retries=0) as client:
-        async with await client.chat.completions.create(
-            model="pretend", messages=user("hi"), max_tokens=12, stream=True, stream_options={"include_usage": True}
-        ) as stream:
-            chunks = [chunk async for chunk in stream]
+        chunks = await heard_out(
+            await client.chat.completions.create(
+                model="pretend", messages=user("hi"), max_tokens=12, stream=True, stream_options={"include_usage": True}
+            )
+        )
     assert text_of(chunks) == words(12)
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
 

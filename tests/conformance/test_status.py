@@ -1,6 +1,7 @@
 """`gateway status` against a live house, to the letter."""
 
 import re
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -25,34 +26,25 @@ def test_the_table_of_the_specification(tmp_path_factory: pytest.TempPathFactory
         ),
     }
     data = tmp_path_factory.mktemp("status") / "data"
-    with house(data, policy=policy(models), GATEWAY_HOST_NAME="box", GATEWAY_MEMORY_MB="20000") as up:
+    with house(data, policy=policy(models, headerHoldMs=200), GATEWAY_HOST_NAME="box", GATEWAY_MEMORY_MB="20000") as up:
         for name in models:
             up.until_state(name, "warm")
         asked = {"model": "coder-small", "messages": user("hold"), "max_tokens": 2000, "stream": True}
-        with httpx.Client(timeout=30) as http:
-            streams = [
-                http.stream("POST", f"{up.url}/v1/chat/completions", json=asked, headers={"x-gateway-lane": ""})
-                for _ in range(4)
-            ]
-            for stream in streams:
-                assert stream.__enter__().status_code == 200
-            waiting = http.build_request("POST", f"{up.url}/v1/chat/completions", json=asked)
-            with httpx.Client(timeout=0.5) as hasty, pytest.raises(httpx.ReadTimeout):
-                hasty.send(waiting)  # it hangs up, and its place is free again
-            block_until(lambda: "0/12" in up.command("status").stdout, what="the place of the fifth is free")
+        with httpx.Client(timeout=30) as http, ExitStack() as open_streams:
+            for _ in range(5):  # four run, one waits
+                stream = http.stream("POST", f"{up.url}/v1/chat/completions", json=asked)
+                assert open_streams.enter_context(stream).status_code == 200
             done = up.command("status")
             told = up.status()
-            for stream in streams:
-                stream.__exit__(None, None, None)
         assert done.returncode == 0
         lines = done.stdout.splitlines()
         assert lines[0] == "MODEL        STATE   FIRST TOKEN   QUEUE   MEM"
         assert re.fullmatch(r"deep-coder   warm    \d+ms +0/6     \d+(\.\d)?[MG]", lines[1]), lines[1]
-        assert re.fullmatch(r"coder-small  warm    \d+ms +0/12    8\.6G", lines[2]), lines[2]
+        assert re.fullmatch(r"coder-small  warm    \d+ms +1/12    8\.6G", lines[2]), lines[2]
         assert lines[3] == "policy: deep-coder fallback -> coder-small after 25000ms cold-start budget"
         assert re.fullmatch(r"host: box up, \d+\.\dG of 19\.5G used, headroom \d+\.\dG", lines[4]), lines[4]
         assert lines[5:] == ["note: coder-small is simulated: its answers mean nothing"]
-        assert {len(line[: line.index("0/")]) for line in lines[1:3]} == {lines[0].index("QUEUE")}
+        assert [line.index("/") - 1 for line in lines[1:3]] == [lines[0].index("QUEUE")] * 2
         by_name = {model["name"]: model for model in told["models"]}
         assert by_name["coder-small"]["slots_used"] == 4
         assert by_name["coder-small"]["running"] == 4

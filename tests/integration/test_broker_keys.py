@@ -9,7 +9,7 @@ import pytest
 from broker import errors, hosts, jobs, lanes, wake
 from broker.lifecycle import State
 from broker.records import HostRecord, JobRecord, ModelOnHost
-from tests.support.broker_world import World, until_gone
+from tests.support.broker_world import World, turns, until_gone
 from tests.support.invariants import Snapshot, left_over, take, undone, violations
 
 KEEP_MS = 400
@@ -32,7 +32,7 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
                 )  # fmt: skip
             except errors.LaneFull:
                 pass
-            await asyncio.sleep(rng.random() / 500)
+            await turns(rng.randrange(20))
 
     async def worker(host: str) -> None:
         while not stop.is_set():
@@ -52,7 +52,7 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
                                 await jobs.end(world.store, held, "finish", seq=3, data=b"3")
                     except lost:
                         continue
-            await asyncio.sleep(0)
+            await turns(1)
 
     async def scheduler() -> None:
         while not stop.is_set():
@@ -60,7 +60,7 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
             due, _ = await world.due.next(limit=20)
             for job_id in due:
                 await world.due.look(job_id)
-            await asyncio.sleep(0.001)
+            await turns(5)
 
     async def operator() -> None:
         while not stop.is_set():
@@ -70,12 +70,12 @@ async def test_counts_agree_at_random_moments_of_a_busy_run(world: World) -> Non
                     await jobs.cancel(world.store, rng.choice(live).decode())
                 except lost:
                     pass
-            await asyncio.sleep(0.01)
+            await turns(40)
 
     async def watch() -> list[Snapshot]:
         seen = [await take(world.store)]
         while len(seen) < 40 or len(seen[-1].jobs) < 80:
-            await asyncio.sleep(rng.random() / 30)
+            await turns(rng.randrange(100))
             seen.append(await take(world.store))
         stop.set()
         return seen

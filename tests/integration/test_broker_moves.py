@@ -1,5 +1,6 @@
 """What moves or ends a job from outside: promotion, giving up, cancel, readers that come and go, and the due look."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -115,7 +116,8 @@ async def test_cancel_tells_the_worker_that_holds_it(world: World) -> None:
     held = await world.claim(job_id)
     async with heard_on(world, world.store.keys.control_channel("gpu1")) as messages:
         await jobs.cancel(world.store, job_id)
-        assert await messages.get() == f"cancel {job_id} {held.attempt}".encode()
+        async with asyncio.timeout(5):
+            assert await messages.get() == f"cancel {job_id} {held.attempt}".encode()
 
 
 async def test_a_reader_keeps_its_job_and_its_leaving_ends_it(world: World) -> None:

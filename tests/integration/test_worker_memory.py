@@ -63,7 +63,6 @@ async def test_an_idle_model_goes_after_its_minimum_stay(world: World) -> None:
     assert (first.state, record.state) == (State.DONE, State.DONE)
     assert record.claimed_at - warm_at >= stay_ms
     assert await resident(world) == {"second"}
-    assert (await world.model("first")).reason == "made room for second"
 
 
 async def test_a_busy_model_never_goes(world: World) -> None:
@@ -132,6 +131,24 @@ async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: Wor
 
     assert record.served_by == f"{other}@gpu1"
     assert await resident(world) == {other}
+
+
+async def test_who_was_asked_for_last_stays_when_nobody_waits(world: World) -> None:
+    """Both were asked for within the last minute, so both are wanted: without this they would swap all that time."""
+    await world.apply({name: simulated(keepWarm=False, memoryMb=600, minStayMs=50) for name in ("first", "second")})
+    host = await world.host(memory_mb=LIMIT_MB)
+    assert (await (await world.submit("first")).end()).served_by == "first@gpu1"
+    assert (await (await world.submit("second")).end()).served_by == "second@gpu1"
+    warm_since = (await world.model("second")).since
+
+    async def tried_again() -> bool:
+        return host.residents.wakers["first"]._no_room_until > asyncio.get_running_loop().time() + 0.2
+
+    for _ in range(2):
+        await eventually(tried_again, what="the first looks for room")
+        assert (await world.model("second")).since == warm_since
+        assert await resident(world) == {"second"}
+    assert (await world.submit("second")).lane == "second"
 
 
 async def test_a_kept_warm_model_comes_back_when_nobody_wants_the_other(world: World) -> None:

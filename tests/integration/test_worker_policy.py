@@ -181,6 +181,7 @@ async def test_a_model_that_is_removed_twice_before_it_is_idle_goes_once(world: 
     await world.until_model("big", "warm")
     with_it = world.book.active
     await world.apply(keeps)
+    await until(lambda: host._book.active.version == world.book.active.version, what="the host follows")
     without = replace(world.book.active, retiring={})
     host.residents.wakers["big"].slots.take("somebody")
     for active in (without, with_it, without):

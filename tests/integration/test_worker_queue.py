@@ -81,6 +81,29 @@ async def test_a_job_that_leaves_the_lane_frees_its_place(world: World) -> None:
     assert (await third.record()).submitted_at > record.submitted_at
 
 
+async def test_a_promoted_job_frees_its_place(world: World) -> None:
+    await world.apply(
+        {
+            "big": simulated(maxConcurrent=1, maxQueue=1, coldStartBudgetMs=300, fallback="small"),
+            "small": simulated(maxConcurrent=4),
+        }
+    )
+    await world.scheduler()
+    await world.host()
+    for model in ("big", "small"):
+        await world.until_model(model, "warm")
+    await world.runtime("big").break_with(stall_after_tokens=1)
+    await (await world.submit("big", tokens=9)).until_state(State.STREAMING)
+    waits = await world.submit("big")
+    spilled = await world.submit("big")
+    assert (waits.lane, spilled.lane) == ("big", "small")
+
+    record = await waits.end()
+
+    assert (record.served_by, record.promotions) == ("small@gpu1", 1)
+    assert (await world.submit("big")).lane == "big"
+
+
 async def test_interactive_work_goes_first_and_one_slot_is_kept_for_it(world: World) -> None:
     """Batch never delays a person: with two slots it gets one, and the other only when nobody has asked lately."""
     await world.apply({"big": simulated(maxConcurrent=2, maxQueue=20, options={"decodeTps": 100})})

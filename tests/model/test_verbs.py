@@ -545,7 +545,7 @@ class Verbs(RuleBasedStateMachine):
 MOST_LIVE = 4
 CLAIMED = ("id", "lane", "entry", "state", "attempt", "owner", "boot", "model", "stream", "mode", "zone", "lease_until")
 QUICK = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,
 )  # fmt: skip
 HUNT = settings(QUICK, max_examples=250, derandomize=True, database=None, phases=[Phase.generate])

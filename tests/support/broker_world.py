@@ -6,7 +6,7 @@ that expire follow the server's own.
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -214,6 +214,12 @@ def policy_with(*changes: tuple[str, str]) -> str:
     return text
 
 
+async def turns(count: int) -> None:
+    """Lets the other tasks run, so many times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 async def until_gone(world: World, still_there: Callable[[Snapshot], object]) -> None:
     """Waits, two seconds at most, for keys to expire by the server's own clock."""
     async with asyncio.timeout(2):
@@ -222,31 +228,32 @@ async def until_gone(world: World, still_there: Callable[[Snapshot], object]) ->
 
 
 @asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Has something run beside the test, and ends it with the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
 async def heard_on(world: World, channel: str) -> AsyncIterator[asyncio.Queue[bytes]]:
     """Hears one channel, as a worker or an api process would."""
     heard: asyncio.Queue[bytes] = asyncio.Queue()
     opened = asyncio.Event()
-    ears = asyncio.create_task(
-        world.store.listen([channel], lambda _, message: heard.put_nowait(message), opened.set), name="ears"
-    )
-    try:
+    async with running(world.store.listen([channel], lambda _, message: heard.put_nowait(message), opened.set)):
         async with asyncio.timeout(5):
             await opened.wait()
-            yield heard
-    finally:
-        ears.cancel()
-        await asyncio.gather(ears, return_exceptions=True)
+        yield heard
 
 
 @asynccontextmanager
 async def hub_of(world: World, name: str = "api1") -> AsyncIterator[Hub]:
     """A listening hub."""
     hub = Hub(world.store, name=name)
-    running = asyncio.create_task(hub.run(), name="hub")
-    try:
+    async with running(hub.run()):
         async with asyncio.timeout(5):
             await hub.listening.wait()
         yield hub
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)

@@ -1,6 +1,7 @@
 """Clients as teammates use them: the stock OpenAI SDK with its attempts counted, and one that keeps every byte."""
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -44,6 +45,8 @@ async def async_sdk(url: str, *, attempts: Attempts | None = None, **more: Any) 
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", http_client=http, **more) as client,
     ):
         yield client
+    gc.collect()  # the SDK leaves the generators of its streams to the collector, which then needs the loop
+    await asyncio.sleep(0.01)
 
 
 def user(said: str) -> list[Any]:
@@ -54,6 +57,12 @@ def user(said: str) -> list[Any]:
 def text_of(chunks: Iterable[Any]) -> str:
     """The words of an answer, from the SDK's chunks."""
     return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+
+
+async def heard_out(stream: Any) -> list[Any]:
+    """Every chunk of an asynchronous stream, which is then closed; nothing of it is left to be tidied up later."""
+    async with stream:
+        return [chunk async for chunk in stream]
 
 
 @dataclass

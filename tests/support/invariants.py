@@ -404,9 +404,7 @@ def _dump_fake(server: fakeredis.FakeServer, pattern: str) -> list[Any]:
     names = Keyspace(pattern.partition(":")[0])
     for key in ask("KEYS", pattern):
         row = _pattern(names, key.decode())
-        kind = _TYPES.get(row) or ask(
-            "TYPE", key
-        )  # a key of the wrong type answers with an error, which is loud enough
+        kind = _TYPES.get(row) or ask("TYPE", key)  # a wrong type answers with an error: loud enough
         match kind:
             case b"hash":
                 value = ask("HGETALL", key)
@@ -415,9 +413,11 @@ def _dump_fake(server: fakeredis.FakeServer, pattern: str) -> list[Any]:
             case b"zset":
                 value = ask("ZRANGE", key, 0, -1, "WITHSCORES")
             case _:
-                groups = [g[1] for g in ask("XINFO", "GROUPS", key)]
+                groups = [g[1] for g in ask("XINFO", "GROUPS", key)] if row == "lane:<lane>" else []
                 value = [ask("XRANGE", key, "-", "+"), [(g, ask("XPENDING", key, g, "-", "+", 10**5)) for g in groups]]
-        found.append((key, kind, -1 if row in _STAYS else ask("PTTL", key), value))
+        ttl_ms = -1 if row in _STAYS else ask("PTTL", key)
+        if ttl_ms != -2:  # else it expired while we read
+            found.append((key, kind, ttl_ms, value))
     return found
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from api import cli
+from api import cli, cli_policy
 from broker.policies import PolicyBook
 from broker.policy import Policy
 from broker.store import Store
@@ -244,12 +244,12 @@ def test_a_policy_is_applied_shown_and_taken_back(
 @pytest.mark.real
 async def test_a_made_up_policy_never_replaces_one_that_a_person_applied(redis_server: RedisServer) -> None:
     namespace = new_namespace()
-    made = await cli.apply_policy(redis_server.url, namespace, POLICY, made_up=True)
+    made = await cli_policy.apply_policy(redis_server.url, namespace, POLICY, made_up=True)
     assert (made.version, made.models, made.kept) == (1, ["big"], False)
     other = POLICY.replace("big", "other")
-    assert (await cli.apply_policy(redis_server.url, namespace, other, made_up=True)).models == ["other"]
-    given = await cli.apply_policy(redis_server.url, namespace, POLICY, made_up=False)
-    kept = await cli.apply_policy(redis_server.url, namespace, other, made_up=True)
+    assert (await cli_policy.apply_policy(redis_server.url, namespace, other, made_up=True)).models == ["other"]
+    given = await cli_policy.apply_policy(redis_server.url, namespace, POLICY, made_up=False)
+    kept = await cli_policy.apply_policy(redis_server.url, namespace, other, made_up=True)
     assert (kept.kept, kept.version, kept.models) == (True, given.version, ["big"])
 
 

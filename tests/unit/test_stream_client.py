@@ -237,3 +237,49 @@ async def test_nobody_there() -> None:
         port = probe.getsockname()[1]
     with pytest.raises(UpstreamLost, match=rf"nobody answers at 127.0.0.1:{port}"):
         await Caller(port).post()
+
+
+async def test_an_answer_that_is_over_no_longer_touches_its_connection() -> None:
+    """A job cancelled while its end was being written once cut the stream of the next job on the same connection."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(CHUNKED + b"3\r\none\r\n0\r\n\r\n")
+        await request(reader)
+        writer.write(CHUNKED + b"3\r\ntwo\r\n")
+        await writer.drain()
+        await asyncio.wait_for(second_may_end.wait(), 5)
+        writer.write(b"5\r\nthree\r\n0\r\n\r\n")
+
+    second_may_end = asyncio.Event()
+    async with served(handler) as caller:
+        first = await caller.whole()
+        second = await caller.post()
+        await until(lambda: caller.data == b"two", what="the second answer's first bytes")
+        first.pause()
+        first.abort()
+        second_may_end.set()
+        await until(lambda: second.done or second.lost, what="the end of the second answer")
+        assert second.lost is None
+        assert caller.data == b"twothree"
+
+
+async def test_a_connection_that_was_paused_at_its_answers_end_reads_the_next() -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for word in (b"one", b"two"):
+            await request(reader)
+            writer.write(CHUNKED + b"3\r\n" + word + b"\r\n0\r\n\r\n")
+
+    async with served(handler) as caller:
+        held: list[Exchange] = []
+
+        def pausing(data: bytes) -> None:
+            caller.data.extend(data)
+            held[0].pause()
+
+        held.append(
+            await caller.client.post(caller.url, "/v1/x", b"{}", headers={}, on_data=pausing, on_news=caller.news.set)
+        )
+        await until(lambda: held[0].done or held[0].lost, what="the end of the first answer")
+        await caller.whole()
+        assert caller.data == b"two"
