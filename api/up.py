@@ -23,7 +23,7 @@ from api.embedded_redis import EmbeddedRedis
 from api.listen import Listen
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
-from broker.errors import BrokerError
+from broker.errors import BrokerError, BrokerUnavailable
 
 READY_S_MAX = 30.0
 """How long `up` waits for the api before it says that something is wrong."""
@@ -37,6 +37,7 @@ REDIS_STOP_S_MAX = 15.0
 
 NOT_CLEAN = 1
 CANNOT_START = 2
+NO_REDIS = 3
 INTERRUPTED = 130
 
 _ROOMS = ("api", "broker", "workers")
@@ -117,6 +118,9 @@ async def up(
             listen = Listen.on(options.host, options.port, open_to_others=bool(options.keys))
             house = _House(options, listen, directory, requests, environ=environ, say=say)
             return await house.run(apply_policy, make_parts)
+    except BrokerUnavailable as problem:
+        say(str(problem))
+        return NO_REDIS
     except (CannotStart, BrokerError) as problem:
         say(str(problem))
         return CANNOT_START

@@ -43,6 +43,10 @@ async def admit(
     `job.asked` is what the client wrote. A full lane spills to its fallback; a lane that no live host can serve, whose
     model cannot hold the prompt, or that leads out of the job's trust zone is passed over.
     """
+    if idempotency_key:  # its job is there to be found even when no lane would take it now
+        found = await lanes.find_by_key(store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=body)
+        if found is not None:
+            return Admitted(found, "", attached=True)
     looked = False
     for _ in range(STALE_TRIES):
         active = book.active
@@ -94,7 +98,7 @@ async def _admit(
                     idempotency_key=key,
                     promote_within_ms=promote_within_ms,
                 )
-                return Admitted(found.job_id, lane.name, found.attached)
+                return Admitted(found.job_id, found.lane, found.attached)
             except errors.LaneFull:
                 refusal = errors.LaneFull(
                     lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))

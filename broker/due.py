@@ -5,6 +5,7 @@ harmless.
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,17 +44,23 @@ class Due:
         self._book = book
         self._fleet = fleet
 
-    async def next(self, *, limit: int) -> tuple[list[str], int | None]:
-        """Gives the jobs that are due now, oldest first, and the ms until the next one (None = none waits)."""
+    async def next(self, *, limit: int, but: Collection[str] = ()) -> tuple[list[str], int | None]:
+        """Gives the jobs that are due now, oldest first, and the ms until the next one (None = none waits).
+
+        `but` leaves out jobs that were looked at a moment ago and could not be settled yet: they must not stand in
+        front of the others.
+        """
         store = self._store
         now = await store.now_ms()
-        due = await store.command("ZRANGEBYSCORE", store.keys.due, "-inf", now, "LIMIT", 0, limit)
-        if due:
-            return [d.decode() for d in due], 0
-        first = await store.command("ZRANGE", store.keys.due, 0, 0, "WITHSCORES")
-        if not first:
+        skipped = len(but)
+        due = await store.command("ZRANGEBYSCORE", store.keys.due, "-inf", now, "LIMIT", 0, limit + skipped)
+        found = [job for job in (d.decode() for d in due) if job not in but][:limit]
+        if found:
+            return found, 0
+        later = await store.command("ZRANGEBYSCORE", store.keys.due, f"({now}", "+inf", "WITHSCORES", "LIMIT", 0, 1)
+        if not later:
             return [], None
-        score = first[0][1] if isinstance(first[0], list | tuple) else first[1]
+        score = later[0][1] if isinstance(later[0], list | tuple) else later[1]
         return [], max(0, int(float(score)) - now)
 
     async def look(self, job_id: str, *, hasten: bool = False) -> Looked:

@@ -78,7 +78,7 @@ class Picture:
 
     def view(self, model: str, lane: str, lanes_of_model: list[str]) -> ModelView:
         """Sums a model up over its hosts, as one decision about one of its lanes needs it."""
-        hosts = self.on_host.get(model, {})
+        hosts = self._able(model)
         facts = self.facts.get(model, ModelFacts())
         ready = [m for m in hosts.values() if m.state in ("warm", "degraded")]
         total = sum(m.slots_total - m.slots_settling for m in ready)
@@ -99,17 +99,22 @@ class Picture:
 
     def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str]:
         if not hosts:
-            return "unavailable", "no live host serves it"
+            return (
+                "unavailable",
+                "no live host serves it" if not self.hosts else "no host that serves it takes new work",
+            )
         states = {m.state for m in hosts.values()}
         for state in ("warm", "degraded", "waking"):
             if state in states:
                 return state, next(m.reason for m in hosts.values() if m.state == state)
         if facts.quarantined_until > self.at_ms or states == {"quarantined"}:
             return "unavailable", facts.failure or next(m.reason for m in hosts.values())
-        able = [m for name, m in hosts.items() if name in self.hosts and not self.hosts[name].draining]
-        if not able:
-            return "unavailable", "its hosts are draining"
         return "cold", ""
+
+    def _able(self, model: str) -> dict[str, ModelOnHost]:
+        """The model on the hosts that take new work; one that drains counts no more."""
+        hosts = self.on_host.get(model, {})
+        return {name: m for name, m in hosts.items() if name in self.hosts and not self.hosts[name].draining}
 
 
 class Fleet:

@@ -22,9 +22,10 @@ JOB_LEASE_MS = 10_000
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of a submit: the job's id, whether it is an earlier job that the Idempotency-Key led to."""
+    """What became of a submit: the job's id and lane, whether it is an earlier job that its Idempotency-Key led to."""
 
     job_id: str
+    lane: str
     attached: bool = False
 
 
@@ -63,7 +64,7 @@ async def submit(
     promote_after = promote_after_ms(lane)
     if promote_after and promote_within_ms is not None:
         promote_after = max(1, min(promote_after, promote_within_ms))
-    body_hash = hashlib.sha256(job.endpoint.encode() + b"\n" + body).hexdigest()[:32] if idem else "-"
+    body_hash = hash_of(job.endpoint, body) if idem else "-"
     reply = await store.run(
         "submit",
         [
@@ -98,7 +99,30 @@ async def submit(
         ],
     )
     word, value = reply[0].decode(), reply[1].decode()
-    return Submitted(value, attached=True) if word == "attached" else Submitted(job.id)
+    if word == "attached":
+        return Submitted(value, lane.name, attached=True)
+    return Submitted(job.id, value if word == "known" else lane.name)
+
+
+async def find_by_key(store: Store, *, caller: str, key: str, endpoint: str, body: bytes) -> str | None:
+    """Finds the job that a caller's Idempotency-Key leads to; raises IdempotencyMismatch for another body.
+
+    Only a look: what `submit` finds in its script decides.
+    """
+    held = await store.command("GET", store.keys.idem(caller, key))
+    if held is None:
+        return None
+    job_id, _, body_hash = held.decode().partition(" ")
+    if not await store.command("EXISTS", store.keys.job(job_id)):
+        return None
+    if body_hash != hash_of(endpoint, body):
+        raise errors.IdempotencyMismatch(f"the Idempotency-Key was used for job {job_id} with another body")
+    return str(job_id)
+
+
+def hash_of(endpoint: str, body: bytes) -> str:
+    """What makes two requests the same to an Idempotency-Key."""
+    return hashlib.sha256(endpoint.encode() + b"\n" + body).hexdigest()[:32]
 
 
 async def claim(

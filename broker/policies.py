@@ -78,6 +78,7 @@ class PolicyBook:
         self._store = store
         self._active: Active | None = None
         self._listeners: list[Callable[[Active], None]] = []
+        self._reading = asyncio.Lock()  # of two reads at once, the later to end may have read the older policy
 
     @property
     def active(self) -> Active:
@@ -99,14 +100,13 @@ class PolicyBook:
 
     async def reload(self) -> Active | None:
         """Reads the active policy if it changed; None while there is none."""
-        store = self._store
-        revision = await store.command("HGET", store.keys.policy, "revision")
-        if revision is None:
-            return self._active
-        if self._active is not None and int(revision) == self._active.revision:
-            return self._active
-        fields = {k.decode(): v.decode() for k, v in (await store.hash(store.keys.policy)).items()}
-        self._active = await asyncio.to_thread(_parse, fields)
+        async with self._reading:
+            store = self._store
+            revision = await store.command("HGET", store.keys.policy, "revision")
+            if revision is None or (self._active is not None and int(revision) == self._active.revision):
+                return self._active
+            fields = {k.decode(): v.decode() for k, v in (await store.hash(store.keys.policy)).items()}
+            self._active = await asyncio.to_thread(_parse, fields)
         for listener in self._listeners:
             listener(self._active)
         return self._active

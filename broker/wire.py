@@ -49,6 +49,16 @@ class _Link(asyncio.Protocol):
         self._on_lost()
 
     def data_received(self, data: bytes) -> None:
+        try:
+            self._read(data)
+        except hiredis.ProtocolError as e:  # a web server, say, that somebody's URL leads to
+            while self._waiting:
+                future = self._waiting.popleft()
+                if not future.done():
+                    future.set_exception(RedisUnfit(f"what answers is not a Redis: {e}"))
+            self.abort()
+
+    def _read(self, data: bytes) -> None:
         reader = self._reader
         reader.feed(data)
         while (reply := reader.gets()) is not False:
@@ -141,16 +151,22 @@ class Wire:
                 return self._link
             if self._watch is not None:
                 self._watch.cancel()
+            link: _Link | None = None
+            greeted = False
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     link = await self._connect()
                     await self._greet(link)
+                greeted = True
             except (OSError, TimeoutError) as e:
                 raise BrokerUnavailable(f"Redis does not answer at {self._place()}: {e or 'timed out'}") from None
             except hiredis.ReplyError as e:
                 raise RedisUnfit(f"Redis at {self._place()} refuses us: {e}") from None
-            except hiredis.ProtocolError:
+            except RedisUnfit:
                 raise RedisUnfit(f"what answers at {self._place()} is not a Redis") from None
+            finally:
+                if link is not None and not greeted:
+                    link.abort()
             self._link = link
             self.opened_at = asyncio.get_running_loop().time()
             self._watch = asyncio.get_running_loop().call_later(1.0, self._look)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from broker import errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
+from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
 from workers.dispatcher import Dispatcher
 from workers.picture import LanePicture, Tails
@@ -41,6 +43,7 @@ LAST_WORDS_S = 2.0
 
 SECOND_NAME_EXIT = 4
 NO_REDIS_EXIT = 3
+BAD_SETTING_EXIT = 2
 GC_AFTER = 20_000
 """New objects before the collector looks: at the default, it looks hundreds of times a second under load."""
 
@@ -188,6 +191,8 @@ class Host:
     async def _beat(self, *, take: bool) -> None:
         version = self._book.active.version if self._book.present else 0
         told = {name: waker.told(version) for name, waker in self.residents.wakers.items()}
+        if self.draining:  # nobody should count on its slots any more
+            told = {name: replace(model, slots_total=0) for name, model in told.items()}
         await hosts.beat(self._store, self._record(), told, take=take)
 
     def _record(self) -> HostRecord:
@@ -257,7 +262,11 @@ async def serve(settings: WorkerSettings) -> int:
 
 def main() -> None:
     """Entry point of `python -m workers.host`."""
-    settings = WorkerSettings()
+    try:
+        settings = read_settings(WorkerSettings)
+    except SettingsInvalid as problem:
+        print(problem, file=sys.stderr)
+        raise SystemExit(BAD_SETTING_EXIT) from None
     logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     gc.collect()

@@ -64,6 +64,7 @@ class Residents:
                     facts=self._facts,
                     look=self._fleet.look,
                     warm_elsewhere=self._warm_elsewhere,
+                    waited_for=self._waited_for,
                     room_for=self._room_for,
                     learn=self._learn,
                     tell=self._tell,
@@ -169,6 +170,9 @@ class Residents:
         except TimeoutError:
             log.warning("event=memory_not_back need_mb=%d headroom_mb=%d", need >> 20, self._headroom() >> 20)
 
+    def _waited_for(self, name: str) -> bool:
+        return any(self._fleet.picture.waiting.get(lane) for lane in self._lanes.get(name, ()))
+
     def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
         """Whether one model's wish is the stronger one. Otherwise two of them would evict each other for as long as
         both are wanted: a waiting job decides, else who was asked for last; being kept warm is the weakest wish."""
@@ -176,8 +180,7 @@ class Residents:
         theirs = self._facts(victim.name).wanted_until
         if not demanded:
             return not victim.model.keep_warm and theirs <= picture.at_ms
-        waits = any(picture.waiting.get(lane) for lane in self._lanes.get(name, ()))
-        return waits or theirs < self._facts(name).wanted_until
+        return self._waited_for(name) or theirs < self._facts(name).wanted_until
 
     def _others(self, but: str, *, demanded: bool) -> list[Resident]:
         return [

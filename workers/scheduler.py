@@ -17,6 +17,7 @@ from broker import dispatch, errors, hosts, lanes
 from broker.due import Due, Looked
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
+from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
 from workers import clockwork
 from workers.settings import WorkerSettings
@@ -27,11 +28,17 @@ PAGE = 200
 SLEEP_MAX_S = 0.1
 """The next instant may be set earlier while the loop sleeps: it never sleeps longer than this."""
 
+REST_S = 0.25
+"""A due job that could not be settled is left alone for this long."""
+
 STUCK_LOOK_S = 0.05
 STUCK_KEPT = 1_000
 HOPELESS_LOOK_S = 0.5
 HOPELESS_PAGE = 256
 RETRY_PAUSE_S = 0.2
+
+NO_REDIS_EXIT = 3
+BAD_SETTING_EXIT = 2
 
 
 class Scheduler:
@@ -44,6 +51,7 @@ class Scheduler:
         self._due = Due(store, self._book, self._fleet)
         self._stuck: dict[str, OrderedDict[str, None]] = {}  # full lane -> jobs that wanted to enter it, oldest first
         self._waiting_then: dict[str, int] = {}
+        self._resting: dict[str, float] = {}  # looked at, not to be settled yet -> loop time of the next look
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -79,14 +87,17 @@ class Scheduler:
             await asyncio.sleep(pause_s)
 
     async def _settle_due(self) -> float:
-        due, wait_ms = await self._due.next(limit=PAGE)
+        now = asyncio.get_running_loop().time()
+        self._resting = {job: until for job, until in self._resting.items() if until > now}
+        due, wait_ms = await self._due.next(limit=PAGE, but=self._resting.keys())
         if not due:
             return SLEEP_MAX_S if wait_ms is None else min(SLEEP_MAX_S, wait_ms / 1000)
         found = await asyncio.gather(*(self._due.look(job) for job in due))
         for job, looked in zip(due, found, strict=True):
             self._note(job, looked)
-        unmoved = all(looked.outcome == "not_due" for looked in found)
-        return SLEEP_MAX_S if unmoved else 0.0
+            if looked.outcome == "not_due":  # its lease may not be judged yet, or somebody else was first
+                self._resting[job] = now + REST_S
+        return 0.0
 
     def _note(self, job: str, looked: Looked) -> None:
         if looked.outcome == "full":
@@ -153,14 +164,18 @@ async def serve(settings: WorkerSettings) -> int:
 
 def main() -> None:
     """Entry point of `python -m workers.scheduler`."""
-    settings = WorkerSettings()
+    try:
+        settings = read_settings(WorkerSettings)
+    except SettingsInvalid as problem:
+        print(problem, file=sys.stderr)
+        raise SystemExit(BAD_SETTING_EXIT) from None
     logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("arq").setLevel(logging.WARNING)
     try:
         raise SystemExit(uvloop.run(serve(settings)))
     except errors.BrokerUnavailable as e:
         print(e, file=sys.stderr)
-        raise SystemExit(3) from None
+        raise SystemExit(NO_REDIS_EXIT) from None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker.settings import BrokerSettings
 
 
 def _state_dir() -> Path:
@@ -14,10 +15,8 @@ def _state_dir() -> Path:
     return Path(base) / "warmlane"
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(BrokerSettings):
     """Environment of `gateway worker` and `gateway scheduler`."""
-
-    model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True, extra="ignore")
 
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey that all parts share.")
     namespace: str = Field("gw", description="Prefix of every key.")
@@ -32,5 +31,5 @@ class WorkerSettings(BaseSettings):
     @classmethod
     def _named(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
-            raise ValueError("a host's name may hold letters, digits, '.', '_' and '-' only, 64 at most")
+            raise ValueError("may hold letters, digits, '.', '_' and '-' only, 64 at most")
         return value

@@ -57,6 +57,7 @@ class Surroundings:
     facts: Callable[[str], ModelFacts]
     look: Callable[[], Awaitable[object]]  # makes the facts and the picture of other hosts fresh
     warm_elsewhere: Callable[[str], bool]
+    waited_for: Callable[[str], bool]  # whether jobs wait for the model now
     room_for: Callable[[str, bool], AbstractAsyncContextManager[None]]  # raises NoRoom; True = a request waits for it
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
@@ -194,7 +195,7 @@ class Waker:
             if self.state == "quarantined":
                 await self._become("cold", "")
             return
-        if self._loop.time() < self._no_room_until and not await self._demanded():
+        if self._loop.time() < self._no_room_until and not self._around.waited_for(self.name):
             return
         now = await self._around.now_ms()
         until = self._around.facts(self.name).quarantined_until
@@ -326,7 +327,7 @@ class Waker:
         still ask for an eviction, so the model only stays cold."""
         self._no_room_until = self._loop.time() + NO_ROOM_PAUSE_S
         log.info("event=no_room model=%s reason=%s", self.name, error)
-        if not await self._demanded():
+        if not self._around.waited_for(self.name):
             await self._become("cold", str(error))
             return
         until = await self._around.now_ms() + int(NO_ROOM_PAUSE_S * 1000)

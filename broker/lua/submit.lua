@@ -3,13 +3,13 @@
 --   KEYS[6] idem           KEYS[7] policy    KEYS[8] model
 --   KEYS[9 ..] the model's hashes on its hosts, then all lanes of the model
 --   ARGV[1] now            ARGV[2] id        ARGV[3] group     ARGV[4] policy_version
---   ARGV[5] max_queue      ARGV[6] promote_after_ms, 0 = never ARGV[7] give_up_after_ms
+--   ARGV[5] max_queue      ARGV[6] promote_after_ms, 0 = never ARGV[7] give_up_after_ms, counted from its start
 --   ARGV[8] not_before     0 = now           ARGV[9] body      ARGV[10] body_hash
 --   ARGV[11] keyed         1 = it has an Idempotency-Key, which lives as long as the job; its end starts the keep time
 --   ARGV[12] reader        `api/reader` or "" ARGV[13] reader_lease_ms
 --   ARGV[14] hosts         number of keys    ARGV[15] wanted_for_ms, 0 = do not wake
 --   ARGV[16 ..] fields of the job hash, name and value in turn
--- Returns {"queued"|"scheduled", entry}, {"known", state} for an id sent again, {"attached", id} for a repeated key.
+-- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key.
 -- Errors: STALEPOLICY, IDEMMISMATCH, LANEFULL.
 --- @include now_ms
 --- @include check
@@ -19,7 +19,7 @@
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
-if known then return { "known", known } end
+if known then return { "known", redis.call("HGET", KEYS[2], "lane") } end
 local stale = same_policy(KEYS[7], ARGV[4])
 if stale then return stale end
 local not_before = tonumber(ARGV[8])
@@ -38,7 +38,7 @@ if not_before <= now then
   end
 end
 
-local give_up_at = now + tonumber(ARGV[7])
+local give_up_at = math.max(now, not_before) + tonumber(ARGV[7])
 local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), give_up_at) or 0
 local named, fields = {}, {}
 for i = 16, #ARGV, 2 do

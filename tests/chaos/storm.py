@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 
 from broker import errors
-from broker.lifecycle import ENDED, State
 from broker.lanes import JOB_LEASE_MS
+from broker.lifecycle import ENDED, State
 from broker.records import JobRecord
 from broker.store import Store
 from tests.support.clients import Told, ask
@@ -166,7 +166,9 @@ def judge(storm: Storm, ledger: Ledger) -> None:
     if done < 0.95 * len(unseen):
         found.append(f"{done} of {len(unseen)} unseen jobs ended done: {ends(ledger)}")
     assert not found, f"seed {storm.seed}, {dict(storm.outcomes)}\n" + "\n".join(found[:40])
-    assert len(ledger.jobs) > CLIENTS and storm.outcomes["served"] > CLIENTS / 4, storm.outcomes  # else: what was judged?
+    assert len(ledger.jobs) > CLIENTS and storm.outcomes["served"] > CLIENTS / 4, (
+        storm.outcomes
+    )  # else: what was judged?
 
 
 def wrong_with(told: Told, ledger: Ledger) -> list[str]:

@@ -14,6 +14,8 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.real
 
 KILLS = 3
+PROBES = 4
+"""One or two tokens that each of the two models is asked for when it has been woken."""
 
 
 async def kill_and_wait(up: House, part: str, storm: Storm) -> None:
@@ -46,6 +48,8 @@ async def test_a_part_is_killed_under_load(part: str, tmp_path: Path) -> None:
             await run(up, storm, ledger, [part] * KILLS)
             judge(storm, ledger)
             print(f"{len(storm.told)} requests in {time.monotonic() - started:.1f} s")
+            if part != "worker":
+                await no_answer_was_made_twice(up, ledger)
     assert not ledger.last or not ledger.last.of("wake:<model>")
     lives = 1 + (KILLS if part == "worker" else 0)
     for model in ("big", "small"):
@@ -54,3 +58,12 @@ async def test_a_part_is_killed_under_load(part: str, tmp_path: Path) -> None:
         assert storm.outcomes.keys() <= {"served", "refused lane_full"}, storm.outcomes
     if part in ("scheduler", "redis"):
         assert not [job for job in ledger.jobs.values() if job.state is not State.DONE], ends(ledger)
+
+
+async def no_answer_was_made_twice(up: House, ledger: Ledger) -> None:
+    """The runtimes that lived through it have begun no more answers than there were attempts, and ended each once."""
+    stats = [await up.runtime(model).stats() for model in ("big", "small")]
+    attempts = sum(job.attempt for job in ledger.jobs.values())
+    done = sum(job.state is State.DONE for job in ledger.jobs.values())
+    assert sum(s["requests_started"] for s in stats) <= attempts + PROBES, (stats, attempts)
+    assert sum(s["requests_finished"] for s in stats) <= done + PROBES, (stats, done)

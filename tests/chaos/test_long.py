@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.parts import parts
-from tests.chaos.storm import Storm, ends, judge, seed_of, storm_policy, watched, was_unseen
 from broker.lifecycle import State
+from tests.chaos.parts import parts
+from tests.chaos.storm import Storm, ends, judge, seed_of, storm_policy, was_unseen, watched
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
 

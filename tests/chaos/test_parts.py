@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from broker.lifecycle import State
 from broker.lanes import READER_LEASE_MS
+from broker.lifecycle import State
 from tests.chaos.parts import Parts, parts
 from tests.chaos.storm import TOLD_S_MAX, Ledger, watched
 from tests.support.clients import Told, ask, user

@@ -98,9 +98,7 @@ def test_a_server_that_cannot_be_used(
     """Each part finds out by itself, at its start."""
     with serving(handler) as url:
         for part in PARTS:
-            done = gateway(
-                part, GATEWAY_REDIS_URL=url, GATEWAY_BIND="127.0.0.1:0", GATEWAY_STATE_DIR=str(tmp_path)
-            )
+            done = gateway(part, GATEWAY_REDIS_URL=url, GATEWAY_BIND="127.0.0.1:0", GATEWAY_STATE_DIR=str(tmp_path))
             assert done.returncode == 3, part
             assert words in one_sentence(done.stdout + done.stderr), part
 
@@ -235,9 +233,7 @@ def test_weights_that_are_not_there(tmp_path: Path, llama: Llama) -> None:
             return row.split()[1] == "quarantined" and any(words in line for line in lines if line.startswith("note: "))
 
         block_until(told, what="status says so")
-        answer = httpx.post(
-            f"{up.url}/v1/chat/completions", json={"model": "gone", "messages": user("hi")}, timeout=10
-        )
+        answer = httpx.post(f"{up.url}/v1/chat/completions", json={"model": "gone", "messages": user("hi")}, timeout=10)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "model_unavailable")
         assert words in error["message"]

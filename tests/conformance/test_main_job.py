@@ -78,9 +78,7 @@ def streams(client: Any, url: str) -> None:
 def answers_whole(client: Any) -> None:
     """A client that asks for no stream gets one object with the runtime's own figures, the same for the same seed."""
     one, two = (
-        client.chat.completions.create(
-            model="deep-coder", messages=user("hello"), max_tokens=8, temperature=0, seed=7
-        )
+        client.chat.completions.create(model="deep-coder", messages=user("hello"), max_tokens=8, temperature=0, seed=7)
         for _ in range(2)
     )
     assert one.object == "chat.completion"

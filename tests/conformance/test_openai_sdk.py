@@ -199,9 +199,7 @@ async def test_a_broken_answer_nobody_saw_is_made_again(shared_house: House) -> 
     """A client without a stream hears nothing of the first try."""
     await shared_house.runtime("pretend").break_with(error_in_stream=3, times=1)
     async with async_sdk(shared_house.url, max_retries=0) as client:
-        raw = await client.chat.completions.with_raw_response.create(
-            model="pretend", messages=user("hi"), max_tokens=6
-        )
+        raw = await client.chat.completions.with_raw_response.create(model="pretend", messages=user("hi"), max_tokens=6)
     assert raw.parse().choices[0].message.content == words(6)
     assert job(shared_house, raw.headers["x-gateway-job"])["attempt"] == 2
 

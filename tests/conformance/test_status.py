@@ -9,7 +9,6 @@ import pytest
 from tests.conformance.conftest import Llama
 from tests.support.clients import sdk, user
 from tests.support.gateway_process import House, gateway, house
-from tests.support.waiting import block_until
 from tests.support.worker_world import policy, simulated
 
 pytestmark = pytest.mark.real

@@ -1,6 +1,7 @@
 """Hosts, the wake lock, and the sweep that repairs what somebody broke by hand."""
 
 import asyncio
+from dataclasses import replace
 
 from broker import errors, hosts, jobs, lanes, wake
 from broker.keyspace import GROUP
@@ -15,7 +16,7 @@ async def test_a_host_tells_and_everybody_sees_it(world: World) -> None:
         state="warm", reason='said "ready"', slots_total=3, slots_settling=1, first_token_ewma_ms=1180.5,
         memory_bytes=34_359_738_368, since=world.now,
     )  # fmt: skip
-    host = HostRecord(name="gpu1", boot="boot1", beat_at=world.now, memory_total=137_438_953_472, draining=True)
+    host = HostRecord(name="gpu1", boot="boot1", beat_at=world.now, memory_total=137_438_953_472)
     await hosts.beat(world.store, host, {"big": told, "small": ModelOnHost(state="waking", since=world.now)})
     await hosts.learn(world.store, "big", load_ms=31_000.5, service_ms=900)
     picture = await world.fleet.look()
@@ -31,6 +32,9 @@ async def test_a_host_tells_and_everybody_sees_it(world: World) -> None:
     await world.fleet.look()
     view = world.fleet.view("big")
     assert (view.slots_free, view.waiting) == (1, 1)
+    await hosts.beat(world.store, replace(host, draining=True), {"big": told})
+    await world.fleet.look()
+    assert world.fleet.view("big").availability == "unavailable"  # it finishes what it has and takes nothing new
     await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot1"), {"big": ModelOnHost()})
     assert (await world.fleet.look()).on_host["big"]["gpu1"] == ModelOnHost()
     await world.healthy()

@@ -49,7 +49,6 @@ async def test_two_who_apply_at_once_both_get_through(world: World) -> None:
     assert sorted(versions) == list(range(2, 2 + len(books)))
 
 
-@pytest.mark.xfail(reason="PolicyBook.reload: two at once may end with the older policy", strict=True)
 async def test_a_process_never_goes_back_to_an_older_policy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two reloads at once: the slower one, with the older policy in hand, must not win."""
     book = PolicyBook(world.store)

@@ -131,7 +131,6 @@ async def test_a_job_that_did_not_get_done_frees_its_key(world: World, how: str)
     assert s.idem(world.store.keys.idem("anonymous", "k")) == second
 
 
-@pytest.mark.xfail(reason="admission asks about hosts before it asks for the key's job", strict=True)
 async def test_a_retry_finds_its_job_even_when_the_model_went_away(world: World) -> None:
     """The job exists; that its model has no host now is no reason to answer the retry with a refusal."""
     await world.warm(big=2)
@@ -174,7 +173,6 @@ async def test_a_later_start_takes_no_place_until_it_comes(world: World) -> None
     await world.healthy()
 
 
-@pytest.mark.xfail(reason="maxWaitMs counts from the submit, also of a job that starts later", strict=True)
 async def test_a_job_that_starts_later_than_its_lane_would_wait_does_start(world: World) -> None:
     job_id = await world.submit(not_before=world.now + 60_000, mode="async")
     assert (await world.healthy()).due[job_id] == world.now + 60_000

@@ -254,18 +254,20 @@ async def test_without_keys_it_keeps_to_this_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "problem",
+    ("problem", "exit_code"),
     [
-        PolicyInvalid(["line 3: models.a.fallback: no model is called 'b'", "line 9: routing: one more"]),
-        BrokerUnavailable("Redis at redis://nowhere does not answer."),
+        (PolicyInvalid(["line 3: models.a.fallback: no model is called 'b'", "line 9: routing: one more"]), 2),
+        (BrokerUnavailable("Redis at redis://nowhere does not answer."), 3),
     ],
 )
-async def test_a_refusal_of_the_policy_is_passed_on_and_ends_everything(tmp_path: Path, problem: Exception) -> None:
+async def test_a_refusal_of_the_policy_is_passed_on_and_ends_everything(
+    tmp_path: Path, problem: Exception, exit_code: int
+) -> None:
     async def refuse(redis_url: str, namespace: str, text: str, *, made_up: bool) -> AppliedPolicy:
         raise problem
 
     code, said = await refused(Options(port=0, data_dir=tmp_path), apply_policy=refuse)
-    assert (code, said) == (2, [str(problem)])
+    assert (code, said) == (exit_code, [str(problem)])
     assert not processes_of(tmp_path)
 
 

@@ -148,7 +148,9 @@ async def test_who_was_asked_for_last_stays_when_nobody_waits(world: World) -> N
         await eventually(tried_again, what="the first looks for room")
         assert (await world.model("second")).since == warm_since
         assert await resident(world) == {"second"}
-    assert (await world.submit("second")).lane == "second"
+    told = await world.model("first")
+    assert (told.state, told.reason) == ("cold", "first needs 600 MB and 400 MB are free; no idle model can make room")
+    assert (await (await world.submit("first")).end()).served_by == "first@gpu1", "who waits decides"
 
 
 async def test_a_kept_warm_model_comes_back_when_nobody_wants_the_other(world: World) -> None:
