@@ -228,8 +228,10 @@ def replay(rival: Warmlane, backend: Backend) -> Figures:
         for job_id, body in got:
             key = f"gw:job:{job_id}:frames"
             log = client.xrange(key)
-            data = b"".join(fields[b"data"] for _, fields in log)
-            equal += data == body
+            data = b"".join(fields[b"data"] for _, fields in log if fields[b"kind"] == b"content")
+            # the terminal frame says how the job ended; the client hears it in its dialect's words
+            ended = b"data: [DONE]\n\n" if log and log[-1][1][b"kind"] == b"done" else b""
+            equal += bool(data) and data + ended == body
             payload, entries = payload + len(data), entries + len(log)
             memory += client.memory_usage(key, samples=0) or 0
     return {"streams": len(prompts), "equal": equal, "entries": entries, "memory_ratio": memory / max(1, payload)}

@@ -143,10 +143,12 @@ class FrameReader:
             wait = CHECK_EVERY_S if limit is None else min(CHECK_EVERY_S, limit - loop.time())
             if wait <= 0:
                 return None
+            alarm = loop.call_later(wait, self._news.set)  # a timeout block for each frame would cost more than it
             try:
-                async with asyncio.timeout(wait):
-                    await self._news.wait()
-            except TimeoutError:
+                await self._news.wait()
+            finally:
+                alarm.cancel()
+            if not self._queue and not self._look:  # it was the alarm
                 if limit is not None and loop.time() >= limit:
                     return None
                 self._look = True

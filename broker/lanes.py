@@ -8,6 +8,7 @@ from broker import errors
 from broker.hosts import Fleet
 from broker.jobs import closing_keys, prefixes
 from broker.keyspace import GROUP
+from broker.lifecycle import State
 from broker.policies import Active
 from broker.policy import Lane
 from broker.records import Claimed, JobRecord, Waiting
@@ -150,6 +151,17 @@ async def claim(
         ],
     )
     return Claimed(int(attempt), JobRecord.from_hash(raw), body)
+
+
+async def claimed(store: Store, waiting: Waiting, *, host: str, boot: str) -> Claimed | None:
+    """Gives the hold on a job that this worker has claimed by this entry and not begun; None if it has not."""
+    raw = await store.hash(store.keys.job(waiting.job))
+    body = await store.command("GET", store.keys.request(waiting.job))
+    if not raw or body is None:
+        return None
+    job = JobRecord.from_hash(raw)
+    ours = job.state is State.CLAIMED and (job.lane, job.entry) == (waiting.lane, waiting.entry)
+    return Claimed(job.attempt, job, body) if ours and (job.owner, job.boot) == (host, boot) else None
 
 
 async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to: Lane) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from broker import dispatch, errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
-from broker.records import ModelFacts, Waiting
+from broker.records import Claimed, ModelFacts, Waiting
 from broker.store import Store
 from workers.attempt import Attempt, Ended, Limits
 from workers.picture import LanePicture
@@ -157,9 +157,10 @@ class Dispatcher:
             return None
         except errors.BrokerUnavailable as e:
             log.warning("event=claim_retry job=%s reason=%s", job.job, e)
-            self._picture.unspend(job)
-            await asyncio.sleep(RETRY_PAUSE_S)
-            return None
+            unheard = await self._claimed_unheard(job)
+            if unheard is None:
+                return None
+            claimed = unheard
         except (errors.Lost, errors.NoSuchJob, errors.BadTransition, errors.TrustZoneRefused) as e:
             log.debug("event=claim_lost job=%s reason=%s", job.job, e)
             return None
@@ -171,6 +172,20 @@ class Dispatcher:
         limits = Limits(model.first_token_timeout_ms, model.stall_timeout_ms, max_losses)
         served_by = f"{waker.name}@{self._host}"
         return Attempt(self._store, self._client, claimed, waker.runtime.endpoint(), limits, served_by=served_by)
+
+    async def _claimed_unheard(self, job: Waiting) -> Claimed | None:
+        """Waits for Redis and asks whether the claim was made, only its reply lost: nobody else would start the job
+        before our lease on it ends. None = it was not."""
+        while not self.stopped:
+            await asyncio.sleep(RETRY_PAUSE_S)
+            try:
+                claimed = await lanes.claimed(self._store, job, host=self._host, boot=self._boot)
+            except errors.BrokerUnavailable:
+                continue
+            if claimed is None:
+                self._picture.unspend(job)
+            return claimed
+        return None
 
     async def _reload(self) -> None:
         try:

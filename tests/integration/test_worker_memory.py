@@ -10,7 +10,7 @@ import pytest_asyncio
 from broker import errors
 from broker.lifecycle import State
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import World, eventually, simulated, words, worker_world
+from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
 from workers import waker
 
 pytestmark = pytest.mark.real
@@ -30,11 +30,17 @@ def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def resident(world: World) -> set[str]:
     """Which models are in memory; fails when they are too many."""
-    found = {name: waker.memory_bytes for name, waker in world.hosts["gpu1"].residents.wakers.items()}
-    running = [name for name, waker in world.hosts["gpu1"].residents.wakers.items() if waker.runtime._child.running]  # type: ignore[attr-defined]
+    found = {name: one.memory_bytes for name, one in world.hosts["gpu1"].residents.wakers.items()}
+    running = [name for name, one in world.hosts["gpu1"].residents.wakers.items() if one.runtime._child.running]  # type: ignore[attr-defined]
     assert sum(found.values()) <= LIMIT_MB << 20, found
     assert len(running) <= 1, f"{running} run at once"
     return {name for name, size in found.items() if size}
+
+
+async def another_look(one: waker.Waker) -> None:
+    """Waits until a model without room has looked for it once more."""
+    before = one._no_room_until
+    await until(lambda: one._no_room_until > before, what=f"{one.name} looks for room again")
 
 
 async def test_an_idle_model_goes_after_its_minimum_stay(world: World) -> None:
@@ -121,11 +127,8 @@ async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: Wor
     [other] = {"first", "second"} - {stays}
     warm_since = (await world.model(stays)).since
 
-    async def tried_again() -> bool:
-        return host.residents.wakers[other]._no_room_until > asyncio.get_running_loop().time() + 0.2
-
     for _ in range(3):
-        await eventually(tried_again, what="another look for room")
+        await another_look(host.residents.wakers[other])
         assert (await world.model(stays)).since == warm_since
     record = await (await world.submit(other)).end()
 
@@ -141,11 +144,8 @@ async def test_who_was_asked_for_last_stays_when_nobody_waits(world: World) -> N
     assert (await (await world.submit("second")).end()).served_by == "second@gpu1"
     warm_since = (await world.model("second")).since
 
-    async def tried_again() -> bool:
-        return host.residents.wakers["first"]._no_room_until > asyncio.get_running_loop().time() + 0.2
-
-    for _ in range(2):
-        await eventually(tried_again, what="the first looks for room")
+    for _ in range(3):
+        await another_look(host.residents.wakers["first"])
         assert (await world.model("second")).since == warm_since
         assert await resident(world) == {"second"}
     told = await world.model("first")

@@ -334,7 +334,8 @@ class World:
             told = await eventually(check, what="", timeout_s=timeout_s)
         except AssertionError:
             raise AssertionError(f"{model}@{host} is {await self.model(model, host)}, not {states}") from None
-        await self.fleet.look()
+        for fleet in (self.fleet, *(scheduler._fleet for scheduler in self._schedulers)):
+            await fleet.look()
         return told
 
     async def waiting(self, lane: str) -> int:
