@@ -22,6 +22,9 @@ log = logging.getLogger("warmlane.due")
 RETRY_MS = 1_000
 """A job that cannot move at its instant is tried again after this long at most."""
 
+FRESH_S = 0.1
+"""How old the picture of the hosts may be when it keeps a late job waiting."""
+
 Outcome = Literal[
     "gone", "not_due", "promoted", "waits", "full", "expired", "abandoned", "recovered", "lost", "started"
 ]
@@ -139,21 +142,28 @@ class Due:
         here, to = active.lane(job.lane), None
         if here is not None and here.fallback:
             to = active.policy.lane(here.fallback)
-        if here is None or to is None or to.retiring or not self._may_enter(job, to):
-            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
-            return Looked("waits")
         overdue = 0 < job.promote_at <= now
+        if here is None or to is None or to.retiring or not self._may_enter(job, to):
+            return await self._wait(job, overdue=overdue)
         if not here.retiring and not self._helps(here, to, overdue=overdue, now=now):
-            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
-            return Looked("waits")
+            # what it decided by may be half a second old: a job that is late deserves a fresh look
+            fresh = overdue and await self._fleet.look_again(older_than_s=FRESH_S)
+            if not fresh or not self._helps(here, to, overdue=overdue, now=now):
+                return await self._wait(job, overdue=overdue)
         try:
             await lanes.promote(self._store, active, self._fleet, job, to)
         except errors.LaneFull:
-            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+            await self._wait(job, overdue=overdue)
             return Looked("full", lane=to.name)
         late = now - job.promote_at if overdue else 0
         log.info("event=promote job=%s lane=%s to=%s late_ms=%d", job.id, here.name, to.name, late)
         return Looked("promoted", lane=to.name, late_ms=late)
+
+    async def _wait(self, job: JobRecord, *, overdue: bool) -> Looked:
+        """Leaves the job where it is; only one whose deadline has passed needs another instant to be looked at."""
+        if overdue:
+            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+        return Looked("waits")
 
     def _helps(self, here: Lane, to: Lane, *, overdue: bool, now: int) -> bool:
         view, there = self._fleet.view(here.name), self._fleet.view(to.name)

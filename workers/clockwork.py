@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from arq.connections import RedisSettings
+from arq.connections import ArqRedis
 from arq.cron import cron
 from arq.worker import Worker
 
@@ -23,6 +23,7 @@ JOB_TIMEOUT_S = 15
 POLL_S = 0.5
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_MAX_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
 
 
@@ -32,7 +33,10 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
         return
     pause_s = RESTART_PAUSE_S
     while True:
-        worker = _worker(store, book)
+        # a pool of our own: whatever arq dies of, and wherever it is cancelled, its connections can be closed
+        pool = _pool(store)
+        pool.job_serializer, pool.job_deserializer = _to_json, json.loads  # it enqueues, and would do so in pickles
+        worker = _worker(store, book, pool)
         started = asyncio.get_running_loop().time()
         try:
             await worker.async_run()
@@ -41,7 +45,7 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
         except Exception as e:  # noqa: BLE001  # whatever arq dies of, chores go on later
             log.warning("event=arq_restart reason=%s", e or type(e).__name__)
         finally:
-            await _close(worker)
+            await _close(worker, pool)
         lived_s = asyncio.get_running_loop().time() - started
         pause_s = RESTART_PAUSE_S if lived_s > 60 else min(pause_s * 2, RESTART_PAUSE_MAX_S)
         await asyncio.sleep(pause_s)
@@ -55,7 +59,16 @@ async def _forget(context: dict[str, Any]) -> None:
     await chores.forget(context["store"], context["book"])
 
 
-def _worker(store: Store, book: PolicyBook) -> Worker:
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, default=str).encode()
+
+
+def _pool(store: Store) -> ArqRedis:
+    connections = ArqRedis.from_url(store.url, socket_connect_timeout=2, socket_timeout=10).connection_pool
+    return ArqRedis(connections, job_serializer=_as_json, job_deserializer=json.loads)
+
+
+def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
     name = store.keys.namespace  # arq's own keys know no namespace: without it, gateways that share a Redis take turns
     return Worker(
         functions=[],
@@ -78,7 +91,7 @@ def _worker(store: Store, book: PolicyBook) -> Worker:
                 unique=True,
             ),
         ],
-        redis_settings=RedisSettings.from_dsn(store.url),
+        redis_pool=pool,
         queue_name=f"arq:{name}",  # beside its other keys, and not among ours: no row of our key table describes it
         handle_signals=False,
         keep_result=0,
@@ -86,15 +99,20 @@ def _worker(store: Store, book: PolicyBook) -> Worker:
         job_timeout=JOB_TIMEOUT_S,
         health_check_interval=15,
         max_jobs=4,
-        job_serializer=lambda value: json.dumps(value, default=str).encode(),
+        job_serializer=_to_json,
         job_deserializer=json.loads,
         ctx={"store": store, "book": book},
     )
 
 
-async def _close(worker: Worker) -> None:
-    try:
-        async with asyncio.timeout(2):
-            await worker.close()
-    except Exception as e:  # noqa: BLE001  # it is being thrown away
-        log.debug("event=arq_close reason=%s", e)
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, default=str).encode()
+
+
+async def _close(worker: Worker, pool: ArqRedis) -> None:
+    for close in (worker.close, pool.aclose, pool.connection_pool.disconnect):
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await close()
+        except Exception as e:  # noqa: BLE001  # it is being thrown away
+            log.debug("event=arq_close reason=%s", e)

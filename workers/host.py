@@ -47,7 +47,16 @@ BAD_SETTING_EXIT = 2
 GC_AFTER = 20_000
 """New objects before the collector looks: at the default, it looks hundreds of times a second under load."""
 
-MACHINE = f"{platform.node()}/{uuid.getnode():x}"
+
+def _machine() -> str:
+    """Names this hardware, the same for every process on it."""
+    for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with contextlib.suppress(OSError):
+            return f"{platform.node()}/{Path(path).read_text().strip()}"
+    return f"{platform.node()}/{uuid.getnode():x}"
+
+
+MACHINE = _machine()
 
 
 class Host:
@@ -119,6 +128,7 @@ class Host:
         self.residents = Residents(
             self._store,
             self._fleet,
+            self._picture,
             host=self.name,
             boot=self.boot,
             state_dir=self._settings.state_dir,

@@ -12,6 +12,7 @@ from broker.policies import Active
 from broker.records import ModelFacts
 from broker.store import Store
 from workers.memory import HostMemory, Resident, evictions, host_memory, predicted_bytes
+from workers.picture import LanePicture
 from workers.waker import NoRoom, Surroundings, Waker
 
 log = logging.getLogger("warmlane.residents")
@@ -28,6 +29,7 @@ class Residents:
         self,
         store: Store,
         fleet: Fleet,
+        picture: LanePicture,
         *,
         host: str,
         boot: str,
@@ -41,6 +43,7 @@ class Residents:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._store = store
         self._fleet = fleet
+        self._picture = picture
         self._host = host
         self._boot = boot
         self._state_dir = state_dir
@@ -171,7 +174,10 @@ class Residents:
             log.warning("event=memory_not_back need_mb=%d headroom_mb=%d", need >> 20, self._headroom() >> 20)
 
     def _waited_for(self, name: str) -> bool:
-        return any(self._fleet.picture.waiting.get(lane) for lane in self._lanes.get(name, ()))
+        served = self._lanes.get(name, ())
+        if any(True for _ in self._picture.waiting(served)):  # the tail hears of a job before the next look does
+            return True
+        return any(self._fleet.picture.waiting.get(lane) for lane in served)
 
     def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
         """Whether one model's wish is the stronger one. Otherwise two of them would evict each other for as long as

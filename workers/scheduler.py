@@ -129,8 +129,9 @@ class Scheduler:
 
     async def _hasten_hopeless(self) -> float:
         """Finds jobs whose waiting is pointless: no host, quarantined, too slow, or a load that takes too long."""
-        if self._store.answering_s * 1000 < hosts.HOST_LEASE_MS:
-            return HOPELESS_LOOK_S  # hosts that live may not have said so yet
+        silence_counts = (
+            self._store.answering_s * 1000 >= hosts.HOST_LEASE_MS
+        )  # else hosts may live and not have said so
         active = self._book.active
         now = await self._store.now_ms()
         for name, lane in active.lanes().items():
@@ -138,6 +139,8 @@ class Scheduler:
                 continue
             view = self._fleet.view(name)
             if not lane.retiring and view.availability == "warm":
+                continue
+            if not silence_counts and lane.model not in self._fleet.picture.on_host:
                 continue
             async for job in lanes.waiting_entries(self._store, name, limit=HOPELESS_PAGE):
                 here = dispatch.first_token_in_ms(view, ahead=0, now_ms=now)

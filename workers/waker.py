@@ -36,6 +36,8 @@ PROBE_PATIENCE = 3.0
 
 PROBE_LEAST_S = 10.0
 SLOW_IN_A_ROW = 2
+SUSPECT_MEMORY_S = 10.0
+SUSPECT_PAUSE_S = 1.0
 QUARANTINE_S = 5.0
 QUARANTINE_MAX_S = 300.0
 NO_ROOM_PAUSE_S = 5.0
@@ -94,6 +96,7 @@ class Waker:
         self._busy_asked = 0.0
         self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
+        self._suspected_at = -SUSPECT_MEMORY_S
         self._warm_since = self._idle_since = self._asked = self._probed = 0.0
         self._ask_at = self._loop.time()
 
@@ -168,9 +171,15 @@ class Waker:
             self._measured(ms)
 
     def suspect(self) -> None:
-        """Says that an attempt lost its connection: ask the runtime before another job is claimed for it."""
-        self._suspected = True
-        self._ask_at = self._loop.time()
+        """Says that an attempt lost its connection: ask the runtime before another job is claimed for it.
+
+        At once the first time; one that says it is fine and fails again gets a pause, or a short trouble of the
+        runtime would use up every waiting job's losses.
+        """
+        now = self._loop.time()
+        again = now - self._suspected_at < SUSPECT_MEMORY_S
+        self._suspected, self._suspected_at = True, now
+        self._ask_at = now + SUSPECT_PAUSE_S if again else now
         self._unreachable = 1
         self.kick()
 
@@ -209,6 +218,8 @@ class Waker:
         return self.model.keep_warm or await self._demanded()
 
     async def _demanded(self) -> bool:
+        if self._around.waited_for(self.name):
+            return True
         return self._around.facts(self.name).wanted_until > await self._around.now_ms()
 
     async def _take_over(self) -> None:

@@ -34,16 +34,18 @@ def llama(tiny_gguf: Path) -> Llama:
 
 @pytest.fixture(scope="session")
 def shared_house(tmp_path_factory: pytest.TempPathFactory, llama: Llama) -> Iterator[House]:
-    """One gateway for the tests that leave it as they found it."""
+    """One gateway for the tests that leave it as they found it. The weights of one of its models are not there."""
+    missing = tmp_path_factory.getbasetemp() / "missing.gguf"
     models = {
         "tiny": llama(maxConcurrent=2, maxQueue=8, aliases=["gpt-4o"]),
         "pretend": simulated(maxConcurrent=5, maxQueue=8, memoryMb=1, options={"decodeTps": 100}),
         "narrow": simulated(maxConcurrent=1, maxQueue=1, memoryMb=1, options={"decodeTps": 50}),
         "thoughtful": simulated(maxConcurrent=4, memoryMb=1, options={"prefillTps": 15}),
+        "gone": llama(keepWarm=True) | {"model": str(missing)},
     }
     routing = [{"match": {"lane": "fast-edit"}, "target": "pretend"}]
     text = policy(models, routing=routing, headerHoldMs=300)
     with house(tmp_path_factory.mktemp("house") / "data", policy=text) as up:
-        for name in models:
+        for name in models.keys() - {"gone"}:
             up.until_state(name, "warm")
         yield up

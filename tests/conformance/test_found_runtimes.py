@@ -11,8 +11,7 @@ import pytest
 from tests.support.clients import ask, async_sdk, heard_out, sdk, text_of, user
 from tests.support.fake_ollama import FakeOllama
 from tests.support.gateway_process import House, house, tells_no_traceback
-from tests.support.waiting import until
-from tests.support.worker_world import policy, words
+from tests.support.worker_world import words
 
 pytestmark = pytest.mark.real
 
@@ -20,10 +19,9 @@ MODEL = "qwen2.5-coder:32b"
 
 
 @asynccontextmanager
-async def beside(data: Path, **more: str) -> AsyncIterator[House]:
+async def beside(data: Path, **settings: str) -> AsyncIterator[House]:
     """A gateway beside a server that runs in the test's own loop, which must go on meanwhile."""
-    text = more.pop("policy", None)
-    up = House(data, policy=text, **more)
+    up = House(data, **settings)
     try:
         await asyncio.to_thread(up.until_said, "warmlane ")
         yield up
@@ -33,46 +31,34 @@ async def beside(data: Path, **more: str) -> AsyncIterator[House]:
     tells_no_traceback(up.output)
 
 
-async def test_an_ollama_is_loaded_on_our_own_connection(tmp_path: Path) -> None:
-    """A client that loses its patience takes its request with it, and not the load."""
+async def test_a_running_ollama_is_found_and_loaded_on_our_own_connection(tmp_path: Path) -> None:
+    """No policy and nothing to set: its model is served. A client that loses its patience takes its request with it,
+    and not the load."""
     async with FakeOllama(MODEL).running() as ollama:
         ollama.hold_loads()
-        model = {"backend": "ollama", "model": MODEL, "url": ollama.url, "memoryMb": 1, "maxConcurrent": 2}
-        async with beside(tmp_path / "data", policy=policy({"deep-coder": model}, headerHoldMs=300)) as up:
-            await asyncio.to_thread(up.ready)
-            body = {"model": "deep-coder", "messages": user("hi"), "max_tokens": 5, "stream": True}
-            async with httpx.AsyncClient(timeout=1.5) as hasty:
-                hurried = await ask(hasty, up.url, body)
-            assert hurried.outcome == "cut"
-            assert ollama.loads_started == [MODEL]
-            async with async_sdk(up.url, max_retries=0) as client:
-                asked = asyncio.create_task(client.chat.completions.create(**body))
-                stream = await asyncio.wait_for(asked, 10)  # the status comes before the model does
-                ollama.release_loads()
-                chunks = await heard_out(stream)
-                del stream, asked
-            assert text_of(chunks) == "ollama 1 2 3 4"
-            assert {chunk.model for chunk in chunks} == {"deep-coder"}
-            assert (ollama.loads_started, ollama.loads_aborted) == ([MODEL], [])
-            load = next(sent for sent in ollama.generate_bodies if sent["model"] == MODEL)
-            assert load["keep_alive"] == -1
-            assert "prompt" not in load or load["prompt"] == ""
-            assert all(sent["model"] == MODEL for sent in ollama.chat_bodies)
-
-
-async def test_a_running_ollama_is_found(tmp_path: Path) -> None:
-    """No policy and nothing to set: the model that is there is served under its own name."""
-    async with FakeOllama(MODEL).running() as ollama:
         async with beside(tmp_path / "data", GATEWAY_OLLAMA_URL=ollama.url) as up:
             await asyncio.to_thread(up.ready)
             assert up.says("policy ", ollama.url), up.output
             assert not up.says("simulated"), up.output
-            async with async_sdk(up.url, max_retries=1) as client:
+            async with async_sdk(up.url, max_retries=0) as client:
                 name = next(model.id for model in (await client.models.list()).data)
                 assert name.startswith("qwen2.5-coder")
-                answer = await client.chat.completions.create(model=name, messages=user("hi"), max_tokens=3)
-            assert answer.choices[0].message.content == "ollama 1 2"
-            await until(lambda: ollama.loaded, what="it is loaded")
+                body = {"model": name, "messages": user("hi"), "max_tokens": 5, "stream": True}
+                async with httpx.AsyncClient(timeout=1.0) as hasty:
+                    assert (await ask(hasty, up.url, body)).outcome == "cut"
+                assert ollama.loads_started == [MODEL]
+                asked = asyncio.create_task(client.chat.completions.create(**body))
+                await asyncio.wait({asked}, timeout=0.5)
+                assert not asked.done()
+                ollama.release_loads()
+                chunks = await heard_out(await asked)
+                del asked
+            assert text_of(chunks) == "ollama 1 2 3 4"
+            assert {chunk.model for chunk in chunks} == {name}
+            assert (ollama.loads_started, ollama.loads_aborted) == ([MODEL], [])
+            load = next(sent for sent in ollama.generate_bodies if sent["model"] == MODEL)
+            assert load["keep_alive"] == -1
+            assert all(sent["model"] == MODEL for sent in ollama.chat_bodies)
 
 
 def test_with_nothing_found_it_is_simulated_and_says_so(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ local function close(k, p, now, id, to, code, message, status)
   if (from == "claimed" or from == "streaming") and to == "cancelled" then
     redis.call("PUBLISH", p.control_prefix .. f[9], "cancel " .. id .. " " .. f[2])
   end
-  if to == "failed" and code ~= "runtime_refused" then
+  if to == "failed" and code ~= "runtime_refused" and code ~= "context_length_exceeded" then
     redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f[8], "code", code, "message", message,
       "losses", f[12])
   end
