@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from ulid import ULID
 
 from api.exchange import Exchange
 from api.gateway import Gateway
@@ -87,6 +89,7 @@ class Visit:
         self._job = job
         self._name = gateway.reader_name()
         self._attached = False
+        self._anew = False
         self._away_since = 0.0
         self._model = ""
 
@@ -105,6 +108,26 @@ class Visit:
             await self._join(admitted.job_id)
         gateway.readers.add(self._name, self.job_id, sees=self.stream)
         gateway.metrics.submitted(self.lane, attached=admitted.attached)
+
+    async def enter_anew(self, body: bytes, wishes: Wishes) -> bool:
+        """Hands the job in once more when a Redis came back without it; False if that would not be honest.
+
+        Even with an append-only file a killed Redis may lose its last writes while it waits for the disk. The client
+        still waits, and nothing of an answer has reached it. It is a new job: a worker that still holds the lost one
+        must not be taken for the holder of this.
+        """
+        gateway = self._gateway
+        came_back = gateway.store.answering_s < self.loop.time() - self.entered_at
+        if self.delivered or self._attached or self._anew or not came_back:
+            return False
+        self._job = replace(self._job, id=str(ULID()))
+        log.warning("event=enter_anew job=%s lost=%s reason=Redis came back without it", self._job.id, self.job_id)
+        self._anew, self.job_id = True, self._job.id
+        gateway.readers.drop(self._name)
+        gateway.hub.close(self.reader)
+        self.reader = gateway.hub.open(self.job_id)
+        await self.enter(body, wishes)
+        return True
 
     async def leave(self) -> None:
         """The client went away: its job ends, unless a retry may still come back to it or it was to be kept."""

@@ -130,7 +130,9 @@ class PolicyBook:
             before = await self.reload()
             retiring = _retiring(before, policy) if before is not None else {}
             flat = [x for name, kept in retiring.items() for x in (name, kept)]
-            version_read = before.version if before else 0
+            version_read = int(await store.command("HGET", store.keys.policy, "version") or 0)
+            if before is not None and version_read not in (0, before.version):  # 0: a Redis that lost it all
+                continue
             args = [store.now_arg(), version_read, text, policy.digest, by, int(made_up), HISTORY_KEPT, *flat]
             try:
                 version = await store.run("policy_apply", [store.keys.policy], args)

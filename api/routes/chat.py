@@ -68,7 +68,7 @@ class ChatCompletions:
     async def _follow(self, visit: Visit, body: bytes, wishes: Wishes) -> None:
         await visit.enter(body, wishes)
         try:
-            await (send_stream(visit) if visit.stream else send_whole(visit))
+            await self._send(visit, body, wishes)
         except Stopping:
             await visit.detach()
             raise
@@ -82,6 +82,15 @@ class ChatCompletions:
         except Exception:
             await visit.leave()
             raise
+
+    async def _send(self, visit: Visit, body: bytes, wishes: Wishes) -> None:
+        send = send_stream if visit.stream else send_whole
+        try:
+            await send(visit)
+        except errors.NoSuchJob:
+            if not await visit.enter_anew(body, wishes):
+                raise
+            await send(visit)
 
     def _job(self, facts: openai.ChatFacts, wishes: Wishes, caller: str) -> JobRecord:
         policy = self._gateway.book.active.policy

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -860,6 +861,50 @@ async def test_a_redis_that_comes_back_is_waited_for(own_server: RedisServer) ->
         assert await coming.head() == 200
         await coming.body()
     await store.close()
+
+
+@pytest.mark.real
+async def test_a_job_that_redis_lost_is_handed_in_again(own_server: RedisServer) -> None:
+    """A killed Redis may lose what it had not yet written; whoever still waits gets an answer all the same, once."""
+    store = await Store.open(own_server.url, namespace=new_namespace(), name="test-api")
+    book = PolicyBook(store)
+    await book.apply(POLICY)
+    worker = ScriptedWorker(store, book)
+    async with worker.running(), live_api(store) as running:
+        scene = Scene(store, running, worker)
+        worker.scripts = scripts(scene)
+        waiting = await RawClient.open(running)
+        await waiting.chat("wait", model="small")
+        lost = await scene.only_job()
+        await store.command("FLUSHALL")
+        own_server.kill()
+        own_server.start()
+        await until_true(partial(_applied, book), what="the policy is there again")
+        await worker.beat()
+        found = await until_true(partial(_another, scene, lost.id), what="the job is handed in again", timeout_s=15)
+        assert found.id != lost.id
+        scene.go.set()
+        assert await waiting.head() == 200
+        got = await waiting.body()
+        assert got.count(b'"content":"Hello"') == 1
+        assert got.endswith(b"data: [DONE]\n\n")
+        with pytest.raises(errors.NoSuchJob):
+            await scene.job(lost.id)
+    await store.close()
+
+
+async def _applied(book: PolicyBook) -> bool:
+    try:
+        return await book.apply(POLICY) > 0
+    except errors.BrokerUnavailable:
+        return False
+
+
+async def _another(scene: Scene, lost: str) -> JobRecord | None:
+    for job_id in await scene.store.command("ZRANGE", scene.store.keys.due, 0, -1):
+        if job_id.decode() != lost:
+            return await scene.job(job_id.decode())
+    return None
 
 
 @pytest.mark.real
