@@ -215,8 +215,11 @@ class Visit:
 
     async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
         g = self._gateway
+        unsure = False
         while True:
             try:
+                if unsure and (known := await self._known()) is not None:
+                    return admission.Admitted(known.id, known.lane)
                 return await admission.admit(
                     g.store,
                     g.book,
@@ -228,12 +231,19 @@ class Visit:
                     promote_within_ms=wishes.promote_within_ms,
                 )
             except errors.BrokerUnavailable:
-                # The job may be in: submit is keyed by its id, so that asking again finds it.
+                # The job may be in, its reply lost: look for it before anything can refuse it.
+                unsure = True
                 if self.loop.time() - self.entered_at > DOOR_OUTAGE_S:
                     raise
                 if self.exchange.why is not None:
                     raise self.exchange.why from None
                 await asyncio.sleep(DOOR_PAUSE_S)
+
+    async def _known(self) -> JobRecord | None:
+        try:
+            return await jobs.read(self._gateway.store, self._job.id)
+        except errors.NoSuchJob:
+            return None
 
     async def _join(self, job_id: str) -> None:
         """Follows the earlier job from its first frame."""

@@ -143,11 +143,15 @@ class Fleet:
         before = self.picture
         async with self._looking:
             if asyncio.get_running_loop().time() - self._looked_at > older_than_s:
-                await self.look()
+                await self._look()
         return self.picture is not before
 
     async def look(self) -> Picture:
-        """Reads hosts, models and lanes in one go. Unreadable lanes count as empty."""
+        """Reads hosts, models and lanes in one go. One look at a time: of two, the later to end might be the older."""
+        async with self._looking:
+            return await self._look()
+
+    async def _look(self) -> Picture:
         store, active = self._store, self._book.active
         now = await store.now_ms()
         self.skew_ms = now - int(time.time() * 1000) if store.clock is None else 0

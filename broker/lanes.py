@@ -148,6 +148,7 @@ async def claim(
             boot,
             lease_ms,
             lane.trust,
+            lane.model,
         ],
     )
     return Claimed(int(attempt), JobRecord.from_hash(raw), body)

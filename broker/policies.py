@@ -106,7 +106,10 @@ class PolicyBook:
             if revision is None or (self._active is not None and int(revision) == self._active.revision):
                 return self._active
             fields = {k.decode(): v.decode() for k, v in (await store.hash(store.keys.policy)).items()}
-            self._active = await asyncio.to_thread(_parse, fields)
+            try:
+                self._active = await asyncio.to_thread(_parse, fields)
+            except (TypeError, ValueError, KeyError) as e:  # written by another version, or by hand
+                raise errors.PolicyInvalid([f"the policy in Redis cannot be read: {e}"]) from None
         for listener in self._listeners:
             listener(self._active)
         return self._active

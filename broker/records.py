@@ -250,10 +250,10 @@ class Waiting:
 
     @classmethod
     def from_entry(cls, lane: str, entry_id: bytes | str, values: list[Any] | Mapping[Any, Any]) -> Self:
-        """Reads an entry of a lane's stream."""
+        """Reads an entry of a lane's stream; one that we did not write has no job, and no claim finds it."""
         f = decode_hash(values)
         return cls(
-            job=f["job"],
+            job=f.get("job", ""),
             lane=lane,
             entry=_text(entry_id),
             caller=f.get("caller", ""),

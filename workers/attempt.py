@@ -99,6 +99,10 @@ class Attempt:
         try:
             await self._stream()
             outcome = "done"
+        except errors.FrameGap as e:
+            # Redis came back without the last frames: what the client has cannot be gone on from
+            log.error("event=frames_lost job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            outcome = await self._fail(errors.WorkerLost("Redis lost a part of this answer"))
         except (errors.Lost, errors.NoSuchJob) as e:
             log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
             outcome = "stopped"
@@ -137,7 +141,9 @@ class Attempt:
                 raise self._stop
             over = self._over()
             if over and reader.succeeded:
-                if not self.delivered:  # an answer may be nothing but a finish reason
+                reader.end()  # what was held back until the answer is whole: an empty one, a last event cut short
+                data += reader.take()
+                if not self.delivered:
                     await self._flush(data, first=True)
                     data = b""
                 await self._finish(data)

@@ -35,7 +35,6 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
     while True:
         # a pool of our own: whatever arq dies of, and wherever it is cancelled, its connections can be closed
         pool = _pool(store)
-        pool.job_serializer, pool.job_deserializer = _to_json, json.loads  # it enqueues, and would do so in pickles
         worker = _worker(store, book, pool)
         started = asyncio.get_running_loop().time()
         try:
@@ -65,6 +64,7 @@ def _as_json(value: Any) -> bytes:
 
 def _pool(store: Store) -> ArqRedis:
     connections = ArqRedis.from_url(store.url, socket_connect_timeout=2, socket_timeout=10).connection_pool
+    # it enqueues the cron jobs, and would do so in pickles
     return ArqRedis(connections, job_serializer=_as_json, job_deserializer=json.loads)
 
 
@@ -99,14 +99,10 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
         job_timeout=JOB_TIMEOUT_S,
         health_check_interval=15,
         max_jobs=4,
-        job_serializer=_to_json,
+        job_serializer=_as_json,
         job_deserializer=json.loads,
         ctx={"store": store, "book": book},
     )
-
-
-def _to_json(value: Any) -> bytes:
-    return json.dumps(value, default=str).encode()
 
 
 async def _close(worker: Worker, pool: ArqRedis) -> None:

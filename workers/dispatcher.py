@@ -1,6 +1,7 @@
 """Gives free slots of warm models to waiting jobs, and runs the attempts."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ class Dispatcher:
         self._interactive_at: dict[str, int] = {}
         self._service_ms: dict[str, float] = {}
         self._unlearned: set[str] = set()
+        self._told_early: set[tuple[str, int]] = set()
+        self._renew_now = asyncio.Event()
         self._end: errors.BrokerError | None = None
         self._serving: set[asyncio.Task[None]] = set()
 
@@ -75,7 +78,7 @@ class Dispatcher:
                 if job is None:
                     break
                 self._picture.spend(job)
-                waker.slots.take(_user(job))
+                waker.slots.take(_user(job), now_s=asyncio.get_running_loop().time())
                 self.claiming += 1
                 serving = self._tasks.create_task(self._serve(waker, job), name=f"attempt {job.job}")
                 self._serving.add(serving)
@@ -95,11 +98,20 @@ class Dispatcher:
         if attempt is not None:
             log.info("event=%s job=%s attempt=%s", word, job_id, number)
             attempt.stop()
+        elif self.claiming:  # its claim's reply is still on the way
+            self._told_early.add((job_id, int(number)))
+
+    def renew_now(self) -> None:
+        """Asks for every attempt whether its job is still ours: while nobody listened, a cancel may have been said."""
+        self._renew_now.set()
 
     async def keep_renewing(self) -> None:
         """Proves every RENEW_EVERY_S that the jobs are held; an attempt that lost its job is stopped."""
         while True:
-            await asyncio.sleep(RENEW_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_EVERY_S):
+                    await self._renew_now.wait()
+            self._renew_now.clear()
             await asyncio.gather(*(self._renew(attempt) for attempt in list(self.attempts.values())))
 
     async def tell_learned(self) -> None:
@@ -137,6 +149,10 @@ class Dispatcher:
             if self._end is not None:
                 attempt.stop(self._end)
             held = job.job, attempt.held.attempt
+            if held in self._told_early:
+                attempt.stop()
+            if not self.claiming:
+                self._told_early.clear()
             self.attempts[held] = attempt
             try:
                 ended = await attempt.run()

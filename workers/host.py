@@ -97,7 +97,9 @@ class Host:
                     "renew": self.dispatcher.keep_renewing(),
                     "tail": tails.tail(),
                     "resync": tails.resync(),
-                    "control": self._store.listen([channel], lambda _, m: self.dispatcher.told(m), lambda: None),
+                    "control": self._store.listen(
+                        [channel], lambda _, m: self.dispatcher.told(m), self.dispatcher.renew_now
+                    ),
                 }
                 forever = [tasks.create_task(work, name=f"host {what}") for what, work in chores.items()]
                 await self._stop.wait()
@@ -112,6 +114,9 @@ class Host:
     async def drain(self) -> None:
         """Claims no more; what runs may finish until `drainTimeoutMs`, then unseen jobs go back and seen ones are
         told. A second call stops at once."""
+        if not hasattr(self, "dispatcher"):  # told before it had begun
+            self._stop.set()
+            return
         if self.draining:
             await self._end_attempts()
             self._stop.set()
@@ -260,6 +265,8 @@ async def serve(settings: WorkerSettings) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: drains.append(loop.create_task(host.drain(), name="drain")))
         await host.run()
+    except* errors.BrokerUnavailable as away:
+        raise errors.BrokerUnavailable(str(away.exceptions[0])) from None
     except* errors.LockHeld:
         taken = True
         other = f"a worker named {name} is alive on another machine"

@@ -30,6 +30,7 @@ class LanePicture:
         self._lanes: dict[str, OrderedDict[str, Waiting]] = {}
         self._spent: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._truncated: set[str] = set()
+        self._heard: dict[str, list[Waiting]] = {}  # since the look at a lane that is under way
 
     def follow(self, lanes: Iterable[str]) -> None:
         """Says which lanes count from now on."""
@@ -49,10 +50,16 @@ class LanePicture:
         lane = self._lanes.get(job.lane)
         if lane is None or (job.lane, job.entry) in self._spent or job.entry in lane:
             return
+        if job.lane in self._heard:
+            self._heard[job.lane].append(job)
         if len(lane) >= (KEPT_BATCH if job.priority == "batch" else KEPT_INTERACTIVE):
             self._truncated.add(job.lane)
             return
         lane[job.entry] = job
+
+    def before_look(self, lane: str) -> None:
+        """Says that the stream is about to be read: what is heard until `replace` may be newer than what is read."""
+        self._heard[lane] = []
 
     def replace(self, lane: str, jobs: Iterable[Waiting]) -> None:
         """Takes what the stream itself says about one lane."""
@@ -60,7 +67,7 @@ class LanePicture:
             return
         self._lanes[lane] = OrderedDict()
         self._truncated.discard(lane)
-        for job in jobs:
+        for job in [*jobs, *self._heard.pop(lane, ())]:
             self.add(job)
 
     def spend(self, job: Waiting) -> None:
@@ -150,5 +157,6 @@ class Tails:
         return going
 
     async def _look(self, lane: str) -> None:
+        self._picture.before_look(lane)
         found = [job async for job in lanes.waiting_entries(self._store, lane, limit=KEPT_INTERACTIVE * 2)]
         self._picture.replace(lane, found)

@@ -100,12 +100,16 @@ class Residents:
 
     def stop(self) -> None:
         """Stops every waker; each closes the runtime that it started."""
+        for waker in self.wakers.values():
+            waker.leaving = False  # nobody waits for one to be idle any more
         for task in self._running.values():
             task.cancel()
 
     async def _let_go(self, waker: Waker) -> None:
         while waker.leaving and not waker.slots.idle:  # noqa: ASYNC110  # it may come back meanwhile
             await asyncio.sleep(LEAVE_LOOK_S)
+        if waker.leaving and waker.state in ("warm", "degraded"):
+            await waker.unload("removed from the policy")  # a runtime that is not ours would keep it for ever
         if waker.leaving and self.wakers.get(waker.name) is waker:
             del self.wakers[waker.name]
             self._running.pop(waker.name).cancel()

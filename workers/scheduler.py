@@ -92,12 +92,21 @@ class Scheduler:
         due, wait_ms = await self._due.next(limit=PAGE, but=self._resting.keys())
         if not due:
             return SLEEP_MAX_S if wait_ms is None else min(SLEEP_MAX_S, wait_ms / 1000)
-        found = await asyncio.gather(*(self._due.look(job) for job in due))
+        found = await asyncio.gather(*(self._look(job) for job in due))
         for job, looked in zip(due, found, strict=True):
             self._note(job, looked)
             if looked.outcome == "not_due":  # its lease may not be judged yet, or somebody else was first
                 self._resting[job] = now + REST_S
         return 0.0
+
+    async def _look(self, job: str) -> Looked:
+        try:
+            return await self._due.look(job)
+        except errors.BrokerUnavailable:
+            raise
+        except Exception:  # a record that nobody can read must not keep the others from being looked at
+            log.exception("event=look_failed job=%s", job)
+            return Looked("not_due")
 
     def _note(self, job: str, looked: Looked) -> None:
         if looked.outcome == "full":
@@ -120,11 +129,13 @@ class Scheduler:
             waiting, before = length - held, self._waiting_then.get(lane)
             self._waiting_then[lane] = waiting
             # the first count of a lane comes after its refusal: a place may have been freed in between
-            for _ in range(1 if before is None else max(0, before - waiting)):
-                if not self._stuck[lane]:
-                    break
+            places = 1 if before is None else max(0, before - waiting)
+            while places > 0 and self._stuck[lane]:
                 job, _none = self._stuck[lane].popitem(last=False)
-                self._note(job, await self._due.look(job, hasten=True))
+                looked = await self._due.look(job, hasten=True)
+                self._note(job, looked)
+                if looked.outcome not in ("gone", "not_due"):  # one that ended meanwhile takes no place
+                    places -= 1
         return STUCK_LOOK_S
 
     async def _hasten_hopeless(self) -> float:

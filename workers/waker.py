@@ -144,6 +144,10 @@ class Waker:
                     await self._step()
                 except errors.BrokerUnavailable as e:
                     log.debug("event=waker_retry model=%s reason=%s", self.name, e)
+                except Exception as e:
+                    # a runtime that answers what nobody foresaw must not take the other models' streams with it
+                    log.exception("event=waker_broken model=%s", self.name)
+                    await self._broken(e)
                 self._kick.clear()
                 try:
                     async with asyncio.timeout(min(STEP_EVERY_S, max(0.01, self._ask_at - self._loop.time()))):
@@ -152,6 +156,13 @@ class Waker:
                     continue
         finally:
             await asyncio.shield(self.runtime.close())
+
+    async def _broken(self, error: Exception) -> None:
+        """Sets a model aside for a while whose runtime we do not understand."""
+        try:
+            await self._quarantine(f"its runtime is not understood: {type(error).__name__}: {error}")
+        except errors.BrokerUnavailable as e:
+            log.debug("event=waker_retry model=%s reason=%s", self.name, e)
 
     async def unload(self, reason: str) -> None:
         """Takes the model out of memory; the caller has seen that it is idle. From here on it is not claimable."""
@@ -264,12 +275,12 @@ class Waker:
     async def _load_and_probe(self, lock: wake.WakeLock) -> None:
         started = self._loop.time()
         timeout_s = self.model.wake_timeout_ms / 1000
+        demanded = await self._demanded()
         failed: Exception | None = None
         load_ms = first_ms = 0.0
         try:
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(self._keep_lock(lock), name=f"wake-lock {self.name}")
-                demanded = await self._demanded()
                 async with asyncio.timeout(timeout_s), self._around.room_for(self.name, demanded):
                     await self.runtime.load(timeout_s=timeout_s)
                     load_ms = (self._loop.time() - started) * 1000
@@ -324,6 +335,9 @@ class Waker:
             return
         words = f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
         await self._abandon_load()
+        await self._quarantine(words)
+
+    async def _quarantine(self, words: str) -> None:
         failures = self._around.facts(self.name).failures + 1
         pause_s = min(QUARANTINE_MAX_S, QUARANTINE_S * 2 ** min(failures - 1, 10))
         now = await self._around.now_ms()
@@ -372,8 +386,12 @@ class Waker:
             and not self.model.keep_warm
             and self.idle_ms > self.model.idle_unload_ms
             and not await self._wanted()
+            and self.slots.idle  # a job may have been claimed while we asked
         ):
             await self.unload("idle")
+        if self.slots.wedged(self._loop.time() - self.model.settle_ms / 1000):
+            self._slow = max(self._slow, SLOW_IN_A_ROW)
+            self.reason = "the runtime still works on answers that were closed long ago"
         await self._judge()
 
     async def _ask_runtime(self) -> None:
@@ -405,10 +423,10 @@ class Waker:
         busy = await self.runtime.busy_slots()
         if busy is None:  # it cannot tell: the limit is all there is to go by
             return self.slots.expire(self._loop.time() - self.model.settle_ms / 1000)
-        return self.slots.settled(busy)
+        return self.slots.settled(busy, asked_s=self._busy_asked)
 
     async def _probe_idle(self) -> None:
-        self.slots.take("probe")
+        self.slots.take("probe", now_s=self._loop.time())
         clean = True
         try:
             self._measured(await self._probe())

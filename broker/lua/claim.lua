@@ -1,7 +1,8 @@
 -- Gives one waiting job to a worker, by its entry, in any order.
 --   KEYS[1] lane   KEYS[2] job   KEYS[3] due   KEYS[4] policy   KEYS[5] request
 --   ARGV[1] now    ARGV[2] id    ARGV[3] group ARGV[4] lane_name   ARGV[5] entry   ARGV[6] policy_version
---   ARGV[7] host   ARGV[8] boot  ARGV[9] lease_ms   ARGV[10] target_trust  `local` or `remote`, of the lane's model now
+--   ARGV[7] host   ARGV[8] boot  ARGV[9] lease_ms
+--   ARGV[10] target_trust  `local` or `remote`   ARGV[11] target_model   of the lane, under the active policy
 -- Returns {attempt, body, what the attempt needs of the job's hash as name and value in turn}.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE.
 --- @include now_ms
@@ -21,7 +22,7 @@ end
 redis.call("XCLAIM", KEYS[1], ARGV[3], ARGV[7], "0", ARGV[5], "FORCE", "JUSTID")
 local attempt = tonumber(f[5] or 0) + 1
 local lease_until = now + tonumber(ARGV[9])
-redis.call("HSET", KEYS[2], "state", to, "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8], "claimed_at", ms(now),
+redis.call("HSET", KEYS[2], "state", to, "model", ARGV[11], "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8], "claimed_at", ms(now),
   "lease_until", ms(lease_until), "last_seq", "0", "retry_at", "0")
 redis.call("ZADD", KEYS[3], ms(earliest(lease_until, f[6])), id)
 local record = { "id", id, "lane", ARGV[4], "entry", ARGV[5], "state", to, "attempt", ms(attempt), "owner", ARGV[7],

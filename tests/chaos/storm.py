@@ -156,11 +156,14 @@ async def watched(redis_url: str, *, every_s: float = 1.0) -> AsyncIterator[Ledg
         await store.close()
 
 
-def judge(storm: Storm, ledger: Ledger) -> None:
-    """What holds whatever was killed. Silence and a clean-looking end are never among what a client is told."""
+def judge(storm: Storm, ledger: Ledger, *, apis_live: bool) -> None:
+    """What holds whatever was killed. Silence and a clean-looking end are never among what a client is told, and while
+    its api lives nobody's connection is cut."""
     found = list(dict.fromkeys(ledger.found))
     for told in storm.told:
         found += wrong_with(told, ledger)
+        if apis_live and told.cut:
+            found.append(f"job {told.job_id} (stream={told.stream}): its client was cut off: {told.cut}")
     unseen = [job for job in ledger.jobs.values() if was_unseen(job)]
     done = sum(job.state is State.DONE for job in unseen)
     if done < 0.95 * len(unseen):

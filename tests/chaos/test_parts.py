@@ -30,14 +30,14 @@ async def job(http: httpx.AsyncClient, url: str, job_id: str) -> dict[str, objec
     return found
 
 
-async def test_the_dead_stay_dead(tmp_path: Path) -> None:
+async def the_dead_stay_dead(directory: Path) -> None:
     """A worker and an api go for good: two schedulers, another worker and another api do what is left to do."""
     models = {
         "shared": simulated(maxConcurrent=4, maxQueue=8, memoryMb=1, options=SLOW),
         "other": simulated(maxConcurrent=4, maxQueue=8, memoryMb=1, hosts=["worker2"], options=SLOW),
     }
     names = ("api1", "api2", "scheduler1", "scheduler2", "worker1")
-    async with parts(tmp_path, policy(models, headerHoldMs=1000), *names) as house:
+    async with parts(directory, policy(models, headerHoldMs=1000), *names) as house:
         await house.until_warm("shared", workers=("worker1",))
         house.start("worker2")
         await house.until_warm("other", workers=("worker2",))
@@ -96,7 +96,7 @@ async def keeps_count(house: Parts, ledger: Ledger) -> None:
 
 
 async def each_api_looks_after_its_own(directory: Path) -> None:
-    """Promotion, giving up and recovery come a little later, but they come."""
+    """No scheduler: promotion, giving up and recovery come a little later, but they come."""
     never = {"coldStartMs": 600_000}
     models = {
         "cold": simulated(coldStartBudgetMs=1000, fallback="warm", memoryMb=1, options=never),
@@ -126,7 +126,7 @@ async def each_api_looks_after_its_own(directory: Path) -> None:
 
 
 async def a_dead_worker_is_found_out(directory: Path) -> None:
-    """The api of the client that waits gives its job to another worker, or tells it what has happened."""
+    """No scheduler either: the api of the client that waits gives its job to another worker, or tells it what has happened."""
     models = {"calm": simulated(maxConcurrent=4, maxQueue=8, memoryMb=1, options=SLOW)}
     async with parts(directory, policy(models, headerHoldMs=1000), "api1", "worker1") as house:
         await house.until_warm("calm")
@@ -149,9 +149,9 @@ async def a_dead_worker_is_found_out(directory: Path) -> None:
         assert not ledger.found, ledger.found
 
 
-async def test_without_a_scheduler_nobody_is_stranded(tmp_path: Path) -> None:
-    """Two gateways side by side, because most of it is waiting."""
+async def test_nobody_is_stranded(tmp_path: Path) -> None:
+    """Three gateways side by side, because most of it is waiting for leases to end."""
     async with asyncio.TaskGroup() as tasks:
-        for scene in (each_api_looks_after_its_own, a_dead_worker_is_found_out):
+        for scene in (the_dead_stay_dead, each_api_looks_after_its_own, a_dead_worker_is_found_out):
             (directory := tmp_path / scene.__name__).mkdir()
             tasks.create_task(scene(directory), name=scene.__name__)

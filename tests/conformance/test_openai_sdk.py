@@ -165,14 +165,14 @@ def until_idle(up: House, model: str) -> None:
 
 def test_heartbeats_are_no_part_of_an_answer(shared_house: House) -> None:
     """Comments come before the first token; the SDK passes over them."""
-    asked = {"model": "thoughtful", "messages": user("think " * 20), "max_tokens": 4, "stream": True}
+    asked = {"model": "thoughtful", "messages": user("think " * 8), "max_tokens": 4, "stream": True}
     with httpx.Client(timeout=30) as http:
         lines = http.post(f"{shared_house.url}/v1/chat/completions", json=asked).text.splitlines()
     assert lines[0].startswith(": warmlane thoughtful on")
     assert lines[-2] == "data: [DONE]"
     with sdk(shared_house.url, max_retries=0) as client:
         started = time.monotonic()
-        asked["messages"] = user("ponder " * 20)  # a new prompt: the other one is cached
+        asked["messages"] = user("ponder " * 8)  # a new prompt: the other one is cached
         chunks = list(client.chat.completions.create(**asked))
         assert time.monotonic() - started > 0.5
     assert text_of(chunks) == words(4)

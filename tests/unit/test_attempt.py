@@ -142,9 +142,21 @@ async def test_a_good_answer(bench: Bench) -> None:
 
 
 async def test_an_answer_that_is_only_a_finish_reason_is_one(bench: Bench) -> None:
+    """Its client gets the role and the finish reason, not an empty stream that looks clean."""
     ended = await bench.run(says(event(ROLE), event({}, "stop")))
     assert ended.outcome == "done"
-    assert [kind for kind, _ in await bench.log()] == ["content", "done"]
+    log = await bench.log()
+    assert [kind for kind, _ in log] == ["content", "done"]
+    assert log[0][1] == (event(ROLE) + event({}, "stop")).replace(b'"weights"', b'"big"')
+
+
+async def test_a_last_event_without_its_blank_line_is_not_lost(bench: Bench) -> None:
+    """Some proxies cut it off; the finish reason is in it."""
+    parts = [event(ROLE), event({"content": "a"}), event({}, "stop")]
+    ended = await bench.run(says(b"".join(parts).removesuffix(b"\n\n")))
+    assert ended.outcome == "done"
+    whole = b"".join(data for kind, data in await bench.log() if kind == "content")
+    assert whole == b"".join(parts).replace(b'"weights"', b'"big"')
 
 
 async def test_a_finish_without_an_end_counts_after_a_moment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

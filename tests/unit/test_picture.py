@@ -79,3 +79,13 @@ def test_what_was_tried_is_not_remembered_for_ever() -> None:
     assert len(picture._spent) == SPENT_KEPT
     picture.add(job(SPENT_KEPT + 5))
     assert known(picture) == []
+
+
+def test_what_is_heard_while_a_lane_is_read_stays() -> None:
+    """The tail may tell of an entry that the look under way is too old to have seen."""
+    picture = picture_of("big")
+    picture.add(job(1))
+    picture.before_look("big")
+    picture.add(job(3))
+    picture.replace("big", [job(2)])
+    assert known(picture) == ["job2", "job3"]

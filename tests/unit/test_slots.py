@@ -62,3 +62,23 @@ def test_more_settling_than_slots_is_none_free() -> None:
     """maxConcurrent was lowered while answers were being closed."""
     slots = Slots(1, settling=[1, 2])
     assert slots.free == 0
+
+
+def test_a_request_on_its_way_does_not_free_a_settling_slot() -> None:
+    """The runtime says one is busy: that is the closed answer, the new request has not reached it yet."""
+    slots = Slots(2)
+    slots.take("old", now_s=1.0)
+    slots.give_back("old", clean=False, now_s=10.0)
+    slots.take("new", now_s=11.9)
+    assert not slots.settled(1, asked_s=12.0)
+    assert slots.free == 0
+    assert slots.settled(1, asked_s=14.0)
+    assert slots.free == 1
+
+
+def test_slots_that_settle_for_ever_show_a_wedged_runtime() -> None:
+    slots = Slots(1)
+    slots.take("a")
+    slots.give_back("a", clean=False, now_s=10.0)
+    assert not slots.wedged(9.0)
+    assert slots.wedged(10.0)
