@@ -71,7 +71,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
     rest = FastAPI(
         title="warmlane", version=gateway.version, summary="A gateway for local LLMs.", lifespan=lifespan,
-        redirect_slashes=False,
+        redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
     )  # fmt: skip
     rest.state.gateway = gateway
     for routes in (models.router, jobs.router, health.router):

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import httpx
 import typer
@@ -182,13 +183,19 @@ def _become(module: str, **more: str) -> NoReturn:
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)
 
 
+def _is_loopback(url: str) -> bool:
+    """Whether a proxy of the environment has no business between us and this address."""
+    host = urlsplit(url).hostname or ""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
 async def _ask(method: str, path: str) -> dict[str, Any]:
     """Asks the gateway over HTTP; whatever it refuses becomes its own sentence."""
     url = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8400").rstrip("/")
     key = os.environ.get("GATEWAY_KEY", "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        async with httpx.AsyncClient(timeout=ANSWER_S_MAX, headers=headers) as client:
+        async with httpx.AsyncClient(timeout=ANSWER_S_MAX, headers=headers, trust_env=not _is_loopback(url)) as client:
             response = await client.request(method, url + path)
         told = response.json()
     except (httpx.HTTPError, httpx.InvalidURL) as problem:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
-from api.state_dir import state_dir
+from api.state_dir import where
 from api.up import AppliedPolicy
 from broker.policies import Active, PolicyBook
 from broker.policy import Policy
@@ -161,7 +161,7 @@ def _redis_url(settings: BrokerSettings, data: Path | None) -> str:
     if os.environ.get("GATEWAY_REDIS_URL") and data is None:
         return settings.redis_url
     given = data or (Path(os.environ["GATEWAY_STATE_DIR"]) if os.environ.get("GATEWAY_STATE_DIR") else None)
-    place = state_dir(given, os.environ) / "redis" / "url"
+    place = where(given, os.environ) / "redis" / "url"
     try:
         return place.read_text().strip()
     except OSError:

@@ -134,6 +134,8 @@ def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
     found = Wrong(code, str(said.get("message") or "the job ended without an answer"), row.status, row.kind)
     if kind is errors.RuntimeRefused and isinstance(status, int | float) and 400 <= status < 500:
         return replace(found, status=int(status))
+    if kind is errors.RuntimeFailed and status == 504:  # it was not broken, it was too slow
+        found = replace(found, status=504)
     if row.retry_after_s is None:
         return found
     wait_s = retry_after_s if retry_after_s and kind in (errors.ColdStartDeadline, errors.JobExpired) else None

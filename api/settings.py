@@ -12,7 +12,6 @@ class ApiSettings(BrokerSettings):
     bind: str = Field("127.0.0.1:8400", description="Where the api listens, host:port; [::1]:8400 for IPv6.")
     keys: SecretStr = Field(SecretStr(""), description="name:secret pairs; without any only this machine may call.")
     stop_after_ms: int = Field(3_000, ge=0, description="How long running answers go on after SIGTERM.")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("bind")
     @classmethod
@@ -27,13 +26,6 @@ class ApiSettings(BrokerSettings):
     def _keys_are_pairs(cls, value: SecretStr) -> SecretStr:
         Keys.parse(value.get_secret_value())
         return value
-
-    @field_validator("log_level")
-    @classmethod
-    def _level_is_known(cls, value: str) -> str:
-        if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
-        return value.upper()
 
     @property
     def host(self) -> str:

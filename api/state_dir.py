@@ -15,18 +15,22 @@ class CannotStart(Exception):
     """Why something of `gateway up` can't start, in one sentence for the person who typed it."""
 
 
-def state_dir(given: Path | None, environ: Mapping[str, str]) -> Path:
-    """Gives the data directory, made if it wasn't there, readable by its owner only."""
+def where(given: Path | None, environ: Mapping[str, str]) -> Path:
+    """Says where the data directory is; looks at nothing and makes nothing."""
     if given is None:
         base = environ.get("XDG_STATE_HOME", "")
         # The XDG specification says that a relative path here is to be ignored.
         home = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
         given = home / "warmlane"
-    path = given.expanduser().absolute()
+    return given.expanduser().absolute()
+
+
+def state_dir(given: Path | None, environ: Mapping[str, str]) -> Path:
+    """Gives the data directory, made if it wasn't there. What is ours in it is readable by its owner only; a directory
+    that was there before keeps the rights that somebody gave it."""
+    path = where(given, environ)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o700)
     except OSError as error:
         raise CannotStart(f"The data directory {path} can't be used: {error.strerror or error}.") from error
     return path

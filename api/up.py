@@ -24,6 +24,7 @@ from api.listen import Listen
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
 from broker.errors import BrokerError, BrokerUnavailable
+from broker.policy import Policy
 
 READY_S_MAX = 30.0
 """How long `up` waits for the api before it says that something is wrong."""
@@ -178,6 +179,8 @@ class _House:
     async def _start(self, apply_policy: ApplyPolicy, make_parts: MakeParts) -> None:
         options = self._options
         text = _read(options.policy_path) if options.policy_path is not None else None
+        if text is not None:
+            Policy.parse(text)  # before anything is started
         redis_url = options.redis_url
         which = "the one at GATEWAY_REDIS_URL"
         if not redis_url:

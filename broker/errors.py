@@ -37,6 +37,9 @@ BrokerError
 
 from typing import ClassVar
 
+NAME_SHOWN = 100
+"""Characters of a name that somebody sent which an error repeats."""
+
 
 class BrokerError(Exception):
     """Root of everything that the broker raises on purpose."""
@@ -82,7 +85,7 @@ class UnknownModel(Refused):
 
     def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
         hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
-        super().__init__(f"no model, alias or lane is called {asked!r}{hint}")
+        super().__init__(f"no model, alias or lane is called {asked[:NAME_SHOWN]!r}{hint}")
         self.asked = asked
         self.suggestions = suggestions or []
 
@@ -94,7 +97,7 @@ class UnknownLane(Refused):
 
     def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
         hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
-        super().__init__(f"no lane is called {asked!r}{hint}")
+        super().__init__(f"no lane is called {asked[:NAME_SHOWN]!r}{hint}")
         self.asked = asked
         self.suggestions = suggestions or []
 

@@ -18,6 +18,14 @@ class BrokerSettings(BaseSettings):
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     namespace: str = "gw"
+    log_level: str = "INFO"
+
+    @field_validator("log_level")
+    @classmethod
+    def _level_is_known(cls, value: str) -> str:
+        if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+        return value.upper()
 
     @field_validator("namespace")
     @classmethod

@@ -25,7 +25,6 @@ class WorkerSettings(BrokerSettings):
     )
     state_dir: Path = Field(default_factory=_state_dir, description="Where logs and pid files of started runtimes go.")
     memory_mb: int | None = Field(None, ge=1, description="Memory that models may use here; default: the machine's.")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
     @field_validator("host_name")
     @classmethod

@@ -126,7 +126,7 @@ async def each_api_looks_after_its_own(directory: Path) -> None:
 
 
 async def a_dead_worker_is_found_out(directory: Path) -> None:
-    """No scheduler either: the api of the client that waits gives its job to another worker, or tells it what has happened."""
+    """No scheduler either: the api of the client that waits gives its job to another worker, or tells it so."""
     models = {"calm": simulated(maxConcurrent=4, maxQueue=8, memoryMb=1, options=SLOW)}
     async with parts(directory, policy(models, headerHoldMs=1000), "api1", "worker1") as house:
         await house.until_warm("calm")

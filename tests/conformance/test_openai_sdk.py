@@ -168,7 +168,7 @@ def test_heartbeats_are_no_part_of_an_answer(shared_house: House) -> None:
     asked = {"model": "thoughtful", "messages": user("think " * 8), "max_tokens": 4, "stream": True}
     with httpx.Client(timeout=30) as http:
         lines = http.post(f"{shared_house.url}/v1/chat/completions", json=asked).text.splitlines()
-    assert lines[0].startswith(": warmlane thoughtful on")
+    assert lines[0].startswith(": warmlane "), lines
     assert lines[-2] == "data: [DONE]"
     with sdk(shared_house.url, max_retries=0) as client:
         started = time.monotonic()
@@ -239,11 +239,10 @@ async def test_a_hang_up_is_heard_by_the_runtime(shared_house: House) -> None:
         )
         stream = raw.parse()
         await anext(aiter(stream))
-        closed_at = time.monotonic()
         await stream.close()
-    while (await runtime.stats())["requests_aborted"] == before:
-        assert time.monotonic() - closed_at < 1.0
-        await asyncio.sleep(0.02)
+        async with asyncio.timeout(1.0):
+            while (await runtime.stats())["requests_aborted"] == before:
+                await asyncio.sleep(0)
     job_id = raw.headers["x-gateway-job"]
     await until(lambda: job(shared_house, job_id)["state"] == "cancelled", what="the job is cancelled", timeout_s=1)
 

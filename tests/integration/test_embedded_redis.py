@@ -16,7 +16,7 @@ import pytest
 from api import embedded_redis, redis_address
 from api.embedded_redis import EmbeddedRedis, find_program
 from api.redis_address import Address, ask
-from api.state_dir import CannotStart, state_dir
+from api.state_dir import CannotStart, state_dir, where
 
 pytestmark = pytest.mark.real
 
@@ -172,7 +172,9 @@ def test_the_data_directory_is_private_and_where_xdg_wants_it(directory: Path) -
     assert found == directory / "warmlane"
     assert stat.S_IMODE(found.stat().st_mode) == 0o700
     found.chmod(0o755)
-    assert stat.S_IMODE(state_dir(found, {}).stat().st_mode) == 0o700
+    assert stat.S_IMODE(state_dir(found, {}).stat().st_mode) == 0o755, "what somebody shares on purpose stays shared"
+    assert where(directory / "looked-at", {}) == directory / "looked-at"
+    assert not (directory / "looked-at").exists(), "a look makes nothing"
     (directory / "file").touch()
     with pytest.raises(CannotStart, match=r"^The data directory .*/file can't be used: File exists\.$"):
         state_dir(directory / "file", {})

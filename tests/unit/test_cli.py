@@ -207,7 +207,7 @@ async def test_watch_prints_until_it_is_interrupted(running: LiveApi) -> None:
 async def test_what_is_no_gateway_is_said_so(
     running: LiveApi, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GATEWAY_URL", f"{running.url}/docs?")
+    monkeypatch.setenv("GATEWAY_URL", f"{running.url}/metrics?")
     (await asyncio.to_thread(gateway, "status")).complains(3, "is no warmlane gateway")
 
 
