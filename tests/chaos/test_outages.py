@@ -11,10 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from broker import errors
 from broker.lifecycle import State
+from broker.store import Store
+from broker.wire import Wire
 from tests.chaos.parts import Parts, parts
 from tests.chaos.storm import Ledger, ends, watched
 from tests.support.clients import Told, ask, user
+from tests.support.redis_server import start_server
 from tests.support.worker_world import policy, simulated, words
 
 pytestmark = pytest.mark.real
@@ -121,6 +125,28 @@ async def test_redis_goes_away_and_comes_back(tmp_path: Path) -> None:
         for scene in (hangs_for_three_seconds, is_away_for_longer_than_a_lease, hides_the_death_of_a_worker):
             (directory := tmp_path / scene.__name__).mkdir()
             tasks.create_task(scene(directory), name=scene.__name__)
+
+
+async def test_a_redis_that_hangs_is_not_left_with_connections() -> None:
+    """Each try to reach it connects, since the kernel answers for it; what comes of none of them is closed again."""
+    redis = start_server()
+    try:
+        os.kill(redis.pid, signal.SIGSTOP)
+        for _ in range(2):
+            wire = Wire(redis.url, name="patient")
+            with pytest.raises(errors.BrokerUnavailable):
+                await wire.open()
+            await wire.close()
+        os.kill(redis.pid, signal.SIGCONT)
+        store = await Store.open(redis.url, name="looks")
+        try:
+            for _ in range(3):  # by the first answer it has heard of everything that came before
+                clients = await store.command("CLIENT", "LIST")
+            assert b"name=patient" not in clients
+        finally:
+            await store.close()
+    finally:
+        redis.close()
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from tests.support.clients import Attempts, async_sdk, heard_out, sdk, text_of, 
 from tests.support.gateway_process import House
 from tests.support.live_api import live_api
 from tests.support.waiting import block_until, until
-from tests.support.worker_world import words
+from tests.support.worker_world import eventually, words
 
 pytestmark = pytest.mark.real
 
@@ -240,9 +240,11 @@ async def test_a_hang_up_is_heard_by_the_runtime(shared_house: House) -> None:
         stream = raw.parse()
         await anext(aiter(stream))
         await stream.close()
-        async with asyncio.timeout(1.0):
-            while (await runtime.stats())["requests_aborted"] == before:
-                await asyncio.sleep(0)
+
+    async def heard() -> bool:
+        return bool((await runtime.stats())["requests_aborted"] > before)
+
+    await eventually(heard, what="the runtime hears of the hang-up", timeout_s=1.0)
     job_id = raw.headers["x-gateway-job"]
     await until(lambda: job(shared_house, job_id)["state"] == "cancelled", what="the job is cancelled", timeout_s=1)
 

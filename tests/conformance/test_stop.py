@@ -11,7 +11,7 @@ import pytest
 from tests.support.clients import ask, user
 from tests.support.gateway_process import House, is_alive, tells_no_traceback
 from tests.support.waiting import until
-from tests.support.worker_world import policy, simulated, words
+from tests.support.worker_world import eventually, policy, simulated, words
 
 pytestmark = pytest.mark.real
 
@@ -32,7 +32,12 @@ async def test_an_interrupt_lets_short_answers_end_and_tells_the_others(tmp_path
             short = tasks.create_task(ask(http, up.url, body(50)))
             whole = tasks.create_task(ask(http, up.url, body(50, stream=False)))
             long = tasks.create_task(ask(http, up.url, body(5000)))
-            await asyncio.sleep(1.0)
+            runtime = up.runtime("slow")
+
+            async def all_run() -> bool:
+                return bool((await runtime.stats())["active"] == 3)
+
+            await eventually(all_run, what="all three answers are under way")
             up.signal(signal.SIGINT)
             stopped_at = time.monotonic()
             late = await ask(http, up.url, body(2))

@@ -204,11 +204,16 @@ async def test_watch_prints_until_it_is_interrupted(running: LiveApi) -> None:
     assert (process.returncode, err) == (0, b"")
 
 
-async def test_what_is_no_gateway_is_said_so(
-    running: LiveApi, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GATEWAY_URL", f"{running.url}/metrics?")
-    (await asyncio.to_thread(gateway, "status")).complains(3, "is no warmlane gateway")
+async def test_what_is_no_gateway_is_said_so(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        monkeypatch.setenv("GATEWAY_URL", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        (await asyncio.to_thread(gateway, "status")).complains(3, "is no warmlane gateway")
 
 
 # --- against Redis -----------------------------------------------------------------------------------------------
