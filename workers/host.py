@@ -7,7 +7,6 @@ owner. `python -m workers.host` is the process.
 import asyncio
 import contextlib
 import fcntl
-import gc
 import hashlib
 import logging
 import os
@@ -21,15 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import uvloop
 from ulid import ULID
 
 from broker import errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
-from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
+from workers import part
 from workers.dispatcher import Dispatcher
 from workers.picture import LanePicture, Tails
 from workers.residents import Residents
@@ -42,10 +40,6 @@ LAST_WORDS_S = 2.0
 """How long stopped attempts may take to end their jobs."""
 
 SECOND_NAME_EXIT = 4
-NO_REDIS_EXIT = 3
-BAD_SETTING_EXIT = 2
-GC_AFTER = 20_000
-"""New objects before the collector looks: at the default, it looks hundreds of times a second under load."""
 
 
 def _machine() -> str:
@@ -258,6 +252,7 @@ async def serve(settings: WorkerSettings) -> int:
         return SECOND_NAME_EXIT
     store = await Store.open(settings.redis_url, namespace=settings.namespace, name=f"worker-{name}")
     taken = False
+    away: errors.BrokerUnavailable | None = None
     try:
         host = Host(store, settings)
         loop = asyncio.get_running_loop()
@@ -265,8 +260,8 @@ async def serve(settings: WorkerSettings) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, lambda: drains.append(loop.create_task(host.drain(), name="drain")))
         await host.run()
-    except* errors.BrokerUnavailable as away:
-        raise errors.BrokerUnavailable(str(away.exceptions[0])) from None
+    except* errors.BrokerUnavailable as group:  # Redis went away before anything of it could be waited out
+        away = errors.BrokerUnavailable(str(group.exceptions[0]))
     except* errors.LockHeld:
         taken = True
         other = f"a worker named {name} is alive on another machine"
@@ -274,26 +269,14 @@ async def serve(settings: WorkerSettings) -> int:
     finally:
         await store.close()
         os.close(held)
+    if away is not None:
+        raise away
     return SECOND_NAME_EXIT if taken else 0
 
 
 def main() -> None:
     """Entry point of `python -m workers.host`."""
-    try:
-        settings = read_settings(WorkerSettings)
-    except SettingsInvalid as problem:
-        print(problem, file=sys.stderr)
-        raise SystemExit(BAD_SETTING_EXIT) from None
-    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    gc.collect()
-    gc.freeze()  # what was imported stays: no pause while tokens flow is worth looking at it again
-    gc.set_threshold(GC_AFTER)
-    try:
-        raise SystemExit(uvloop.run(serve(settings)))
-    except errors.BrokerUnavailable as e:
-        print(e, file=sys.stderr)
-        raise SystemExit(NO_REDIS_EXIT) from None
+    part.run(serve, quiet=["httpx"])
 
 
 if __name__ == "__main__":

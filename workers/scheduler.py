@@ -8,18 +8,14 @@ import asyncio
 import contextlib
 import logging
 import signal
-import sys
 from collections import OrderedDict
-
-import uvloop
 
 from broker import dispatch, errors, hosts, lanes
 from broker.due import Due, Looked
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
-from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
-from workers import clockwork
+from workers import clockwork, part
 from workers.settings import WorkerSettings
 
 log = logging.getLogger("warmlane.scheduler")
@@ -36,9 +32,6 @@ STUCK_KEPT = 1_000
 HOPELESS_LOOK_S = 0.5
 HOPELESS_PAGE = 256
 RETRY_PAUSE_S = 0.2
-
-NO_REDIS_EXIT = 3
-BAD_SETTING_EXIT = 2
 
 
 class Scheduler:
@@ -178,18 +171,7 @@ async def serve(settings: WorkerSettings) -> int:
 
 def main() -> None:
     """Entry point of `python -m workers.scheduler`."""
-    try:
-        settings = read_settings(WorkerSettings)
-    except SettingsInvalid as problem:
-        print(problem, file=sys.stderr)
-        raise SystemExit(BAD_SETTING_EXIT) from None
-    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("arq").setLevel(logging.WARNING)
-    try:
-        raise SystemExit(uvloop.run(serve(settings)))
-    except errors.BrokerUnavailable as e:
-        print(e, file=sys.stderr)
-        raise SystemExit(NO_REDIS_EXIT) from None
+    part.run(serve, quiet=["arq"])
 
 
 if __name__ == "__main__":

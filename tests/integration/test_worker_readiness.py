@@ -14,7 +14,7 @@ from broker import errors
 from broker.lifecycle import State
 from broker.records import ModelFacts
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import World, eventually, simulated, words, worker_world
+from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
 from workers import waker
 
 pytestmark = pytest.mark.real
@@ -120,13 +120,14 @@ async def test_pauses_between_failing_loads_grow_and_nobody_waits_for_them(
         await world.submit("lonely")
     assert "did not load" in str(refused.value)
 
-    async def third_failure() -> bool:
-        return (await facts(world, "big")).failures >= 3
+    def pauses() -> list[object]:
+        told = [record for record in caplog.records if record.getMessage().startswith("event=quarantine model=big")]
+        return [record.args[2] for record in told if isinstance(record.args, tuple)]
 
-    await eventually(third_failure, what="three failed loads")
+    await until(lambda: len(pauses()) >= 3, what="three failed loads")
+    assert (await facts(world, "big")).failures == 3
     assert len(load_log.read_text().splitlines()) == 3
-    pauses = [record.args[2] for record in caplog.records if record.args and record.args[0] == "big"]
-    assert pauses == [0.4, 0.8, 1.6]
+    assert pauses() == [0.4, 0.8, 1.6]
 
 
 async def test_a_missing_gguf_is_named(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""How a part starts as a process: settings, logging, the loop, and exit codes with one sentence for each."""
+
+import gc
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn
+
+import uvloop
+
+from broker import errors
+from broker.settings import SettingsInvalid, read_settings
+from workers.settings import WorkerSettings
+
+BAD_SETTING_EXIT = 2
+NO_REDIS_EXIT = 3
+GC_AFTER = 20_000
+"""New objects before the collector looks: at the default, it looks hundreds of times a second under load."""
+
+
+def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[str]) -> NoReturn:
+    """Runs a part until it ends, and exits with its code; the loggers in `quiet` tell only of trouble."""
+    try:
+        settings = read_settings(WorkerSettings)
+    except SettingsInvalid as problem:
+        print(problem, file=sys.stderr)
+        raise SystemExit(BAD_SETTING_EXIT) from None
+    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    for name in quiet:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    gc.collect()
+    gc.freeze()  # what was imported stays: no pause while tokens flow is worth looking at it again
+    gc.set_threshold(GC_AFTER)
+
+    async def whole() -> int:
+        return await serve(settings)
+
+    try:
+        raise SystemExit(uvloop.run(whole()))
+    except errors.BrokerUnavailable as e:
+        print(e, file=sys.stderr)
+        raise SystemExit(NO_REDIS_EXIT) from None
