@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -876,8 +877,8 @@ async def test_a_job_that_redis_lost_is_handed_in_again(own_server: RedisServer)
         waiting = await RawClient.open(running)
         await waiting.chat("wait", model="small")
         lost = await scene.only_job()
-        await store.command("FLUSHALL")
         own_server.kill()
+        shutil.rmtree(own_server.directory / "appendonlydir")
         own_server.start()
         await until_true(partial(_applied, book), what="the policy is there again")
         await worker.beat()

@@ -77,9 +77,9 @@ async def test_a_held_job_closes_its_request_and_its_slot_settles(
     slots = host.residents.wakers["big"].slots
     settled = slots.settled
 
-    def spy(busy: int) -> bool:
+    def spy(busy: int, *, asked_s: float) -> bool:
         claims_while_settling.append((len(slots.settling), slots.free, len(slots.using)))
-        return settled(busy)
+        return settled(busy, asked_s=asked_s)
 
     monkeypatch.setattr(slots, "settled", spy)
     began = time.monotonic() * 1000
