@@ -157,11 +157,16 @@ def main() -> int:
         rounds = []
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds}, load {os.getloadavg()[0]:.2f}", file=sys.stderr, flush=True)
-            rounds.append(run.round(number))
+            try:
+                rounds.append(run.round(number))
+            except KeyboardInterrupt:  # what was measured in whole rounds is worth its report
+                if not rounds:
+                    raise
+                break
         versions = {rival.name: rival.version for rival in run.rivals if rival.version}
     lines, rows = report.budget_lines(rounds)
     print(*(f"{name}: {value}" for name, value in (machine | versions).items()), sep="\n")
-    print(f"{args.rounds} interleaved rounds{' (quick)' if args.quick else ''}, {time.monotonic() - began:.0f} s\n")
+    print(f"{len(rounds)} interleaved rounds{' (quick)' if args.quick else ''}, {time.monotonic() - began:.0f} s\n")
     print(*report.rival_lines(rounds, [rival.name for rival in run.rivals]), "", *lines, sep="\n")
     for problem in run.problems:
         print(f"note: {problem}")

@@ -249,6 +249,46 @@ async def test_a_hang_up_is_heard_by_the_runtime(shared_house: House) -> None:
     await until(lambda: job(shared_house, job_id)["state"] == "cancelled", what="the job is cancelled", timeout_s=1)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_delete_is_heard_by_the_runtime(shared_house: House, stream: bool) -> None:
+    """DELETE over HTTP ends the generation within a second, and whoever waits for it is told."""
+    runtime = shared_house.runtime("pretend")
+    before = (await runtime.stats())["requests_aborted"]
+    async with httpx.AsyncClient(base_url=shared_house.url, timeout=20) as http:
+        body = {"model": "pretend", "messages": user("hi"), "max_tokens": 2000, "stream": stream}
+        known = set(await running_jobs(shared_house))
+        asking = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+
+        async def begun() -> str:
+            new = set(await running_jobs(shared_house)) - known
+            return new.pop() if new else ""
+
+        job_id = await eventually(begun, what="the job streams")
+        assert (await http.delete(f"/v1/jobs/{job_id}")).status_code == 200
+
+        async def heard() -> bool:
+            return bool((await runtime.stats())["requests_aborted"] > before)
+
+        await eventually(heard, what="the runtime hears of the DELETE", timeout_s=1.0)
+        told = await asking
+        if stream:
+            assert b'"code":"cancelled"' in told.content.replace(b'": "', b'":"')
+            assert b"[DONE]" not in told.content
+        else:
+            assert (told.status_code, told.json()["error"]["code"]) == (499, "cancelled")
+
+
+async def running_jobs(up: House) -> list[str]:
+    """Ids of the jobs that stream now."""
+    store = await Store.open(up.redis_url, name="test")
+    try:
+        live = [j.decode() for j in await store.command("ZRANGE", store.keys.due, 0, -1)]
+        found = [j for j in live if await store.command("HGET", store.keys.job(j), "state") == b"streaming"]
+        return found
+    finally:
+        await store.close()
+
+
 def test_a_lost_worker_is_told_in_the_stream(shared_house: House) -> None:
     """SIGKILL in the middle of an answer; the next request is served by the worker that comes after it."""
     with sdk(shared_house.url, max_retries=0) as client:
