@@ -143,7 +143,7 @@ class Due:
         if here is not None and here.fallback:
             to = active.policy.lane(here.fallback)
         overdue = 0 < job.promote_at <= now
-        if here is None or to is None or to.retiring or not self._may_enter(job, to):
+        if here is None or to is None or not self._may_enter(job, to):
             return await self._wait(job, overdue=overdue)
         if not here.retiring and not self._helps(here, to, overdue=overdue, now=now):
             # what it decided by may be half a second old: a job that is late deserves a fresh look

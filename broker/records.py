@@ -172,8 +172,6 @@ class ModelFacts(_Hash):
     load_ms: float = 0  # learned, 0 = never loaded
     footprint_bytes: int = 0
     service_ms: float = 0  # mean time that a job holds a slot
-    decode_tps: float = 0
-    prefill_tps: float = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 PREFIX = "GATEWAY_"
 
 
+def plain_name(value: str) -> str:
+    """Takes a name that may stand in keys and on a command line; raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
+        raise ValueError("may hold letters, digits, '.', '_' and '-' only, 64 at most")
+    return value
+
+
 class BrokerSettings(BaseSettings):
     """Where Redis is, and in which namespace this gateway lives in it. A process adds its own in a subclass."""
 
@@ -30,9 +37,7 @@ class BrokerSettings(BaseSettings):
     @field_validator("namespace")
     @classmethod
     def _namespace_is_a_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
-            raise ValueError("may hold letters, digits, '.', '_' and '-' only, 64 at most")
-        return value
+        return plain_name(value)
 
 
 class SettingsInvalid(Exception):

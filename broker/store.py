@@ -85,11 +85,6 @@ class Store:
         await self.client.connection_pool.disconnect()
 
     @property
-    def socket_path(self) -> str:
-        """Path of the unix socket, "" when Redis is reached over TCP."""
-        return self.url.removeprefix("unix://").split("?")[0] if self.url.startswith("unix://") else ""
-
-    @property
     def answering_s(self) -> float:
         """How long this process has had an unbroken connection: leases are judged only after one whole lease of it."""
         since = self._wire.opened_at if self._wire is not None else self._first_answer

@@ -2,12 +2,11 @@
 
 import os
 import platform
-import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from broker.settings import BrokerSettings
+from broker.settings import BrokerSettings, plain_name
 
 
 def _state_dir() -> Path:
@@ -18,8 +17,6 @@ def _state_dir() -> Path:
 class WorkerSettings(BrokerSettings):
     """Environment of `gateway worker` and `gateway scheduler`."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey that all parts share.")
-    namespace: str = Field("gw", description="Prefix of every key.")
     host_name: str = Field(
         default_factory=platform.node, description="The worker's name in status; one worker per name."
     )
@@ -29,6 +26,4 @@ class WorkerSettings(BrokerSettings):
     @field_validator("host_name")
     @classmethod
     def _named(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
-            raise ValueError("may hold letters, digits, '.', '_' and '-' only, 64 at most")
-        return value
+        return plain_name(value)
