@@ -215,7 +215,7 @@ class Visit:
 
     async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
         g = self._gateway
-        unsure = False
+        unsure, began = False, self.loop.time()
         while True:
             try:
                 if unsure and (known := await self._known()) is not None:
@@ -233,7 +233,7 @@ class Visit:
             except errors.BrokerUnavailable:
                 # The job may be in, its reply lost: look for it before anything can refuse it.
                 unsure = True
-                if self.loop.time() - self.entered_at > DOOR_OUTAGE_S:
+                if self.loop.time() - began > DOOR_OUTAGE_S:
                     raise
                 if self.exchange.why is not None:
                     raise self.exchange.why from None

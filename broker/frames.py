@@ -58,13 +58,6 @@ class Hub:
             if not readers:
                 del self._readers[reader.job_id]
 
-    def renumber(self, reader: "FrameReader", job_id: str) -> None:
-        """Lets a reader follow another job from its start: an Idempotency-Key led to an earlier one."""
-        self.close(reader)
-        reader.job_id = job_id
-        self._readers.setdefault(job_id, set()).add(reader)
-        reader.look()
-
     def _heard(self, _channel: str, message: bytes) -> None:
         job_id, frame = Frame.from_message(message)
         for reader in self._readers.get(job_id, ()):

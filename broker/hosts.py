@@ -75,6 +75,7 @@ class Picture:
     facts: dict[str, ModelFacts] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)  # lane -> jobs waiting
     running: dict[str, int] = field(default_factory=dict)  # lane -> jobs held
+    views: dict[tuple[int, str], ModelView] = field(default_factory=dict)  # by policy version and lane, once summed up
 
     def view(self, model: str, lane: str, lanes_of_model: list[str]) -> ModelView:
         """Sums a model up over its hosts, as one decision about one of its lanes needs it."""
@@ -174,8 +175,14 @@ class Fleet:
         return picture
 
     def view(self, lane_name: str, active: Active | None = None) -> ModelView:
-        """Sums up the model behind a lane."""
+        """Sums up the model behind a lane: once for each picture, every request asks."""
         active = active or self._book.active
+        views, key = self.picture.views, (active.version, lane_name)
+        if key not in views:
+            views[key] = self._sum_up(lane_name, active)
+        return views[key]
+
+    def _sum_up(self, lane_name: str, active: Active) -> ModelView:
         lane = active.lane(lane_name)
         if lane is None:
             return ModelView("unavailable", reason="the lane is not in the policy")

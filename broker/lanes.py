@@ -15,7 +15,7 @@ from broker.records import Claimed, JobRecord, Waiting
 from broker.store import Store
 
 WANTED_FOR_MS = 60_000
-"""A request keeps its model wanted for this long: the demand that wakes it."""
+"""A request keeps its model wanted for at least this long, and up to a quarter more: the demand that wakes it."""
 
 READER_LEASE_MS = 10_000
 JOB_LEASE_MS = 10_000
@@ -134,7 +134,7 @@ async def claim(
     if lane is None:
         raise errors.StalePolicy(f"lane {waiting.lane} is not in the policy")
     keys = store.keys
-    attempt, body, raw = await store.run(
+    attempt, at_ms, body, *told = await store.run(
         "claim",
         [keys.lane(waiting.lane), keys.job(waiting.job), keys.due, keys.policy, keys.request(waiting.job)],
         [
@@ -151,7 +151,21 @@ async def claim(
             lane.model,
         ],
     )
-    return Claimed(int(attempt), JobRecord.from_hash(raw), body)
+    record = JobRecord.from_values(
+        _TOLD_BY_CLAIM,
+        told,
+        id=waiting.job,
+        lane=waiting.lane,
+        entry=waiting.entry,
+        state=State.CLAIMED,
+        attempt=int(attempt),
+        model=lane.model,
+        owner=host,
+        boot=boot,
+        claimed_at=int(at_ms),
+        lease_until=int(at_ms) + lease_ms,
+    )
+    return Claimed(record.attempt, record, body)
 
 
 async def claimed(store: Store, waiting: Waiting, *, host: str, boot: str) -> Claimed | None:
@@ -291,6 +305,18 @@ def promote_after_ms(lane: Lane) -> int:
     """How long a job waits in this lane before its fallback is tried; 0 = there is none."""
     return max(1, lane.cold_start_budget_ms) if lane.fallback else 0
 
+
+_TOLD_BY_CLAIM = (
+    "zone",
+    "endpoint",
+    "stream",
+    "include_usage",
+    "choices",
+    "mode",
+    "priority",
+    "session",
+    "tokens",
+)
 
 _SET_BY_SCRIPT = frozenset(
     {

@@ -47,12 +47,16 @@ class Metrics:
         )  # fmt: skip
         self._streams: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
         self._waits: dict[str, Histogram] = {}
+        self._lets_in: dict[tuple[str, bool], Counter] = {}
         self._told = _Told(version)
         r.register(self._told)
 
     def submitted(self, lane: str, *, attached: bool = False) -> None:
         """Counts a job that was let in, or a retry that came back to one."""
-        (self._attached if attached else self._submitted).labels(lane).inc()
+        found = self._lets_in.get((lane, attached))
+        if found is None:
+            found = self._lets_in[lane, attached] = (self._attached if attached else self._submitted).labels(lane)
+        found.inc()
 
     def refused(self, lane: str, reason: str) -> None:
         """Counts a request that was refused; `reason` is a code of the error tree."""

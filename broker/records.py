@@ -1,7 +1,7 @@
 """The only reader and writer of hash fields: what a job, a model and a host look like in Redis."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, Literal, Self, cast
@@ -42,14 +42,23 @@ class _Hash:
                 known[name] = read(_text(value))
         return cls(**known)
 
+    @classmethod
+    def from_values(cls, names: Sequence[str], values: Sequence[bytes | str | None], **known: Any) -> Self:
+        """Reads a record from these fields of a hash, in order, as HMGET tells them, and what is known of others."""
+        readers = _readers(cast(Any, cls))
+        for name, value in zip(names, values, strict=True):
+            if value is not None:
+                known[name] = readers[name](_text(value))
+        return cls(**known)
+
     def to_hash(self) -> dict[str, str | int | float]:
         """Writes a record as hash fields; a field at its default is left out unless a script reads it."""
-        out: dict[str, str | int | float] = {}
-        for name, default in _defaults(cast(Any, type(self))):
-            value = getattr(self, name)
-            if value != default or name in self._always:
-                out[name] = int(value) if isinstance(value, bool) else value
-        return out
+        own, always = self.__dict__, self._always
+        return {
+            name: int(own[name]) if own[name] is True or own[name] is False else own[name]
+            for name, default in _defaults(cast(Any, type(self)))
+            if own[name] != default or name in always
+        }
 
 
 _Read = Callable[[str], Any]

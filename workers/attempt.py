@@ -142,12 +142,7 @@ class Attempt:
             over = self._over()
             if over and reader.succeeded:
                 reader.end()  # what was held back until the answer is whole: an empty one, a last event cut short
-                data += reader.take()
-                if not self.delivered:
-                    await self._flush(data, first=True)
-                    data = b""
-                await self._finish(data)
-                return
+                return await self._finish(data + reader.take())
             await self._flush(data)
             if over:
                 raise self._failure()
@@ -177,10 +172,10 @@ class Attempt:
         elif len(self._complaint) < ERROR_BODY_BYTES:
             self._complaint += data
 
-    async def _flush(self, data: bytes, *, first: bool = False) -> None:
+    async def _flush(self, data: bytes) -> None:
         """Writes what is ready: one call, whatever gathered while the last one was in flight."""
-        if data or first:
-            if self._seq == 0:
+        if data:
+            if not self.delivered:
                 self._first_token_s = self._loop.time() - self._started
                 await jobs.first_token(self._store, self.held, data)
             else:
@@ -192,8 +187,11 @@ class Attempt:
         self._buffered = 0
 
     async def _finish(self, data: bytes) -> None:
+        """Writes what is left and ends the job. An answer that came whole has its first token here."""
         usage = self._reader.usage or {}
-        seq = self._seq + 1 if data else 0
+        if not self.delivered:
+            self._first_token_s = self._loop.time() - self._started
+        seq = self._seq + 1 if data or not self.delivered else 0
         await jobs.end(self._store, self.held, "finish", seq=seq, data=data, served_by=self._served_by, usage=usage)
         self._seq += 1
 

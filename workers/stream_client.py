@@ -9,6 +9,8 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -84,6 +86,7 @@ class _Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._until_eof = False
         self._heard = self._paused = False
+        self._body: list[bytes] = []
         self.used = 0
         self.idle_since = 0.0
         self.open = False
@@ -101,7 +104,9 @@ class _Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
+            self._hand_on(exchange)
         except httptools.HttpParserError as e:
+            self._hand_on(exchange)
             exchange.finish(UpstreamLost(f"the runtime does not speak HTTP: {e}"))
             self.abort()
         exchange.news()
@@ -132,14 +137,15 @@ class _Connection(asyncio.Protocol):
         self._until_eof = True
 
     def on_body(self, body: bytes) -> None:
-        if self._exchange is not None and body:
-            self._exchange.data(body)
+        if self._exchange is not None:
+            self._body.append(body)
 
     def on_message_complete(self) -> None:
         exchange, self._exchange = self._exchange, None
         self._until_eof = False
         if exchange is None:
             return
+        self._hand_on(exchange)
         exchange.finish(None)
         if self._parser.should_keep_alive() and self.open and len(self._idle) < IDLE_KEPT:
             self._parser = httptools.HttpResponseParser(self)
@@ -148,6 +154,13 @@ class _Connection(asyncio.Protocol):
             self._idle.append(self)
         else:
             self.abort()
+
+    def _hand_on(self, exchange: Exchange) -> None:
+        """Passes on what one read brought, in one piece: a server that sends each token as a chunk of its own would
+        else cost a call chain for each."""
+        if self._body:
+            body, self._body = self._body, []
+            exchange.data(body[0] if len(body) == 1 else b"".join(body))
 
     # the client's side
     def send(self, exchange: Exchange, data: bytes) -> None:
@@ -172,6 +185,23 @@ class _Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
 
+@dataclass(frozen=True)
+class _Server:
+    """What a base URL says: host, port and whether TLS; what goes before every path; the Host header."""
+
+    place: tuple[str, int, bool]
+    path: str
+    name: str
+
+
+@lru_cache(maxsize=256)
+def _server_at(base_url: str) -> _Server:
+    parts = urlsplit(base_url)
+    tls = parts.scheme == "https"
+    place = (parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls)
+    return _Server(place, parts.path, parts.netloc)
+
+
 class StreamClient:
     """Connections to the runtimes of one host."""
 
@@ -193,16 +223,15 @@ class StreamClient:
 
         `on_data` gets the body's bytes, `on_news` is called after anything happened: bytes, the end, a loss.
         """
-        parts = urlsplit(base_url)
-        tls = parts.scheme == "https"
-        place = (parts.hostname or "127.0.0.1", parts.port or (443 if tls else 80), tls)
+        server = _server_at(base_url)
+        place = server.place
         connection = None if fresh else self._take(place)
         if connection is None:
             connection = await self._connect(place)
         exchange = Exchange(connection, on_data, on_news)
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = (
-            f"POST {parts.path}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+            f"POST {server.path}{path} HTTP/1.1\r\nHost: {server.name}\r\nContent-Type: application/json\r\n"
             f"Accept: text/event-stream\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
         )
         connection.send(exchange, head.encode("latin-1") + body)

@@ -45,7 +45,7 @@ class _Fold:
     def add(self, event: bytes) -> tuple[bytes, bytes]:
         """Parses an event and gives the bytes around its text; both are empty if it adds more than one text."""
         self._end_run()
-        chunk = json.loads(event[6:])
+        chunk = json.loads(event[6:].decode())  # of bytes, the parser would guess the encoding each time
         self._merge(chunk)
         self._around = self._learn(event, chunk)
         return self._around

@@ -138,12 +138,20 @@ class ChatReader:
         return True
 
     def _read_blob(self, blob: bytes) -> None:
-        """Reads a blob event by event: some of it must be understood."""
-        for event in blob.split(b"\n\n"):
-            if event and not (self._null and self._pass_plain(event + b"\n\n")):
-                self._read_event(event)
-                if self.complaint is not None:
-                    return
+        """Reads a blob of which some must be understood: its plain run at once if there is one, else event by event."""
+        at, run_tried = 0, False
+        while at < len(blob) and self.complaint is None:
+            if self._null and not run_tried:
+                run_tried = True  # once: a blob of nothing but odd events is not searched again and again
+                run_end = _end_of_event(blob, max(at, blob.rfind(self._null)))
+                if self._pass_plain(blob[at:run_end]):
+                    at = run_end
+                    continue
+            end = _end_of_event(blob, at)
+            event = blob[at:end]
+            at = end
+            if not (self._null and self._pass_plain(event)):
+                self._read_event(event.removesuffix(b"\n\n"))
 
     def _read_event(self, event: bytes) -> None:
         if len(event) > sse.MAX_EVENT_BYTES:
@@ -230,6 +238,11 @@ class ChatReader:
     def _complain(self, complaint: RuntimeComplaint) -> None:
         if self.complaint is None:  # the first cause counts
             self.complaint = complaint
+
+
+def _end_of_event(blob: bytes, at: int) -> int:
+    end = blob.find(b"\n\n", at)
+    return end + 2 if end >= 0 else len(blob)
 
 
 def _holds_content(delta: object) -> bool:

@@ -13,18 +13,18 @@
 --- @include usage
 --- @include close
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local to, refusal = check(KEYS[1], "cancel")
+local f = read_job(KEYS[1])
+local to, refusal = follow(f.state, "cancel", KEYS[1])
 if not to then return refusal end
-local elsewhere = placed(KEYS[1], ARGV[7], ARGV[8])
+local elsewhere = placed(f.lane, f.entry, ARGV[7], ARGV[8])
 if elsewhere then return elsewhere end
 if ARGV[9] ~= "0" then
   local abandon_at = tonumber(redis.call("HGET", KEYS[1], "abandon_at") or 0)
   if abandon_at == 0 or abandon_at > now then return redis.error_reply("NOTDUE read until " .. ms(abandon_at)) end
 end
 
-local was = redis.call("HGET", KEYS[1], "state")
 close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
   dead = KEYS[7] },
   { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
-  now, id, to, "cancelled", ARGV[10], "")
-return was
+  f, now, id, to, { code = "cancelled", message = ARGV[10] })
+return f.state

@@ -3,7 +3,8 @@
 --   ARGV[1] now    ARGV[2] id    ARGV[3] group ARGV[4] lane_name   ARGV[5] entry   ARGV[6] policy_version
 --   ARGV[7] host   ARGV[8] boot  ARGV[9] lease_ms
 --   ARGV[10] target_trust  `local` or `remote`   ARGV[11] target_model   of the lane, under the active policy
--- Returns {attempt, body, what the attempt needs of the job's hash as name and value in turn}.
+-- Returns {attempt, claimed_at, body, and of the job's hash: zone, endpoint, stream, include_usage, choices, mode,
+-- priority, session, tokens}.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE.
 --- @include now_ms
 --- @include check
@@ -11,7 +12,8 @@
 local now, id = now_ms(ARGV[1]), ARGV[2]
 local stale = same_policy(KEYS[4], ARGV[6])
 if stale then return stale end
-local f = redis.call("HMGET", KEYS[2], "state", "lane", "entry", "zone", "attempt", "abandon_at")
+local f = redis.call("HMGET", KEYS[2], "state", "lane", "entry", "zone", "attempt", "abandon_at", "endpoint", "stream",
+  "include_usage", "choices", "mode", "priority", "session", "tokens")
 local to, refusal = follow(f[1], "claim", KEYS[2])
 if not to then return refusal end
 if f[2] ~= ARGV[4] or f[3] ~= ARGV[5] then return redis.error_reply("MOVED " .. f[2] .. " " .. f[3]) end
@@ -22,16 +24,7 @@ end
 redis.call("XCLAIM", KEYS[1], ARGV[3], ARGV[7], "0", ARGV[5], "FORCE", "JUSTID")
 local attempt = tonumber(f[5] or 0) + 1
 local lease_until = now + tonumber(ARGV[9])
-redis.call("HSET", KEYS[2], "state", to, "model", ARGV[11], "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8], "claimed_at", ms(now),
-  "lease_until", ms(lease_until), "last_seq", "0", "retry_at", "0")
+redis.call("HSET", KEYS[2], "state", to, "model", ARGV[11], "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8],
+  "claimed_at", ms(now), "lease_until", ms(lease_until), "last_seq", "0", "retry_at", "0")
 redis.call("ZADD", KEYS[3], ms(earliest(lease_until, f[6])), id)
-local record = { "id", id, "lane", ARGV[4], "entry", ARGV[5], "state", to, "attempt", ms(attempt), "owner", ARGV[7],
-  "boot", ARGV[8], "claimed_at", ms(now), "lease_until", ms(lease_until) }
-local names = { "model", "endpoint", "stream", "include_usage", "choices", "mode", "priority", "session", "zone", "tokens" }
-for i, value in ipairs(redis.call("HMGET", KEYS[2], unpack(names))) do
-  if value then
-    record[#record + 1] = names[i]
-    record[#record + 1] = value
-  end
-end
-return { attempt, redis.call("GET", KEYS[5]), record }
+return { attempt, ms(now), redis.call("GET", KEYS[5]), f[4], f[7], f[8], f[9], f[10], f[11], f[12], f[13], f[14] }

@@ -12,9 +12,10 @@
 --- @include usage
 --- @include close
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local to, refusal = check(KEYS[1], "expire")
+local f = read_job(KEYS[1])
+local to, refusal = follow(f.state, "expire", KEYS[1])
 if not to then return refusal end
-local elsewhere = placed(KEYS[1], ARGV[7], ARGV[8])
+local elsewhere = placed(f.lane, f.entry, ARGV[7], ARGV[8])
 if elsewhere then return elsewhere end
 local give_up_at = tonumber(redis.call("HGET", KEYS[1], "give_up_at"))
 if give_up_at > now then return redis.error_reply("NOTDUE " .. ms(give_up_at)) end
@@ -22,5 +23,5 @@ if give_up_at > now then return redis.error_reply("NOTDUE " .. ms(give_up_at)) e
 close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
   dead = KEYS[7] },
   { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
-  now, id, to, ARGV[9], ARGV[10], "")
+  f, now, id, to, { code = ARGV[9], message = ARGV[10] })
 return 1

@@ -11,15 +11,16 @@
 --- @include room
 --- @include schedule
 --- @include enter
+--- @include want
 --- @include usage
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
-local to, refusal = check(KEYS[3], "promote")
+local f = redis.call("HMGET", KEYS[3], "attempt", "zone", "state", "owner", "give_up_at", "lane", "entry")
+local to, refusal = follow(f[3], "promote", KEYS[3])
 if not to then return refusal end
-local elsewhere = placed(KEYS[3], ARGV[5], ARGV[6])
+local elsewhere = placed(f[6], f[7], ARGV[5], ARGV[6])
 if elsewhere then return elsewhere end
-local f = redis.call("HMGET", KEYS[3], "attempt", "zone", "state", "owner", "give_up_at")
 if f[1] ~= ARGV[7] then return redis.error_reply("STALE attempt " .. ARGV[7] .. ", job is at " .. f[1]) end
 if ARGV[12] == "remote" and f[2] ~= "remote" then
   return redis.error_reply("TRUSTZONE " .. id .. " may not leave the machine")
@@ -37,10 +38,7 @@ redis.call("HINCRBY", KEYS[3], "promotions", 1)
 local entry = enter(KEYS[2], group, KEYS[3], id)
 redis.call("HSET", KEYS[3], "entry", entry)
 schedule(KEYS[4], KEYS[3], id)
-local wanted = now + tonumber(ARGV[14])
-if wanted > tonumber(redis.call("HGET", KEYS[6], "wanted_until") or 0) then
-  redis.call("HSET", KEYS[6], "wanted_until", ms(wanted))
-end
+want(KEYS[6], now, tonumber(ARGV[14]))
 if f[3] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[4], "stop " .. id .. " " .. f[1]) end
 usage(ARGV[16], now, "promoted:" .. ARGV[5] .. ":" .. ARGV[8], 1)
 return entry

@@ -15,22 +15,21 @@
 --- @include usage
 --- @include close
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local to, wrong = check(KEYS[1], "recover")
+local f = read_job(KEYS[1])
+local to, wrong = follow(f.state, "recover", KEYS[1])
 if not to then return wrong end
-local refusal = fence(KEYS[1], ARGV[7])
+local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
 if refusal then return refusal end
-local f = redis.call("HMGET", KEYS[1], "state", "seen", "lease_until", "lane", "owner", "boot")
-local proved_dead = ARGV[10] ~= "" and f[5] == ARGV[10] and f[6] ~= ARGV[11]
-if tonumber(f[3]) > now and not proved_dead then return redis.error_reply("NOTDUE " .. f[3]) end
+local proved_dead = ARGV[10] ~= "" and f.owner == ARGV[10] and f.boot ~= ARGV[11]
+if tonumber(f.lease_until) > now and not proved_dead then return redis.error_reply("NOTDUE " .. f.lease_until) end
 
-local losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
-if (f[1] == "streaming" and f[2] == "1") or losses > tonumber(ARGV[8]) then
-  usage(ARGV[6], now, "recovered:" .. f[4] .. ":failed", 1)
+f.losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
+if (f.state == "streaming" and f.seen == "1") or f.losses > tonumber(ARGV[8]) then
   close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
     dead = KEYS[7] },
     { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
-    now, id, "failed", "worker_lost", ARGV[9], "")
+    f, now, id, "failed", { code = "worker_lost", message = ARGV[9], counts = { "recovered:" .. f.lane .. ":failed", 1 } })
   return { "failed", "" }
 end
-usage(ARGV[6], now, "recovered:" .. f[4] .. ":queued", 1)
+usage(ARGV[6], now, "recovered:" .. f.lane .. ":queued", 1)
 return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id) }

@@ -10,14 +10,15 @@
 --- @include room
 --- @include schedule
 --- @include enter
+--- @include want
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[4], ARGV[4])
 if stale then return stale end
-local to, refusal = check(KEYS[2], "release_due")
+local f = redis.call("HMGET", KEYS[2], "not_before", "give_up_at", "state", "lane", "entry")
+local to, refusal = follow(f[3], "release_due", KEYS[2])
 if not to then return refusal end
-local elsewhere = placed(KEYS[2], ARGV[5], "")
+local elsewhere = placed(f[4], f[5], ARGV[5], "")
 if elsewhere then return elsewhere end
-local f = redis.call("HMGET", KEYS[2], "not_before", "give_up_at")
 if tonumber(f[1]) > now then return redis.error_reply("NOTDUE " .. f[1]) end
 local hosts = tonumber(ARGV[8])
 if not has_room(KEYS[1], group, tonumber(ARGV[6]), 6, 5 + hosts, 6 + hosts, #KEYS) then
@@ -29,10 +30,5 @@ redis.call("HSET", KEYS[2], "promote_at", ms(promote_at), "retry_at", "0")
 local entry = enter(KEYS[1], group, KEYS[2], id)
 redis.call("HSET", KEYS[2], "state", to, "entry", entry, "queued_at", ms(now))
 schedule(KEYS[3], KEYS[2], id)
-if tonumber(ARGV[9]) > 0 then
-  local wanted = now + tonumber(ARGV[9])
-  if wanted > tonumber(redis.call("HGET", KEYS[5], "wanted_until") or 0) then
-    redis.call("HSET", KEYS[5], "wanted_until", ms(wanted))
-  end
-end
+want(KEYS[5], now, tonumber(ARGV[9]))
 return entry

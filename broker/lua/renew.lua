@@ -6,9 +6,10 @@
 --- @include now_ms
 --- @include check
 --- @include schedule
-local refusal = fence(KEYS[1], ARGV[3])
+local f = redis.call("HMGET", KEYS[1], "state", "attempt", "boot")
+local refusal = holds(f[1], f[2], ARGV[3], KEYS[1])
 if refusal then return refusal end
-if redis.call("HGET", KEYS[1], "boot") ~= ARGV[4] then return redis.error_reply("STALE boot " .. ARGV[4]) end
+if f[3] ~= ARGV[4] then return redis.error_reply("STALE boot " .. ARGV[4]) end
 
 local ends = ms(now_ms(ARGV[1]) + tonumber(ARGV[5]))
 redis.call("HSET", KEYS[1], "lease_until", ends)

@@ -16,6 +16,7 @@
 --- @include room
 --- @include schedule
 --- @include enter
+--- @include want
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
@@ -79,10 +80,5 @@ set("state", state)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
-if tonumber(ARGV[15]) > 0 and not_before <= now then
-  local wanted = now + tonumber(ARGV[15])
-  if wanted > tonumber(redis.call("HGET", KEYS[8], "wanted_until") or 0) then
-    redis.call("HSET", KEYS[8], "wanted_until", ms(wanted))
-  end
-end
+if not_before <= now then want(KEYS[8], now, tonumber(ARGV[15])) end
 return { state, entry }

@@ -40,6 +40,18 @@ async def test_an_attempt_from_claim_to_done(world: World) -> None:
     assert day.value[b"tokens_in:anonymous:big"] == b"7" and day.value[b"ended:big:done"] == b"1"
 
 
+async def test_an_answer_that_came_whole_begins_and_ends_in_one_step(world: World) -> None:
+    """Its first token comes with its end: the record and the log say what they would have said of two steps."""
+    claimed = await world.claim(await world.submit(stream=True, reader="api1/r1"))
+    world.now += 70
+    await jobs.end(world.store, claimed, "finish", seq=1, data=b"all of it", served_by="big@gpu1")
+    job, log = await world.job(claimed.job_id), await world.log(claimed.job_id)
+    assert (job.state, job.first_token_at, job.ended_at) == (State.DONE, world.now, world.now)
+    assert [(f.id, f.kind, f.data) for f in log][0] == ("1-1", "content", b"all of it")
+    assert [f"{f.id} {f.kind}" for f in log[1:]] == ["1-2 done"]
+    await world.healthy()
+
+
 async def test_every_lost_reply_may_be_repeated(world: World) -> None:
     """A worker that did not hear the answer asks again: nothing is logged twice, nothing moves."""
     held = await world.stream(await world.submit(), b"one", b"two", b"three")

@@ -164,12 +164,14 @@ async def test_a_resumed_reader_gets_the_rest(world: World) -> None:
 
 
 async def test_a_retry_follows_the_job_that_its_key_led_to(world: World) -> None:
-    """Its reader was opened for an id that never came to be: it hears the earlier job, and is forgotten once."""
+    """The reader that was opened for an id that never came to be is forgotten; a new one hears the earlier job."""
     async with hub_of(world) as hub:
         job_id = await world.submit(key="k", reader="api1/r1")
         reader = hub.open("never")
         assert await world.submit(id="never", key="k") == job_id
-        hub.renumber(reader, job_id)
+        hub.close(reader)
+        reader = hub.open(job_id)
+        reader.look()
         held = await world.stream(job_id, b"one")
         assert told([x for x in [await reader.next(timeout_s=5)] if x]) == ["1-1 content"]
         await jobs.emit(world.store, held, 2, b"two")

@@ -26,7 +26,7 @@ async def test_promotion_moves_the_job_and_fences_its_worker(world: World, held:
     assert (job.promote_at, job.give_up_at) == (world.now + 1_000, job.submitted_at + 20_000)
     s = await world.healthy()
     assert not s.lanes["big"].entries
-    assert int(s.keys[world.store.keys.model("small")].value[b"wanted_until"]) == world.now + lanes.WANTED_FOR_MS
+    assert int(s.keys[world.store.keys.model("small")].value[b"wanted_until"]) >= world.now + lanes.WANTED_FOR_MS
     if holding is not None:
         async with world.refused(errors.StaleAttempt):
             await jobs.first_token(world.store, holding, b"late")

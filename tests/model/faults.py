@@ -33,7 +33,7 @@ FAULTS = [
     Fault(
         "end ignores the attempt",
         ("end",),
-        r"local refusal = (fence|holds)\(.*\)\nif refusal then return refusal end\n",
+        r"local refusal = holds\(.*\)\nif refusal then return refusal end\n",
         "",
     ),
     Fault(
@@ -45,8 +45,8 @@ FAULTS = [
     Fault(
         "recover does not check the state",
         ("recover",),
-        r"local to, wrong = check\(.*\)\nif not to .*\nlocal refusal = fence\(.*\)\nif refusal .*\n",
-        'if redis.call("HGET", KEYS[1], "attempt") ~= ARGV[7] then return redis.error_reply("STALE") end\n',
+        r"local to, wrong = follow\(.*\)\nif not to .*\nlocal refusal = holds\(.*\)\nif refusal .*\n",
+        'if f.attempt ~= ARGV[7] then return redis.error_reply("STALE") end\n',
     ),
     Fault(
         "emit writes before it refuses",

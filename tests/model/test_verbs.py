@@ -322,7 +322,7 @@ class Verbs(RuleBasedStateMachine):
         held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
         seq = 0 if ahead is None else job.last_seq + ahead
         expected = self.fenced(held, job)
-        if expected is None and finish and job.state is State.CLAIMED:
+        if expected is None and finish and job.state is State.CLAIMED and seq != 1:
             expected = errors.BadTransition
         elif expected is None and seq > job.last_seq + 1:
             expected = errors.FrameGap

@@ -359,7 +359,9 @@ def _wake_locks(s: Snapshot) -> list[str]:
 
 def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> list[str]:
     found = []
-    arrows = TRANSITIONS.get(was.state, {})
+    arrows = dict(TRANSITIONS.get(was.state, {}))
+    if was.state is State.CLAIMED and now.first_token_at and now.state in ENDED:
+        arrows |= TRANSITIONS[State.STREAMING]  # its first token came with its end: two steps in one
     if now.state not in arrows.values() and not (was.state == now.state and was.state in HELD):
         found.append(f"job {was.id} went from {was.state} to {now.state}, which the table has no arrow for")
     if was.lane != now.lane:

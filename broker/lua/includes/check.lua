@@ -7,7 +7,6 @@ local function follow(state, event, job)
   if ENDED[state] then return nil, redis.error_reply("ENDED " .. state) end
   return nil, redis.error_reply("BADTRANSITION " .. state .. " " .. event)
 end
-local function check(job, event) return follow(redis.call("HGET", job, "state"), event, job) end
 -- Refuses whoever is not the present holder of the job: an older attempt, or one that lost it.
 local function holds(state, attempt, claimed, job)
   if not state then return redis.error_reply("NOJOB " .. job) end
@@ -16,15 +15,10 @@ local function holds(state, attempt, claimed, job)
     return redis.error_reply("STALE attempt " .. claimed .. ", job is " .. state .. " at " .. attempt)
   end
 end
-local function fence(job, claimed)
-  local f = redis.call("HMGET", job, "state", "attempt")
-  return holds(f[1], f[2], claimed, job)
-end
 -- Refuses a caller whose picture of where the job waits is old.
-local function placed(job, lane, entry)
-  local f = redis.call("HMGET", job, "lane", "entry")
-  if f[1] ~= lane or f[2] ~= entry then
-    return redis.error_reply("MOVED " .. tostring(f[1]) .. " " .. tostring(f[2]))
+local function placed(lane, entry, lane_seen, entry_seen)
+  if lane ~= lane_seen or entry ~= entry_seen then
+    return redis.error_reply("MOVED " .. tostring(lane) .. " " .. tostring(entry))
   end
 end
 -- Refuses a decision taken under another policy than the active one.

@@ -1,34 +1,52 @@
+-- What `close` must know of a job, and what those who end it ask for besides, by name.
+local function read_job(job)
+  local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
+    "caller", "model", "seen", "lease_until", "boot" }
+  local f = {}
+  for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
+  return f
+end
 -- Ends a job, whatever ended it: leaves its lane, writes and publishes the terminal frame, counts, starts the keep time.
 --   k: {job, lane, due, frames, request, readers, dead}   p: {group, frames_prefix, control_prefix, usage_prefix}
+--   f: `read_job`   ending: {code, message, status, set = more fields of the hash, counts = more of `usage`}
 -- The terminal frame's bytes are JSON: {code, message, status?}; clients hear it in their own dialect's words.
-local function close(k, p, now, id, to, code, message, status)
-  local f = redis.call("HMGET", k.job, "entry", "attempt", "last_seq", "apis", "mode", "keep_ms", "idem", "lane",
-    "owner", "state", "endpoint", "losses")
-  local from = f[10]
-  if f[1] and f[1] ~= "" then leave(k.lane, p.group, f[1]) end
+local function close(k, p, f, now, id, to, ending)
+  local code, message, counts = ending.code, ending.message, ending.counts or {}
+  if f.entry and f.entry ~= "" then leave(k.lane, p.group, f.entry) end
   redis.call("ZREM", k.due, id)
-  local seq = tonumber(f[3]) + 1
-  local said = cjson.encode({ code = code, message = message, status = tonumber(status) })
-  redis.call("XADD", k.frames, f[2] .. "-" .. seq, "kind", to, "data", said)
-  redis.call("HSET", k.job, "state", to, "entry", "", "ended_at", ms(now), "last_seq", seq, "error", code,
-    "error_message", message, "lease_until", "0")
-  local keep = tonumber(f[6])
-  redis.call("PEXPIRE", k.job, keep)
-  redis.call("PEXPIRE", k.frames, keep)
-  redis.call("DEL", k.readers)
-  if f[5] == "sync" then redis.call("DEL", k.request) else redis.call("PEXPIRE", k.request, keep) end
-  if f[7] and f[7] ~= "" then
-    -- a failed, expired or cancelled job frees its Idempotency-Key; a done one keeps it for the keep time
-    if to == "done" then redis.call("PEXPIRE", f[7], keep)
-    elseif string.sub(redis.call("GET", f[7]) or "", 1, #id + 1) == id .. " " then redis.call("DEL", f[7]) end
+  local seq = ms(tonumber(f.last_seq) + 1)
+  local said = cjson.encode({ code = code, message = message, status = tonumber(ending.status) })
+  redis.call("XADD", k.frames, f.attempt .. "-" .. seq, "kind", to, "data", said)
+  local set = ending.set or {}
+  for _, x in ipairs({ "state", to, "entry", "", "ended_at", ms(now), "last_seq", seq, "lease_until", "0" }) do
+    set[#set + 1] = x
   end
-  publish(p.frames_prefix, f[4], id, f[2], seq, to, said)
-  if (from == "claimed" or from == "streaming") and to == "cancelled" then
-    redis.call("PUBLISH", p.control_prefix .. f[9], "cancel " .. id .. " " .. f[2])
+  if code ~= "" then
+    for _, x in ipairs({ "error", code, "error_message", message }) do set[#set + 1] = x end
+  end
+  redis.call("HSET", k.job, unpack(set))
+  redis.call("PEXPIRE", k.job, f.keep_ms)
+  redis.call("PEXPIRE", k.frames, f.keep_ms)
+  if f.mode == "sync" then
+    redis.call("DEL", k.readers, k.request)
+  else
+    redis.call("DEL", k.readers)
+    redis.call("PEXPIRE", k.request, f.keep_ms)
+  end
+  if f.idem and f.idem ~= "" then
+    -- a failed, expired or cancelled job frees its Idempotency-Key; a done one keeps it for the keep time
+    if to == "done" then redis.call("PEXPIRE", f.idem, f.keep_ms)
+    elseif string.sub(redis.call("GET", f.idem) or "", 1, #id + 1) == id .. " " then redis.call("DEL", f.idem) end
+  end
+  publish(p.frames_prefix, f.apis, id, f.attempt, seq, to, said)
+  if (f.state == "claimed" or f.state == "streaming") and to == "cancelled" then
+    redis.call("PUBLISH", p.control_prefix .. f.owner, "cancel " .. id .. " " .. f.attempt)
   end
   if to == "failed" and code ~= "runtime_refused" and code ~= "context_length_exceeded" then
-    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f[8], "code", code, "message", message,
-      "losses", f[12])
+    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", message,
+      "losses", f.losses)
   end
-  usage(p.usage_prefix, now, "ended:" .. f[8] .. ":" .. to, 1)
+  counts[#counts + 1] = "ended:" .. f.lane .. ":" .. to
+  counts[#counts + 1] = 1
+  usage(p.usage_prefix, now, unpack(counts))
 end

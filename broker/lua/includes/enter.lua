@@ -1,9 +1,14 @@
 -- Makes sure the lane and its group exist, and adds the job's entry to it. Returns the entry id.
 -- The entry repeats what the choice of the next job needs, so that workers choose without reading hashes.
 local function add_entry(lane, group, id, caller, session, promote_at, submitted_at, tokens, priority, zone)
-  if redis.call("EXISTS", lane) == 0 then redis.call("XGROUP", "CREATE", lane, group, "0", "MKSTREAM") end
-  return redis.call("XADD", lane, "*", "job", id, "caller", caller, "session", session, "promote_at", promote_at,
-    "submitted", submitted_at, "tokens", tokens, "priority", priority, "zone", zone)
+  local function add()
+    return redis.call("XADD", lane, "NOMKSTREAM", "*", "job", id, "caller", caller, "session", session, "promote_at",
+      promote_at, "submitted", submitted_at, "tokens", tokens, "priority", priority, "zone", zone)
+  end
+  local entry = add()
+  if entry then return entry end
+  redis.call("XGROUP", "CREATE", lane, group, "0", "MKSTREAM")
+  return add()
 end
 local function enter(lane, group, job, id)
   local f = redis.call("HMGET", job, "caller", "session", "promote_at", "submitted_at", "tokens", "priority", "zone")
