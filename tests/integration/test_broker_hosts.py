@@ -3,7 +3,10 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from broker import errors, hosts, jobs, lanes, wake
+from broker.hosts import Fleet
 from broker.keyspace import GROUP
 from broker.records import HostRecord, ModelFacts, ModelOnHost
 from tests.support.broker_world import LONG_MS, World, until_gone
@@ -38,6 +41,47 @@ async def test_a_host_tells_and_everybody_sees_it(world: World) -> None:
     await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot1"), {"big": ModelOnHost()})
     assert (await world.fleet.look()).on_host["big"]["gpu1"] == ModelOnHost()
     await world.healthy()
+
+
+async def test_an_older_look_never_replaces_a_newer_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at once: the slower one, with the older answers in hand, must not have the last word."""
+    await world.warm(big=1)
+    read, host = world.store.hash, world.store.keys.host("gpu1")
+    slow, overtaken = asyncio.Event(), asyncio.Event()
+
+    async def first_is_slow(key: str) -> dict[bytes, bytes]:
+        found = await read(key)
+        if key == host and not slow.is_set():
+            slow.set()
+            await overtaken.wait()
+        return found
+
+    monkeypatch.setattr(world.store, "hash", first_is_slow)
+    older = asyncio.create_task(world.fleet.look(), name="older look")
+    await slow.wait()
+    await hosts.leave(world.store, HostRecord(name="gpu1", boot="boot1"), ["big"])
+    newer = asyncio.create_task(world.fleet.look(), name="newer look")
+    await asyncio.wait({newer}, timeout=0.2)
+    overtaken.set()
+    assert "gpu1" in (await older).hosts
+    assert "gpu1" not in (await newer).hosts
+    assert world.fleet.picture is newer.result()
+
+
+async def test_many_who_want_a_fresh_picture_share_one_look(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty refusals in one moment are one question to Redis; a picture that is fresh enough is not asked for."""
+    fleet, command, looks = Fleet(world.store, world.book), world.store.command, 0
+
+    async def counted(*args: str | int | float | bytes) -> object:
+        nonlocal looks
+        looks += args[:2] == ("ZRANGEBYSCORE", world.store.keys.hosts)
+        return await command(*args)
+
+    monkeypatch.setattr(world.store, "command", counted)
+    assert await asyncio.gather(*(fleet.look_again(older_than_s=60) for _ in range(60))) == [True] * 60
+    assert looks == 1
+    assert not await fleet.look_again(older_than_s=60)
+    assert looks == 1
 
 
 async def test_a_hosts_name_belongs_to_one_boot(world: World) -> None:

@@ -171,6 +171,20 @@ async def test_a_removed_lane_serves_out_its_jobs_and_goes(world: World) -> None
     assert not await lanes.retire(world.store, "big")
 
 
+async def test_a_job_is_its_lanes_present_models(world: World) -> None:
+    """Who waited while a policy led the lane to another model is served, recorded and counted as that one's."""
+    job_id = await world.submit("side")
+    assert (await world.job(job_id)).model == "small"
+    await world.apply(policy_with(("target: small", "target: big")))
+    got = await lanes.claim(world.store, world.book.active, await world.waiting(job_id), host="gpu1", boot="boot1")
+    assert got.record.model == (await world.job(job_id)).model == "big"
+    held = jobs.Holding(job_id, "side", got.attempt, "boot1")
+    await jobs.first_token(world.store, held, b"x")
+    await jobs.end(world.store, held, "finish", usage={"prompt_tokens": 7, "completion_tokens": 2})
+    [day] = (await world.healthy()).of("usage:<day>").values()
+    assert day.value[b"tokens_out:anonymous:big"] == b"2" and b"tokens_out:anonymous:small" not in day.value
+
+
 async def test_a_lane_that_comes_back_is_not_retiring(world: World) -> None:
     job_id = await world.submit("small")
     await world.apply(WITHOUT_SMALL)

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from broker import admission, errors, jobs, lanes
+from broker.hosts import Fleet
 from broker.lifecycle import State
 from broker.records import JobRecord, ModelOnHost
 from tests.support.broker_world import POLICY, World, policy_with
@@ -21,17 +22,21 @@ async def test_a_job_waits_with_its_entry_instants_and_body(world: World) -> Non
     assert job.seen and job.apis == "api1"
     s = await world.healthy()
     assert s.keys[world.store.keys.request(job_id)].value == b"\xff\x00"
-    assert int(s.keys[world.store.keys.model("big")].value[b"wanted_until"]) == world.now + lanes.WANTED_FOR_MS
+    wanted_for_ms = int(s.keys[world.store.keys.model("big")].value[b"wanted_until"]) - world.now
+    assert lanes.WANTED_FOR_MS <= wanted_for_ms <= lanes.WANTED_FOR_MS * 1.25
     [entry] = [w async for w in lanes.waiting_entries(world.store, "big", limit=9)]
     assert (entry.job, entry.session, entry.tokens, entry.promote_at) == (job_id, "s1", 99, job.promote_at)
 
 
-async def test_a_lost_reply_is_harmless(world: World) -> None:
-    """Submitting the same id again answers the same and changes nothing, even into another lane."""
-    await world.submit(id="once", reader="api1/r1", key="k")
+@pytest.mark.parametrize("key", ["", "k"])
+async def test_a_lost_reply_is_harmless(world: World, key: str) -> None:
+    """Submitting the same id again answers the same and changes nothing, whatever the lane and however full."""
+    await world.submit(id="once", reader="api1/r1", key=key)
+    for lane in ("big", "small"):
+        await world.fill(lane)
     before = await take(world.store)
     for lane in ("big", "small"):
-        assert await world.submit(lane, id="once", reader="api1/r1", key="k") == "once"
+        assert await world.submit(lane, id="once", reader="api1/r1", key=key) == "once"
     assert not before.marks(await take(world.store))
 
 
@@ -151,6 +156,23 @@ async def test_a_key_lives_as_long_as_its_waiting_job(world: World) -> None:
     ttl_ms = int(await world.store.command("PTTL", world.store.keys.idem("anonymous", "k")))
     job = await world.job(job_id)
     assert ttl_ms == -1 or ttl_ms > job.give_up_at - world.now
+
+
+async def test_the_key_of_a_done_job_lives_as_long_as_its_record(world: World) -> None:
+    """Whoever may still read the answer may also ask for it by its key."""
+    job_id = await world.submit(key="k", keep_ms=600_000)
+    await jobs.end(world.store, await world.stream(job_id), "finish")
+    keys = world.store.keys
+    left_ms = [int(await world.store.command("PTTL", k)) for k in (keys.idem("anonymous", "k"), keys.job(job_id))]
+    assert all(590_000 < ms <= 600_000 for ms in left_ms), left_ms
+
+
+async def test_a_host_that_has_just_come_is_looked_for_before_anybody_is_refused(world: World) -> None:
+    """The picture of a process is up to half a second old; its word is not enough for a refusal."""
+    fleet = Fleet(world.store, world.book)
+    await world.warm(big=2)
+    record = JobRecord(id=world.new_id(), asked="big")
+    assert (await admission.admit(world.store, world.book, fleet, record, b"{}")).lane == "big"
 
 
 async def test_a_later_start_takes_no_place_until_it_comes(world: World) -> None:

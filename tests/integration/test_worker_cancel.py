@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from broker import jobs
+from broker import jobs, lanes, store
 from broker.lifecycle import State
+from broker.records import Claimed
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import Runtime, World, eventually, simulated, until, worker_world
-from workers import waker
+from workers import dispatcher, waker
+from workers.host import Host
 
 pytestmark = pytest.mark.real
 NOTICED_MS = 1000
@@ -37,8 +39,7 @@ async def aborted(runtime: Runtime, count: int = 1) -> list[dict[str, Any]]:
 
 async def test_a_waiting_job_leaves_without_a_trace_at_the_runtime(world: World) -> None:
     await world.apply({"big": simulated(maxConcurrent=1)})
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     runtime = world.runtime("big")
     await runtime.break_with(stall_after_tokens=1, times=1)
     held = await world.submit("big", tokens=9)
@@ -66,8 +67,7 @@ async def test_a_held_job_closes_its_request_and_its_slot_settles(
     """The slot counts as free only when the runtime itself says that nothing runs in it."""
     monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
     await world.apply({"big": simulated(maxConcurrent=1)})
-    host = await world.host()
-    await world.until_model("big", "warm")
+    host = await world.warm_host()
     runtime = world.runtime("big")
     await runtime.break_with(**fault, times=1)
     ask = await world.submit("big", tokens=9)
@@ -95,12 +95,86 @@ async def test_a_held_job_closes_its_request_and_its_slot_settles(
     assert slots.idle
 
 
+@pytest.fixture
+def rare_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are renewed so rarely that no attempt learns of a cancel by that."""
+    monkeypatch.setattr(dispatcher, "RENEW_EVERY_S", 60.0)
+
+
+def heard_by(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What the worker hears on its control channel, as it hears it."""
+    heard: list[bytes] = []
+    told = host.dispatcher.told
+
+    def spy(message: bytes) -> None:
+        told(message)
+        heard.append(message)
+
+    monkeypatch.setattr(host.dispatcher, "told", spy)
+    return heard
+
+
+@pytest.mark.usefixtures("rare_renewals")
+async def test_a_cancel_may_overtake_the_reply_to_the_claim(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They travel on two connections: the worker hears that a job is cancelled which it does not know it holds."""
+    await world.apply({"big": simulated(maxConcurrent=1)})
+    host = await world.warm_host()
+    runtime = world.runtime("big")
+    await runtime.break_with(first_token_delay_ms=60_000)
+    heard = heard_by(host, monkeypatch)
+    claim = lanes.claim
+
+    async def overtaken(*args: Any, **more: Any) -> Claimed:
+        claimed = await claim(*args, **more)
+        await jobs.cancel(world.store, claimed.record.id)
+        await until(lambda: heard, what="the worker is told")
+        return claimed
+
+    with monkeypatch.context() as for_now:
+        for_now.setattr(lanes, "claim", overtaken)
+        ask = await world.submit("big")
+        assert (await ask.end()).state is State.CANCELLED
+        await until(lambda: not host.dispatcher.busy, what="the attempt stops")
+
+    assert [message.split()[1] for message in heard] == [ask.job_id.encode()]
+    await runtime.break_with(first_token_delay_ms=0)
+    assert (await (await world.submit("big")).end()).state is State.DONE, "its slot is free again"
+
+
+@pytest.mark.usefixtures("rare_renewals")
+async def test_a_cancel_that_nobody_heard_is_found_when_the_worker_listens_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is published while a connection is down is gone, and the next renewal of the lease is seconds away."""
+    monkeypatch.setattr(store, "RETRY_PAUSE_S", 1.0)  # long enough to say the cancel in
+    await world.apply({"big": simulated(maxConcurrent=1)})
+    host = await world.warm_host()
+    runtime = world.runtime("big")
+    await runtime.break_with(stall_after_tokens=1)
+    ask = await world.submit("big", tokens=9)
+    await ask.until_state(State.STREAMING)
+    heard = heard_by(host, monkeypatch)
+
+    await cut_connection(world, "worker-gpu1-ears")
+    assert await jobs.cancel(world.store, ask.job_id) == "streaming"
+
+    await until(lambda: not host.dispatcher.busy, what="the attempt stops")
+    assert (await aborted(runtime))[0]["step"] == "decoding"
+    assert heard == []
+
+
+async def cut_connection(world: World, name: str) -> None:
+    """Has Redis close the one connection of this name."""
+    clients = (await world.store.command("CLIENT", "LIST")).decode().splitlines()
+    [number] = [client.split()[0].removeprefix("id=") for client in clients if f" name={name} " in client]
+    assert await world.store.command("CLIENT", "KILL", "ID", number) == 1
+
+
 async def test_a_hang_up_of_the_last_reader_cancels_the_job(world: World) -> None:
     """Its reader detaches and no retry may attach: what runs for nobody is stopped."""
     await world.apply({"big": simulated(maxConcurrent=1)})
     await world.scheduler()
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     runtime = world.runtime("big")
     await runtime.break_with(stall_after_tokens=1)
     ask = await world.submit("big", tokens=9, grace_ms=0)
@@ -116,8 +190,7 @@ async def test_a_hang_up_of_the_last_reader_cancels_the_job(world: World) -> Non
 async def test_many_cancelled_at_once_free_all_their_slots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
     await world.apply({"big": simulated(maxConcurrent=4, maxQueue=20)})
-    host = await world.host()
-    await world.until_model("big", "warm")
+    host = await world.warm_host()
     runtime = world.runtime("big")
     await runtime.break_with(stall_after_tokens=1, times=4)
     held = [await world.submit("big", tokens=9) for _ in range(4)]

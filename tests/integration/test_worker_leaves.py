@@ -50,11 +50,7 @@ async def test_a_drain_that_takes_too_long_gives_the_unseen_away_and_tells_the_s
     worker = world.process("workers.host", "gpu1")
     await world.until_model("big", "warm")
     await world.host("gpu2")
-    await world.runtime("big").break_with(stall_after_tokens=2)
-    seen = await world.submit("big", tokens=9)
-    unseen = await world.submit("big", tokens=9, stream=False)
-    for ask in (seen, unseen):
-        await ask.until_state(State.STREAMING)
+    seen, unseen = await world.seen_and_unseen("big")
 
     worker.terminate()
 
@@ -98,11 +94,8 @@ async def test_a_killed_worker_is_found_out_by_its_leases(world: World) -> None:
     worker = world.process("workers.host", "gpu1")
     await world.until_model("big", "warm")
     await world.host("gpu2")
-    await world.runtime("big").break_with(stall_after_tokens=2)
-    seen = await world.submit("big", tokens=9)
-    unseen = await world.submit("big", tokens=9, stream=False)
+    seen, unseen = await world.seen_and_unseen("big")
     for ask in (seen, unseen):
-        await ask.until_state(State.STREAMING)
         await ask.next()
     worker.kill()
     began = time.monotonic()
@@ -122,11 +115,7 @@ async def test_a_restarted_worker_deals_with_its_earlier_life_at_once(world: Wor
     await world.apply({"big": simulated(maxConcurrent=2)})
     worker = world.process("workers.host")
     await world.until_model("big", "warm")
-    await world.runtime("big").break_with(stall_after_tokens=2)
-    seen = await world.submit("big", tokens=9)
-    unseen = await world.submit("big", tokens=9, stream=False)
-    for ask in (seen, unseen):
-        await ask.until_state(State.STREAMING)
+    seen, unseen = await world.seen_and_unseen("big")
     worker.kill()
     began = time.monotonic()
     again = world.process("workers.host")

@@ -36,8 +36,7 @@ async def test_a_new_model_is_served_within_a_second(world: World, monkeypatch: 
     """Its lane is not in the blocking read that is under way: its first job must not wait for that to end."""
     monkeypatch.setattr(store, "BLOCK_MS", 6000)
     await world.apply({"old": simulated()})
-    await world.host()
-    await world.until_model("old", "warm")
+    await world.warm_host()
 
     began = time.monotonic()
     await world.apply({"old": simulated(), "new": simulated()})
@@ -57,8 +56,7 @@ async def test_a_new_model_is_served_within_a_second(world: World, monkeypatch: 
 
 async def test_a_lowered_budget_drains_and_never_trims(world: World) -> None:
     await world.apply({"big": simulated(maxConcurrent=1, maxQueue=6)})
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(first_token_delay_ms=500, times=1)
     asks = [await world.submit("big") for _ in range(7)]
     await world.apply({"big": simulated(maxConcurrent=1, maxQueue=2)})
@@ -75,9 +73,7 @@ async def test_a_removed_model_with_a_fallback_promotes_what_waits(world: World)
     small = simulated(maxConcurrent=2, maxQueue=20)
     await world.apply({"big": simulated(maxConcurrent=1, coldStartBudgetMs=60_000, fallback="small"), "small": small})
     await world.scheduler()
-    await world.host()
-    for model in ("big", "small"):
-        await world.until_model(model, "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(first_token_delay_ms=1500, times=1)
     held = await world.submit("big")
     await held.until_state(State.CLAIMED)
@@ -96,8 +92,7 @@ async def test_a_removed_model_with_a_fallback_promotes_what_waits(world: World)
 async def test_a_removed_model_without_a_fallback_is_served_from_its_last_definition(world: World) -> None:
     await world.apply({"big": simulated(maxConcurrent=1), "small": simulated()})
     await world.scheduler()
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(first_token_delay_ms=700, times=1)
     asks = [await world.submit("big") for _ in range(3)]
 
@@ -127,8 +122,7 @@ async def test_a_changed_runtime_is_reloaded_only_when_idle(world: World, tmp_pa
     load_log = tmp_path / "loads"
     before: dict[str, Any] = {"decodeTps": 40, "loadLog": str(load_log)}
     await world.apply({"big": simulated(maxConcurrent=1, options=before)})
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     ask = await world.submit("big", tokens=40)
     await ask.until_state(State.STREAMING)
 
@@ -158,8 +152,7 @@ async def test_a_changed_runtime_is_reloaded_only_when_idle(world: World, tmp_pa
 async def test_what_needs_no_reload_holds_at_once(world: World) -> None:
     """A limit that protects from a stuck answer must not wait until the stuck answer is over."""
     await world.apply({"big": simulated(maxConcurrent=2, stallTimeoutMs=60_000)})
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(stall_after_tokens=1)
     stuck = await world.submit("big", tokens=9)
     await stuck.until_state(State.STREAMING)
@@ -177,8 +170,7 @@ async def test_what_needs_no_reload_holds_at_once(world: World) -> None:
 async def test_a_model_that_is_removed_twice_before_it_is_idle_goes_once(world: World) -> None:
     keeps = {"small": simulated()}
     await world.apply(keeps | {"big": simulated(maxConcurrent=1)})
-    host = await world.host()
-    await world.until_model("big", "warm")
+    host = await world.warm_host()
     with_it = world.book.active
     await world.apply(keeps)
     await until(lambda: host._book.active.version == world.book.active.version, what="the host follows")
@@ -201,9 +193,7 @@ async def test_thirty_applies_a_second_drop_nothing(world: World) -> None:
     """Budgets change, and a model comes and goes, while forty clients ask for answers."""
     await world.apply(definitions(0))
     await world.scheduler()
-    await world.host()
-    for model in ("big", "small", "fleeting"):
-        await world.until_model(model, "warm")
+    await world.warm_host()
     done = asyncio.Event()
     asks: list[Ask] = []
 

@@ -59,8 +59,7 @@ async def test_a_job_that_leaves_the_lane_frees_its_place(world: World) -> None:
     """Cancelled or given up while it waits: the next one is let in at once."""
     await world.apply({"big": simulated(maxConcurrent=1, maxQueue=2, maxWaitMs=700)})
     await world.scheduler()
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(stall_after_tokens=1)
     await (await world.submit("big", tokens=9)).until_state(State.STREAMING)
     first, second = [await world.submit("big") for _ in range(2)]
@@ -89,9 +88,7 @@ async def test_a_promoted_job_frees_its_place(world: World) -> None:
         }
     )
     await world.scheduler()
-    await world.host()
-    for model in ("big", "small"):
-        await world.until_model(model, "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(stall_after_tokens=1)
     await (await world.submit("big", tokens=9)).until_state(State.STREAMING)
     waits = await world.submit("big")
@@ -107,8 +104,7 @@ async def test_a_promoted_job_frees_its_place(world: World) -> None:
 async def test_interactive_work_goes_first_and_one_slot_is_kept_for_it(world: World) -> None:
     """Batch never delays a person: with two slots it gets one, and the other only when nobody has asked lately."""
     await world.apply({"big": simulated(maxConcurrent=2, maxQueue=20, options={"decodeTps": 100})})
-    await world.host()
-    await world.until_model("big", "warm")
+    await world.warm_host()
     await (await world.submit("big")).end()  # interactive work lately
     batch = [await world.submit("big.batch", tokens=20) for _ in range(4)]
     await batch[0].until_state(State.STREAMING)
@@ -130,9 +126,7 @@ async def test_interactive_work_goes_first_and_one_slot_is_kept_for_it(world: Wo
 async def test_an_urgent_job_overtakes_an_older_one(world: World) -> None:
     """Earliest deadline first among those that would miss it, age among the others."""
     await world.apply({"big": simulated(maxConcurrent=1, maxQueue=20, fallback="small"), "small": simulated()})
-    await world.host()
-    await world.until_model("big", "warm")
-    await world.until_model("small", "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(first_token_delay_ms=1000, times=1)
     await (await world.submit("big")).until_state(State.CLAIMED)
 
@@ -155,9 +149,7 @@ async def test_the_streams_and_the_records_tell_the_same_at_any_moment(world: Wo
         }
     )
     await world.scheduler()
-    await world.host()
-    for model in ("big", "small"):
-        await world.until_model(model, "warm")
+    await world.warm_host()
     await world.runtime("big").break_with(first_token_delay_ms=40)
     asks: list[Ask] = []
 
@@ -188,8 +180,7 @@ async def test_the_streams_and_the_records_tell_the_same_at_any_moment(world: Wo
 async def test_a_job_that_comes_back_is_a_user_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last attempt may still be ending when it is claimed again; one slot must not become two jobs."""
     await world.apply({"big": simulated(maxConcurrent=2, options={"decodeTps": 30})})
-    host = await world.host()
-    await world.until_model("big", "warm")
+    host = await world.warm_host()
     release = jobs.release
     old_goes = asyncio.Event()
 
@@ -214,8 +205,7 @@ async def test_a_job_that_comes_back_is_a_user_of_its_own(world: World, monkeypa
 async def test_a_lost_job_that_this_worker_claims_again_does_not_upset_it(world: World) -> None:
     """A worker that slept through its leases finds its own job waiting again while the old attempt still runs."""
     await world.apply({"big": simulated(maxConcurrent=2)})
-    host = await world.host()
-    await world.until_model("big", "warm")
+    host = await world.warm_host()
     await world.runtime("big").break_with(stall_after_tokens=1, times=1)
     ask = await world.submit("big", stream=False, tokens=5)
     await ask.until_state(State.STREAMING)

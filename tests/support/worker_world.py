@@ -51,7 +51,7 @@ def policy(models: dict[str, dict[str, Any]], **more: Any) -> str:
     return json.dumps({"models": models, **more})
 
 
-async def eventually(check: Callable[[], Awaitable[Found]], *, what: str, timeout_s: float = BOUND_S) -> Found:
+async def eventually(check: Callable[[], Awaitable[Found | None]], *, what: str, timeout_s: float = BOUND_S) -> Found:
     """Gives the first true answer of `check`, and fails with `what` if there never is one."""
     end = time.monotonic() + timeout_s
     while not (found := await check()):
@@ -235,6 +235,14 @@ class World:
         await self.until_host(name)
         return host
 
+    async def warm_host(self) -> Host:
+        """Runs a worker in this process, and waits until every model that the policy keeps warm is."""
+        host = await self.host()
+        for name, model in self.book.active.models().items():
+            if model.keep_warm:
+                await self.until_model(name, "warm")
+        return host
+
     async def until_host(self, name: str = "gpu1") -> None:
         """Waits until a worker has said what its models are."""
 
@@ -299,7 +307,8 @@ class World:
         ask = Ask(self, str(ULID()))
         messages = [{"role": "user", "content": content}]
         body = json.dumps({"model": model, "messages": messages, "max_tokens": tokens, "stream": True}).encode()
-        record = JobRecord(**{"id": ask.job_id, "asked": model, "stream": True} | fields)
+        known: dict[str, Any] = {"id": ask.job_id, "asked": model, "stream": True}
+        record = JobRecord(**known | fields)
         try:
             admitted = await admission.admit(
                 self.store,
@@ -315,6 +324,15 @@ class World:
             raise
         ask.lane = admitted.lane
         return ask
+
+    async def seen_and_unseen(self, model: str) -> tuple[Ask, Ask]:
+        """Two answers of nine words that stop after two: one client has seen these, one waits for the whole."""
+        await self.runtime(model).break_with(stall_after_tokens=2)
+        seen = await self.submit(model, tokens=9)
+        unseen = await self.submit(model, tokens=9, stream=False)
+        for ask in (seen, unseen):
+            await ask.until_state(State.STREAMING)
+        return seen, unseen
 
     async def model(self, model: str, host: str = "gpu1") -> ModelOnHost:
         """What a host says of a model now."""

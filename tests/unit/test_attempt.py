@@ -15,6 +15,7 @@ from broker.lifecycle import State
 from broker.records import JobRecord
 from tests.support.broker_world import World, fake_world
 from tests.support.waiting import until
+from tests.support.worker_world import eventually
 from workers import attempt as attempt_module
 from workers.attempt import Attempt, Ended, Limits
 from workers.runtimes.base import Endpoint
@@ -67,8 +68,8 @@ class Bench:
         self.job_id = ""
 
     async def claim(self, *, stall_ms: int = 60_000, first_token_ms: int = 60_000, **fields: Any) -> Attempt:
-        fields = {"stream": True, "reader": "api1/r1"} | fields
-        self.job_id = await self.world.submit("big", body=BODY, **fields)
+        usual: dict[str, Any] = {"stream": True, "reader": "api1/r1"}
+        self.job_id = await self.world.submit("big", body=BODY, **usual | fields)
         waiting = await self.world.waiting(self.job_id)
         claimed = await lanes.claim(self.world.store, self.world.book.active, waiting, host="gpu1", boot="boot1")
         limits = Limits(first_token_ms, stall_ms, max_losses=1)
@@ -376,3 +377,58 @@ async def test_a_stale_attempt_writes_nothing_more(bench: Bench) -> None:
     assert [data for _, data in await bench.log()] == [b"new"]
     record = await bench.record()
     assert (record.state, record.attempt) == (State.STREAMING, new.attempt)
+
+
+def dictated(pieces: "asyncio.Queue[bytes]") -> Answer:
+    """A runtime that streams what the test gives it, when the test gives it."""
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        while True:
+            await exchange.write(await pieces.get())
+
+    return answer
+
+
+async def lose_last_frame(bench: Bench) -> None:
+    """Has Redis come back as it was a frame ago: killed, with what it wrote last not on the disk yet."""
+    command, key = bench.world.store.command, bench.world.store.keys.frames(bench.job_id)
+    *kept, _lost = await bench.world.log(bench.job_id)
+    await command("DEL", key)  # a stream remembers the id of an entry that is only deleted
+    for frame in kept:
+        await command("XADD", key, f"{frame.attempt}-{frame.seq}", "kind", frame.kind, "data", frame.data)
+    await command("HSET", bench.world.store.keys.job(bench.job_id), "last_seq", len(kept))
+
+
+@pytest.mark.parametrize(
+    ("stream", "outcome", "state"), [(True, "failed", State.FAILED), (False, "released", State.QUEUED)]
+)
+async def test_frames_that_redis_lost_end_the_attempt(bench: Bench, stream: bool, outcome: str, state: State) -> None:
+    """It cannot go on behind a hole: who has seen a part is told, who has not gets another attempt without a loss."""
+    pieces: asyncio.Queue[bytes] = asyncio.Queue()
+    task = await running(bench, dictated(pieces), stream=stream)
+    for count, text in enumerate("ab", start=1):
+        pieces.put_nowait(event({"content": text}))
+        await logged(bench, count)
+
+    await lose_last_frame(bench)
+    pieces.put_nowait(event({"content": "c"}))
+    ended = await asyncio.wait_for(task, 2)
+
+    record = await bench.record()
+    assert (ended.outcome, record.state, record.losses) == (outcome, state, 0)
+    if stream:
+        told = {"kind": "failed", "code": "worker_lost", "message": "Redis lost a part of this answer"}
+        assert await bench.said() == told
+        assert [kind for kind, _ in await bench.log()] == ["content", "failed"]
+    else:
+        assert await bench.log() == []
+
+
+async def logged(bench: Bench, count: int) -> None:
+    """Waits until so many frames are in the log."""
+
+    async def check() -> bool:
+        return len(await bench.log()) == count
+
+    await eventually(check, what=f"{count} frames are in the log")

@@ -1,0 +1,96 @@
+"""What the api tells of itself and of the house: models, readiness, health, metrics, status."""
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.live_api import RawClient, Scene, chat_body, until_true
+
+pytestmark = pytest.mark.timeout(40)
+
+
+async def test_models_are_listed_under_every_name(scene: Scene) -> None:
+    """Models, aliases and routing names; one with a slash and a colon in it can be shown too."""
+    async with scene.client() as client:
+        names = [model.id async for model in client.models.list()]
+        assert {"big", "small", "hasty", "fast-edit", "qwen/coder:32b"} <= set(names)
+        assert (await client.models.retrieve("fast-edit")).id == "fast-edit"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("nothing")
+    async with httpx.AsyncClient(base_url=scene.api.url) as plain:
+        assert (await plain.get("/v1/models/qwen/coder:32b")).json()["id"] == "qwen/coder:32b"
+
+
+async def test_ready_means_that_somebody_can_serve(scene: Scene) -> None:
+    """A cold model that a host can wake is ready; a gateway without any host is not."""
+    async with httpx.AsyncClient(base_url=scene.api.url) as client:
+        await scene.beat(big="cold", small="cold", hasty="cold")
+        assert (await client.get("/readyz")).status_code == 200
+        keys = scene.store.keys
+        hashes = [keys.model_on_host(name, "gpu1") for name in scene.worker.models]
+        await scene.store.command("DEL", keys.host("gpu1"), *hashes)
+        answer = await client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["reasons"][0] == "big: no live host serves it"
+
+
+async def test_health_tells_what_a_crash_of_redis_would_lose(scene: Scene) -> None:
+    """Alive, with what this process thinks of its Redis."""
+    async with httpx.AsyncClient(base_url=scene.api.url) as client:
+        told = (await client.get("/healthz")).json()
+    assert (told["status"], told["redis"], told["policy_version"]) == ("ok", "ok", 1)
+    assert told["durability"] in ("aof-everysec", "none", "rdb", "unknown")
+
+
+async def test_metrics_can_be_read(scene: Scene) -> None:
+    """The page parses, names the budget beside the depth, counts what happened, and holds no job."""
+    async with scene.client() as sdk, httpx.AsyncClient(base_url=scene.api.url) as client:
+        await sdk.chat.completions.create(model="big", messages=[{"role": "user", "content": "hello"}])
+        await client.post("/v1/chat/completions", content=chat_body("x", model="nobody"))
+        page = (await client.get("/metrics")).text
+    found = {
+        (s.name, tuple(sorted(s.labels.items()))): s.value
+        for family in text_string_to_metric_families(page)
+        for s in family.samples
+    }
+    assert found["gateway_build_info", (("version", "1.2.3"),)] == 1
+    assert found["gateway_lane_budget", (("lane", "big"),)] == 3
+    assert found["gateway_lane_depth", (("lane", "big"),)] == 0
+    assert found["gateway_jobs_submitted_total", (("lane", "big"),)] == 1
+    assert found["gateway_jobs_refused_total", (("lane", "other"), ("reason", "model_not_found"))] == 1
+    assert found["gateway_jobs_ended_total", (("lane", "big"), ("state", "done"))] == 1
+    assert found["gateway_completion_tokens_total", (("caller", "anonymous"), ("model", "big"))] == 2
+    assert found["gateway_time_to_first_token_seconds_count", (("lane", "big"), ("model", "big"))] == 1
+    assert found["gateway_model_state", (("model", "big"), ("state", "warm"))] == 1
+    assert found["gateway_host_up", (("host", "gpu1"),)] == 1
+    assert scene.worker.seen[-1].id not in page
+    names = {name for name, _ in found}
+    assert all(name.startswith("gateway_") for name in names)
+
+
+async def test_status_shows_who_waits(scene: Scene) -> None:
+    """Waiting, running, slots, the oldest job's age, memory, the host and the policy's lines."""
+    clients = [await RawClient.open(scene.api) for _ in range(3)]
+    for client in clients:
+        await client.chat("wait")
+    async with httpx.AsyncClient(base_url=scene.api.url) as plain:
+
+        async def told_so() -> Any:
+            told = (await plain.get("/v1/status")).json()
+            big = next(m for m in told["models"] if m["name"] == "big")
+            return (told, big) if (big["waiting"], big["running"]) == (1, 2) else None
+
+        told, big = await until_true(told_so, what="two running and one waiting")
+    assert (big["state"], big["max_queue"], big["slots_total"], big["simulated"]) == ("warm", 3, 2, True)
+    assert big["memory_bytes"] == 3 << 30
+    lane = next(x for x in told["lanes"] if x["name"] == "big")
+    assert 0 <= lane["oldest_waiting_ms"] < 5000
+    assert told["policy"] == ["big fallback -> small after 60000ms cold-start budget"]
+    assert told["hosts"][0]["memory_headroom"] == 10 << 30
+    scene.go.set()
+    for client in clients:
+        await client.head()
+        client.close()
