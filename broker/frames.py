@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 from broker import errors
 from broker.records import Frame
@@ -81,6 +82,7 @@ class FrameReader:
         self._after = after  # (attempt, seq) of the last frame given
         self._look = after != (0, 0)
         self._more = False  # the last page of the log was full: there is more behind it
+        self._open_ended = False  # what was given last is a part of an answer: its end is still to come
         self._news = asyncio.Event()
 
     def push(self, frame: Frame) -> None:
@@ -150,11 +152,14 @@ class FrameReader:
         frame = self._queue.popleft()
         self._bytes -= len(frame.data)
         self._after = (frame.attempt, frame.seq)
+        self._open_ended = not frame.terminal
         return frame
 
     def _from_queue(self) -> Frame | Restarted | None:
         while self._queue:
             frame, (attempt, seq) = self._queue[0], self._after
+            if self._open_ended and frame.terminal and frame.attempt == attempt and frame.seq <= seq:
+                return self._pop()  # Redis lost frames that were given already: the end is numbered from before them
             if (frame.attempt, frame.seq) <= (attempt, seq):
                 self._bytes -= len(self._queue.popleft().data)
             elif frame.attempt == attempt and frame.seq == seq + 1:
@@ -186,6 +191,8 @@ class FrameReader:
                 "COUNT",
                 REFILL_PAGE,
             )
+            if not entries and self._open_ended:
+                entries = await self._end_before(attempt)
             if not entries and not await store.command("EXISTS", store.keys.job(self.job_id)):
                 raise errors.NoSuchJob(self.job_id)
         except errors.BrokerUnavailable as e:
@@ -207,6 +214,15 @@ class FrameReader:
             return Restarted(first.attempt)
         self._after = (first.attempt, first.seq - 1)
         return self._pop()
+
+    async def _end_before(self, attempt: int) -> list[Any]:
+        """The end of this attempt, if the log has it and nothing after what was given: Redis lost frames."""
+        newest = await self._store.command("XREVRANGE", self._store.keys.frames(self.job_id), "+", "-", "COUNT", 1)
+        return [entry for entry in newest or [] if _ends(Frame.from_entry(*entry), attempt)]
+
+
+def _ends(frame: Frame, attempt: int) -> bool:
+    return frame.terminal and frame.attempt == attempt
 
 
 async def replay(store: Store, job_id: str, *, after: tuple[int, int] = (0, 0)) -> AsyncIterator[Frame]:

@@ -62,7 +62,10 @@ async def end(
     served_by: str = "",
     usage: dict[str, Any] | None = None,
 ) -> None:
-    """Ends a held job, with one last frame (`seq`, `data`) if there is one. Raises StaleAttempt, AlreadyEnded."""
+    """Ends a held job. `seq` is the number of its last frame, which goes along as `data` if it is not in the log yet.
+
+    Raises StaleAttempt, AlreadyEnded, and FrameGap where the log lacks what came before.
+    """
     code, message = (error.code, str(error)) if error is not None else ("", "")
     usage = usage or {}
     await store.run_through(

@@ -96,13 +96,16 @@ class Attempt:
     async def run(self) -> Ended:
         """Runs to the end; never raises but for bugs."""
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
+        blameless = False
         try:
             await self._stream()
             outcome = "done"
         except errors.FrameGap as e:
             # Redis came back without the last frames: what the client has cannot be gone on from
             log.error("event=frames_lost job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
-            outcome = await self._fail(errors.WorkerLost("Redis lost a part of this answer"))
+            blameless = True
+            seen = self.job.stream and self.job.mode == "sync"  # even if Redis has lost that it was
+            outcome = await self._fail(errors.WorkerLost("Redis lost a part of this answer"), final=seen)
         except (errors.Lost, errors.NoSuchJob) as e:
             log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
             outcome = "stopped"
@@ -119,13 +122,15 @@ class Attempt:
         return Ended(
             outcome,
             clean=self._exchange is None or self._exchange.done,
-            suspect=outcome in ("failed", "released") and self._runtime_is_suspect(),
+            suspect=outcome in ("failed", "released") and not blameless and self._runtime_is_suspect(),
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
         )
 
     async def _stream(self) -> None:
+        if self._stop is not None:
+            raise self._stop
         self._exchange = await self._ask(fresh=False)
         reader = self._reader
         while True:
@@ -191,7 +196,7 @@ class Attempt:
         usage = self._reader.usage or {}
         if not self.delivered:
             self._first_token_s = self._loop.time() - self._started
-        seq = self._seq + 1 if data or not self.delivered else 0
+        seq = self._seq + bool(data)
         await jobs.end(self._store, self.held, "finish", seq=seq, data=data, served_by=self._served_by, usage=usage)
         self._seq += 1
 
@@ -256,10 +261,11 @@ class Attempt:
             return errors.ContextTooLong(complaint_found.message)
         return errors.RuntimeFailed(self._reader.error or "the runtime ended the answer without a finish reason")
 
-    async def _fail(self, error: errors.BrokerError) -> str:
+    async def _fail(self, error: errors.BrokerError, *, final: bool = False) -> str:
         """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
+        lost = isinstance(error, errors.WorkerLost)
         try:
-            if isinstance(error, errors.WorkerLost) or (isinstance(error, errors.RuntimeFailed) and error.retryable):
+            if not final and (lost or (isinstance(error, errors.RuntimeFailed) and error.retryable)):
                 outcome = await self._give_back(error)
                 if outcome is not None:
                     return outcome

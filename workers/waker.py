@@ -93,6 +93,7 @@ class Waker:
         self._slow = 0
         self._unreachable = 0
         self._suspected = False
+        self._left_behind = False
         self._busy_asked = 0.0
         self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
@@ -158,11 +159,24 @@ class Waker:
             await asyncio.shield(self.runtime.close())
 
     async def _broken(self, error: Exception) -> None:
-        """Sets a model aside for a while whose runtime we do not understand."""
+        """Sets a model aside for a while whose runtime we do not understand; what it holds in memory goes later."""
+        self._left_behind = True
+        cause = _first(error) if isinstance(error, BaseExceptionGroup) else error
         try:
-            await self._quarantine(f"its runtime is not understood: {type(error).__name__}: {error}")
+            await self._quarantine(f"its runtime is not understood: {type(cause).__name__}: {cause}")
         except errors.BrokerUnavailable as e:
             log.debug("event=waker_retry model=%s reason=%s", self.name, e)
+
+    async def _clear_up(self) -> None:
+        """Unloads what a model that we did not understand left in memory: nothing else would."""
+        self._left_behind = False
+        try:
+            await self.runtime.unload()
+        except Exception:
+            log.exception("event=unload_failed model=%s", self.name)
+        self.memory_bytes = 0
+        self.slots.restarted()
+        self._around.changed()
 
     async def unload(self, reason: str) -> None:
         """Takes the model out of memory; the caller has seen that it is idle. From here on it is not claimable."""
@@ -206,6 +220,8 @@ class Waker:
     async def _step(self) -> None:
         if self.state == "unloading":
             return  # whoever takes its memory says when it is done
+        if self._left_behind and not self.slots.using:  # who still streams from it may end
+            await self._clear_up()
         if self.wanted_model is not self.model:
             await self._take_over()
         if self.state in ("warm", "degraded"):

@@ -2,7 +2,7 @@
 -- where that is also the first, the job becomes streaming and ends in one step.
 --   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
---   ARGV[7] attempt   ARGV[8] event   ARGV[9] seq of the last frame, 0 = none   ARGV[10] its data
+--   ARGV[7] attempt   ARGV[8] event   ARGV[9] seq of the last frame   ARGV[10] its data, "" = in the log already
 --   ARGV[11] code   ARGV[12] message   ARGV[13] status   ARGV[14] served_by   ARGV[15] usage, JSON
 --   ARGV[16] prompt_tokens   ARGV[17] completion_tokens
 -- Returns 1.
@@ -27,7 +27,8 @@ if from == "claimed" and seq == 1 then -- its first token comes with its end: tw
 end
 to, wrong = follow(from, ARGV[8], KEYS[1])
 if not to then return wrong end
-if seq > last + 1 then return redis.error_reply("GAP " .. last .. " then " .. ARGV[9]) end
+local missing = ARGV[10] == "" and last + 1 or last + 2
+if seq >= missing then return redis.error_reply("GAP " .. last .. " then " .. ARGV[9]) end
 
 if seq > last then
   redis.call("XADD", KEYS[4], ARGV[7] .. "-" .. ARGV[9], "kind", "content", "data", ARGV[10])

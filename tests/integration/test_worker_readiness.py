@@ -173,6 +173,8 @@ async def test_a_runtime_that_nobody_understands_is_set_aside_alone(
     await world.apply({"big": simulated(), "small": simulated()})
     host = await world.warm_host()
 
+    child = world.runtime("big").pid
+
     async def odd() -> str:
         raise KeyError("status")
 
@@ -184,6 +186,11 @@ async def test_a_runtime_that_nobody_understands_is_set_aside_alone(
             await world.submit("big")
         assert "not understood" in str(refused.value)
         assert (await (await world.submit("small")).end()).served_by == "small@gpu1"
+
+        async def memory_is_back() -> bool:
+            return (await world.model("big")).memory_bytes == 0 and not psutil.pid_exists(child)
+
+        await eventually(memory_is_back, what="what it held in memory is free for others")
 
     await world.store.command("HSET", world.store.keys.model("big"), "quarantined_until", "0")
     await world.until_model("big", "warm")

@@ -317,16 +317,19 @@ class Verbs(RuleBasedStateMachine):
         if expected is None and not repeat:
             self.said[job.id].append(data)
 
-    @takes(pick=picks, finish=st.booleans(), ahead=st.sampled_from([None, None, 0, 1, 1, 2]))
-    def end(self, pick: int, finish: bool, ahead: int | None) -> None:
+    @takes(
+        pick=picks, finish=st.booleans(), ahead=st.sampled_from([None, None, 0, 1, 1, 2]),
+        logged=st.sampled_from([False, False, True]),
+    )  # fmt: skip
+    def end(self, pick: int, finish: bool, ahead: int | None, logged: bool) -> None:
         held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
         seq = 0 if ahead is None else job.last_seq + ahead
+        data, error = b"" if logged else b"%d-%d" % (held.attempt, seq), None if finish else BROKE
         expected = self.fenced(held, job)
         if expected is None and finish and job.state is State.CLAIMED and seq != 1:
             expected = errors.BadTransition
-        elif expected is None and seq > job.last_seq + 1:
+        elif expected is None and seq > job.last_seq + (0 if logged else 1):
             expected = errors.FrameGap
-        data, error = b"%d-%d" % (held.attempt, seq), None if finish else BROKE
         self.act(
             f"end {job.state} at attempt {job.attempt} by attempt {held.attempt}",
             lambda: jobs.end(self.world.store, held, "finish" if finish else "fail", seq=seq, data=data, error=error),

@@ -11,9 +11,10 @@ import pytest
 import pytest_asyncio
 
 from broker import errors, lanes
+from broker.frames import FrameReader
 from broker.lifecycle import State
-from broker.records import JobRecord
-from tests.support.broker_world import World, fake_world
+from broker.records import Frame, JobRecord
+from tests.support.broker_world import World, fake_world, hub_of
 from tests.support.waiting import until
 from tests.support.worker_world import eventually
 from workers import attempt as attempt_module
@@ -423,6 +424,77 @@ async def test_frames_that_redis_lost_end_the_attempt(bench: Bench, stream: bool
         assert [kind for kind, _ in await bench.log()] == ["content", "failed"]
     else:
         assert await bench.log() == []
+
+
+async def test_who_reads_along_hears_of_the_frames_that_redis_lost(bench: Bench) -> None:
+    """The end is numbered from before what the client was given already; it must not be taken for a repeat."""
+    pieces: asyncio.Queue[bytes] = asyncio.Queue()
+    async with hub_of(bench.world) as hub:
+        task = await running(bench, dictated(pieces))
+        live, late = hub.open(bench.job_id), hub.open(bench.job_id)
+        for count, text in enumerate("ab", start=1):
+            pieces.put_nowait(event({"content": text}))
+            await logged(bench, count)
+        for reader in (live, late):
+            assert [(await read(reader)).id for _ in range(2)] == ["1-1", "1-2"]
+        hub.close(late)  # it hears nothing more, and finds the end in the log
+        await lose_last_frame(bench)
+        pieces.put_nowait(event({"content": "c"}))
+        await asyncio.wait_for(task, 2)
+        late.look()
+        for reader in (live, late):
+            end = await read(reader)
+            assert (end.id, end.kind) == ("1-2", "failed")
+
+
+async def test_an_answer_with_a_hole_is_not_done_when_nothing_is_left_to_write(bench: Bench) -> None:
+    """Its last bytes were in the frame that Redis lost: the end alone would look whole."""
+    over = asyncio.Event()
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.begin("text/event-stream")
+        await exchange.write(event({"content": "a"}))
+        await logged(bench, 1)
+        await exchange.write(event({"content": "b"}) + event({}, "stop"))
+        await over.wait()
+        await exchange.end()
+
+    task = await running(bench, answer)
+    await logged(bench, 2)
+    await lose_last_frame(bench)
+    over.set()
+
+    assert (await asyncio.wait_for(task, 2)).outcome == "failed"
+    assert (await bench.said())["code"] == "worker_lost"
+
+
+async def test_who_has_seen_a_part_is_told_even_if_redis_lost_that_there_was_one(bench: Bench) -> None:
+    """Back at `claimed` with an empty log, the job looks as if it could start again."""
+    pieces: asyncio.Queue[bytes] = asyncio.Queue()
+    task = await running(bench, dictated(pieces))
+    pieces.put_nowait(event({"content": "a"}))
+    await logged(bench, 1)
+    await lose_last_frame(bench)
+    job = bench.world.store.keys.job(bench.job_id)
+    await bench.world.store.command("HSET", job, "state", "claimed", "first_token_at", "0", "last_seq", "0")
+    pieces.put_nowait(event({"content": "b"}))
+
+    ended = await asyncio.wait_for(task, 2)
+    assert (ended.outcome, ended.suspect) == ("failed", False)  # the runtime is not to blame
+    assert (await bench.record()).error == "worker_lost"
+
+
+async def test_an_attempt_that_is_stopped_before_it_runs_asks_nobody(bench: Bench) -> None:
+    attempt = await bench.claim()
+    attempt.stop()
+    assert (await attempt.run()).outcome == "stopped"
+    assert bench.bodies == []
+
+
+async def read(reader: FrameReader) -> Frame:
+    found = await reader.next(timeout_s=5)
+    assert isinstance(found, Frame)
+    return found
 
 
 async def logged(bench: Bench, count: int) -> None:
