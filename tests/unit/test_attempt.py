@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from broker import errors, lanes
+from broker import errors, frames, lanes
 from broker.frames import FrameReader
 from broker.lifecycle import State
 from broker.records import Frame, JobRecord
@@ -426,8 +426,11 @@ async def test_frames_that_redis_lost_end_the_attempt(bench: Bench, stream: bool
         assert await bench.log() == []
 
 
-async def test_who_reads_along_hears_of_the_frames_that_redis_lost(bench: Bench) -> None:
+async def test_who_reads_along_hears_of_the_frames_that_redis_lost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The end is numbered from before what the client was given already; it must not be taken for a repeat."""
+    monkeypatch.setattr(frames, "CHECK_EVERY_S", 60.0)
     pieces: asyncio.Queue[bytes] = asyncio.Queue()
     async with hub_of(bench.world) as hub:
         task = await running(bench, dictated(pieces))
