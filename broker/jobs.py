@@ -92,7 +92,7 @@ async def end(
 
 
 async def release(
-    store: Store, held: Holding, *, loss: bool, max_losses: int, error: errors.JobEnded
+    store: Store, held: Holding, *, loss: bool, max_losses: int, error: errors.BrokerError
 ) -> Literal["queued", "failed"]:
     """Gives a held job back to its lane; after too many losses it ends with `error` instead.
 

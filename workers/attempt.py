@@ -263,9 +263,8 @@ class Attempt:
 
     async def _fail(self, error: errors.BrokerError, *, final: bool = False) -> str:
         """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
-        lost = isinstance(error, errors.WorkerLost)
         try:
-            if not final and (lost or (isinstance(error, errors.RuntimeFailed) and error.retryable)):
+            if not final and _may_start_again(error):
                 outcome = await self._give_back(error)
                 if outcome is not None:
                     return outcome
@@ -276,7 +275,7 @@ class Attempt:
         log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, error)
         return "failed"
 
-    async def _give_back(self, error: errors.JobEnded) -> str | None:
+    async def _give_back(self, error: errors.BrokerError) -> str | None:
         """Puts the job back into its lane; None when its client has seen part of the answer."""
         loss = not isinstance(error, errors.WorkerLost)  # a drain is nobody's failure
         try:
@@ -289,3 +288,7 @@ class Attempt:
             "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
         )
         return "released" if where == "queued" else "failed"
+
+
+def _may_start_again(error: errors.BrokerError) -> bool:
+    return isinstance(error, errors.WorkerLost) or (isinstance(error, errors.RuntimeFailed) and error.retryable)

@@ -227,29 +227,56 @@ def _is_dead(before: HostRecord) -> bool:
     return before.machine == MACHINE and (before.pid == os.getpid() or not psutil.pid_exists(before.pid))
 
 
-def take_name(settings: WorkerSettings) -> int | None:
-    """Takes this machine's lock on the worker's name; None when a live worker here has it.
+class NameLock:
+    """This machine's lock on a worker's name. Who holds it has proved that an earlier worker of the name, on this
+    machine, is dead."""
 
-    Who holds it has proved that an earlier worker of the name, on this machine, is dead.
-    """
-    what = f"{settings.redis_url}\n{settings.namespace}\n{settings.host_name}"
-    name = f"warmlane-{os.getuid()}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
-    handle = os.open(Path(tempfile.gettempdir()) / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def __init__(self, path: Path, handle: int) -> None:
+        self._path = path
+        self._handle = handle
+
+    @classmethod
+    def take(cls, settings: WorkerSettings) -> "NameLock | None":
+        """Takes the lock; None when a live worker here has it."""
+        what = f"{settings.redis_url}\n{settings.namespace}\n{settings.host_name}"
+        name = f"warmlane-{os.getuid()}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
+        path = Path(tempfile.gettempdir()) / name
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(handle)
+                return None
+            if _is_at(path, handle):
+                return cls(path, handle)
+            os.close(handle)  # its holder took the file away just before we got it
+
+    def close(self) -> None:
+        """Lets the name go, and takes the file away while nobody else can hold it."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 async def serve(settings: WorkerSettings) -> int:
     """Runs the worker until it is told to stop; gives the exit code."""
     name = settings.host_name
-    held = take_name(settings)
+    held = NameLock.take(settings)
     if held is None:
         print(f"a worker named {name} runs on this machine already", file=sys.stderr)
         return SECOND_NAME_EXIT
+    with contextlib.closing(held):
+        return await _work(settings, name)
+
+
+async def _work(settings: WorkerSettings, name: str) -> int:
     store = await Store.open(settings.redis_url, namespace=settings.namespace, name=f"worker-{name}")
     taken = False
     away: errors.BrokerUnavailable | None = None
@@ -268,7 +295,6 @@ async def serve(settings: WorkerSettings) -> int:
         print(f"{other}: give this one another name (GATEWAY_HOST_NAME)", file=sys.stderr)
     finally:
         await store.close()
-        os.close(held)
     if away is not None:
         raise away
     return SECOND_NAME_EXIT if taken else 0
