@@ -219,7 +219,8 @@ def _config(directory: Path, address: Address) -> str:
         f"dir {_quoted(str(directory))}",
         f"logfile {_quoted(str(directory / 'redis.log'))}",
         "daemonize no",
-        # A killed server loses nothing that it has acknowledged, a power cut at most about a second.
+        # A killed server loses nothing that it has acknowledged, unless the disk was busy with a sync (it answers up to
+        # two seconds before it writes then); a power cut takes about a second.
         "appendonly yes",
         "appendfsync everysec",
         'save ""',

@@ -93,6 +93,11 @@ class Visit:
         self._away_since = 0.0
         self._model = ""
 
+    @property
+    def redis_came_back(self) -> bool:
+        """Whether the connection to Redis is younger than this visit: it may have lost what was written before."""
+        return self._gateway.store.answering_s < self.loop.time() - self.entered_at
+
     async def enter(self, body: bytes, wishes: Wishes) -> None:
         """Lets the job in, or finds the one that an Idempotency-Key leads to; raises Refused, ClientGone."""
         gateway = self._gateway
@@ -117,8 +122,7 @@ class Visit:
         must not be taken for the holder of this.
         """
         gateway = self._gateway
-        came_back = gateway.store.answering_s < self.loop.time() - self.entered_at
-        if self.delivered or self._attached or self._anew or not came_back:
+        if self.delivered or self._attached or self._anew or not self.redis_came_back:
             return False
         self._job = replace(self._job, id=str(ULID()))
         log.warning("event=enter_anew job=%s lost=%s reason=Redis came back without it", self._job.id, self.job_id)

@@ -164,8 +164,8 @@ class FrameReader:
                 self._bytes -= len(self._queue.popleft().data)
             elif frame.attempt == attempt and frame.seq == seq + 1:
                 return self._pop()
-            elif frame.attempt > attempt and (frame.seq == 1 or frame.terminal):
-                self._after = (frame.attempt, frame.seq - 1)
+            elif frame.attempt > attempt and frame.seq == 1:
+                self._after = (frame.attempt, 0)
                 if seq > 0:
                     return Restarted(frame.attempt)
                 return self._pop()
@@ -192,7 +192,7 @@ class FrameReader:
                 REFILL_PAGE,
             )
             if not entries and self._open_ended:
-                entries = await self._end_before(attempt)
+                entries = await self._end_before(attempt, seq)
             if not entries and not await store.command("EXISTS", store.keys.job(self.job_id)):
                 raise errors.NoSuchJob(self.job_id)
         except errors.BrokerUnavailable as e:
@@ -215,14 +215,17 @@ class FrameReader:
         self._after = (first.attempt, first.seq - 1)
         return self._pop()
 
-    async def _end_before(self, attempt: int) -> list[Any]:
-        """The end of this attempt, if the log has it and nothing after what was given: Redis lost frames."""
+    async def _end_before(self, attempt: int, seq: int) -> list[Any]:
+        """The end of this attempt, if the log has it numbered from before what was given: Redis lost frames.
+
+        An end with a later number came after the look that found nothing; frames before it may have come with it.
+        """
         newest = await self._store.command("XREVRANGE", self._store.keys.frames(self.job_id), "+", "-", "COUNT", 1)
-        return [entry for entry in newest or [] if _ends(Frame.from_entry(*entry), attempt)]
+        return [entry for entry in newest or [] if _is_end(Frame.from_entry(*entry), attempt, seq)]
 
 
-def _ends(frame: Frame, attempt: int) -> bool:
-    return frame.terminal and frame.attempt == attempt
+def _is_end(frame: Frame, attempt: int, seq: int) -> bool:
+    return frame.terminal and frame.attempt == attempt and frame.seq <= seq
 
 
 async def replay(store: Store, job_id: str, *, after: tuple[int, int] = (0, 0)) -> AsyncIterator[Frame]:

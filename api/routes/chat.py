@@ -76,7 +76,7 @@ class ChatCompletions:
             raise  # the job is out of reach; without a reader's lease it ends by itself
         except errors.NoSuchJob:
             # A client that reads on after the keep time, or a Redis that lost its data.
-            if visit.delivered:
+            if visit.delivered and not visit.redis_came_back:
                 raise errors.SlowReader("the answer was read too slowly: the rest of it is no longer kept") from None
             raise errors.WorkerLost("the job is gone from Redis; try again") from None
         except Exception:

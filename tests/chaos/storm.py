@@ -10,7 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,8 @@ class Ledger:
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     found: list[str] = field(default_factory=list)
     last: Snapshot | None = None
+    losses: list[float] = field(default_factory=list)
+    """Instants (time.monotonic) up to which a killed Redis had acknowledged writes that it then came back without."""
 
     async def look(self) -> Snapshot | None:
         """Takes a picture, compares it with the one before, and notes what has ended; None while Redis is away."""
@@ -124,6 +126,28 @@ class Ledger:
         self.jobs.update({job_id: job for job_id, job in now.jobs.items() if job.state in ENDED})
         self.last = now
         return now
+
+    async def keep_counting(self, store: Store) -> None:
+        """Counts in Redis as fast as it acknowledges each count, to know a Redis that forgot what it had acknowledged.
+
+        Under `appendfsync everysec` it may: while the disk is busy with a sync it answers before it writes, for up to
+        two seconds, and SIGKILL takes that with it. Nobody above it can know what was acknowledged.
+        """
+        count, at = 0, 0.0
+        while True:
+            try:
+                now = int(await store.command("INCR", "witness"))
+                if now <= count:
+                    self.losses.append(at)
+                    self.last = None  # what it held before is no measure for what it holds now
+                count, at = now, time.monotonic()
+            except errors.BrokerUnavailable:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.002)
+
+    def may_be_forgotten(self, told: Told) -> bool:
+        """Whether an answer lived when Redis forgot what it had acknowledged, or had just ended."""
+        return any(told.started_at <= at and at - FORGETS_S_MAX <= told.ended_at for at in self.losses)
 
     async def keep_looking(self, every_s: float) -> None:
         while True:
@@ -144,16 +168,22 @@ class Ledger:
 
 @asynccontextmanager
 async def watched(redis_url: str, *, every_s: float = 1.0) -> AsyncIterator[Ledger]:
-    """A ledger that looks every so often for the length of the block."""
-    store = await Store.open(redis_url, name="ledger")
-    ledger = Ledger(store)
-    looking = asyncio.create_task(ledger.keep_looking(every_s), name="ledger")
-    try:
-        yield ledger
-    finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
-        await store.close()
+    """A ledger that looks every so often, with a witness beside it, for the length of the block."""
+    async with AsyncExitStack() as open_stores:
+        stores = [await Store.open(redis_url, name=name) for name in ("ledger", "witness")]
+        for store in stores:
+            open_stores.push_async_callback(store.close)
+        ledger = Ledger(stores[0])
+        tasks = [
+            asyncio.create_task(ledger.keep_looking(every_s), name="ledger"),
+            asyncio.create_task(ledger.keep_counting(stores[1]), name="witness"),
+        ]
+        try:
+            yield ledger
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def judge(storm: Storm, ledger: Ledger, *, apis_live: bool) -> None:
@@ -191,12 +221,17 @@ def wrong_with(told: Told, ledger: Ledger) -> list[str]:
         found.append(f"{name} was refused without a time")
     if told.stream and told.saw_some and not told.served and told.ended_at - told.content_at > TOLD_S_MAX + RESTART_S:
         found.append(f"{name} was left in silence for {told.ended_at - told.content_at:.1f} s")
+    if ledger.may_be_forgotten(told):
+        return found  # what the client was told holds; what Redis says of the job is what it remembers
     if told.job_id and told.job_id not in ledger.jobs:
         found.append(f"{name}: its job is not known as ended")
     if told.served and told.job_id and told.job_id in ledger.jobs and ledger.jobs[told.job_id].state is not State.DONE:
         found.append(f"{name} was served, its job ended {ledger.jobs[told.job_id].state}")
     return found
 
+
+FORGETS_S_MAX = 3.0
+"""How far back a killed Redis may forget: two seconds that it waits for the disk, and the second of a sync."""
 
 HONEST = {"lane_full", "worker_lost", "model_unavailable", "runtime_failed", "broker_unavailable"}
 """What a client may be told while parts die. An `expired` or `cancelled` nobody has asked for."""

@@ -49,5 +49,6 @@ async def test_hundreds_of_kills(tmp_path: Path) -> None:
             done = sum(job.state is State.DONE for job in unseen)
             print(f"kills {sum(kills.values())} {kills}; {len(storm.told)} requests {dict(storm.outcomes)}")
             print(f"{len(ledger.jobs)} jobs {ends(ledger)}; unseen {done} of {len(unseen)} done")
+            print(f"restarts of Redis that came back without writes it had acknowledged: {len(ledger.losses)}")
             judge(storm, ledger, apis_live=False)
             assert not ledger.last or not ledger.last.of("wake:<model>")

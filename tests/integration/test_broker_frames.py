@@ -260,3 +260,39 @@ def check(got: list[Frame | Restarted], log: list[Frame]) -> None:
             assert (x.attempt, x.seq) == (attempt, seq + 1), told(got)
             seq += 1
     assert [x for x in got if isinstance(x, Frame)][-len(log) :] == log, told(got)
+
+
+async def test_an_end_that_comes_during_a_look_hides_no_frame_before_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look finds nothing after what was given; by the time it asks for an end, the last frames have come too."""
+    job_id = await world.submit()
+    held = await world.stream(job_id, b"1")
+    reader = FrameReader(world.store, job_id)
+    reader.look()
+    assert told([x for x in [await reader.next(timeout_s=1)] if x]) == ["1-1 content"]
+    command = world.store.command
+
+    async def late(*words: object) -> object:
+        if words[0] == "XREVRANGE":
+            await jobs.end(world.store, held, "finish", seq=2, data=b"2")
+        return await command(*words)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as for_now:
+        for_now.setattr(world.store, "command", late)
+        reader.look()
+        assert await reader.next(timeout_s=0.01) is None
+    reader.look()
+    found = [await reader.next(timeout_s=1) for _ in range(2)]
+    assert told([x for x in found if x]) == ["1-2 content", "1-3 done"]
+
+
+async def test_an_end_that_is_all_that_was_heard_hides_no_frame_before_it(world: World) -> None:
+    """Whoever hears nothing of an attempt but its end asks the log what came before."""
+    job_id = await world.submit()
+    held = await world.stream(job_id, b"1", b"2")
+    reader = FrameReader(world.store, job_id)
+    await jobs.end(world.store, held, "finish")
+    reader.push((await world.log(job_id))[-1])
+    found = [await reader.next(timeout_s=1) for _ in range(3)]
+    assert told([x for x in found if x]) == ["1-1 content", "1-2 content", "1-3 done"]
