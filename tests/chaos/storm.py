@@ -111,6 +111,8 @@ class Ledger:
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     found: list[str] = field(default_factory=list)
     last: Snapshot | None = None
+    redis_kills: list[float] = field(default_factory=list)
+    """Instants of time.monotonic: from each on, leases are judged only after one whole lease of unbroken connection."""
     losses: list[float] = field(default_factory=list)
     """Instants (time.monotonic) up to which a killed Redis had acknowledged writes that it then came back without."""
 
@@ -144,6 +146,12 @@ class Ledger:
             except errors.BrokerUnavailable:
                 await asyncio.sleep(0.05)
             await asyncio.sleep(0.002)
+
+    def judged_from(self, told: Told) -> float:
+        """From when on a client that has seen a part may expect to be told: its last piece, or the last kill of Redis
+        since then."""
+        kills = [at for at in self.redis_kills if told.content_at < at < told.ended_at]
+        return max([told.content_at, *kills])
 
     def may_be_forgotten(self, told: Told) -> bool:
         """Whether an answer lived when Redis forgot what it had acknowledged, or had just ended."""
@@ -219,8 +227,10 @@ def wrong_with(told: Told, ledger: Ledger) -> list[str]:
         found.append(f"{name} was told {told.error}")
     if told.outcome == "refused" and told.status == 503 and not told.retry_after:
         found.append(f"{name} was refused without a time")
-    if told.stream and told.saw_some and not told.served and told.ended_at - told.content_at > TOLD_S_MAX + RESTART_S:
-        found.append(f"{name} was left in silence for {told.ended_at - told.content_at:.1f} s")
+    if told.stream and told.saw_some and not told.served:
+        silent_s = told.ended_at - ledger.judged_from(told)
+        if silent_s > TOLD_S_MAX + RESTART_S:
+            found.append(f"{name} was left in silence for {silent_s:.1f} s")
     if ledger.may_be_forgotten(told):
         return found  # what the client was told holds; what Redis says of the job is what it remembers
     if told.job_id and told.job_id not in ledger.jobs:

@@ -36,6 +36,8 @@ async def test_hundreds_of_kills(tmp_path: Path) -> None:
                     await asyncio.sleep(0.5 + 2.5 * storm.dice.random())
                     name = storm.dice.choice([*NAMES, "redis"])
                     house.kill(name)
+                    if name == "redis":
+                        ledger.redis_kills.append(time.monotonic())
                     kills[name] = kills.get(name, 0) + 1
                     await asyncio.sleep(storm.dice.random())
                     if name == "redis":
