@@ -39,7 +39,7 @@ BROKEN, CANNOT_LISTEN, NO_REDIS = 1, 2, 3
 KEEP_ALIVE_S = 75
 """Longer than the pools of clients keep theirs, so that nobody writes into a connection that we just closed."""
 STOP_MARGIN_S = 1
-GC_AFTER = 50_000
+GC_AFTER = 5_000
 
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:

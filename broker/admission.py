@@ -104,7 +104,11 @@ async def _admit(
                     lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
                 )
         refusals.append(refusal)
-    raise _most_helpful(refusals)
+        del refusal
+    try:
+        raise _most_helpful(refusals)
+    finally:
+        refusals.clear()  # an error that is reached from its own traceback waits for the collector
 
 
 def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.Refused | None:
