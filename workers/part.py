@@ -15,8 +15,8 @@ from workers.settings import WorkerSettings
 BAD_SETTING_EXIT = 2
 NO_REDIS_EXIT = 3
 GC_AFTER = 5_000
-"""New objects before the collector looks: at the default it looks hundreds of times a second under load, and ten times as
-many make each pause ten times as long."""
+"""New objects before the collector looks: at the default it looks hundreds of times a second under load, and ten times
+as many make each pause ten times as long."""
 
 
 def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[str]) -> NoReturn:
