@@ -5,7 +5,7 @@ that gates a write is checked again inside the script that writes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,9 @@ UNKNOWN_SERVICE_MS = 5_000.0
 
 INTERACTIVE_MEMORY_MS = 600_000
 """For this long after interactive work, one of two or more slots is kept for the next."""
+
+AFFINITY_MS = 250
+"""For this long a job is left to the host that has its session's prompt in a cache."""
 
 Availability = Literal["warm", "degraded", "waking", "cold", "unavailable"]
 
@@ -36,13 +39,27 @@ class ModelView:
 
 
 def choose(
-    waiting: Iterable[Waiting], *, free: int, total: int, now_ms: int, service_ms: float, interactive_at: int = 0
+    waiting: Iterable[Waiting],
+    *,
+    free: int,
+    total: int,
+    now_ms: int,
+    service_ms: float,
+    interactive_at: int = 0,
+    cached: Container[str] = frozenset(),
+    open_slots: int | None = None,
+    elsewhere: Container[str] = frozenset(),
 ) -> Waiting | None:
     """Picks the job that should be claimed next, or None if no slot may be given away.
 
     Order: interactive before batch; then jobs whose slack until their cold-start deadline is under one service time,
-    earliest deadline first; then age. With two slots or more, the last free one is kept for interactive work while
-    there was some within INTERACTIVE_MEMORY_MS. `interactive_at` is the instant of the last interactive claim.
+    earliest deadline first; then jobs whose session's prompt is cached in a free slot; then age. With two slots or
+    more, the last free one is kept for interactive work while there was some within INTERACTIVE_MEMORY_MS.
+
+    `interactive_at` is the instant of the last interactive claim. `cached` are the sessions that free slots hold and
+    that may still go before others. `open_slots` are the free slots that are not kept for their session: without one,
+    only cached sessions and urgent jobs get a slot; None = all free ones. `elsewhere` are sessions whose prompt
+    another host has: for AFFINITY_MS their jobs are left to it.
     """
     if free < 1:
         return None
@@ -55,7 +72,13 @@ def choose(
             continue
         slack = job.promote_at - now_ms
         urgent = job.promote_at > 0 and slack < (service_ms or UNKNOWN_SERVICE_MS)
-        rank = (batch, not urgent, job.promote_at if urgent else 0, job.submitted)
+        known = job.session in cached
+        if not known and not urgent:
+            if open_slots is not None and open_slots < 1:
+                continue
+            if job.session in elsewhere and now_ms - job.submitted < AFFINITY_MS:
+                continue
+        rank = (batch, not urgent, job.promote_at if urgent else 0, not known, job.submitted)
         if best is None or rank < best_rank or (rank == best_rank and job.job < best.job):
             best, best_rank = job, rank
     return best

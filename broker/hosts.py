@@ -75,6 +75,7 @@ class Picture:
     facts: dict[str, ModelFacts] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)  # lane -> jobs waiting
     running: dict[str, int] = field(default_factory=dict)  # lane -> jobs held
+    elsewhere: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)  # by model and host, once summed up
     views: dict[tuple[int, str], ModelView] = field(default_factory=dict)  # by policy version and lane, once summed up
 
     def view(self, model: str, lane: str, lanes_of_model: list[str]) -> ModelView:
@@ -97,6 +98,19 @@ class Picture:
             reason=reason,
             waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
         )
+
+    def sessions_elsewhere(self, model: str, host: str) -> frozenset[str]:
+        """Sessions whose prompt another host has in a cache, where that host can take their next turn now."""
+        key = model, host
+        if key not in self.elsewhere:
+            able = self._able(model)
+            free = [
+                m
+                for name, m in able.items()
+                if name != host and m.state == "warm" and m.slots_used + m.slots_settling < m.slots_total
+            ]
+            self.elsewhere[key] = frozenset(session for m in free for session, _ in m.cached().values())
+        return self.elsewhere[key]
 
     def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str]:
         if not hosts:

@@ -86,6 +86,7 @@ async def end(
             served_by,
             json.dumps(usage) if usage else "",
             int(usage.get("prompt_tokens") or 0),
+            int(usage.get("cached_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
         ],
     )

@@ -139,7 +139,8 @@ _COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
      [("from_lane", "lane"), ("to_lane", "lane")]),
     ("gateway_leases_recovered", "Jobs whose worker was lost today.", "recovered", [("lane", "lane"), ("outcome", "")]),
     ("gateway_jobs_released", "Jobs given back by their worker today.", "released", [("lane", "lane")]),
-    ("gateway_prompt_tokens", "Prompt tokens read today.", "tokens_in", [("caller", "caller"), ("model", "model")]),
+    ("gateway_prompt_tokens", "Prompt tokens today, by whether they were in the runtime's cache.", "tokens_in",
+     [("caller", "caller"), ("model", "model"), ("cached", "")]),
     ("gateway_completion_tokens", "Tokens generated today.", "tokens_out", [("caller", "caller"), ("model", "model")]),
 )  # fmt: skip
 

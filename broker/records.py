@@ -166,8 +166,14 @@ class ModelOnHost(_Hash):
     first_token_ms: float = 0  # last measured, 0 = never
     first_token_ewma_ms: float = 0
     memory_bytes: int = 0
+    sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
     since: int = 0  # instant of the last change of state
     version: int = 0  # policy version that the worker serves it under
+
+    def cached(self) -> dict[int, tuple[str, int]]:
+        """Whose prompt each slot has in its cache: slot -> session, tokens."""
+        table = json.loads(self.sessions) if self.sessions else {}
+        return {int(slot): (session, tokens) for slot, (session, tokens) in table.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

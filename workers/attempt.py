@@ -60,6 +60,7 @@ class Attempt:
         limits: Limits,
         *,
         served_by: str,
+        slot: int | None = None,
     ) -> None:
         self.job = claimed.record
         self.held = Holding(self.job.id, self.job.lane, claimed.attempt, self.job.boot)
@@ -69,6 +70,7 @@ class Attempt:
         self._endpoint = endpoint
         self._limits = limits
         self._served_by = served_by
+        self._slot = slot if slot is not None and slot < endpoint.slots else None
         self._reader = ChatReader(self.job.model, self.job.include_usage, self.job.choices)
         self._exchange: Exchange | None = None
         self._news = asyncio.Event()
@@ -157,7 +159,7 @@ class Attempt:
             return await self._client.post(
                 self._endpoint.base_url,
                 self.job.endpoint,
-                rewrite_chat(self._body, self._endpoint.model),
+                rewrite_chat(self._body, self._endpoint.model, slot=self._slot),
                 headers=self._endpoint.headers,
                 on_data=self._on_data,
                 on_news=self._news.set,

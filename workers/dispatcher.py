@@ -58,6 +58,8 @@ class Dispatcher:
         self._told_early: set[tuple[str, int]] = set()
         self._renew_now = asyncio.Event()
         self._end: errors.BrokerError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._again: asyncio.TimerHandle | None = None
         self._serving: set[asyncio.Task[None]] = set()
 
     @property
@@ -76,11 +78,17 @@ class Dispatcher:
             while waker.claimable:
                 job = self._choose(name, waker, active)
                 if job is None:
+                    self._look_again(waker, active)
                     break
                 self._picture.spend(job)
-                waker.slots.take(_user(job), now_s=asyncio.get_running_loop().time())
+                slot = waker.slots.take(
+                    _user(job),
+                    session=job.session,
+                    contended=any(True for _ in self._picture.waiting(active.lanes_of(name))),
+                    now_s=self._loop.time(),
+                )
                 self.claiming += 1
-                serving = self._tasks.create_task(self._serve(waker, job), name=f"attempt {job.job}")
+                serving = self._tasks.create_task(self._serve(waker, job, slot), name=f"attempt {job.job}")
                 self._serving.add(serving)
                 serving.add_done_callback(self._serving.discard)
 
@@ -127,6 +135,8 @@ class Dispatcher:
 
     def close(self) -> None:
         """Closes idle connections to the runtimes."""
+        if self._again is not None:
+            self._again.cancel()
         self._client.close()
 
     def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
@@ -138,14 +148,35 @@ class Dispatcher:
             now_ms=int(time.time() * 1000) + self._fleet.skew_ms,
             service_ms=self._service_ms.get(name, 0.0),
             interactive_at=self._interactive_at.get(name, 0),
+            cached=waker.slots.ready(),
+            open_slots=waker.slots.open(self._loop.time()),
+            elsewhere=self._fleet.picture.sessions_elsewhere(name, self._host),
         )
 
-    async def _serve(self, waker: Waker, job: Waiting) -> None:
-        clean = True
+    def _look_again(self, waker: Waker, active: Active) -> None:
+        """Jobs wait although a slot is free: it is kept for its session, or they are left to another host for a
+        moment. When that is over, nothing else would tell."""
+        if self._again is not None or not any(True for _ in self._picture.waiting(active.lanes_of(waker.name))):
+            return
+        now = self._loop.time()
+        at = waker.slots.next_open_s(now)
+        if at is None and self._fleet.picture.sessions_elsewhere(waker.name, self._host):
+            at = now + dispatch.AFFINITY_MS / 1000
+        if at is None:
+            return
+        self._again = self._loop.call_at(at + 0.001, self._dispatch_again)
+
+    def _dispatch_again(self) -> None:
+        self._again = None
+        self.dispatch()
+
+    async def _serve(self, waker: Waker, job: Waiting, slot: int) -> None:
+        clean, tokens, served = True, 0, False
         try:
-            attempt = await self._claim(waker, job)
+            attempt = await self._claim(waker, job, slot)
             if attempt is None:
                 return
+            served = True
             if self._end is not None:
                 attempt.stop(self._end)
             held = job.job, attempt.held.attempt
@@ -158,13 +189,13 @@ class Dispatcher:
                 ended = await attempt.run()
             finally:
                 del self.attempts[held]
-            clean = ended.clean
+            clean, tokens = ended.clean, _cached_tokens(ended)
             self._learn(waker, ended)
         finally:
-            waker.released(_user(job), clean=clean)
+            waker.released(_user(job), clean=clean, tokens=tokens, served=served)
             self.dispatch()
 
-    async def _claim(self, waker: Waker, job: Waiting) -> Attempt | None:
+    async def _claim(self, waker: Waker, job: Waiting, slot: int) -> Attempt | None:
         """Takes the job; None when the race was lost or Redis is away."""
         active = self._book.active
         try:
@@ -189,7 +220,8 @@ class Dispatcher:
         model, max_losses = waker.model, active.policy.max_losses
         limits = Limits(model.first_token_timeout_ms, model.stall_timeout_ms, max_losses)
         served_by = f"{waker.name}@{self._host}"
-        return Attempt(self._store, self._client, claimed, waker.runtime.endpoint(), limits, served_by=served_by)
+        endpoint = waker.runtime.endpoint()
+        return Attempt(self._store, self._client, claimed, endpoint, limits, served_by=served_by, slot=slot)
 
     async def _claimed_unheard(self, job: Waiting) -> Claimed | None:
         """Waits for Redis and asks whether the claim was made, only its reply lost: nobody else would start the job
@@ -230,6 +262,12 @@ class Dispatcher:
         usage = ended.usage or {}
         prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
         waker.note_first_token(ended.first_token_ms, prompt_tokens=prompt, cached_tokens=cached)
+
+
+def _cached_tokens(ended: Ended) -> int:
+    """What the slot's cache holds after an answer: its prompt and what was made. 0 = not known."""
+    usage = ended.usage or {}
+    return usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
 
 
 def _user(job: Waiting) -> str:

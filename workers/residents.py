@@ -120,12 +120,13 @@ class Residents:
         await self._fleet.look()
 
     def _warm_elsewhere(self, model: str) -> bool:
-        """Whether another live host that stays has the model, or is about to: one is enough."""
+        """Whether as many other live hosts that stay have the model as the policy wants, or are about to."""
         picture = self._fleet.picture
         others = [
             m for h, m in picture.on_host.get(model, {}).items() if h != self._host and not picture.hosts[h].draining
         ]
-        return any(m.state in ("warm", "degraded", "waking") for m in others)
+        there = sum(m.state in ("warm", "degraded", "waking") for m in others)
+        return there >= self.wakers[model].wanted_model.replicas
 
     @asynccontextmanager
     async def _room_for(self, name: str, demanded: bool) -> AsyncIterator[None]:

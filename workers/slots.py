@@ -1,47 +1,126 @@
-"""The slots of one model on one host: who uses one, and which are still settling.
+"""The slots of one model on one host: who uses one, whose prompt each has in its cache, and which are still settling.
 
 A slot whose answer was closed early is *settling* until the runtime itself says that it is idle: a runtime may take
 seconds to notice a closed connection, and a job claimed for that slot would wait inside the runtime, unseen. Past the
 limit the slot counts as lost: still not claimable, until the runtime says idle or is restarted.
+
+What a slot has in its cache is what it served last. Reading a lost prompt again costs more than anything else that we
+could save, so a session goes back to its slot, and a slot that has just served a long prompt waits a moment for its
+session before it is given to another.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 
 ON_ITS_WAY_S = 0.5
 """How long a claim and its request may take to reach the runtime."""
 
+ROW_MAX = 4
+"""So many turns in a row a session is served before others that wait; then it takes its place in line."""
 
-@dataclass
+KEEP_S = 0.15
+"""How long a free slot is kept for its session: an agent's next call comes within milliseconds or within seconds."""
+
+KEEP_TOKENS = 1024
+"""Shorter prompts are not worth keeping a slot for."""
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The session that a slot served last, whose prompt it should still have."""
+
+    session: str
+    tokens: int  # of its last prompt and answer; 0 = not known yet
+    used_s: float  # loop time of its last start or end
+    row: int  # turns in a row that it was served while others waited
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A slot in use."""
+
+    number: int
+    since_s: float
+    before: Cached | None  # what the slot had in its cache until then
+
+
 class Slots:
-    """Counts; `total` is the policy's maxConcurrent."""
+    """Counts and numbers, 0 to `total` - 1; `total` is the policy's maxConcurrent."""
 
-    total: int
-    using: set[str] = field(default_factory=set)  # who is in flight, claims under way included
-    _since: dict[str, float] = field(default_factory=dict)  # loop time at which each took its slot
-    settling: list[float] = field(default_factory=list)  # loop times at which answers were closed early
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.settling: dict[int, float] = {}  # slot -> loop time at which its answer was closed early
+        self._held: dict[str, _Held] = {}
+        self._cached: dict[int, Cached] = {}
+        self._slots_of: dict[str, set[int]] = {}  # session -> slots that have its prompt
+        self._kept: dict[int, float] = {}  # free slot -> loop time until which it is its session's
+
+    @property
+    def using(self) -> frozenset[str]:
+        """Who is in flight, claims under way included."""
+        return frozenset(self._held)
 
     @property
     def free(self) -> int:
         """Slots that a job may be claimed for now."""
-        return max(0, self.total - len(self.using) - len(self.settling))
+        return max(0, self.total - len(self._held) - len(self.settling))
 
     @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing settles."""
-        return not self.using and not self.settling
+        return not self._held and not self.settling
 
-    def take(self, user: str, *, now_s: float = 0.0) -> None:
-        """Gives a slot away; a job that comes back while its last attempt still ends is another user."""
-        self.using.add(user)
-        self._since[user] = now_s
+    def ready(self) -> "Ready":
+        """The sessions whose prompt a free slot has."""
+        return Ready(set(self._free()), self._slots_of, self._cached)
 
-    def give_back(self, user: str, *, clean: bool, now_s: float) -> None:
-        """Takes the slot back; not clean = the runtime may still be at it."""
-        self.using.discard(user)
-        self._since.pop(user, None)
+    def open(self, now_s: float) -> int:
+        """Free slots that anybody may have: none of those that are kept for their session."""
+        return self.free - sum(until > now_s for until in self._kept.values())
+
+    def next_open_s(self, now_s: float) -> float | None:
+        """The loop time at which the next kept slot is anybody's; None if none is kept."""
+        return min((until for until in self._kept.values() if until > now_s), default=None)
+
+    def spare(self, since_s: float) -> bool:
+        """Whether a free slot holds nobody's prompt, or one that was last used before an instant."""
+        found = (self._cached.get(number) for number in self._free())
+        return any(cached is None or cached.used_s < since_s for cached in found)
+
+    def take(self, user: str, *, session: str = "", contended: bool = False, now_s: float = 0.0) -> int:
+        """Gives a slot away, the one that has the session's prompt if it is free; gives its number.
+
+        A job that comes back while its last attempt still ends is another user. `contended` = others waited too.
+        """
+        number = self._best(session, now_s)
+        before = self._cached.get(number)
+        self._held[user] = _Held(number, now_s, before)
+        self._kept.pop(number, None)
+        row = before.row if before is not None and before.session == session else 0
+        tokens = before.tokens if before is not None and before.session == session else 0
+        self._note(number, Cached(session, tokens, now_s, row + 1 if contended else 0) if session else None)
+        return number
+
+    def give_back(self, user: str, *, clean: bool, now_s: float, tokens: int = 0, served: bool = True) -> None:
+        """Takes the slot back; not clean = the runtime may still be at it. `tokens` = what its cache should hold now,
+        0 = not known; not served = the runtime never heard of the user. After a long prompt the slot is kept for its
+        session for KEEP_S."""
+        held = self._held.pop(user, None)
+        if held is None:
+            return
+        number = held.number
         if not clean:
-            self.settling.append(now_s)
+            self.settling[number] = now_s
+        if not served:
+            return self._note(number, held.before)
+        cached = self._cached.get(number)
+        if cached is None or not tokens:
+            return None
+        self._cached[number] = replace(cached, tokens=tokens, used_s=now_s)
+        if clean and tokens >= KEEP_TOKENS and cached.row < ROW_MAX:
+            self._kept[number] = now_s + KEEP_S
+        return None
 
     def settled(self, busy: int, *, asked_s: float = math.inf) -> bool:
         """Notes that the runtime itself says how many generations run; True if a slot became free by that.
@@ -49,20 +128,72 @@ class Slots:
         Who took a slot just before the question may not have reached the runtime yet: what is busy may not be theirs.
         """
         before = len(self.settling)
-        there = sum(since < asked_s - ON_ITS_WAY_S for since in self._since.values())
-        self.settling = self.settling[: max(0, min(before, busy - there))]
+        there = sum(held.since_s < asked_s - ON_ITS_WAY_S for held in self._held.values())
+        left = max(0, min(before, busy - there))
+        # the runtime ends closed answers in any order; those closed last are the likeliest to be still at work
+        self.settling = dict(sorted(self.settling.items(), key=lambda item: item[1])[before - left :])
         return len(self.settling) < before
 
     def expire(self, before_s: float) -> bool:
         """Gives up on slots that settle since before an instant, where the runtime cannot tell; True if there were."""
-        left = [since for since in self.settling if since > before_s]
+        left = {number: since for number, since in self.settling.items() if since > before_s}
         gone, self.settling = len(self.settling) - len(left), left
         return gone > 0
 
     def wedged(self, before_s: float) -> bool:
         """Whether every slot has been settling since before an instant: the runtime is stuck, and no probe can tell."""
-        return len(self.settling) >= self.total and all(since <= before_s for since in self.settling)
+        return len(self.settling) >= self.total and all(since <= before_s for since in self.settling.values())
 
     def restarted(self) -> None:
-        """Notes that the runtime is a new one: nothing settles any more."""
+        """Notes that the runtime is a new one: nothing settles any more, nothing is cached."""
         self.settling.clear()
+        self._kept.clear()
+        for number in self._cached.keys() - {held.number for held in self._held.values()}:
+            self._note(number, None)
+
+    def told(self) -> dict[int, tuple[str, int]]:
+        """What each slot has in its cache, to be told: slot -> session, tokens."""
+        return {number: (cached.session, cached.tokens) for number, cached in sorted(self._cached.items())}
+
+    def _free(self) -> list[int]:
+        taken = {held.number for held in self._held.values()} | self.settling.keys()
+        return [number for number in range(self.total) if number not in taken]
+
+    def _note(self, number: int, cached: Cached | None) -> None:
+        """Writes down what a slot has in its cache from now on."""
+        before = self._cached.pop(number, None)
+        if before is not None:
+            self._slots_of[before.session].discard(number)
+            if not self._slots_of[before.session]:
+                del self._slots_of[before.session]
+        if cached is not None:
+            self._cached[number] = cached
+            self._slots_of.setdefault(cached.session, set()).add(number)
+
+    def _best(self, session: str, now_s: float) -> int:
+        """The session's own slot, else an empty one, else the one whose prompt was used longest ago."""
+
+        def cost(number: int) -> tuple[bool, bool, float, int]:
+            cached = self._cached.get(number)
+            if cached is None:
+                return True, False, -math.inf, number
+            return cached.session != session, self._kept.get(number, 0.0) > now_s, cached.used_s, number
+
+        free = self._free()
+        if not free:
+            raise ValueError("no slot is free")
+        return min(free, key=cost)
+
+
+class Ready:
+    """The sessions that may go before others at a moment: a free slot has their prompt, and they have not had their
+    row yet."""
+
+    def __init__(self, free: Container[int], slots_of: Mapping[str, set[int]], cached: Mapping[int, Cached]) -> None:
+        self._free = free
+        self._slots_of = slots_of
+        self._cached = cached
+
+    def __contains__(self, session: object) -> bool:
+        numbers = self._slots_of.get(session, ()) if isinstance(session, str) else ()
+        return any(number in self._free and self._cached[number].row < ROW_MAX for number in numbers)

@@ -8,6 +8,7 @@ ends it.
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -31,6 +32,9 @@ FIRST_SETTLE_LOOK_S = 0.25
 STEP_EVERY_S = 0.5
 PROBE_IDLE_EVERY_S = 30.0
 PROBE_DEGRADED_EVERY_S = 5.0
+CACHED_PROMPT_S = 600.0
+"""A prompt in a cache that was used within this is worth more than a probe."""
+
 PROBE_PATIENCE = 3.0
 """A probe may take this many first-token budgets before it counts as failed rather than slow."""
 
@@ -133,6 +137,7 @@ class Waker:
             memory_bytes=self.memory_bytes,
             first_token_ms=round(self.first_token_ms, 1),
             first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
+            sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
             since=self.since_ms,
             version=version,
         )
@@ -149,6 +154,7 @@ class Waker:
                     # a runtime that answers what nobody foresaw must not take the other models' streams with it
                     log.exception("event=waker_broken model=%s", self.name)
                     await self._broken(e)
+                    await asyncio.sleep(STEP_EVERY_S)  # whatever it kicks: no more often than a step
                 self._kick.clear()
                 try:
                     async with asyncio.timeout(min(STEP_EVERY_S, max(0.01, self._ask_at - self._loop.time()))):
@@ -208,9 +214,9 @@ class Waker:
         self._unreachable = 1
         self.kick()
 
-    def released(self, job_id: str, *, clean: bool) -> None:
-        """Takes a slot back from a job that ended."""
-        self.slots.give_back(job_id, clean=clean, now_s=self._loop.time())
+    def released(self, job_id: str, *, clean: bool, tokens: int = 0, served: bool = True) -> None:
+        """Takes a slot back from a job that ended; `tokens` = what the slot's cache should hold now."""
+        self.slots.give_back(job_id, clean=clean, now_s=self._loop.time(), tokens=tokens, served=served)
         if not self.slots.using:
             self._idle_since = self._loop.time()
         if not clean and not self._suspected:
@@ -395,7 +401,10 @@ class Waker:
                 return
         if self.slots.idle and not self.leaving:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
-            if self._loop.time() - max(self._probed, self._idle_since) > every_s:
+            now = self._loop.time()
+            # a probe costs somebody's cached prompt where every slot holds one; what they last answered must do
+            spare = self.state == "degraded" or self.slots.spare(now - CACHED_PROMPT_S)
+            if spare and now - max(self._probed, self._idle_since) > every_s:
                 await self._probe_idle()
         if (
             self.slots.idle

@@ -95,14 +95,19 @@ def read_chat(body: bytes) -> ChatFacts:
     )
 
 
-def rewrite_chat(body: bytes, model: str) -> bytes:
-    """Names the runtime's model and asks for a stream with usage; leaves every other byte as the client sent it."""
+def rewrite_chat(body: bytes, model: str, *, slot: int | None = None) -> bytes:
+    """Names the runtime's model and asks for a stream with usage; leaves every other byte as the client sent it.
+
+    `slot` is the llama-server slot that has the session's prompt in its cache.
+    """
     members = json_splice.scan(body)
     options = _USAGE_ASKED
     for member in members:
         if member.key == "stream_options" and isinstance(member.value, dict):
             options = json_splice.splice(body[member.start : member.end], {"include_usage": True})
-    changes = {"model": model, "stream": True, "stream_options": options}
+    changes: dict[str, object] = {"model": model, "stream": True, "stream_options": options}
+    if slot is not None:
+        changes["id_slot"] = slot
     return json_splice.splice_members(body, members, changes)
 
 

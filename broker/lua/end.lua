@@ -4,7 +4,7 @@
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
 --   ARGV[7] attempt   ARGV[8] event   ARGV[9] seq of the last frame   ARGV[10] its data, "" = in the log already
 --   ARGV[11] code   ARGV[12] message   ARGV[13] status   ARGV[14] served_by   ARGV[15] usage, JSON
---   ARGV[16] prompt_tokens   ARGV[17] completion_tokens
+--   ARGV[16] prompt_tokens   ARGV[17] cached_tokens, of those   ARGV[18] completion_tokens
 -- Returns 1.
 -- Errors: NOJOB, ENDED, STALE, BADTRANSITION, GAP.
 --- @flags allow-oom
@@ -44,5 +44,6 @@ close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request 
   dead = KEYS[7] },
   { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
   f, now, id, to, { code = ARGV[11], message = ARGV[12], status = ARGV[13], set = set,
-    counts = { "tokens_in:" .. who, ARGV[16], "tokens_out:" .. who, ARGV[17] } })
+    counts = { "tokens_in:" .. who .. ":false", tonumber(ARGV[16]) - tonumber(ARGV[17]), "tokens_in:" .. who .. ":true",
+      ARGV[17], "tokens_out:" .. who, ARGV[18] } })
 return 1

@@ -179,6 +179,7 @@ class Model(Part):
     label: Label | None = Field(None, description="A short name for the status table.")
     aliases: list[Alias] = Field(default_factory=list, description="Other names that clients may ask for.")
     hosts: list[Host] | None = Field(None, description="The hosts that may serve the model; all when left out.")
+    replicas: int = Field(1, ge=1, le=64, description="How many hosts load the model, where that many may serve it.")
     trust: Trust = Field("local", description="Where prompts for this model go.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options for the runtime, passed on as they are.")
 

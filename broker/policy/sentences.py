@@ -26,7 +26,6 @@ _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
             "activeHours",
             "maxDowngradeShare",
             "stickyPromotionMs",
-            "replicas",
             "apiKeyEnv",
             "wakeForBatch",
             "onLoss",

@@ -27,7 +27,7 @@ async def test_an_attempt_from_claim_to_done(world: World) -> None:
     await jobs.emit(world.store, held, 2, b"second")
     await world.healthy()
     world.now += 100
-    usage = {"prompt_tokens": 7, "completion_tokens": 2}
+    usage = {"prompt_tokens": 7, "cached_tokens": 5, "completion_tokens": 2}
     await jobs.end(world.store, held, "finish", seq=3, data=b"third", served_by="big@gpu1", usage=usage)
     job, log = await world.job(job_id), await world.log(job_id)
     assert [f"{f.id} {f.kind}" for f in log] == ["1-1 content", "1-2 content", "1-3 content", "1-4 done"]
@@ -37,7 +37,8 @@ async def test_an_attempt_from_claim_to_done(world: World) -> None:
     s = await world.healthy()
     assert not s.lanes["big"].entries and not s.due
     [day] = s.of("usage:<day>").values()
-    assert day.value[b"tokens_in:anonymous:big"] == b"7" and day.value[b"ended:big:done"] == b"1"
+    assert (day.value[b"tokens_in:anonymous:big:false"], day.value[b"tokens_in:anonymous:big:true"]) == (b"2", b"5")
+    assert day.value[b"ended:big:done"] == b"1"
 
 
 async def test_an_answer_that_came_whole_begins_and_ends_in_one_step(world: World) -> None:

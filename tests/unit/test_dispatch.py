@@ -24,9 +24,10 @@ NOW = 1_000_000
 WARM = ModelView("warm", slots_total=2, slots_free=2, service_ms=1_000, load_ms=8_000, first_token_ms=300)
 
 
-def job(name: str, *, age_ms: int = 0, slack_ms: int | None = None, batch: bool = False) -> Waiting:
+def job(name: str, *, age_ms: int = 0, slack_ms: int | None = None, batch: bool = False, session: str = "") -> Waiting:
     return Waiting(
         job=name, lane="big", entry="1-1", submitted=NOW - age_ms, priority="batch" if batch else "interactive",
+        session=session,
         promote_at=0 if slack_ms is None else NOW + slack_ms,
     )  # fmt: skip
 
@@ -50,6 +51,32 @@ def test_who_is_next(why: str, waiting: list[Waiting], chosen: str) -> None:
     for order in (waiting, waiting[::-1]):
         found = choose(order, free=1, total=1, now_ms=NOW, service_ms=1_000)
         assert found is not None and found.job == chosen, why
+
+
+@pytest.mark.parametrize(
+    ("why", "waiting", "open_slots", "chosen"),
+    [
+        ("a cached session before an older one", [job("old", age_ms=99), job("hot", session="s")], 2, "hot"),
+        ("the older of two cached", [job("h1", age_ms=1, session="s"), job("h2", age_ms=2, session="t")], 2, "h2"),
+        ("a near deadline before a cached session", [job("near", slack_ms=9), job("hot", session="s")], 2, "near"),
+        ("a cached batch job after people", [job("hot", batch=True, session="s"), job("i")], 2, "i"),
+        ("a kept slot is its session's", [job("old", age_ms=99), job("hot", session="s")], 0, "hot"),
+        ("nobody else gets a kept slot", [job("old", age_ms=99), job("cold", session="x")], 0, None),
+        ("but who is in need does", [job("old", age_ms=99), job("near", slack_ms=9)], 0, "near"),
+        ("another host's session waits a moment for it", [job("there", age_ms=249, session="e")], 2, None),
+        ("others go before it", [job("there", age_ms=249, session="e"), job("here")], 2, "here"),
+        ("and then it is served here", [job("there", age_ms=250, session="e")], 2, "there"),
+    ],
+)
+def test_a_session_is_led_back_to_its_cached_prompt(
+    why: str, waiting: list[Waiting], open_slots: int, chosen: str | None
+) -> None:
+    for order in (waiting, waiting[::-1]):
+        found = choose(
+            order, free=2, total=2, now_ms=NOW, service_ms=1_000, cached={"s", "t"}, open_slots=open_slots,
+            elsewhere={"e"},
+        )  # fmt: skip
+        assert (found and found.job) == chosen, why
 
 
 @pytest.mark.parametrize(

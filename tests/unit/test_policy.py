@@ -86,6 +86,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "label": None,
         "aliases": [],
         "hosts": None,
+        "replicas": 1,
         "trust": "local",
         "options": {},
     }
@@ -175,7 +176,7 @@ IN_A_MODEL = [
     ("activeHours: Mon-Fri 08:00-19:00 Europe/Berlin", f"activeHours: 'activeHours' {NOT_YET}"),
     ("maxDowngradeShare: 0.5", f"maxDowngradeShare: 'maxDowngradeShare' {NOT_YET}"),
     ("stickyPromotionMs: 0", f"stickyPromotionMs: 'stickyPromotionMs' {NOT_YET}"),
-    ("replicas: 2", f"replicas: 'replicas' {NOT_YET}"),
+    ("replicas: 0", "replicas: must be at least 1, not 0"),
     ("apiKeyEnv: KEY", f"apiKeyEnv: 'apiKeyEnv' {NOT_YET}"),
     ("wakeForBatch: true", f"wakeForBatch: 'wakeForBatch' {NOT_YET}"),
     ("onLoss: error", f"onLoss: 'onLoss' {NOT_YET}"),

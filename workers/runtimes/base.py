@@ -59,6 +59,8 @@ class Endpoint:
     base_url: str
     headers: dict[str, str] = field(default_factory=dict)
     model: str = ""
+    slots: int = 0
+    """How many slots a request may name by `id_slot`; 0 = the runtime chooses."""
 
 
 class Runtime(Protocol):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -43,6 +43,7 @@ class LlamaServer:
         self._base_url = self._url or ""
         self._loaded_once = False
         self._loading = asyncio.Lock()
+        self._slots = 0
         self._client = client_for(self._base_url)
 
     @property
@@ -70,6 +71,7 @@ class LlamaServer:
                 await self._wait_for_url(timeout_s)
             elif not (self._child.running and await self._is_loaded()):
                 await self._start(self._child, timeout_s)
+            self._slots = len(await self._list_slots() or ()) if self._child is not None else 0
 
     async def unload(self) -> None:
         """Stops our server; one that runs at a `url` is not ours to stop and keeps its memory."""
@@ -83,7 +85,7 @@ class LlamaServer:
         return await asyncio.to_thread(self._child.memory_bytes) if self._child is not None else None
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._base_url, model=self._model.model)
+        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token; `cache_prompt` is off so that the probe measures work and not the last probe's leftovers."""
@@ -95,15 +97,18 @@ class LlamaServer:
         """Counts the slots at work; asking more than once a second hides closed connections from the server."""
         if self._child is not None and not self._child.running:
             return 0
+        slots = await self._list_slots()
+        return None if slots is None else sum(1 for slot in slots if slot.get("is_processing"))
+
+    async def _list_slots(self) -> list[dict[str, Any]] | None:
+        """Lists the slots; None while it loads, or if it was started with --no-slots."""
         try:
             async with asyncio.timeout(STATE_TIMEOUT_S):
                 answer = await self._client.get(f"{self._base_url}/slots")
             slots = answer.json()
         except (httpx.HTTPError, TimeoutError, ValueError):
             return None
-        if answer.status_code != 200 or not isinstance(slots, list):
-            return None  # Loading, or started with --no-slots.
-        return sum(1 for slot in slots if slot.get("is_processing"))
+        return slots if answer.status_code == 200 and isinstance(slots, list) else None
 
     async def close(self) -> None:
         if self._child is not None:
