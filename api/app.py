@@ -4,7 +4,6 @@ Exit codes: 0 after an orderly stop, 1 when a part of it broke, 2 when it may no
 """
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -28,7 +27,7 @@ from api.routes.chat import PATH, ChatCompletions
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
-from broker import errors
+from broker import collector, errors
 from broker.callers import Keys
 from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
@@ -39,7 +38,6 @@ BROKEN, CANNOT_LISTEN, NO_REDIS = 1, 2, 3
 KEEP_ALIVE_S = 75
 """Longer than the pools of clients keep theirs, so that nobody writes into a connection that we just closed."""
 STOP_MARGIN_S = 1
-GC_AFTER = 5_000
 
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
@@ -175,10 +173,7 @@ async def serve(settings: ApiSettings) -> int:
             Gateway(store, keys, version=version(), api_id=api_id), stop_after_s=settings.stop_after_ms / 1000
         )
         log.info("event=listening url=%s api=%s", place.url, api_id)
-        # What exists now lives as long as the process: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(GC_AFTER)
+        collector.settle()
         await server.serve(sockets=[listener])
         return BROKEN if server.broken else 0
     finally:

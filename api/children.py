@@ -20,6 +20,10 @@ STEADY_S = 30.0
 """A child that lived this long before it died is started again after the first pause."""
 LAST_WORDS_S = 1.0
 """How long a child that was asked twice may take before it is killed."""
+BAD_SETTING_EXIT = 2
+"""What a part ends with when it cannot run as it is set up."""
+BAD_SETTING_TRIES = 3
+"""So often in a row a part may say so before it is believed: a port may have been taken for a moment."""
 LINE_BYTES_MAX = 16_384
 """A longer line of output is passed on in pieces."""
 
@@ -47,7 +51,8 @@ class Part(Protocol):
         """Returns once it runs; raises CannotStart."""
 
     async def ended(self) -> str:
-        """Waits until it has ended by itself, and says how, as in "was killed by SIGKILL"."""
+        """Waits until it has ended by itself, and says how, as in "was killed by SIGKILL"; raises CannotStart when it
+        has ended because of how it is set up, which no other start would change."""
 
     async def stop(self, *, grace_s: float, hurry: asyncio.Event) -> bool:
         """Ends it and says whether it went by itself; kills it past `grace_s`, or soon after `hurry` is set."""
@@ -110,6 +115,7 @@ class Child:
         self._process: Process | None = None
         self._output: tuple[asyncio.StreamReader, asyncio.ReadTransport] | None = None
         self._half_line = b""
+        self._bad_settings = 0  # times in a row
 
     @property
     def name(self) -> str:
@@ -134,7 +140,11 @@ class Child:
     async def ended(self) -> str:
         assert self._process is not None
         await self._listen(self._process)
-        return how_it_ended(await self._process.wait())
+        code = await self._process.wait()
+        self._bad_settings = self._bad_settings + 1 if code == BAD_SETTING_EXIT else 0
+        if self._bad_settings >= BAD_SETTING_TRIES:
+            raise CannotStart(f"{self._name} can't run as it is set up; what it says is above.")
+        return how_it_ended(code)
 
     async def stop(self, *, grace_s: float, hurry: asyncio.Event) -> bool:
         if self._process is None:
@@ -184,7 +194,8 @@ def pauses() -> Iterator[float]:
 
 
 async def keep_alive(part: Part, *, say: Say) -> None:
-    """Starts a part again whenever it dies, with growing pauses; runs until it is cancelled."""
+    """Starts a part again whenever it dies, with growing pauses, until it is cancelled; raises CannotStart when the
+    part itself says that another start would be in vain."""
     clock = asyncio.get_running_loop().time
     waits = pauses()
     while True:

@@ -104,12 +104,18 @@ def print_line(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def print_problem(sentence: str) -> None:
+    """Prints why `up` gives up, where every command says what went wrong."""
+    print(sentence, file=sys.stderr)
+
+
 async def up(
     options: Options,
     *,
     apply_policy: ApplyPolicy,
     environ: Mapping[str, str] = os.environ,
     say: Say = print_line,
+    complain: Say = print_problem,
     make_parts: MakeParts = gateway_parts,
 ) -> int:
     """Runs everything until it is told to stop; gives the exit code, 0 only after a clean end."""
@@ -120,10 +126,10 @@ async def up(
             house = _House(options, listen, directory, requests, environ=environ, say=say)
             return await house.run(apply_policy, make_parts)
     except BrokerUnavailable as problem:
-        say(str(problem))
+        complain(str(problem))
         return NO_REDIS
     except (CannotStart, BrokerError) as problem:
-        say(str(problem))
+        complain(str(problem))
         return CANNOT_START
 
 
@@ -147,6 +153,7 @@ class _House:
         self._environ = environ
         self._say = say
         self._parts: list[Part] = []
+        self._hopeless: CannotStart | None = None
 
     async def run(self, apply_policy: ApplyPolicy, make_parts: MakeParts) -> int:
         clean = True
@@ -154,8 +161,7 @@ class _House:
             await self._requests.unless(self._start(apply_policy, make_parts))
             async with asyncio.TaskGroup() as tasks:
                 keepers = [
-                    tasks.create_task(keep_alive(part, say=self._say), name=f"keeper of {part.name}")
-                    for part in self._parts
+                    tasks.create_task(self._keep_alive(part), name=f"keeper of {part.name}") for part in self._parts
                 ]
                 ready = tasks.create_task(self._tell_when_ready(), name="ready")
                 await self._requests.asked.wait()
@@ -174,6 +180,8 @@ class _House:
         if self._requests.hurry.is_set():
             return INTERRUPTED
         self._say("stopped" if clean else "stopped, but not cleanly: see above")
+        if self._hopeless is not None:
+            raise self._hopeless
         return 0 if clean else NOT_CLEAN
 
     async def _start(self, apply_policy: ApplyPolicy, make_parts: MakeParts) -> None:
@@ -199,6 +207,14 @@ class _House:
         for part in make_parts(self._child_env(redis_url), keys=options.keys, say=self._say):
             self._parts.append(part)
             await part.start()
+
+    async def _keep_alive(self, part: Part) -> None:
+        """Keeps a part alive; one that cannot run as it is set up takes the whole house down, in order."""
+        try:
+            await keep_alive(part, say=self._say)
+        except CannotStart as problem:
+            self._hopeless = problem
+            self._requests.asked.set()
 
     async def _stop(self, part: Part) -> bool:
         grace_s = {"worker": self._requests.drain_s, "redis": REDIS_STOP_S_MAX}.get(part.name, STOP_S_MAX)

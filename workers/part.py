@@ -1,6 +1,5 @@
 """How a part starts as a process: settings, logging, the loop, and exit codes with one sentence for each."""
 
-import gc
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -8,15 +7,12 @@ from typing import NoReturn
 
 import uvloop
 
-from broker import errors
+from broker import collector, errors
 from broker.settings import SettingsInvalid, read_settings
 from workers.settings import WorkerSettings
 
 BAD_SETTING_EXIT = 2
 NO_REDIS_EXIT = 3
-GC_AFTER = 5_000
-"""New objects before the collector looks: at the default it looks hundreds of times a second under load, and ten times
-as many make each pause ten times as long."""
 
 
 def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[str]) -> NoReturn:
@@ -29,9 +25,7 @@ def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[st
     logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     for name in quiet:
         logging.getLogger(name).setLevel(logging.WARNING)
-    gc.collect()
-    gc.freeze()  # what was imported stays: no pause while tokens flow is worth looking at it again
-    gc.set_threshold(GC_AFTER)
+    collector.settle()
 
     async def whole() -> int:
         return await serve(settings)

@@ -18,7 +18,7 @@ ASK_S_MAX = 1.0
 """Whoever watches us wants an answer, also while Redis hangs."""
 
 
-@router.get("/healthz")
+@router.api_route("/healthz", methods=["GET", "HEAD"])
 async def healthz(gateway: Gate) -> dict[str, Any]:
     """Says that this process lives, and what it thinks of its Redis."""
     told: dict[str, Any] = {
@@ -35,7 +35,7 @@ async def healthz(gateway: Gate) -> dict[str, Any]:
         return {**told, "redis": "away", "durability": "unknown", "unfit": []}
 
 
-@router.get("/readyz")
+@router.api_route("/readyz", methods=["GET", "HEAD"])
 async def readyz(gateway: Gate) -> JSONResponse:
     """Says whether some lane's model answers now or can be woken: 200, or 503 with the reasons."""
     reasons = await _unready(gateway)

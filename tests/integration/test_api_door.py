@@ -109,9 +109,11 @@ async def test_without_a_policy_the_api_says_what_is_missing(store: Store) -> No
     async with live_api(store) as running, httpx.AsyncClient(base_url=running.url) as client:
         refused = await client.post("/v1/chat/completions", content=chat_body("x"))
         ready, alive = await client.get("/readyz"), await client.get("/healthz")
+        looked = [await client.head(path) for path in ("/readyz", "/healthz")]  # as load balancers ask
         metrics = await client.get("/metrics")
     assert refused.status_code == 503 and "gateway policy apply" in refused.json()["error"]["message"]
     assert (ready.status_code, alive.status_code, metrics.status_code) == (503, 200, 200)
+    assert [(r.status_code, r.content) for r in looked] == [(503, b""), (200, b"")]
 
 
 async def test_keys_open_the_gateway_and_keep_jobs_apart(store: Store) -> None:

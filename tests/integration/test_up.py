@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from api import stop_requests
-from api.children import Child, Part, Say, pauses
+from api.children import BAD_SETTING_TRIES, Child, Part, Say, pauses
 from api.up import AppliedPolicy, Options, child_environment, gateway_parts, up
 from broker.errors import BrokerUnavailable, PolicyInvalid
 from tests.support.waiting import block_until, until
@@ -133,8 +133,8 @@ async def refused(options: Options, **more: object) -> tuple[int, list[str]]:
     """Runs an `up` that is expected to give up, and returns its exit code and words."""
     said: list[str] = []
     arguments = {"apply_policy": apply_nothing, "environ": nothing_to_discover(), "make_parts": Dummies(), **more}
-    code = await asyncio.wait_for(up(options, say=said.append, **arguments), 20)  # type: ignore[arg-type]
-    return code, said
+    work = up(options, say=said.append, complain=said.append, **arguments)  # type: ignore[arg-type]
+    return await asyncio.wait_for(work, 20), said
 
 
 async def test_it_says_where_everything_is_and_ends_in_order(tmp_path: Path) -> None:
@@ -195,6 +195,25 @@ async def test_a_program_that_never_runs_is_tried_with_growing_pauses(tmp_path: 
         assert await run.end() == 0
     waits = pauses()
     assert [next(waits) for _ in range(7)] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+async def test_a_part_that_cannot_run_as_it_is_set_up_ends_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong setting does not get better by being tried again; why it ends is told on stderr, as by any command."""
+    said: list[str] = []
+    work = up(
+        Options(port=0, data_dir=tmp_path),
+        apply_policy=apply_nothing,
+        environ=nothing_to_discover(),
+        say=said.append,
+        make_parts=Dummies("print('GATEWAY_MEMORY_MB: must be a whole number'); raise SystemExit(2)"),
+    )
+    assert await asyncio.wait_for(work, 20) == 2
+    assert said.count("worker    | GATEWAY_MEMORY_MB: must be a whole number") == BAD_SETTING_TRIES
+    assert said[-1] == "stopped"
+    assert capsys.readouterr().err == "worker can't run as it is set up; what it says is above.\n"
+    assert not processes_of(tmp_path)
 
 
 async def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
