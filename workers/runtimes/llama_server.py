@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from workers.runtimes.base import (
     RuntimeUnreachable,
     State,
     client_for,
+    is_local,
     probe_chat,
 )
 from workers.runtimes.process import ChildServer, fill_command, free_port
@@ -50,6 +52,18 @@ class LlamaServer:
     def kind(self) -> str:
         return "llama.cpp"
 
+    @property
+    def local(self) -> bool:
+        return self._url is None or is_local(self._url)
+
+    @property
+    def manageable(self) -> bool:
+        """Whether the process is ours; one that somebody else started has nothing that loads or unloads."""
+        return self._child is not None
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
     async def state(self) -> State:
         """Asks /health, which answers 503 while loading and never wakes a sleeping model."""
         if self._child is not None and not self._child.running:
@@ -72,6 +86,10 @@ class LlamaServer:
             elif not (self._child.running and await self._is_loaded()):
                 await self._start(self._child, timeout_s)
             self._slots = len(await self._list_slots() or ()) if self._child is not None else 0
+
+    async def progress(self) -> float | None:
+        """A llama-server that loads answers 503 to everything, without a figure."""
+        return None
 
     async def unload(self) -> None:
         """Stops our server; one that runs at a `url` is not ours to stop and keeps its memory."""

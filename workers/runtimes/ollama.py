@@ -7,7 +7,10 @@ down. So a load holds one connection until it ends, no request of ours carries a
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import httpx
 
@@ -21,6 +24,7 @@ from workers.runtimes.base import (
     RuntimeUnreachable,
     State,
     client_for,
+    is_local,
     looks_like_oom,
     probe_chat,
 )
@@ -33,6 +37,11 @@ KEEP_FOR_EVER = -1  # A number: the string "-1" is refused, it lacks a unit.
 UNLOAD_NOW = 0
 UNLOAD_TIMEOUT_S = 30.0
 UNLOAD_POLL_S = 0.25
+TURN_TIMEOUT_S = 1800.0
+"""How long one load may wait for others of the same Ollama, each of which has a limit of its own."""
+
+_lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""The line before the one loader of each Ollama; whoever holds or awaits a lock keeps it alive."""
 
 
 class Ollama:
@@ -50,6 +59,30 @@ class Ollama:
     @property
     def kind(self) -> str:
         return "ollama"
+
+    @property
+    def local(self) -> bool:
+        return is_local(self._url)
+
+    @property
+    def manageable(self) -> bool:
+        return True
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Waits for the loads of this Ollama that this worker has under way; it does them strictly one by one."""
+        line = _lines.setdefault(self._url, asyncio.Lock())
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT_S):
+                await line.acquire()
+        except TimeoutError:
+            raise LoadFailed(
+                f"{self._title}: Ollama at {self._url} was busy with other loads for {TURN_TIMEOUT_S:g} s"
+            ) from None
+        try:
+            yield
+        finally:
+            line.release()
 
     async def state(self) -> State:
         """Asks /api/ps. A timeout means that Ollama is busy with some runner, so what we knew last still holds."""
@@ -92,6 +125,10 @@ class Ollama:
             text = read_complaint(answer.content).message
             raise LoadFailed(f"{self._title}: Ollama could not load {self._model}: {text}", looks_like_oom(text))
         self._last_state = "loaded"
+
+    async def progress(self) -> float | None:
+        """Ollama says nothing of a load before its end."""
+        return None
 
     async def unload(self) -> None:
         """Asks Ollama to drop the model and waits until it has: its answer comes before the unload, not after it."""
