@@ -79,6 +79,7 @@ class Attempt:
         self._timer: asyncio.TimerHandle
         self._first_token_s = 0.0
         self._complaint = bytearray()
+        self._gone = False  # the runtime says that it does not have the model
         self._stop: errors.BrokerError | None = None
         self._seq = 0
         self._buffered = 0
@@ -158,7 +159,7 @@ class Attempt:
         try:
             return await self._client.post(
                 self._endpoint.base_url,
-                self.job.endpoint,
+                self._endpoint.path(self.job.endpoint),
                 rewrite_chat(self._body, self._endpoint.model, slot=self._slot),
                 headers=self._endpoint.headers,
                 on_data=self._on_data,
@@ -204,7 +205,7 @@ class Attempt:
 
     def _runtime_is_suspect(self) -> bool:
         exchange = self._exchange
-        return exchange is None or not exchange.done or exchange.status >= 500
+        return exchange is None or not exchange.done or exchange.status >= 500 or self._gone
 
     def _over(self) -> bool:
         """Whether no more bytes are to be waited for."""
@@ -250,6 +251,9 @@ class Attempt:
             complaint = read_complaint(bytes(self._complaint))
             if complaint.context_overflow:
                 return errors.ContextTooLong(complaint.message)
+            if exchange.status in (400, 404) and complaint.model_gone:
+                self._gone = True
+                return errors.RuntimeFailed(f"the runtime does not have the model now: {complaint.message}")
             if exchange.status in (400, 404, 413, 415, 422):
                 return errors.RuntimeRefused(complaint.message, status=exchange.status)
             retryable = exchange.status in (408, 425, 429, 500, 502, 503, 504)

@@ -413,6 +413,7 @@ class Waker:
         if (
             self.slots.idle
             and not self.model.keep_warm
+            and self.runtime.manageable
             and self.idle_ms > self.model.idle_unload_ms
             and not await self._wanted()
             and self.slots.idle  # a job may have been claimed while we asked

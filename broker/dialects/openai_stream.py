@@ -17,6 +17,9 @@ MAX_COMPLAINT_CHARS = 300  # enough to know the cause; a runtime may quote the w
 
 _CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call")
 _FAILED_REASONS = frozenset({"error", "abort"})  # the runtime broke off, whatever it has sent so far
+_GONE = re.compile(
+    r"\bmodel\b.*\b(not found|does not exist|is not loaded)|\bno model\b.*\bloaded", re.IGNORECASE | re.DOTALL
+)
 _find_null = re.compile(rb'"finish_reason"\s*:\s*null').search
 _find_model = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"').search
 
@@ -37,6 +40,12 @@ class RuntimeComplaint:
             or "maximum context length" in self.message
             or "maximum model length" in self.message
         )
+
+    @property
+    def model_gone(self) -> bool:
+        """Whether the runtime says that it does not have the model, or not any more: no fault of the request, whose
+        model name is ours."""
+        return _GONE.search(self.message) is not None
 
 
 def read_complaint(body: bytes) -> RuntimeComplaint:

@@ -1,5 +1,6 @@
 """The traps that corrupt results: on every runtime, an answer that only looks whole ends as a failed job."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from tests.support.scripted_runtime import (
     ScriptedRuntime,
     ScriptedVllm,
 )
+from tests.support.worker_world import eventually
 from workers.attempt import Attempt, Ended, Limits
 from workers.runtimes import runtime_for
 from workers.runtimes.base import Runtime
@@ -154,3 +156,52 @@ async def test_what_a_runtime_is_asked(name: str, tmp_path: Path) -> None:
         assert bench.double.chat_bodies[-1]["model"] == "weights"
         allowed = {"host", "content-type", "accept", "content-length"}
         assert bench.double.headers[-1].keys() <= allowed, "X-Conversation-Id would outlive a hang-up"
+
+
+@pytest.mark.parametrize("name", ["ollama", "router", "vllm"])
+async def test_a_model_that_the_runtime_lost_is_not_the_requests_fault(name: str, tmp_path: Path) -> None:
+    """Deleted, or unloaded by somebody else: the job goes back into its lane and the runtime is looked at, instead of
+    telling every client in turn that its request was wrong. And none of them loads it behind the gateway's back."""
+    async with bench_of(name, tmp_path) as bench:
+        double = bench.double
+        if isinstance(double, FakeOllama):
+            double.digests.clear()
+        elif isinstance(double, ScriptedRouter):
+            double.become("weights", "unloaded")
+        elif isinstance(double, ScriptedVllm):
+            double.name = "other"
+        record = await bench.serve()
+        assert (record.state, record.error) == (State.FAILED, "runtime_failed")
+        assert [ended.outcome for ended in bench.ended] == ["released"] * LOSSES + ["failed"]
+        assert all(ended.suspect for ended in bench.ended)
+        assert "the runtime does not have the model now" in json.loads((await bench.log())[-1].data)["message"]
+        if isinstance(double, ScriptedRouter):
+            assert double.states["weights"] == "unloaded" and double.loads_started == ["weights"]
+
+
+async def test_vllms_own_admission_is_asked_again(tmp_path: Path) -> None:
+    async with bench_of("vllm", tmp_path) as bench:
+        assert isinstance(bench.double, ScriptedVllm)
+        bench.double.refuse_new = True
+        record = await bench.serve()
+        assert (record.state, record.error, record.losses) == (State.FAILED, "runtime_failed", LOSSES + 1)
+        assert "503: The engine is currently busy" in json.loads((await bench.log())[-1].data)["message"]
+        bench.double.refuse_new = False
+        assert (await bench.serve()).state is State.DONE
+
+
+async def test_a_routers_unload_in_the_middle_of_an_answer_is_no_success(tmp_path: Path) -> None:
+    """It kills what streams, with a line of text in the middle of a 200 that then ends cleanly."""
+    async with bench_of("router", tmp_path) as bench:
+        router = bench.double
+        assert isinstance(router, ScriptedRouter)
+        serving = asyncio.create_task(bench.serve(max_tokens=10**6), name="serve")
+
+        async def streaming() -> bool:
+            return bool(bench.job_id) and (await bench.world.job(bench.job_id)).state is State.STREAMING
+
+        await eventually(streaming, what="the answer has begun")
+        await bench.runtime.unload()
+        record = await serving
+        assert (record.state, record.error) == (State.FAILED, "runtime_failed")
+        assert json.loads((await bench.log())[-1].data)["message"] == "proxy error: Failed to read connection"

@@ -172,6 +172,7 @@ class ScriptedRouter(ScriptedRuntime):
         super().__init__()
         self.states = dict.fromkeys(models, "unloaded")
         self.failed: set[str] = set()
+        self.args: dict[str, list[str]] = {}  # command line of a model's child
         self.fail_loads = False
         self.models_max: int | None = None
         self.loads_started: list[str] = []
@@ -213,7 +214,7 @@ class ScriptedRouter(ScriptedRuntime):
         self.become(name, "loading", progress={"stage": "text_model", "value": share})
 
     def _entry(self, name: str) -> dict[str, Any]:
-        status: dict[str, Any] = {"value": self.states[name], "args": []}
+        status: dict[str, Any] = {"value": self.states[name], "args": self.args.get(name, [])}
         if name in self.failed:
             status |= {"failed": True, "exit_code": 1}
         return {"id": name, "aliases": [f"{name}-alias"], "object": "model", "status": status}
@@ -229,6 +230,7 @@ class ScriptedRouter(ScriptedRuntime):
             self._listeners.remove(news)
 
     async def _load(self, exchange: Exchange, name: str) -> None:
+        name = name.removesuffix("-alias")
         if name not in self.states:
             await _refuse(exchange, 404, "model is not found", "not_found_error")
         elif self.states[name] not in ("unloaded", "downloaded"):
@@ -257,6 +259,7 @@ class ScriptedRouter(ScriptedRuntime):
             self.become(name, "loaded")
 
     async def _unload(self, exchange: Exchange, name: str) -> None:
+        name = name.removesuffix("-alias")
         if self.states.get(name) in (None, "unloaded", "downloaded"):
             await _refuse(exchange, 400, "model is not running", "invalid_request_error")
             return
@@ -276,6 +279,8 @@ class ScriptedRouter(ScriptedRuntime):
                 await _refuse(exchange, 400, "model is not loaded", "invalid_request_error")
                 return False
             self._start_load(name)
+        if self.states[name] == "sleeping":
+            self.become(name, "loaded")  # whatever asks its child wakes it
         while self.states[name] == "loading":  # noqa: ASYNC110  # a double may poll itself
             await asyncio.sleep(0.01)
         return True
@@ -302,12 +307,15 @@ class ScriptedVllm(ScriptedRuntime):
     def __init__(self, *, dev: bool = True) -> None:
         super().__init__()
         self.dev = dev
+        self.name = "weights"
         self.asleep = 0  # level; 0 = awake
         self.tags: set[str] = {"weights", "kv_cache"}  # what is in memory
         self.garbage = False  # woken without its weights
         self.waiting = 0
         self.refuse_new = False  # its own admission is at its limit
         self.dead = False
+        self.sleep_enabled = True
+        self.wake_error = ""
         self.steps: list[str] = []
         self._awake = asyncio.Event()
         self._awake.set()
@@ -325,6 +333,8 @@ class ScriptedVllm(ScriptedRuntime):
                 await self._admit(exchange)
             case "GET", "/is_sleeping" if self.dev:
                 await exchange.answer({"is_sleeping": self.asleep > 0})
+            case "POST", "/sleep" if self.dev and not self.sleep_enabled:
+                await _refuse(exchange, 500, "Sleep mode is not enabled.", "InternalServerError")
             case "POST", "/sleep" if self.dev:
                 self.steps.append(f"sleep {query.get('level', ['1'])[0]} {query.get('mode', ['abort'])[0]}")
                 self.asleep, self.garbage = int(query.get("level", ["1"])[0]), False
@@ -342,6 +352,9 @@ class ScriptedVllm(ScriptedRuntime):
 
     async def _wake(self, exchange: Exchange, tags: set[str]) -> None:
         self.steps.append(f"wake {' '.join(sorted(tags))}")
+        if self.wake_error:
+            await _refuse(exchange, 500, self.wake_error, "InternalServerError")
+            return
         self.load_seen.set()
         await self._may_load.wait()
         if "weights" in tags and self.asleep == 2:
@@ -357,7 +370,7 @@ class ScriptedVllm(ScriptedRuntime):
             error = {"message": "The engine is currently busy with other requests.", "type": "x", "code": 503}
             await exchange.answer({"error": error}, status=503)
             return
-        if exchange.json().get("model") != "weights":
+        if exchange.json().get("model") != self.name:
             error = {"message": f"The model `{exchange.json().get('model')}` does not exist.", "code": 404}
             await exchange.answer({"error": error}, status=404)
             return

@@ -64,6 +64,11 @@ class Endpoint:
     model: str = ""
     slots: int = 0
     """How many slots a request may name by `id_slot`; 0 = the runtime chooses."""
+    query: str = ""
+
+    def path(self, path: str) -> str:
+        """Gives the path of a request, with what the runtime must be told beside its body."""
+        return f"{path}?{self.query}" if self.query else path
 
 
 class Runtime(Protocol):
@@ -153,7 +158,7 @@ async def probe_chat(
         "stream_options": {"include_usage": True},
         **(extra or {}),
     }
-    url = f"{endpoint.base_url}/v1/chat/completions"
+    url = endpoint.base_url + endpoint.path("/v1/chat/completions")
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
     started = time.perf_counter()
     try:
