@@ -160,7 +160,7 @@ class Attempt:
             return await self._client.post(
                 self._endpoint.base_url,
                 self._endpoint.path(self.job.endpoint),
-                rewrite_chat(self._body, self._endpoint.model, slot=self._slot),
+                self._request(),
                 headers=self._endpoint.headers,
                 on_data=self._on_data,
                 on_news=self._news.set,
@@ -168,6 +168,10 @@ class Attempt:
             )
         except UpstreamLost as e:
             raise errors.RuntimeFailed(str(e)) from None
+
+    def _request(self) -> bytes:
+        to = self._endpoint
+        return rewrite_chat(self._body, to.model, slot=self._slot, drops=to.drops, extra=to.extra)
 
     def _on_data(self, data: bytes) -> None:
         exchange = self._exchange
@@ -228,7 +232,7 @@ class Attempt:
                 if (now - self._started) * 1000 > limits.first_token_timeout_ms:
                     self.stop(
                         errors.RuntimeFailed(
-                            f"no first token within {limits.first_token_timeout_ms / 1000:g} s",
+                            f"no first token within {limits.first_token_timeout_ms / 1000:g} s{self._how_far()}",
                             status=504,
                             retryable=False,
                         )
@@ -242,6 +246,11 @@ class Attempt:
             elif self._reader.succeeded:
                 self._news.set()
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
+
+    def _how_far(self) -> str:
+        """Tells a long prompt from a runtime that does nothing, where the runtime says how much of it has been read."""
+        read = self._reader.prompt_read
+        return f"; the runtime has read {read[0]:,} of {read[1]:,} prompt tokens" if read is not None else ""
 
     def _failure(self) -> errors.BrokerError:
         """Words for an answer that is over and was not a success."""

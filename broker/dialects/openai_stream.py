@@ -72,6 +72,7 @@ class ChatReader:
         self.usage: dict[str, int] | None = None
         self.timings: dict[str, Any] | None = None
         self.complaint: RuntimeComplaint | None = None
+        self.prompt_read: tuple[int, int] | None = None  # prompt tokens read so far, and of how many
         self._new_model = json_splice.encode(served_as)
         self._include_usage = include_usage
         self._n = n
@@ -188,6 +189,11 @@ class ChatReader:
             if isinstance(choice, dict):
                 content |= _holds_content(choice.get("delta"))
                 finished |= self._read_finish(choice)
+        progress = chunk.get("prompt_progress")
+        if isinstance(progress, dict):
+            self._read_progress(progress)
+            if not (content or finished or self.has_content):  # we asked for it: no client sees it, no first token
+                return
         self._read_figures(chunk, last=finished or not choices)
         self.has_content |= content
         hidden = not choices and isinstance(chunk.get("usage"), dict) and not self._include_usage
@@ -229,6 +235,11 @@ class ChatReader:
         if reason in _FAILED_REASONS:
             self._fail(f"the runtime broke off the generation (finish reason {reason})")
         return True
+
+    def _read_progress(self, progress: dict[str, Any]) -> None:
+        done, total = progress.get("processed"), progress.get("total")
+        if isinstance(done, int) and isinstance(total, int):
+            self.prompt_read = done, total
 
     def _read_figures(self, chunk: dict[str, Any], *, last: bool) -> None:
         """Keeps usage and timings; those of a running choice may be on every chunk, and most chunks are not parsed."""

@@ -205,3 +205,31 @@ async def test_a_routers_unload_in_the_middle_of_an_answer_is_no_success(tmp_pat
         record = await serving
         assert (record.state, record.error) == (State.FAILED, "runtime_failed")
         assert json.loads((await bench.log())[-1].data)["message"] == "proxy error: Failed to read connection"
+
+
+async def test_a_client_cannot_make_an_ollama_load_again(tmp_path: Path) -> None:
+    """Mixed clients with a num_ctx of their own each would have it load the model with every request."""
+    async with bench_of("ollama", tmp_path) as bench:
+        options = {"num_ctx": 9216, "num_gpu": 0, "temperature": 0}
+        record = await bench.serve(keep_alive="5m", num_ctx=8192, options=options, user="ann")
+        assert record.state is State.DONE
+        asked = bench.double.chat_bodies[-1]
+        assert asked["options"] == {"temperature": 0} and asked["user"] == "ann"
+        assert asked.keys().isdisjoint({"keep_alive", "num_ctx"})
+
+
+@pytest.mark.parametrize("name", ["llama-server", "router"])
+async def test_a_prompt_that_is_still_being_read_is_no_first_token(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its progress shows that the runtime works, in the words of a failure; no client is sent any of it."""
+    monkeypatch.setattr("workers.attempt.LOOK_EVERY_S", 0.05)
+    async with bench_of(name, tmp_path) as bench:
+        bench.double.prefill_steps = 4
+        assert (await bench.serve()).state is State.DONE
+        assert bench.double.chat_bodies[-1]["return_progress"] is True
+        assert all(b"prompt_progress" not in frame.data for frame in await bench.log())
+        bench.double.mute = True
+        await bench.serve(first_token_ms=200)
+        told = json.loads((await bench.log())[-1].data)["message"]
+        assert told == "no first token within 0.2 s; the runtime has read 24 of 32 prompt tokens"

@@ -628,6 +628,34 @@ async def test_ollama_says_how_to_get_a_model_it_lacks(tmp_path: Path) -> None:
         assert await runtime.state() == "absent"
 
 
+async def test_an_ollama_whose_line_is_full_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 says nothing of the model; 404 says that it is not there and will not be."""
+    monkeypatch.setattr(ollama, "BUSY_PAUSE_S", 0.02)
+    async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
+        server.busy_answers = 3
+        await runtime.load(timeout_s=BOUND_S)
+        assert (len(server.generate_bodies), server.loads_started) == (4, ["qwen:32b"])
+        server.busy_answers = 10**9
+        with pytest.raises(LoadFailed, match=r"Ollama did not load qwen:32b within 0.2 s: server busy, please try"):
+            await runtime.load(timeout_s=0.2)
+
+
+async def test_a_size_that_is_the_files_is_not_taken_for_the_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where Ollama cannot read its runner's log it tells the file's size for both, also of a machine without a GPU."""
+    async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
+        await runtime.load(timeout_s=BOUND_S)
+        server.ps_size = server.ps_vram = GIB  # as in /api/tags
+        assert await runtime.memory_bytes() == int(1.2 * GIB)
+        assert await runtime.memory_bytes() == int(1.2 * GIB)
+        assert [r.getMessage() for r in caplog.records if "memory_estimated" in r.getMessage()] == [
+            "event=memory_estimated model=qwen:32b file_mb=1024 reason=Ollama tells the size of the file"
+        ]
+        server.ps_size = server.ps_vram = 2 * GIB
+        assert await runtime.memory_bytes() == 2 * GIB
+
+
 async def test_ollama_short_of_memory_is_told_apart(tmp_path: Path) -> None:
     async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
         server.load_error = 500, "model requires more system memory (20.1 GiB) than is available (9.3 GiB)"

@@ -27,6 +27,8 @@ class FakeOllama(ScriptedRuntime):
         self.loads_started: list[str] = []
         self.loads_aborted: list[str] = []
         self.generate_bodies: list[dict[str, Any]] = []
+        self.ps_size, self.ps_vram = 2 * GIB, GIB
+        self.busy_answers = 0  # so many loads are refused before one is taken in: the line of loads is full
         self.load_error: tuple[int, str] | None = None
         self.abort_seen = asyncio.Event()
         self.ps_blocked = asyncio.Event()
@@ -61,7 +63,13 @@ class FakeOllama(ScriptedRuntime):
 
     def _running(self, name: str) -> dict[str, Any]:
         short = name.removesuffix(":latest").removeprefix("library/")
-        return {"name": short, "model": short, "size": 2 * GIB, "size_vram": GIB, "digest": self.digests[name]}
+        return {
+            "name": short,
+            "model": short,
+            "size": self.ps_size,
+            "size_vram": self.ps_vram,
+            "digest": self.digests[name],
+        }
 
     async def _generate(self, exchange: Exchange, body: dict[str, Any]) -> None:
         self.generate_bodies.append(body)
@@ -73,6 +81,10 @@ class FakeOllama(ScriptedRuntime):
         elif keep_alive == 0:
             await exchange.answer(_done(name, "unload"))
             self.loaded.pop(name, None)  # After the answer, as Ollama does.
+        elif self.busy_answers:
+            self.busy_answers -= 1
+            text = "server busy, please try again.  maximum pending requests exceeded"
+            await exchange.answer({"error": text}, status=503)
         elif await self._load(exchange, name, keep_alive):
             await exchange.answer(_done(name, "load"))
 

@@ -65,6 +65,11 @@ class Endpoint:
     slots: int = 0
     """How many slots a request may name by `id_slot`; 0 = the runtime chooses."""
     query: str = ""
+    drops: frozenset[str] = frozenset()
+    """Keys of a request that the runtime must not see."""
+
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Keys that every request carries."""
 
     def path(self, path: str) -> str:
         """Gives the path of a request, with what the runtime must be told beside its body."""

@@ -33,6 +33,7 @@ from workers.runtimes.base import (
     looks_like_oom,
     probe_chat,
 )
+from workers.runtimes.llama_server import PROGRESS
 from workers.runtimes.process import occupied
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class LlamaRouter:
         return await asyncio.to_thread(_memory_of, [str(word) for word in args])
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(self._url, model=self._model, slots=self._slots, query="autoload=false")
+        return Endpoint(self._url, model=self._model, slots=self._slots, query="autoload=false", extra=PROGRESS)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token; refuses on a model that the probe itself would load or wake."""

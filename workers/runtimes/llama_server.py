@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # Small batches, so that a cancelled prefill ends soon; no prompt cache in host memory, or headroom sums are wrong.
 DEFAULT_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 -b 256 -ub 256".split()
+# What is written shows that the server reads the prompt, and lets it notice a closed connection before the first token.
+PROGRESS = {"return_progress": True}
 REFUSED_WAIT_S = 10.0
 URL_POLL_S = 0.25
 
@@ -103,7 +105,7 @@ class LlamaServer:
         return await asyncio.to_thread(self._child.memory_bytes) if self._child is not None else None
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots)
+        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=PROGRESS)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token; `cache_prompt` is off so that the probe measures work and not the last probe's leftovers."""
