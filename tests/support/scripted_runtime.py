@@ -337,9 +337,7 @@ class ScriptedVllm(ScriptedRuntime):
                 await _refuse(exchange, 500, "Sleep mode is not enabled.", "InternalServerError")
             case "POST", "/sleep" if self.dev:
                 self.steps.append(f"sleep {query.get('level', ['1'])[0]} {query.get('mode', ['abort'])[0]}")
-                self.asleep, self.garbage = int(query.get("level", ["1"])[0]), False
-                self.tags.clear()
-                self._awake.clear()
+                self.put_to_sleep(int(query.get("level", ["1"])[0]))
                 await exchange.answer({"status": "sleeping", "level": self.asleep})
             case "POST", "/wake_up" if self.dev:
                 await self._wake(exchange, set(query.get("tags", ["weights", "kv_cache"])))
@@ -349,6 +347,12 @@ class ScriptedVllm(ScriptedRuntime):
                 await exchange.answer({"results": [None]})
             case _:
                 await exchange.answer({"detail": "Not Found"}, status=404)
+
+    def put_to_sleep(self, level: int) -> None:
+        """Gives the memory back, at level 2 the copy of the weights too."""
+        self.asleep, self.garbage = level, False
+        self.tags.clear()
+        self._awake.clear()
 
     async def _wake(self, exchange: Exchange, tags: set[str]) -> None:
         self.steps.append(f"wake {' '.join(sorted(tags))}")

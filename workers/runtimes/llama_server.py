@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # Small batches, so that a cancelled prefill ends soon; no prompt cache in host memory, or headroom sums are wrong.
 DEFAULT_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 -b 256 -ub 256".split()
-# What is written shows that the server reads the prompt, and lets it notice a closed connection before the first token.
+# Where a first token is long in coming, this shows that the prompt is being read and how much of it has been.
 PROGRESS = {"return_progress": True}
 REFUSED_WAIT_S = 10.0
 URL_POLL_S = 0.25
