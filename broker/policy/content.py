@@ -152,8 +152,12 @@ class Part(BaseModel):
 class Model(Part):
     """One model: the runtime that serves it, its weights, and what its own lane allows."""
 
-    backend: Literal["ollama", "llama.cpp", "simulated"] = Field(description="The runtime that serves the model.")
-    model: Text = Field(description="What the runtime calls the weights: an Ollama tag, or the path of a GGUF file.")
+    backend: Literal["ollama", "llama.cpp", "vllm", "simulated"] = Field(
+        description="The runtime that serves the model."
+    )
+    model: Text = Field(
+        description="What the runtime calls the weights: an Ollama tag, a GGUF file's path, a router's or vLLM's id."
+    )
     url: Url | None = Field(None, description="Where the runtime listens, when it is not at its usual place.")
     command: Command | None = Field(
         None, description="How we start llama-server; {model}, {port}, {parallel} and {context} are filled in."

@@ -32,7 +32,7 @@ _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
         }
     ),
 }
-_BACKENDS_NOT_YET = frozenset({"vllm", "openai"})
+_BACKENDS_NOT_YET = frozenset({"openai"})
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
 

@@ -8,8 +8,11 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -61,6 +64,16 @@ class Endpoint:
     model: str = ""
     slots: int = 0
     """How many slots a request may name by `id_slot`; 0 = the runtime chooses."""
+    query: str = ""
+    drops: frozenset[str] = frozenset()
+    """Keys of a request that the runtime must not see."""
+
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Keys that every request carries."""
+
+    def path(self, path: str) -> str:
+        """Gives the path of a request, with what the runtime must be told beside its body."""
+        return f"{path}?{self.query}" if self.query else path
 
 
 class Runtime(Protocol):
@@ -68,13 +81,28 @@ class Runtime(Protocol):
 
     @property
     def kind(self) -> str:
-        """The backend's word in the policy file: "llama.cpp", "ollama" or "simulated"."""
+        """The backend's word in the policy file: such as "llama.cpp" or "ollama"."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the memory it takes is this host's: not so for a url elsewhere or a provider."""
+
+    @property
+    def manageable(self) -> bool:
+        """Whether we can load and unload it; where only the runtime itself can tell, False until it was asked."""
 
     async def state(self) -> State:
         """Tells where the model is, within 2 s; never loads it and never wakes it."""
 
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Waits until the runtime would start on a load at once; to be held while it loads. Ollama loads one model at
+        a time, and what it keeps in line has not begun: its time must not run yet."""
+
     async def load(self, *, timeout_s: float) -> None:
         """Returns when the runtime calls the model loaded, no proof of warmth; cancelling abandons the load."""
+
+    async def progress(self) -> float | None:
+        """Tells how much of a load under way is done, 0 to 1, by the runtime's own word; None = it can't tell."""
 
     async def unload(self) -> None:
         """Gives the model's memory back."""
@@ -107,6 +135,17 @@ def client_for(url: str) -> httpx.AsyncClient:
     )
 
 
+def is_local(url: str) -> bool:
+    """Tells whether an address is on this host, without asking any name server."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def looks_like_oom(text: str) -> bool:
     """Tells whether a runtime's message says that memory ran out."""
     return _OUT_OF_MEMORY.search(text) is not None
@@ -124,7 +163,7 @@ async def probe_chat(
         "stream_options": {"include_usage": True},
         **(extra or {}),
     }
-    url = f"{endpoint.base_url}/v1/chat/completions"
+    url = endpoint.base_url + endpoint.path("/v1/chat/completions")
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
     started = time.perf_counter()
     try:
