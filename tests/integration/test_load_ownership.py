@@ -17,6 +17,8 @@ from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_runtime import ScriptedRouter, ScriptedRuntime, ScriptedVllm
 from tests.support.worker_world import World, eventually, simulated, until, worker_world
+from workers.runtimes.base import LoadFailed
+from workers.runtimes.llama_server import LlamaServer
 
 pytestmark = pytest.mark.real
 BOUND_S = 15.0
@@ -142,6 +144,30 @@ async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_sl
         ollama.release_loads()
         assert [(await ask.end()).state for ask in asks] == [State.DONE] * 2
         assert ollama.loads_started == ["one:latest", "two:latest"]
+
+
+async def test_a_worker_that_is_stopped_just_as_a_load_fails_stops(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a failure and a cancellation in one moment, a task group raises the failure alone: the waker would go on for
+    ever, and its worker wait for it."""
+    loading, may_fail = asyncio.Event(), asyncio.Event()
+    wakers: list[asyncio.Task[None]] = []
+
+    async def fails(runtime: LlamaServer, *, timeout_s: float) -> None:
+        loading.set()
+        await may_fail.wait()
+        asyncio.get_running_loop().call_soon(wakers[0].cancel)
+        raise LoadFailed("the runtime went away")
+
+    monkeypatch.setattr(LlamaServer, "load", fails)
+    await world.apply({"big": simulated()})
+    host = await world.host()
+    await seen(loading)
+    wakers.append(host.residents._running["big"])
+    may_fail.set()
+    _, going_on = await asyncio.wait(wakers, timeout=5)
+    assert not going_on
 
 
 async def pid_of(world: World, model: str) -> int:
