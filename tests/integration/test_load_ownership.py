@@ -146,6 +146,32 @@ async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_sl
         assert ollama.loads_started == ["one:latest", "two:latest"]
 
 
+async def test_what_cannot_be_unloaded_is_not_called_cold(world: World) -> None:
+    """An idle vLLM is put to sleep and wakes for the next request; one that cannot sleep stays what it is: warm."""
+    async with ScriptedVllm().running() as sleeper, ScriptedVllm(dev=False).running() as bare:
+        model = {"backend": "vllm", "model": "weights", "idleUnloadMs": 300}
+        await world.apply({"sleeper": {**model, "url": sleeper.url}, "bare": {**model, "url": bare.url}})
+        host = await world.host()
+        for name in ("bare", "sleeper"):
+            await (await world.submit(name)).end()
+        await hosts_forget(world, "bare", "sleeper")
+        await world.until_model("sleeper", "cold")
+        assert sleeper.steps == ["sleep 1 wait"]
+        idle = host.residents.wakers["bare"]
+        await until(lambda: idle.idle_ms > 4 * 300, what="the bare one has been idle for long")
+        assert idle.state == "warm"
+        assert (await (await world.submit("sleeper")).end()).state is State.DONE
+        assert sleeper.steps == ["sleep 1 wait", "wake kv_cache weights"]
+
+
+async def hosts_forget(world: World, *models: str) -> None:
+    """Nobody wants these any more: else their last request would, for another minute."""
+    for model in models:
+        await world.store.command("HSET", world.store.keys.model(model), "wanted_until", "0")
+    for host in world.hosts.values():
+        await host._fleet.look()
+
+
 async def test_a_worker_that_is_stopped_just_as_a_load_fails_stops(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
