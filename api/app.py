@@ -22,7 +22,7 @@ from api.cork import CorkedProtocol
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
-from api.routes import health, jobs, models
+from api.routes import health, jobs, models, operator
 from api.routes.chat import PATH, ChatCompletions
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
@@ -72,7 +72,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
         redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (models.router, jobs.router, health.router):
+    for routes in (operator.router, models.router, jobs.router, health.router):
         rest.include_router(routes)
 
     @rest.exception_handler(errors.BrokerError)

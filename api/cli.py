@@ -11,13 +11,13 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
-from urllib.parse import urlsplit
 
-import httpx
 import typer
 from rich.console import Console
 
+from api.cli_models import drain, model_app, undrain
 from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
+from api.client import ask
 from api.listen import Listen
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
@@ -29,17 +29,16 @@ from broker import errors
 from broker.settings import SettingsInvalid, read_settings
 from broker.status import Snapshot
 
-ANSWER_S_MAX = 10.0
-
 app = typer.Typer(
     help="A gateway for local LLMs with predictable first-token latency.", no_args_is_help=True,
     pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
 )  # fmt: skip
 job_app = typer.Typer(help="Look at a job, or cancel it.", no_args_is_help=True)
-model_app = typer.Typer(help="What may be asked for.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
 app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
+app.command()(drain)
+app.command()(undrain)
 
 
 @app.command()
@@ -96,6 +95,7 @@ def version() -> None:
 @app.command()
 def status(
     as_json: AsJson = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Also slots, the last load, and cached prompt tokens.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Print it again and again until Ctrl-C.")] = False,
     every_s: Annotated[float, typer.Option("--every", help="Seconds between two looks.", min=0.1)] = 1.0,
 ) -> None:
@@ -103,8 +103,8 @@ def status(
     console = Console(highlight=False, soft_wrap=True)
 
     async def show() -> None:
-        told = await _ask("GET", "/v1/status")
-        text = json.dumps(told, indent=2) if as_json else status_table(Snapshot.from_json(told))
+        told = await ask("GET", "/v1/status")
+        text = json.dumps(told, indent=2) if as_json else status_table(Snapshot.from_json(told), wide=wide)
         if watch and console.is_terminal:
             console.clear()
         console.print(text, markup=False)
@@ -125,24 +125,13 @@ def status(
 @job_app.command("show")
 def job_show(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
     """Shows what became of a job."""
-    _print_job(asyncio.run(_ask("GET", f"/v1/jobs/{job_id}")), as_json=as_json)
+    _print_job(asyncio.run(ask("GET", f"/v1/jobs/{job_id}")), as_json=as_json)
 
 
 @job_app.command("cancel")
 def job_cancel(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
     """Cancels a job in any state."""
-    _print_job(asyncio.run(_ask("DELETE", f"/v1/jobs/{job_id}")), as_json=as_json)
-
-
-@model_app.command("list")
-def model_list(as_json: AsJson = False) -> None:
-    """Lists every name that a client may ask for."""
-    told = asyncio.run(_ask("GET", "/v1/models"))
-    if as_json:
-        print(json.dumps(told, indent=2))
-        return
-    for model in told["data"]:
-        print(model["id"])
+    _print_job(asyncio.run(ask("DELETE", f"/v1/jobs/{job_id}")), as_json=as_json)
 
 
 def main() -> NoReturn:
@@ -181,33 +170,6 @@ def _become(module: str, **more: str) -> NoReturn:
     environment = {**child_environment(os.environ), **{name: value for name, value in more.items() if value}}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)
-
-
-def _is_loopback(url: str) -> bool:
-    """Whether a proxy of the environment has no business between us and this address."""
-    host = urlsplit(url).hostname or ""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-async def _ask(method: str, path: str) -> dict[str, Any]:
-    """Asks the gateway over HTTP; whatever it refuses becomes its own sentence."""
-    url = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8400").rstrip("/")
-    key = os.environ.get("GATEWAY_KEY", "")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        async with httpx.AsyncClient(timeout=ANSWER_S_MAX, headers=headers, trust_env=not _is_loopback(url)) as client:
-            response = await client.request(method, url + path)
-        told = response.json()
-    except (httpx.HTTPError, httpx.InvalidURL) as problem:
-        raise Failed(f"The gateway at {url} can't be reached: {problem or 'no answer'}.", UNREACHABLE) from None
-    except ValueError:
-        raise Failed(f"What answers at {url} is no warmlane gateway.", UNREACHABLE) from None
-    if response.is_error:
-        error = told.get("error") if isinstance(told, dict) else None
-        raise Failed(error["message"] if isinstance(error, dict) else f"{url} says {response.status_code}.")
-    if not isinstance(told, dict):
-        raise Failed(f"What answers at {url} is no warmlane gateway.", UNREACHABLE)
-    return told
 
 
 def _print_job(job: dict[str, Any], *, as_json: bool) -> None:

@@ -40,6 +40,8 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.TrustZoneRefused: Row(403, _PERMISSION),
     errors.UnknownModel: Row(404, INVALID),
     errors.UnknownLane: Row(404, INVALID),
+    errors.UnknownHost: Row(404, INVALID),
+    errors.WishRefused: Row(409, INVALID),
     errors.ContextTooLong: Row(400, INVALID),
     errors.BadRequest: Row(400, INVALID),
     errors.BodyTooLarge: Row(413, INVALID),

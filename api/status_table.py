@@ -3,15 +3,20 @@
 from broker.status import HostStatus, ModelStatus, Snapshot
 
 _HEAD = ("MODEL", "STATE", "FIRST TOKEN", "QUEUE", "MEM")
-_GAPS = (2, 3, 3, 3, 0)
+_GAPS = (2, 3, 3, 3, 3, 3, 3, 0)
+_WIDE = ("SLOTS", "LAST LOAD", "CACHED")
+_BAR = 20
 _GIB = 1 << 30
 _MIB = 1 << 20
 
 
-def status_table(shown: Snapshot) -> str:
-    """Gives the table of models, then the policy, the hosts, and a line for whatever needs a word."""
-    rows = [_HEAD, *(_row(model) for model in shown.models)]
-    widths = [max(len(row[column]) for row in rows) + gap for column, gap in enumerate(_GAPS)]
+def status_table(shown: Snapshot, *, wide: bool = False) -> str:
+    """Gives the table of models, then the policy, the hosts, and a line for whatever needs a word.
+
+    `wide` adds the slots in use, how long the last load took, and how much of the day's prompts was in a cache.
+    """
+    rows = [_HEAD + _WIDE * wide, *(_row(model) + _more(model) * wide for model in shown.models)]
+    widths = [max(map(len, column)) + gap for column, gap in zip(zip(*rows, strict=True), _GAPS, strict=False)]
     lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"policy: {line}" for line in shown.policy_lines]
     lines += _other_lanes(shown)
@@ -43,6 +48,30 @@ def _row(model: ModelStatus) -> tuple[str, ...]:
     return (_name(model), model.state, first_token, f"{model.waiting}/{model.max_queue}", size(model.memory_bytes))
 
 
+def _more(model: ModelStatus) -> tuple[str, ...]:
+    load_ms, share = model.last_load_ms or model.load_ms, model.cached_share
+    return (
+        f"{model.slots_used}/{model.slots_total}",
+        duration(load_ms) if load_ms else "-",
+        "-" if share is None else f"{share:.0%}",
+    )
+
+
+def loading(model: ModelStatus) -> str:
+    """Says how far a load is: by the runtime's own figures where it has some, else by how long it takes as a rule."""
+    after = duration(model.state_ms)
+    if model.progress >= 0:
+        return f"{_bar(model.progress)} {model.progress:.0%} after {after}"
+    if model.load_ms:
+        return f"{_bar(min(0.99, model.state_ms / model.load_ms))} {after} of about {duration(model.load_ms)}"
+    return f"for {after}"
+
+
+def _bar(part: float) -> str:
+    full = int(_BAR * part)
+    return f"[{'#' * full}{'.' * (_BAR - full)}]"
+
+
 def _name(model: ModelStatus) -> str:
     return model.label or model.name
 
@@ -63,6 +92,8 @@ def _other_lanes(shown: Snapshot) -> list[str]:
 
 def _host(host: HostStatus) -> str:
     words = f"host: {host.name} {'draining' if host.draining else 'up'}"
+    if host.draining:
+        words += f" ({host.running} still running)" if host.running else " (nothing runs)"
     if host.memory_total:
         words += f", {size(host.memory_used)} of {size(host.memory_total)} used, headroom {size(host.memory_headroom)}"
     return words
@@ -72,8 +103,15 @@ def _notes(model: ModelStatus) -> list[str]:
     words = []
     if model.simulated:
         words.append("is simulated: its answers mean nothing")
-    if model.reason:
-        words.append(f"is {model.state}: {model.reason}")
+    if model.state == "waking":
+        words.append(f"is waking: {loading(model)}")
+    elif model.reason:
+        left = f", for {duration(model.quarantine_ms)} more" if model.quarantine_ms else ""
+        words.append(f"is {model.state}: {model.reason}{left}")
+    if model.pinned:
+        words.append("is pinned")
+    if model.unloaded_ms and model.keep_warm:
+        words.append(f"was unloaded by hand and is not kept warm for {duration(model.unloaded_ms)}")
     if model.slots_settling:
         words.append(f"has {model.slots_settling} of {model.slots_total} slots settling after a cancel")
     return words

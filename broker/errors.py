@@ -7,6 +7,8 @@ BrokerError
 │   ├── TrustZoneRefused        trust_zone
 │   ├── UnknownModel            model_not_found           suggestions
 │   ├── UnknownLane             lane_not_found            suggestions
+│   ├── UnknownHost             host_not_found            suggestions
+│   ├── WishRefused             wish_refused              what an operator asked for cannot be done now
 │   ├── ContextTooLong          context_length_exceeded
 │   ├── BadRequest              invalid_request           param
 │   ├── BodyTooLarge            body_too_large            limit_bytes
@@ -100,6 +102,24 @@ class UnknownLane(Refused):
         super().__init__(f"no lane is called {asked[:NAME_SHOWN]!r}{hint}")
         self.asked = asked
         self.suggestions = suggestions or []
+
+
+class UnknownHost(Refused):
+    """No live host has this name."""
+
+    code = "host_not_found"
+
+    def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
+        hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
+        super().__init__(f"no live host is called {asked[:NAME_SHOWN]!r}{hint}")
+        self.asked = asked
+        self.suggestions = suggestions or []
+
+
+class WishRefused(Refused):
+    """What an operator asked for cannot be done as things are."""
+
+    code = "wish_refused"
 
 
 class ContextTooLong(Refused):

@@ -42,7 +42,7 @@ TABLE: tuple[Family, ...] = (
         "hash",
         "while the model is in the policy",
         True,
-        "wanted_until, quarantine, learned load time, footprint and rates",
+        "wanted_until, quarantine, an operator's wishes, learned load time, footprint and rates",
     ),
     Family(
         "model:<model>:<host>",
@@ -64,7 +64,7 @@ TABLE: tuple[Family, ...] = (
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
-    Family("control:<host>", "channel", "-", False, "cancel, stop"),
+    Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload"),
 )
 
 
@@ -143,7 +143,7 @@ class Keyspace:
         return f"{self._prefix}frames:{api}"
 
     def control_channel(self, host: str) -> str:
-        """Channel on which one worker hears cancel and stop."""
+        """Channel on which one worker hears cancel, stop and the operator."""
         return f"{self._prefix}control:{host}"
 
     def family(self, key: str) -> Family | None:

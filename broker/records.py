@@ -166,6 +166,9 @@ class ModelOnHost(_Hash):
     first_token_ms: float = 0  # last measured, 0 = never
     first_token_ewma_ms: float = 0
     memory_bytes: int = 0
+    last_load_ms: float = 0  # how long its last load here took, 0 = none since the worker began
+    progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
+    manageable: bool = True  # whether it is ours to unload
     sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
     since: int = 0  # instant of the last change of state
     version: int = 0  # policy version that the worker serves it under
@@ -182,6 +185,8 @@ class ModelFacts(_Hash):
 
     wanted_until: int = 0
     quarantined_until: int = 0
+    unloaded_until: int = 0  # unloaded by hand: not kept warm until then, or until somebody asks
+    pinned: bool = False  # by hand: neither evicted nor unloaded for being idle
     failures: int = 0
     failure: str = ""
     load_ms: float = 0  # learned, 0 = never loaded

@@ -12,7 +12,7 @@ from broker.lanes import waiting_entries
 from broker.lifecycle import State
 from broker.policies import Active, PolicyBook
 from broker.policy import Lane, Model
-from broker.records import ModelOnHost
+from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
 
 NO_HOST = "absent"
@@ -46,6 +46,27 @@ class ModelStatus:
     keep_warm: bool = False
     failures: int = 0
     wanted: bool = False
+    pinned: bool = False
+    unloaded_ms: int = 0
+    """For how long keep-warm still leaves it alone, because it was unloaded by hand."""
+    quarantine_ms: int = 0
+    """For how long it is still set aside."""
+    state_ms: int = 0
+    """For how long it has been in this state."""
+    progress: float = -1
+    """Of a load under way, 0..1, by the runtime's own figures; -1 = it does not say."""
+    load_ms: float = 0
+    """How long a load takes, as learned; 0 = not known yet."""
+    last_load_ms: float = 0
+    """How long the last load took, on the host that is in the best state; 0 = its worker has not loaded it."""
+    prompt_tokens: int = 0
+    """Prompt tokens of the day (UTC), and below those of them that were in the runtime's cache."""
+    cached_tokens: int = 0
+
+    @property
+    def cached_share(self) -> float | None:
+        """The part of the day's prompt tokens that the runtime had in its cache; None before the first."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +96,7 @@ class HostStatus:
     memory_headroom: int = 0
     policy_version: int = 0
     draining: bool = False
+    running: int = 0
     models: tuple[str, ...] = ()
 
 
@@ -115,7 +137,7 @@ class Snapshot:
 async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
     """Takes the picture; raises ModelUnavailable where no policy has been applied yet."""
     active = book.active
-    picture = await fleet.look()
+    picture, usage = await asyncio.gather(fleet.look(), usage_today(store))
     lanes = []
     for lane in active.lanes().values():
         oldest = await _oldest_waiting_at(store, lane.name, picture.running.get(lane.name, 0), picture)
@@ -124,7 +146,7 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
         at_ms=picture.at_ms,
         policy_version=active.version,
         made_up=active.made_up,
-        models=tuple(_model_status(name, model, active, picture) for name, model in active.models().items()),
+        models=tuple(_model_status(name, model, active, picture, usage) for name, model in active.models().items()),
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
     )
@@ -189,12 +211,13 @@ def _lane_status(lane: Lane, picture: Picture, oldest_at: int) -> LaneStatus:
     )
 
 
-def _model_status(name: str, model: Model, active: Active, picture: Picture) -> ModelStatus:
+def _model_status(name: str, model: Model, active: Active, picture: Picture, usage: Mapping[str, int]) -> ModelStatus:
     there = picture.on_host.get(name, {})
     lane = active.lane(name)
     best = min(there.values(), key=_rank, default=None)
-    facts = picture.facts.get(name)
-    quarantined = facts is not None and facts.quarantined_until > picture.at_ms
+    facts = picture.facts.get(name, ModelFacts())
+    quarantined = facts.quarantined_until > picture.at_ms
+    prompt_tokens, cached_tokens = _prompt_tokens(name, usage)
     state = best.state if best is not None else NO_HOST
     if quarantined and state == "cold":
         state = "quarantined"
@@ -203,7 +226,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture) -> 
         label=model.label or "",
         runtime=model.backend,
         state=state,
-        reason=_reason(best, facts.failure if facts is not None and state == "quarantined" else ""),
+        reason=_reason(best, facts.failure if state == "quarantined" else ""),
         first_token_ms=best.first_token_ms if best is not None else 0,
         waiting=picture.waiting.get(name, 0),
         max_queue=lane.max_queue if lane is not None else 0,
@@ -215,9 +238,27 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture) -> 
         hosts=tuple(sorted(there)),
         simulated=model.backend == "simulated" or any(m.runtime == "simulated" for m in there.values()),
         keep_warm=model.keep_warm,
-        failures=facts.failures if facts is not None else 0,
-        wanted=facts is not None and facts.wanted_until > picture.at_ms,
+        failures=facts.failures,
+        wanted=facts.wanted_until > picture.at_ms,
+        pinned=facts.pinned,
+        unloaded_ms=max(0, facts.unloaded_until - picture.at_ms),
+        quarantine_ms=max(0, facts.quarantined_until - picture.at_ms) if state == "quarantined" else 0,
+        state_ms=max(0, picture.at_ms - best.since) if best is not None and best.since else 0,
+        progress=best.progress if best is not None and state == "waking" else -1,
+        load_ms=facts.load_ms,
+        last_load_ms=best.last_load_ms if best is not None else 0,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
     )
+
+
+def _prompt_tokens(model: str, usage: Mapping[str, int]) -> tuple[int, int]:
+    """Sums the day's prompt tokens of a model over its callers: all of them, and the cached ones."""
+    told = [0, 0]
+    for field, value in usage.items():
+        if field.startswith("tokens_in:") and field.endswith((f":{model}:true", f":{model}:false")):
+            told[field.endswith(":true")] += value
+    return sum(told), told[1]
 
 
 def _host_status(name: str, picture: Picture) -> HostStatus:
@@ -230,6 +271,7 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
         memory_headroom=host.memory_headroom,
         policy_version=host.policy_version,
         draining=host.draining,
+        running=sum(hosts[name].slots_used for hosts in picture.on_host.values() if name in hosts),
         models=tuple(sorted(model for model, hosts in picture.on_host.items() if name in hosts)),
     )
 

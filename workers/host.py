@@ -29,6 +29,7 @@ from broker.records import HostRecord
 from broker.store import Store
 from workers import part
 from workers.dispatcher import Dispatcher
+from workers.errands import Errands
 from workers.picture import LanePicture, Tails
 from workers.residents import Residents
 from workers.settings import WorkerSettings
@@ -59,9 +60,11 @@ class Host:
     def __init__(self, store: Store, settings: WorkerSettings) -> None:
         self.name = settings.host_name
         self.boot = str(ULID())
-        self.draining = False
+        self.draining = False  # on its way out
+        self.drained = False  # set aside by an operator; it stays and takes no work
         self.residents: Residents
         self.dispatcher: Dispatcher
+        self.errands: Errands
         self._settings = settings
         self._store = store
         self._book = PolicyBook(store)
@@ -91,9 +94,7 @@ class Host:
                     "renew": self.dispatcher.keep_renewing(),
                     "tail": tails.tail(),
                     "resync": tails.resync(),
-                    "control": self._store.listen(
-                        [channel], lambda _, m: self.dispatcher.told(m), self.dispatcher.renew_now
-                    ),
+                    "control": self._store.listen([channel], lambda _, m: self._hear(m), self.dispatcher.renew_now),
                 }
                 forever = [tasks.create_task(work, name=f"host {what}") for what, work in chores.items()]
                 await self._stop.wait()
@@ -135,6 +136,7 @@ class Host:
             tasks=tasks,
             tell=lambda: self._beat(take=False),
             changed=self._changed,
+            drained=lambda: self.draining or self.drained,
         )
         self.dispatcher = Dispatcher(
             self._store,
@@ -146,6 +148,17 @@ class Host:
             boot=self.boot,
             tasks=tasks,
         )
+        self.errands = Errands(self.residents.wakers, tasks=tasks, set_aside=self.set_aside)
+
+    def set_aside(self, drained: bool) -> None:
+        """Follows an operator: claims no more and wakes nothing, or takes work again. What runs goes on."""
+        self.drained = drained
+        self.dispatcher.stopped = self.draining or drained
+        self._changed()
+
+    def _hear(self, message: bytes) -> None:
+        if not self.errands.hear(message):
+            self.dispatcher.told(message)
 
     async def _recover_earlier_life(self) -> None:
         """Gives back what an earlier, killed life of this worker held: nobody has to wait for its leases to end."""
@@ -200,7 +213,7 @@ class Host:
     async def _beat(self, *, take: bool) -> None:
         version = self._book.active.version if self._book.present else 0
         told = {name: waker.told(version) for name, waker in self.residents.wakers.items()}
-        if self.draining:  # nobody should count on its slots any more
+        if self.draining or self.drained:  # nobody should count on its slots any more
             told = {name: replace(model, slots_total=0) for name, model in told.items()}
         await hosts.beat(self._store, self._record(), told, take=take)
 
@@ -215,7 +228,7 @@ class Host:
             memory_used=memory.used,
             memory_headroom=memory.headroom,
             policy_version=self._book.active.version if self._book.present else 0,
-            draining=self.draining,
+            draining=self.draining or self.drained,
             pid=os.getpid(),
             machine=MACHINE,
         )

@@ -35,7 +35,7 @@ class Resident:
     idle_ms: float  # 0 = busy
     stayed_ms: float
     min_stay_ms: int
-    evictable: bool  # warm, idle, and not wanted more than what is to be loaded
+    evictable: bool  # warm, not pinned, and not wanted more than what is to be loaded
 
 
 def host_memory(limit_mb: int | None, residents: Iterable[int]) -> HostMemory:

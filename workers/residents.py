@@ -38,6 +38,7 @@ class Residents:
         tasks: asyncio.TaskGroup,
         tell: Callable[[], Awaitable[None]],
         changed: Callable[[], None],
+        drained: Callable[[], bool],
     ) -> None:
         self.wakers: dict[str, Waker] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -51,6 +52,7 @@ class Residents:
         self._tasks = tasks
         self._tell = tell
         self._changed = changed
+        self._drained = drained
         self._making_room = asyncio.Lock()
         self._lanes: dict[str, list[str]] = {}  # of each model
         self._promised: dict[str, int] = {}  # bytes that loads under way will occupy
@@ -68,6 +70,7 @@ class Residents:
                     look=self._fleet.look,
                     warm_elsewhere=self._warm_elsewhere,
                     waited_for=self._waited_for,
+                    drained=self._drained,
                     room_for=self._room_for,
                     learn=self._learn,
                     tell=self._tell,
@@ -203,7 +206,9 @@ class Residents:
                 waker.idle_ms,
                 waker.stayed_ms,
                 waker.model.min_stay_ms,
-                waker.state in ("warm", "degraded") and self._may_take_from(but, waker, demanded=demanded),
+                waker.state in ("warm", "degraded")
+                and not self._facts(name).pinned
+                and self._may_take_from(but, waker, demanded=demanded),
             )
             for name, waker in self.wakers.items()
             if name != but and waker.memory_bytes

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker import errors, wake
+from broker.operator import UNLOADED_FOR_MS
 from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
+from workers import progress
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
@@ -64,6 +66,7 @@ class Surroundings:
     look: Callable[[], Awaitable[object]]  # makes the facts and the picture of other hosts fresh
     warm_elsewhere: Callable[[str], bool]
     waited_for: Callable[[str], bool]  # whether jobs wait for the model now
+    drained: Callable[[], bool]  # whether an operator has set this host aside
     room_for: Callable[[str, bool], AbstractAsyncContextManager[None]]  # raises NoRoom; True = a request waits for it
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
@@ -85,6 +88,8 @@ class Waker:
         self.memory_bytes = 0
         self.first_token_ms = 0.0
         self.first_token_ewma_ms = 0.0
+        self.last_load_ms = 0.0
+        self.progress = -1.0  # 0..1 of the load that goes on, -1 = nothing is known of it
         self.wanted_model = model  # what the policy says now; taken over when idle
         self.leaving = False
         self.runtime: Runtime = runtime_for(name, model, state_dir=state_dir)
@@ -137,6 +142,9 @@ class Waker:
             memory_bytes=self.memory_bytes,
             first_token_ms=round(self.first_token_ms, 1),
             first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
+            last_load_ms=round(self.last_load_ms, 1),
+            progress=round(self.progress, 2),
+            manageable=self.runtime.manageable,
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
             since=self.since_ms,
             version=version,
@@ -198,6 +206,17 @@ class Waker:
             self.slots.restarted()
             await self._become("cold", reason)
 
+    async def unload_by_hand(self) -> None:
+        """Unloads it because an operator says so, if it is idle; keep-warm leaves it alone for a while then."""
+        if self.state not in ("warm", "degraded") or not self.slots.idle or not self.runtime.manageable:
+            return
+        until = await self._around.now_ms() + UNLOADED_FOR_MS
+        await self._around.learn(self.name, unloaded_until=until, wanted_until=0)
+        if self.state in ("warm", "degraded") and self.slots.idle:  # a job may have been claimed while we wrote
+            await self.unload("unloaded by hand")
+        else:
+            await self._around.learn(self.name, unloaded_until=0)
+
     def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int) -> None:
         """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
         if prompt_tokens - cached_tokens <= PASSIVE_PROMPT_TOKENS:
@@ -235,7 +254,8 @@ class Waker:
         if self.state in ("warm", "degraded"):
             await self._look_after()
             return
-        if self.leaving or not await self._wanted() or self._around.warm_elsewhere(self.name):
+        away = self.leaving or self._around.drained()
+        if away or not await self._wanted() or self._around.warm_elsewhere(self.name):
             if self.state == "quarantined":
                 await self._become("cold", "")
             return
@@ -250,7 +270,8 @@ class Waker:
         await self._wake()
 
     async def _wanted(self) -> bool:
-        return self.model.keep_warm or await self._demanded()
+        kept = self.model.keep_warm and self._around.facts(self.name).unloaded_until <= await self._around.now_ms()
+        return kept or await self._demanded()
 
     async def _demanded(self) -> bool:
         if self._around.waited_for(self.name):
@@ -283,11 +304,12 @@ class Waker:
             return
         try:
             await self._around.look()  # the picture may be older than the lock
-            if self._around.warm_elsewhere(self.name):
+            if self._around.warm_elsewhere(self.name) or not await self._wanted():
                 return
             await self._become("waking", "")
             await self._load_and_probe(lock)
         finally:
+            self.progress = -1.0
             if self.state == "waking":
                 await self._become("cold", self.reason)
             try:
@@ -304,6 +326,7 @@ class Waker:
         try:
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(self._keep_lock(lock), name=f"wake-lock {self.name}")
+                shown = group.create_task(progress.follow(self.runtime, self._progressed), name=f"load {self.name}")
                 async with (
                     self.runtime.turn(),
                     asyncio.timeout(timeout_s),
@@ -317,12 +340,14 @@ class Waker:
                         first_ms = await self._probe()
                     self.memory_bytes = await self.runtime.memory_bytes() or 0
                 keeper.cancel()
+                shown.cancel()
         except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
             failed = _first(group_error)
         if failed is not None:
             await self._wake_failed(failed, timeout_s)
             return
         self._suspected = False
+        self.last_load_ms = load_ms
         self.slots.restarted()
         self._warm_since = self._idle_since = self._loop.time()
         self._note(first_ms)
@@ -333,6 +358,7 @@ class Waker:
             failures=0,
             quarantined_until=0,
             failure="",
+            unloaded_until=0,
             load_ms=round(load_ms if not known else known + EWMA * (load_ms - known), 1),
             footprint_bytes=self.memory_bytes,
         )
@@ -343,6 +369,10 @@ class Waker:
         log.info(
             "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s", self.name, load_ms, first_ms, self.state
         )
+
+    def _progressed(self, part: float) -> None:
+        self.progress = part
+        self._around.changed()
 
     async def _keep_lock(self, lock: wake.WakeLock) -> None:
         while True:
@@ -416,6 +446,7 @@ class Waker:
             self.slots.idle
             and not self.model.keep_warm
             and self.runtime.manageable
+            and not self._around.facts(self.name).pinned
             and self.idle_ms > self.model.idle_unload_ms
             and not await self._wanted()
             and self.slots.idle  # a job may have been claimed while we asked

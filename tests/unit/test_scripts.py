@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lupa import lua51
 
-from broker import errors, hosts, jobs, lanes, scripts, wake
+from broker import errors, hosts, jobs, lanes, operator, scripts, wake
 from broker.lifecycle import LIVE, Event, as_lua, next_state
 from broker.records import HostRecord, ModelOnHost
 from broker.store import Store, refusal
@@ -17,6 +17,7 @@ from tests.support.broker_world import START, World, fake_world
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",),
+    "wish": ("ARGV",),
 }  # fmt: skip
 
 
@@ -148,6 +149,7 @@ async def call_everything(world: World) -> None:
     lock = await wake.take(store, "big", host="h", boot="b")
     assert lock is not None
     await wake.drop(store, lock)
+    await operator.pin(store, "big", pinned=True)
 
 
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself

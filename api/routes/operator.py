@@ -1,0 +1,58 @@
+"""What an operator asks for: POST /v1/models/<name>/<verb> and /v1/hosts/<host>/<verb>.
+
+Any caller may, until keys have rights of their own; without keys the api listens on loopback only.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from api.auth import Caller, Gate
+from api.gateway import Gateway
+from broker import errors, operator
+from broker.policy.sentences import near_words
+from broker.status import snapshot
+
+router = APIRouter(tags=["operator"])
+
+MODEL_VERBS = ("warm", "unload", "reset", "pin", "unpin")
+HOST_VERBS = ("drain", "undrain")
+
+
+@router.post("/v1/models/{name:path}/{verb}")
+async def ask_of_model(name: str, verb: str, gateway: Gate, _caller: Caller) -> dict[str, Any]:
+    """Does it, or begins it; gives the model's status as it is then."""
+    _known_verb(verb, MODEL_VERBS)
+    store, active = gateway.store, gateway.book.active
+    model = operator.model_named(active, name)
+    match verb:
+        case "warm":
+            await operator.warm(store, active, gateway.fleet, model)
+        case "unload":
+            await operator.unload(store, gateway.fleet, model)
+        case "reset":
+            await operator.reset(store, gateway.fleet, model)
+        case "pin" | "unpin":
+            await operator.pin(store, model, pinned=verb == "pin")
+    return await _shown(gateway, "models", model)
+
+
+@router.post("/v1/hosts/{host}/{verb}")
+async def ask_of_host(host: str, verb: str, gateway: Gate, _caller: Caller) -> dict[str, Any]:
+    """Does it once the host's worker shows that it heard; gives the host's status as it is then."""
+    _known_verb(verb, HOST_VERBS)
+    await operator.drain(gateway.store, gateway.fleet, host, drained=verb == "drain")
+    return await _shown(gateway, "hosts", host)
+
+
+def _known_verb(verb: str, known: tuple[str, ...]) -> None:
+    if verb not in known:
+        near = near_words(verb, known, most=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise errors.BadRequest(f"{verb[:40]!r} is none of {', '.join(known)}{hint}", "verb")
+
+
+async def _shown(gateway: Gateway, kind: str, name: str) -> dict[str, Any]:
+    told = (await snapshot(gateway.store, gateway.book, gateway.fleet)).as_json()
+    found: dict[str, Any] = next((x for x in told[kind] if x["name"] == name), {"name": name})
+    return found

@@ -1,0 +1,145 @@
+"""What an operator asks for by hand: a model warm, unloaded, reset or pinned, a host drained.
+
+What must outlive a moment is a wish in the model's own hash, where every worker reads it: `wanted_until` for warm (an
+instant), `unloaded_until` for an unload (an instant: keep-warm pauses until then or until somebody asks), `pinned`.
+What only the worker can do travels on its control channel, and is believed when its heartbeat shows it: a message may
+be lost, so it is said again until then.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from broker import errors
+from broker.hosts import Fleet, Picture
+from broker.lanes import WANTED_FOR_MS
+from broker.policies import Active
+from broker.policy.sentences import near_words
+from broker.records import ModelFacts, ModelOnHost
+from broker.store import Store
+
+UNLOADED_FOR_MS = 3_600_000
+"""How long keep-warm leaves a model alone that was unloaded by hand, unless somebody asks for it."""
+
+HEARD_S_MAX = 5.0
+"""How long a worker may take to show that it heard."""
+
+BUSY_S_MAX = 1.0
+"""A model that is at work for longer than one probe is busy."""
+
+SAY_EVERY_S = 1.0
+LOOK_EVERY_S = 0.1
+
+RESIDENT = ("warm", "degraded")
+
+
+def model_named(active: Active, name: str) -> str:
+    """Finds the model that a name or an alias means; raises UnknownModel."""
+    models = active.models()
+    if name in models:
+        return name
+    aliases = {alias: key for key, model in models.items() for alias in model.aliases}
+    if name in aliases:
+        return aliases[name]
+    raise errors.UnknownModel(name, near_words(name, [*models, *aliases], most=3))
+
+
+async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
+    """Wants a model for one whole wake and a minute more; raises WishRefused while it is quarantined."""
+    picture = await fleet.look()
+    facts = picture.facts.get(model, ModelFacts())
+    left_ms = facts.quarantined_until - picture.at_ms
+    if left_ms > 0 and not any(m.state in RESIDENT for m in picture.on_host.get(model, {}).values()):
+        words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {facts.failure}"
+        raise errors.WishRefused(f"{words}; `gateway model reset {model}` has it tried now")
+    definition = active.models()[model]
+    await _wish(store, model, want_ms=definition.wake_timeout_ms + WANTED_FOR_MS, unloaded_until=0)
+
+
+async def reset(store: Store, fleet: Fleet, model: str) -> None:
+    """Ends a quarantine and forgets the failures that led to it; returns when its hosts show it, or soon after."""
+    await _wish(store, model, failures=0, failure="", quarantined_until=0)
+    end = asyncio.get_running_loop().time() + HEARD_S_MAX
+    while any(m.state == "quarantined" for m in (await fleet.look()).on_host.get(model, {}).values()):
+        if asyncio.get_running_loop().time() > end:
+            return
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def pin(store: Store, model: str, *, pinned: bool) -> None:
+    """Keeps a model in memory once it is there, or lets it go again: no eviction, no unload for being idle."""
+    await _wish(store, model, pinned=int(pinned))
+
+
+async def unload(store: Store, fleet: Fleet, model: str) -> None:
+    """Takes a model out of memory on every host; raises WishRefused while it is at work, or where it is not ours to.
+
+    Returns once every worker has begun; the unload itself may take longer.
+    """
+    loop = asyncio.get_running_loop()
+    started, said_at = loop.time(), 0.0
+    while True:
+        there = (await fleet.look()).on_host.get(model, {})
+        resident = {host: m for host, m in there.items() if m.state in RESIDENT}
+        if not resident and not any(m.state == "waking" for m in there.values()):
+            if not said_at:  # nobody had it: it shall not be kept warm either
+                await _wish(store, model, unloaded_until=await store.now_ms() + UNLOADED_FOR_MS)
+            return
+        waited_s = loop.time() - started
+        why_not, passes = why_not_unload(model, there)
+        if why_not and (not passes or waited_s > BUSY_S_MAX):
+            raise errors.WishRefused(why_not)
+        if waited_s > HEARD_S_MAX:
+            raise errors.WishRefused(f"{', '.join(sorted(resident))} did not unload {model} within {HEARD_S_MAX:g} s")
+        if not why_not and loop.time() - said_at >= SAY_EVERY_S:
+            said_at = loop.time()
+            for host in resident:
+                await store.command("PUBLISH", store.keys.control_channel(host), f"unload {model}")
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+def why_not_unload(model: str, there: Mapping[str, ModelOnHost]) -> tuple[str, bool]:
+    """Says why a model cannot be unloaded, "" if it can, and whether that may pass within a moment."""
+    for host, m in sorted(there.items()):
+        if m.state == "waking":
+            return f"{model} is being loaded on {host}; unload it when it is warm", False
+        if m.state in RESIDENT and not m.manageable:
+            return f"{model} runs on {host} at a url, so it is not ours to unload; stop it there", False
+    used = sum(m.slots_used for m in there.values())
+    settling = sum(m.slots_settling for m in there.values())
+    if used:
+        return f"{model} is at work in {used} slot{'s'[: used > 1]}; try again when it is idle", True
+    if settling:
+        return f"{model} still works on answers that were closed; try again when it is idle", True
+    return "", True
+
+
+async def drain(store: Store, fleet: Fleet, host: str, *, drained: bool) -> None:
+    """Has a host claim no more until it is undrained or its worker restarts; what runs goes on.
+
+    Raises UnknownHost, and WishRefused where its worker does not show within HEARD_S_MAX that it heard.
+    """
+
+    def heard(picture: Picture) -> bool:
+        if host not in picture.hosts:
+            raise errors.UnknownHost(host, near_words(host, picture.hosts, most=3))
+        return picture.hosts[host].draining == drained
+
+    word = "drain" if drained else "undrain"
+    await _say(store, fleet, host, word, heard)
+
+
+async def _say(store: Store, fleet: Fleet, host: str, message: str, heard: Callable[[Picture], bool]) -> None:
+    loop = asyncio.get_running_loop()
+    started, said_at = loop.time(), -SAY_EVERY_S
+    while not heard(await fleet.look()):
+        if loop.time() - started > HEARD_S_MAX:
+            raise errors.WishRefused(f"the worker on {host} did not {message} within {HEARD_S_MAX:g} s; it may be gone")
+        if loop.time() - said_at >= SAY_EVERY_S:
+            said_at = loop.time()
+            await store.command("PUBLISH", store.keys.control_channel(host), message)
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _wish(store: Store, model: str, *, want_ms: int = 0, **facts: int | str) -> None:
+    flat = [x for name, value in facts.items() for x in (name, value)]
+    await store.run("wish", [store.keys.model(model)], [store.now_arg(), want_ms, *flat])

@@ -1,0 +1,177 @@
+"""What an operator asks of a worker: models warm, unloaded, reset, pinned, and the host drained."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from broker import errors, operator
+from broker.lifecycle import State
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import until
+from tests.support.worker_world import World, eventually, simulated, words, worker_world
+from workers.host import Host
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
+
+
+@pytest_asyncio.fixture
+async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        yield world
+
+
+async def test_a_model_unloaded_by_hand_stays_cold_until_somebody_asks(world: World) -> None:
+    """Keep-warm would bring it back within half a second, and the operator who wants the GPU would lose that race."""
+    await world.apply({"big": simulated()})
+    host = await world.warm_host()
+    await operator.unload(world.store, world.fleet, "big")
+    await world.until_model("big", "cold")
+    await _steps(host, "big")  # each of which would wake it
+    assert host.residents.wakers["big"].state == "cold"
+    assert world.fleet.picture.facts["big"].unloaded_until > await world.store.now_ms() + 3_000_000
+    ask = await world.submit("big", tokens=3)
+    assert (await ask.end()).state is State.DONE and ask.text == words(3)
+    await world.fleet.look()
+    assert world.fleet.picture.facts["big"].unloaded_until == 0, "who asked ended the pause of keep-warm"
+
+
+async def test_unloading_a_cold_keep_warm_model_keeps_it_cold(world: World) -> None:
+    await world.apply({"big": simulated()})
+    await operator.unload(world.store, world.fleet, "big")
+    host = await world.host()
+    await _steps(host, "big")
+    assert host.residents.wakers["big"].state == "cold"
+    await operator.warm(world.store, world.book.active, world.fleet, "big")
+    told = await world.until_model("big", "warm")
+    assert told.last_load_ms > 0 and told.progress == -1
+
+
+async def test_a_busy_model_is_not_unloaded(world: World) -> None:
+    """Somebody reads its answer."""
+    await world.apply({"big": simulated(maxConcurrent=2)})
+    await world.warm_host()
+    await world.runtime("big").break_with(stall_after_tokens=1)
+    ask = await world.submit("big", tokens=5)
+    await ask.until_state(State.STREAMING)
+    await eventually(lambda: _used(world, "big"), what="the heartbeat tells of the slot")
+    with pytest.raises(errors.WishRefused, match="big is at work in 1 slot; try again when it is idle"):
+        await operator.unload(world.store, world.fleet, "big")
+    assert (await world.model("big")).state == "warm"
+    assert world.fleet.picture.facts["big"].unloaded_until == 0, "a refusal leaves no wish"
+
+
+async def test_a_pinned_model_is_not_unloaded_for_being_idle(world: World) -> None:
+    await world.apply({"big": simulated(keepWarm=False, idleUnloadMs=1)})
+    host = await world.host()
+    await operator.pin(world.store, "big", pinned=True)
+    await world.fleet.look()
+    await operator.warm(world.store, world.book.active, world.fleet, "big")
+    await world.until_model("big", "warm")
+    # the demand of `warm` ends: only the pin holds it now
+    await world.store.command("HSET", world.store.keys.model("big"), "wanted_until", 0)
+    waker = host.residents.wakers["big"]
+
+    async def seen_unwanted() -> bool:
+        return not await waker._wanted()
+
+    await eventually(seen_unwanted, what="nobody wants it")
+    await _steps(host, "big")
+    assert waker.state == "warm"
+    await operator.pin(world.store, "big", pinned=False)
+    await world.until_model("big", "cold")
+
+
+async def test_a_pinned_model_is_not_evicted(world: World) -> None:
+    """The other one waits for room until it is unpinned."""
+    await world.apply(
+        {
+            "big": simulated(keepWarm=False, memoryMb=80, minStayMs=0, coldStartBudgetMs=60_000),
+            "other": simulated(keepWarm=False, memoryMb=80, minStayMs=0, coldStartBudgetMs=60_000),
+        }
+    )
+    await world.host(memory_mb=100)
+    await operator.pin(world.store, "big", pinned=True)
+    ask = await world.submit("big")
+    await ask.end()
+    waiting = await world.submit("other")
+    told = await world.until_model("other", "quarantined")
+    assert "no idle model can make room" in told.reason
+    assert (await world.model("big")).state == "warm"
+    await operator.pin(world.store, "big", pinned=False)
+    assert (await waiting.end(timeout_s=30)).state is State.DONE
+    assert (await world.model("big")).state == "cold"
+
+
+async def test_reset_ends_a_quarantine(world: World) -> None:
+    """Without it the third failed load is tried again after half a minute."""
+    await world.apply({"big": simulated(keepWarm=False, options={"loadFails": -1})})
+    await world.host()
+    await operator.warm(world.store, world.book.active, world.fleet, "big")
+    await world.until_model("big", "quarantined")
+    with pytest.raises(errors.WishRefused, match="gateway model reset big"):
+        await operator.warm(world.store, world.book.active, world.fleet, "big")
+    failures = world.fleet.picture.facts["big"].failures
+    await world.store.command("HSET", world.store.keys.model("big"), "quarantined_until", 2**52)
+    await operator.reset(world.store, world.fleet, "big")
+
+    async def tried_again() -> bool:
+        facts = (await world.fleet.look()).facts["big"]
+        return 0 < facts.quarantined_until < 2**52
+
+    await eventually(tried_again, what="it is tried again")
+    assert world.fleet.picture.facts["big"].failures <= failures, "what failed before is forgotten"
+    await world.until_model("big", "quarantined")
+
+
+async def test_a_drained_host_finishes_what_runs_and_claims_no_more(world: World) -> None:
+    """And is there again when it is undrained; it wakes nothing meanwhile."""
+    await world.apply({"big": simulated(), "cold": simulated(keepWarm=False)})
+    host = await world.host()
+    await world.until_model("big", "warm")
+    await world.runtime("big").break_with(first_token_delay_ms=300, times=1)
+    running = await world.submit("big", tokens=4)
+    await running.until_state(State.CLAIMED, State.STREAMING)
+    waiting = await world.submit("big", tokens=4)
+    await operator.drain(world.store, world.fleet, "gpu1", drained=True)
+    assert (await running.end()).state is State.DONE
+    await until(lambda: not host.dispatcher.busy, what="nothing runs any more")
+    assert (await waiting.record()).state is State.QUEUED
+    with pytest.raises(errors.ModelUnavailable, match="no host that serves it takes new work"):
+        await world.submit("big")
+    await operator.warm(world.store, world.book.active, world.fleet, "cold")
+    await _steps(host, "cold")
+    assert host.residents.wakers["cold"].state == "cold"
+    await operator.drain(world.store, world.fleet, "gpu1", drained=False)
+    assert (await waiting.end()).state is State.DONE
+    await world.until_model("cold", "warm")
+
+
+async def test_a_host_that_is_not_there_is_named(world: World) -> None:
+    await world.apply({"big": simulated()})
+    await world.host()
+    with pytest.raises(errors.UnknownHost, match="no live host is called 'gpu2'; did you mean gpu1"):
+        await operator.drain(world.store, world.fleet, "gpu2", drained=True)
+
+
+async def test_a_drained_worker_still_ends_when_it_is_told_to(world: World) -> None:
+    await world.apply({"big": simulated()})
+    host = await world.warm_host()
+    await operator.drain(world.store, world.fleet, "gpu1", drained=True)
+    draining = asyncio.create_task(host.drain())
+    await world.ended()
+    await draining
+
+
+async def _used(world: World, model: str) -> int:
+    return (await world.model(model)).slots_used
+
+
+async def _steps(host: Host, model: str) -> None:
+    """Waits for three whole steps of a model's waker."""
+    waker = host.residents.wakers[model]
+    for _ in range(3):
+        waker.kick()
+        await until(lambda: not waker._kick.is_set(), what="a step of the waker")
