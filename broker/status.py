@@ -122,7 +122,10 @@ class Snapshot:
 
     def as_json(self) -> dict[str, Any]:
         """Gives plain data; `from_json` reads it back."""
-        return {**asdict(self), "policy": self.policy_lines}
+        told = {**asdict(self), "policy": self.policy_lines}
+        for model, said in zip(self.models, told["models"], strict=True):
+            said["cached_share"] = model.cached_share
+        return told
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -13,6 +13,7 @@ from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, simulated, words, worker_world
 from workers.host import Host
+from workers.runtimes.simulated import Simulated
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(60)]
 
@@ -103,6 +104,24 @@ async def test_a_pinned_model_is_not_evicted(world: World) -> None:
     await operator.pin(world.store, "big", pinned=False)
     assert (await waiting.end(timeout_s=30)).state is State.DONE
     assert (await world.model("big")).state == "cold"
+
+
+async def test_a_load_tells_how_far_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it goes on, and no longer."""
+
+    async def half(_runtime: Simulated) -> float:
+        return 0.5
+
+    monkeypatch.setattr(Simulated, "progress", half)
+    await world.apply({"big": simulated(options={"coldStartMs": 1_500})})
+    await world.host()
+
+    async def told() -> bool:
+        there = await world.model("big")
+        return there.state == "waking" and there.progress == 0.5
+
+    await eventually(told, what="the heartbeat tells of the load")
+    assert (await world.until_model("big", "warm")).progress == -1
 
 
 async def test_reset_ends_a_quarantine(world: World) -> None:

@@ -1,9 +1,16 @@
 """The text of `gateway status`, letter by letter."""
 
 import json
+from dataclasses import replace
 
 from api.status_table import duration, size, status_table
-from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
+from broker import hosts
+from broker.hosts import Fleet
+from broker.policies import PolicyBook
+from broker.records import HostRecord, ModelOnHost
+from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot, snapshot
+from broker.store import Store
+from tests.support.broker_world import fake_redis, new_namespace
 
 GIB = 1 << 30
 
@@ -100,3 +107,79 @@ def test_sizes_and_ages_are_short() -> None:
     assert [duration(n) for n in (0, 999, 1000, 119_000, 120_000, 7_199_000, 7_200_000)] == [
         "0ms", "999ms", "1s", "119s", "2m", "120m", "2h",
     ]  # fmt: skip
+
+
+def test_the_wide_table_adds_slots_the_last_load_and_the_cached_share() -> None:
+    """The specification's columns stay where they are; what is not known is a dash."""
+    deep = replace(DEEP, slots_used=1, last_load_ms=42_000, load_ms=40_000, prompt_tokens=100_000, cached_tokens=99_265)
+    lines = status_table(replace(TEAM, models=(deep, replace(SMALL, load_ms=2_500))), wide=True).splitlines()
+    assert lines[:3] == [
+        "MODEL        STATE   FIRST TOKEN   QUEUE   MEM     SLOTS   LAST LOAD   CACHED",
+        "deep-coder   warm    1180ms        2/6     31.8G   1/2     42s         99%",
+        "coder-small  warm    420ms         1/12    8.6G    0/4     2s          -",
+    ]
+    assert lines[3:] == status_table(TEAM).splitlines()[3:]
+
+
+def test_a_load_shows_how_far_it_is() -> None:
+    """By the runtime's own figures, else by how long it takes as a rule, else only for how long it has gone on."""
+
+    def line(**known: float) -> str:
+        waking = ModelStatus(name="big", state="waking", **known)  # type: ignore[arg-type]
+        return status_table(Snapshot(models=(waking,), hosts=(HOST,))).splitlines()[-1]
+
+    assert line(state_ms=4_000, progress=0.4, load_ms=30_000) == (
+        "note: big is waking: [########............] 40% after 4s"
+    )
+    assert line(state_ms=4_000, progress=1.0) == "note: big is waking: [####################] 100% after 4s"
+    assert line(state_ms=15_000, load_ms=30_000) == ("note: big is waking: [##########..........] 15s of about 30s")
+    assert line(state_ms=90_000, load_ms=30_000) == ("note: big is waking: [###################.] 90s of about 30s"), (
+        "a bar is never full before it is over"
+    )
+    assert line(state_ms=4_000) == "note: big is waking: for 4s"
+
+
+def test_what_an_operator_did_and_what_ends_by_itself_is_told() -> None:
+    shown = Snapshot(
+        models=(
+            ModelStatus(name="big", state="quarantined", reason="no such file", quarantine_ms=31_000),
+            ModelStatus(name="kept", state="cold", keep_warm=True, pinned=True, unloaded_ms=3_540_000),
+            ModelStatus(name="other", state="cold", unloaded_ms=3_540_000),
+        ),
+        hosts=(replace(HOST, draining=True, running=2), HostStatus(name="gpu2", draining=True)),
+    )
+    assert status_table(shown).splitlines()[4:] == [
+        "host: gpu1 draining (2 still running), 40.4G of 48.0G used, headroom 7.6G",
+        "host: gpu2 draining (nothing runs)",
+        "note: big is quarantined: no such file, for 31s more",
+        "note: kept is pinned",
+        "note: kept was unloaded by hand and is not kept warm for 59m",
+    ]
+
+
+async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share() -> None:
+    """From what workers, operators and the scripts that ended jobs wrote, over all callers of a model."""
+    store = Store.fake(fake_redis(), namespace=new_namespace())
+    store.clock = lambda: 1_764_331_200_000
+    book = PolicyBook(store)
+    await book.apply("models: {big: {backend: simulated, model: x}, bad: {backend: simulated, model: x}}")
+    now = await store.now_ms()
+    waking = ModelOnHost(state="waking", progress=0.25, since=now - 4_000)
+    warm_there = {"big": waking, "bad": ModelOnHost(state="quarantined", slots_used=1, last_load_ms=3)}
+    await hosts.beat(store, HostRecord(name="gpu1", boot="b"), warm_there, lease_ms=600_000)
+    await hosts.learn(store, "big", load_ms=9_000, pinned=1, unloaded_until=now + 60_000)
+    await hosts.learn(store, "bad", quarantined_until=now + 5_000, failure="broke", failures=2)
+    day = store.keys.usage("2025-11-28")
+    counts = {"ann:big:false": 30, "ann:big:true": 50, "bob:big:true": 20, "ann:bad:false": 7, "ann:bigger:true": 99}
+    for who, value in counts.items():
+        await store.command("HSET", day, f"tokens_in:{who}", value)
+    shown = await snapshot(store, book, Fleet(store, book))
+    big, bad = shown.models
+    assert (big.progress, big.state_ms, big.load_ms, big.pinned, big.unloaded_ms) == (0.25, 4_000, 9_000, True, 60_000)
+    assert (big.prompt_tokens, big.cached_tokens, big.cached_share) == (100, 70, 0.7)
+    assert (bad.state, bad.quarantine_ms, bad.reason, bad.last_load_ms) == ("quarantined", 5_000, "broke", 3)
+    assert (bad.progress, bad.cached_share) == (-1, 0.0)
+    assert shown.hosts[0].running == 1
+    assert [model["cached_share"] for model in shown.as_json()["models"]] == [0.7, 0.0]
+    assert Snapshot.from_json(json.loads(json.dumps(shown.as_json()))) == shown
+    await store.close()
