@@ -108,6 +108,8 @@ def _notes(model: ModelStatus) -> list[str]:
     elif model.reason:
         left = f", for {duration(model.quarantine_ms)} more" if model.quarantine_ms else ""
         words.append(f"is {model.state}: {model.reason}{left}")
+    if model.parallel:
+        words.append(f"runs {model.parallel} of {model.max_concurrent} in parallel, so it has {model.parallel} slots")
     if model.pinned:
         words.append("is pinned")
     if model.unloaded_ms and model.keep_warm:

@@ -166,6 +166,7 @@ class ModelOnHost(_Hash):
     first_token_ms: float = 0  # last measured, 0 = never
     first_token_ewma_ms: float = 0
     memory_bytes: int = 0
+    parallel: int = 0  # generations that really run at once, where that is fewer than maxConcurrent; else 0
     last_load_ms: float = 0  # how long its last load here took, 0 = none since the worker began
     progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
     manageable: bool = True  # whether it is ours to unload

@@ -53,6 +53,9 @@ class ModelStatus:
     """For how long it is still set aside."""
     state_ms: int = 0
     """For how long it has been in this state."""
+    max_concurrent: int = 0
+    parallel: int = 0
+    """How many generations its runtime really runs at once, where that is fewer than `maxConcurrent`; else 0."""
     progress: float = -1
     """Of a load under way, 0..1, by the runtime's own figures; -1 = it does not say."""
     load_ms: float = 0
@@ -248,6 +251,8 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, usa
         quarantine_ms=max(0, facts.quarantined_until - picture.at_ms) if state == "quarantined" else 0,
         state_ms=max(0, picture.at_ms - best.since) if best is not None and best.since else 0,
         progress=best.progress if best is not None and state == "waking" else -1,
+        max_concurrent=model.max_concurrent,
+        parallel=min((m.parallel for m in there.values() if m.parallel), default=0),
         load_ms=facts.load_ms,
         last_load_ms=best.last_load_ms if best is not None else 0,
         prompt_tokens=prompt_tokens,

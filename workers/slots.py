@@ -46,7 +46,7 @@ class _Held:
 
 
 class Slots:
-    """Counts and numbers, 0 to `total` - 1; `total` is the policy's maxConcurrent."""
+    """Counts and numbers, 0 to `total` - 1; `total` is the policy's maxConcurrent, or what the runtime really runs."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -87,6 +87,16 @@ class Slots:
         """Whether a free slot holds nobody's prompt, or one that was last used before an instant."""
         found = (self._cached.get(number) for number in self._free())
         return any(cached is None or cached.used_s < since_s for cached in found)
+
+    def quiet(self, since_s: float) -> bool:
+        """Whether no slot holds a prompt that was used since an instant."""
+        return all(cached.used_s < since_s for cached in self._cached.values())
+
+    def offer(self, total: int) -> None:
+        """Changes how many there are; what is held beyond them runs on, and is not given away again."""
+        self.total = total
+        for number in [number for number in self._cached if number >= total]:
+            self._note(number, None)
 
     def take(self, user: str, *, session: str = "", contended: bool = False, now_s: float = 0.0) -> int:
         """Gives a slot away, the one that has the session's prompt if it is free; gives its number.

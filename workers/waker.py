@@ -21,6 +21,7 @@ from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
 from workers import progress
+from workers.overlap import Overlap
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
@@ -82,6 +83,7 @@ class Waker:
         self.name = name
         self.model = model
         self.slots = Slots(model.max_concurrent)
+        self.overlap = Overlap(model.max_concurrent)
         self.state = "cold"
         self.reason = ""
         self.since_ms = 0
@@ -142,6 +144,7 @@ class Waker:
             memory_bytes=self.memory_bytes,
             first_token_ms=round(self.first_token_ms, 1),
             first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
+            parallel=self.overlap.parallel,
             last_load_ms=round(self.last_load_ms, 1),
             progress=round(self.progress, 2),
             manageable=self.runtime.manageable,
@@ -293,6 +296,7 @@ class Waker:
         await self.runtime.close()
         self.runtime = runtime_for(self.name, new, state_dir=self._state_dir)
         self.slots = Slots(new.max_concurrent)
+        self.overlap = Overlap(new.max_concurrent)
         await self._become("cold", "")
         if self._around.facts(self.name).failure:  # what failed was the old definition
             await self._around.learn(self.name, failures=0, quarantined_until=0, failure="")
@@ -338,6 +342,7 @@ class Waker:
                     first_ms = await self._probe()
                     if first_ms > self.model.first_token_budget_ms:  # the first answer after a load may be slow
                         first_ms = await self._probe()
+                    self.overlap.told(self.runtime.endpoint().slots)
                     self.memory_bytes = await self.runtime.memory_bytes() or 0
                 keeper.cancel()
                 shown.cancel()
@@ -349,6 +354,7 @@ class Waker:
         self._suspected = False
         self.last_load_ms = load_ms
         self.slots.restarted()
+        self.slots.offer(self.overlap.slots)
         self._warm_since = self._idle_since = self._loop.time()
         self._note(first_ms)
         self._slow = SLOW_IN_A_ROW if first_ms > self.model.first_token_budget_ms else 0
@@ -435,6 +441,8 @@ class Waker:
             await self._ask_runtime()
             if self.state not in ("warm", "degraded"):
                 return
+        if self._overlap_due():
+            await self._measure_overlap()
         if self.slots.idle and not self.leaving:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
             now = self._loop.time()
@@ -503,6 +511,31 @@ class Waker:
         finally:
             self._probed = self._loop.time()
             self.slots.give_back("probe", clean=clean, now_s=self._loop.time())
+            self._around.changed()
+
+    def _overlap_due(self) -> bool:
+        """Whether to measure now how many generations really run at once; like a probe, it costs nobody anything."""
+        if self.overlap.known or self.leaving or self.model.trust == "remote" or self.state != "warm":
+            return False
+        quiet = self.slots.idle and self.slots.quiet(self._loop.time() - CACHED_PROMPT_S)
+        return quiet and not self._around.waited_for(self.name)
+
+    async def _measure_overlap(self) -> None:
+        """Takes every slot for a moment, so that no user's answer disturbs the picture; who waits ends it."""
+        mine = [f"overlap {number}" for number in range(self.slots.total)]
+        for user in mine:
+            self.slots.take(user, now_s=self._loop.time())
+        try:
+            await self.overlap.measure(
+                self.runtime.endpoint(),
+                kind=self.runtime.kind,
+                first_token_s=self.first_token_ms / 1000,
+                stop=lambda: self._around.waited_for(self.name) or self.leaving,
+            )
+        finally:
+            for user in mine:  # clean: a stream that is closed while it makes tokens ends with its next one
+                self.slots.give_back(user, clean=True, now_s=self._loop.time())
+            self.slots.offer(self.overlap.slots)
             self._around.changed()
 
     def _measured(self, ms: float) -> None:

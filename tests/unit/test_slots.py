@@ -197,3 +197,26 @@ def test_a_claim_that_was_lost_leaves_the_slot_as_it_was() -> None:
     slots.take("lost", session="b", now_s=2.0)
     slots.give_back("lost", clean=True, now_s=2.1, served=False)
     assert (ready(slots), slots.told()) == ({"a"}, {0: ("a", 7)})
+
+
+def test_fewer_slots_are_offered_and_what_runs_beyond_them_ends() -> None:
+    """A runtime that runs fewer at once than the policy says gets no more; nobody's slot is taken away."""
+    slots = Slots(3)
+    for user in ("a", "b", "c"):
+        slots.take(user, session=user)
+    slots.offer(1)
+    assert slots.free == 0
+    for user in ("a", "b"):
+        slots.give_back(user, clean=True, now_s=1.0)
+    assert slots.free == 0, "c still runs, and that is as many as there are"
+    slots.give_back("c", clean=True, now_s=1.0)
+    assert (slots.free, list(slots.told())) == (1, [0])
+    assert slots.take("d", session="c") == 0
+
+
+def test_quiet_means_that_nobody_would_miss_a_cached_prompt() -> None:
+    slots = Slots(2)
+    assert slots.quiet(0.0)
+    slots.take("a", session="s", now_s=5.0)
+    slots.give_back("a", clean=True, now_s=6.0, tokens=9)
+    assert not slots.quiet(6.0) and slots.quiet(6.1)
