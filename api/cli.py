@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from api.cli_doctor import doctor
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
 from api.client import ask
@@ -37,6 +38,7 @@ job_app = typer.Typer(help="Look at a job, or cancel it.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
 app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
+app.command()(doctor)
 app.command()(drain)
 app.command()(undrain)
 

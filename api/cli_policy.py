@@ -147,7 +147,7 @@ def _with_book(work: Callable[[PolicyBook], Awaitable[T]], data: Path | None) ->
     settings = read_settings(BrokerSettings)
 
     async def run_it() -> T:
-        store = await Store.open(_redis_url(settings, data), namespace=settings.namespace, name="gateway-cli")
+        store = await Store.open(redis_url(settings, data), namespace=settings.namespace, name="gateway-cli")
         try:
             return await work(PolicyBook(store))
         finally:
@@ -156,7 +156,7 @@ def _with_book(work: Callable[[PolicyBook], Awaitable[T]], data: Path | None) ->
     return asyncio.run(run_it())
 
 
-def _redis_url(settings: BrokerSettings, data: Path | None) -> str:
+def redis_url(settings: BrokerSettings, data: Path | None) -> str:
     """The Redis of the environment, else the private one that `gateway up` runs on its data directory."""
     if os.environ.get("GATEWAY_REDIS_URL") and data is None:
         return settings.redis_url

@@ -11,9 +11,14 @@ from api.cli_policy import UNREACHABLE, Failed
 ANSWER_S_MAX = 10.0
 
 
+def gateway_url() -> str:
+    """Where the gateway listens, as the environment says."""
+    return os.environ.get("GATEWAY_URL", "http://127.0.0.1:8400").rstrip("/")
+
+
 async def ask(method: str, path: str) -> dict[str, Any]:
     """Gives what the gateway answers within ANSWER_S_MAX; whatever it refuses becomes its own sentence."""
-    url = os.environ.get("GATEWAY_URL", "http://127.0.0.1:8400").rstrip("/")
+    url = gateway_url()
     key = os.environ.get("GATEWAY_KEY", "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:

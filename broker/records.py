@@ -209,6 +209,7 @@ class HostRecord(_Hash):
     policy_version: int = 0
     draining: bool = False
     pid: int = 0
+    skew_ms: int = 0  # Redis' clock minus this machine's
     machine: str = ""  # which hardware the name stands for
 
 

@@ -62,6 +62,10 @@ class ModelStatus:
     """How long a load takes, as learned; 0 = not known yet."""
     last_load_ms: float = 0
     """How long the last load took, on the host that is in the best state; 0 = its worker has not loaded it."""
+    weights: str = ""
+    """What the runtime calls them: a tag, a path."""
+    footprint_bytes: int = 0
+    """What it occupies once loaded: learned, else the policy's `memoryMb`, else 0."""
     prompt_tokens: int = 0
     """Prompt tokens of the day (UTC), and below those of them that were in the runtime's cache."""
     cached_tokens: int = 0
@@ -100,6 +104,8 @@ class HostStatus:
     policy_version: int = 0
     draining: bool = False
     running: int = 0
+    skew_ms: int = 0
+    """Redis' clock minus the host's."""
     models: tuple[str, ...] = ()
 
 
@@ -251,6 +257,8 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, usa
         quarantine_ms=max(0, facts.quarantined_until - picture.at_ms) if state == "quarantined" else 0,
         state_ms=max(0, picture.at_ms - best.since) if best is not None and best.since else 0,
         progress=best.progress if best is not None and state == "waking" else -1,
+        weights=model.model,
+        footprint_bytes=facts.footprint_bytes or (model.memory_mb or 0) << 20,
         max_concurrent=model.max_concurrent,
         parallel=min((m.parallel for m in there.values() if m.parallel), default=0),
         load_ms=facts.load_ms,
@@ -279,6 +287,7 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
         memory_headroom=host.memory_headroom,
         policy_version=host.policy_version,
         draining=host.draining,
+        skew_ms=host.skew_ms,
         running=sum(hosts[name].slots_used for hosts in picture.on_host.values() if name in hosts),
         models=tuple(sorted(model for model, hosts in picture.on_host.items() if name in hosts)),
     )

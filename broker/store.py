@@ -40,6 +40,7 @@ class Store:
         self.keys = keys
         self.name = name
         self.url = url
+        self.version = ""  # of the server, as it says itself
         self.clock: Callable[[], int] | None = None  # tests set virtual milliseconds; None asks the server
         self._wire = wire
         self._first_answer = asyncio.get_running_loop().time()
@@ -236,6 +237,8 @@ class Store:
         version = next(
             (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("redis_version")), "0"
         )
+        valkey = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("valkey_ver")), "")
+        self.version = f"Valkey {valkey}" if valkey else f"Redis {version}"
         if tuple(int(x) for x in version.split(".")[:2]) < FLOOR:
             raise errors.RedisUnfit(f"Redis {version} is too old: warmlane needs 7.0 or later, or Valkey 8 or later")
 

@@ -230,6 +230,7 @@ class Host:
             policy_version=self._book.active.version if self._book.present else 0,
             draining=self.draining or self.drained,
             pid=os.getpid(),
+            skew_ms=self._fleet.skew_ms,
             machine=MACHINE,
         )
 
