@@ -19,6 +19,9 @@ ANSWER_S_MAX = 0.5
 MODELS_MAX = 20
 """More models than this aren't taken from one runtime: write a policy and choose."""
 
+KEY_CHARS = 100
+NAME_CHARS = 256
+
 SIMULATED = """\
 # Made up by `gateway up`: no runtime was found here, so a simulated one plays the part.
 models:
@@ -60,23 +63,30 @@ class MadeUpPolicy:
 
 
 async def discover(environ: Mapping[str, str]) -> MadeUpPolicy:
+    """Makes a policy of what runs on this machine."""
+    return make_policy(await look_around(environ))
+
+
+async def look_around(environ: Mapping[str, str]) -> list[FoundRuntime]:
     """Asks the usual ports; GATEWAY_OLLAMA_URL and GATEWAY_LLAMA_SERVER_URL point it elsewhere."""
     ollama_url = environ.get("GATEWAY_OLLAMA_URL") or OLLAMA_URL
     llama_server_url = environ.get("GATEWAY_LLAMA_SERVER_URL") or LLAMA_SERVER_URL
     # Found by a plain connection: a proxy of the environment has nothing to do with runtimes on this machine.
     async with httpx.AsyncClient(timeout=ANSWER_S_MAX, trust_env=False) as client:
         answers = await asyncio.gather(_ollama(client, ollama_url), _llama_server(client, llama_server_url))
-    return make_policy([runtime for runtime in answers if runtime is not None])
+    return [runtime for runtime in answers if runtime is not None]
 
 
 def make_policy(found: list[FoundRuntime]) -> MadeUpPolicy:
     """Writes the policy: the first model is kept warm, the smallest one helps the others out."""
-    offered = [(runtime, model) for runtime in found for model in runtime.models]
+    offered = [(runtime, model) for runtime in found for model in runtime.models if is_usable(model.name)]
     if not offered:
         empty = " and ".join(f"{runtime.title} at {runtime.url} has no model yet" for runtime in found)
         why = empty or "neither Ollama nor llama-server was found here"
         return MadeUpPolicy(SIMULATED, f"{why}, so answers come from a simulated model")
-    keys = _keys([model.name for _, model in offered])
+    names = [model.name for _, model in offered]
+    keys = keys_of(names)
+    aliases = aliases_of(names, keys)
     writers = [index for index, (_, model) in enumerate(offered) if model.generates]
     smallest = min(writers, key=lambda index: offered[index][1].size_bytes, default=None)
     warm = writers[0] if writers else 0
@@ -84,16 +94,16 @@ def make_policy(found: list[FoundRuntime]) -> MadeUpPolicy:
     lines = [f"# Made up by `gateway up` from what runs here: {where}.", "models:"]
     for index, (runtime, model) in enumerate(offered):
         lines += [
-            f"  {_yaml(keys[index])}:",
+            f"  {quoted(keys[index])}:",
             f"    backend: {runtime.backend}",
-            f"    model: {_yaml(model.name)}",
-            f"    url: {_yaml(runtime.url)}",
+            f"    model: {quoted(model.name)}",
+            f"    url: {quoted(runtime.url)}",
             f"    keepWarm: {'true' if index == warm else 'false'}",
         ]
-        if model.name != keys[index]:
-            lines.append(f"    aliases: [{_yaml(model.name)}]")
+        if aliases[index]:
+            lines.append(f"    aliases: [{quoted(aliases[index])}]")
         if index in writers and smallest is not None and index != smallest:
-            lines.append(f"    fallback: {_yaml(keys[smallest])}")
+            lines.append(f"    fallback: {quoted(keys[smallest])}")
     return MadeUpPolicy("\n".join(lines) + "\n", f"made up from {where}")
 
 
@@ -153,12 +163,12 @@ def _generates(name: str, entry: dict[str, Any]) -> bool:
     return "bert" not in family.lower() and "embed" not in name.lower()
 
 
-def _keys(names: list[str]) -> list[str]:
+def keys_of(names: list[str]) -> list[str]:
     """Policy keys for model names: a file's stem, small letters, digits, dots and dashes, no two the same."""
     keys: list[str] = []
     for name in names:
         stem = re.sub(r"\.gguf$", "", name.rsplit("/", 1)[-1] if name.endswith(".gguf") else name, flags=re.IGNORECASE)
-        key = base = re.sub(r"[^a-z0-9.]+", "-", stem.removesuffix(":latest").lower()).strip("-.") or "model"
+        key = base = _plain(stem.removesuffix(":latest"))
         number = 2
         while key in keys:
             key, number = f"{base}-{number}", number + 1
@@ -166,6 +176,28 @@ def _keys(names: list[str]) -> list[str]:
     return keys
 
 
-def _yaml(text: str) -> str:
+def _plain(stem: str) -> str:
+    plain = re.sub(r"[^a-z0-9.]+", "-", stem.lower())[:KEY_CHARS].strip("-.")
+    while plain.endswith(".batch"):  # that would be the name of a batch lane
+        plain = plain.removesuffix(".batch").strip("-.")
+    return plain or "model"
+
+
+def is_usable(name: str) -> bool:
+    """Whether a policy can hold a model of this name: what nobody can type or print is left alone."""
+    return name.isprintable() and name == name.strip() and 0 < len(name) <= NAME_CHARS
+
+
+def aliases_of(names: list[str], keys: list[str]) -> list[str]:
+    """The names under which clients know the models, "" where that is the key, or another model's name already."""
+    taken = {*keys, *(f"{key}.batch" for key in keys)}
+    aliases = []
+    for name in names:
+        aliases.append("" if name in taken else name)
+        taken.add(name)
+    return aliases
+
+
+def quoted(text: str) -> str:
     """A JSON string is a YAML string too, whatever is in it."""
     return json.dumps(text)

@@ -112,4 +112,4 @@ def test_the_policy_keeps_the_first_warm_and_falls_back_to_the_smallest() -> Non
     ],
 )
 def test_keys_are_plain_words_and_each_only_once(names: list[str], keys: list[str]) -> None:
-    assert discover._keys(names) == keys
+    assert discover.keys_of(names) == keys
