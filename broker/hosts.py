@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,10 @@ async def learn(store: Store, model: str, **facts: float | int | str) -> None:
     """Notes what was learned of a model: fields of ModelFacts."""
     flat = [x for name, value in facts.items() for x in (name, value)]
     await store.command("HSET", store.keys.model(model), *flat)
+
+
+NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "failure": ""}
+"""What ModelFacts hold of failed loads where there were none."""
 
 
 async def forget(store: Store, *, known: set[str] | None) -> None:

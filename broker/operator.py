@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from broker import errors
-from broker.hosts import Fleet, Picture
+from broker.hosts import NOT_FAILED, Fleet, Picture
 from broker.lanes import WANTED_FOR_MS
 from broker.policies import Active
 from broker.policy.sentences import near_words
@@ -57,7 +57,7 @@ async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
 
 async def reset(store: Store, fleet: Fleet, model: str) -> None:
     """Ends a quarantine and forgets the failures that led to it; returns when its hosts show it, or soon after."""
-    await _wish(store, model, failures=0, failure="", quarantined_until=0)
+    await _wish(store, model, **NOT_FAILED)
     end = asyncio.get_running_loop().time() + HEARD_S_MAX
     while any(m.state == "quarantined" for m in (await fleet.look()).on_host.get(model, {}).values()):
         if asyncio.get_running_loop().time() > end:
