@@ -52,12 +52,12 @@ async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
         words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {facts.failure}"
         raise errors.WishRefused(f"{words}; `gateway model reset {model}` has it tried now")
     definition = active.models()[model]
-    await _wish(store, model, want_ms=definition.wake_timeout_ms + WANTED_FOR_MS, unloaded_until=0)
+    await _wish(store, model, {"unloaded_until": 0}, want_ms=definition.wake_timeout_ms + WANTED_FOR_MS)
 
 
 async def reset(store: Store, fleet: Fleet, model: str) -> None:
     """Ends a quarantine and forgets the failures that led to it; returns when its hosts show it, or soon after."""
-    await _wish(store, model, **NOT_FAILED)
+    await _wish(store, model, NOT_FAILED)
     end = asyncio.get_running_loop().time() + HEARD_S_MAX
     while any(m.state == "quarantined" for m in (await fleet.look()).on_host.get(model, {}).values()):
         if asyncio.get_running_loop().time() > end:
@@ -67,7 +67,7 @@ async def reset(store: Store, fleet: Fleet, model: str) -> None:
 
 async def pin(store: Store, model: str, *, pinned: bool) -> None:
     """Keeps a model in memory once it is there, or lets it go again: no eviction, no unload for being idle."""
-    await _wish(store, model, pinned=int(pinned))
+    await _wish(store, model, {"pinned": int(pinned)})
 
 
 async def unload(store: Store, fleet: Fleet, model: str) -> None:
@@ -82,7 +82,7 @@ async def unload(store: Store, fleet: Fleet, model: str) -> None:
         resident = {host: m for host, m in there.items() if m.state in RESIDENT}
         if not resident and not any(m.state == "waking" for m in there.values()):
             if not said_at:  # nobody had it: it shall not be kept warm either
-                await _wish(store, model, unloaded_until=await store.now_ms() + UNLOADED_FOR_MS)
+                await _wish(store, model, {"unloaded_until": await store.now_ms() + UNLOADED_FOR_MS})
             return
         waited_s = loop.time() - started
         why_not, passes = why_not_unload(model, there)
@@ -140,6 +140,6 @@ async def _say(store: Store, fleet: Fleet, host: str, message: str, heard: Calla
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def _wish(store: Store, model: str, *, want_ms: int = 0, **facts: int | str) -> None:
+async def _wish(store: Store, model: str, facts: Mapping[str, int | str], *, want_ms: int = 0) -> None:
     flat = [x for name, value in facts.items() for x in (name, value)]
     await store.run("wish", [store.keys.model(model)], [store.now_arg(), want_ms, *flat])

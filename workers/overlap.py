@@ -143,6 +143,8 @@ async def _generate(
             one.ended_s = loop.time()
     except httpx.HTTPError as e:
         log.info("event=overlap_broken reason=%s", type(e).__name__)
+    except Exception:  # an answer that nobody foresaw ends no wake
+        log.exception("event=overlap_broken")
 
 
 class Overlap:

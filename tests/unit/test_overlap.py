@@ -1,8 +1,11 @@
 """How many generations a runtime really runs at once: the judgement, as a table, and the measurement's patience."""
 
+import asyncio
+
 import pytest
 
 from workers.overlap import PATIENCE_LEAST_S, WITNESS_TOKENS, Overlap, Seen, judge
+from workers.runtimes.base import Endpoint
 
 FIRST_S = 0.02
 
@@ -50,3 +53,25 @@ def test_what_the_runtime_tells_is_believed() -> None:
     overlap.told(8)
     assert (overlap.known, overlap.slots, overlap.parallel) == (True, 4, 0)
     assert Overlap(1).known
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\n\r\n", b"nonsense\r\n\r\n"])
+async def test_a_runtime_that_cannot_be_measured_keeps_what_the_policy_says(answer: bytes) -> None:
+    """Nobody there, a refusal, something that is no HTTP: one look, no cap, no error."""
+    asked = 0
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    overlap = Overlap(2)
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await overlap.measure(Endpoint(url), kind="ollama", first_token_s=0.01, stop=lambda: False)
+    assert (overlap.known, overlap.slots, asked) == (True, 2, 2)
+    await overlap.measure(Endpoint("http://127.0.0.1:9"), kind="ollama", first_token_s=0.01, stop=lambda: False)
+    assert overlap.slots == 2
