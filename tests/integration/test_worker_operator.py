@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from broker import errors, operator
+from broker import errors, jobs, operator
 from broker.lifecycle import State
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, simulated, words, worker_world
+from workers import waker
 from workers.host import Host
 from workers.runtimes.simulated import Simulated
 
@@ -62,6 +63,8 @@ async def test_a_busy_model_is_not_unloaded(world: World) -> None:
         await operator.unload(world.store, world.fleet, "big")
     assert (await world.model("big")).state == "warm"
     assert world.fleet.picture.facts["big"].unloaded_until == 0, "a refusal leaves no wish"
+    await jobs.cancel(world.store, ask.job_id)
+    await ask.end()
 
 
 async def test_a_pinned_model_is_not_unloaded_for_being_idle(world: World) -> None:
@@ -73,20 +76,21 @@ async def test_a_pinned_model_is_not_unloaded_for_being_idle(world: World) -> No
     await world.until_model("big", "warm")
     # the demand of `warm` ends: only the pin holds it now
     await world.store.command("HSET", world.store.keys.model("big"), "wanted_until", 0)
-    waker = host.residents.wakers["big"]
+    big = host.residents.wakers["big"]
 
     async def seen_unwanted() -> bool:
-        return not await waker._wanted()
+        return not await big._wanted()
 
     await eventually(seen_unwanted, what="nobody wants it")
     await _steps(host, "big")
-    assert waker.state == "warm"
+    assert big.state == "warm"
     await operator.pin(world.store, "big", pinned=False)
     await world.until_model("big", "cold")
 
 
-async def test_a_pinned_model_is_not_evicted(world: World) -> None:
+async def test_a_pinned_model_is_not_evicted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one waits for room until it is unpinned."""
+    monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.5)
     await world.apply(
         {
             "big": simulated(keepWarm=False, memoryMb=80, minStayMs=0, coldStartBudgetMs=60_000),
@@ -190,7 +194,7 @@ async def _used(world: World, model: str) -> int:
 
 async def _steps(host: Host, model: str) -> None:
     """Waits for three whole steps of a model's waker."""
-    waker = host.residents.wakers[model]
+    mine = host.residents.wakers[model]
     for _ in range(3):
-        waker.kick()
-        await until(lambda: not waker._kick.is_set(), what="a step of the waker")
+        mine.kick()
+        await until(lambda: not mine._kick.is_set(), what="a step of the waker")

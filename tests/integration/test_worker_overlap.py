@@ -12,6 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from broker import jobs
 from broker.lifecycle import State
 from tests.support.llama_server import llama_command
 from tests.support.redis_server import RedisServer
@@ -101,8 +102,7 @@ async def test_slots_are_capped_at_what_the_runtime_tells(world: World, parallel
     told = await world.model("big")
     assert (told.slots_total, told.parallel) == (total, 1 if parallel == 1 else 0)
     await world.runtime("big").break_with(stall_after_tokens=1)
-    for _ in range(2):
-        await world.submit("big", tokens=5)
+    asked = [await world.submit("big", tokens=5) for _ in range(2)]
 
     async def held() -> bool:
         return (await world.model("big")).slots_used == total
@@ -110,6 +110,9 @@ async def test_slots_are_capped_at_what_the_runtime_tells(world: World, parallel
     await eventually(held, what="what can run runs")
     assert (await world.runtime("big").stats())["max_waiting"] == 0
     assert await world.waiting("big") == 2 - total
+    for ask in reversed(asked):
+        await jobs.cancel(world.store, ask.job_id)
+        await ask.end()
 
 
 @pytest.mark.parametrize(("parallel", "total"), [(1, 1), (2, 2)])
