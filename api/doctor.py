@@ -15,6 +15,15 @@ FOR_EVER = timedelta(days=1)
 """A model that Ollama keeps for longer is not about to be unloaded by it."""
 
 
+_PARALLEL = {
+    "ollama": "OLLAMA_NUM_PARALLEL",
+    "llama.cpp": "its number of slots (-np)",
+    "vllm": "--max-num-seqs",
+    "simulated": "its `parallel`",
+}
+"""What sets how many generations a runtime runs at once."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at; `remedy` is what to do about it where it is wrong."""
@@ -131,7 +140,7 @@ def _models(shown: Snapshot) -> Iterator[Finding]:
 def _slots(shown: Snapshot) -> Iterator[Finding]:
     capped = [model for model in shown.models if model.parallel]
     for model in capped:
-        more = "OLLAMA_NUM_PARALLEL" if model.runtime == "ollama" else "its number of slots (-np)"
+        more = _PARALLEL.get(model.runtime, "what it runs at once")
         said = f"{model.name} offers {model.max_concurrent} slots and its runtime runs {model.parallel} at once"
         remedy = f"raise {more} to {model.max_concurrent}, or set maxConcurrent to {model.parallel}"
         yield Finding("slots", "wrong", said, remedy)

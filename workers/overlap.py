@@ -125,7 +125,7 @@ async def _generate(
     try:
         async with client.stream(
             "POST",
-            f"{endpoint.base_url}/v1/chat/completions",
+            endpoint.base_url + endpoint.path("/v1/chat/completions"),
             json=body,
             headers=endpoint.headers,
             timeout=httpx.Timeout(MEASURE_S_MAX, connect=CONNECT_TIMEOUT_S),

@@ -164,8 +164,7 @@ async def test_doctor_looks_through_the_api_and_changes_nothing(running: LiveApi
     ran = await asyncio.to_thread(gateway, "doctor")
     assert ran.code == 1
     assert _line(ran, "wrong", "slots") == (
-        "big offers 2 slots and its runtime runs 1 at once: raise its number of slots (-np) to 2, or set "
-        "maxConcurrent to 1"
+        "big offers 2 slots and its runtime runs 1 at once: raise its `parallel` to 2, or set maxConcurrent to 1"
     )
     assert _line(ran, "ok", "ports") == f"a gateway answers at {running.url}"
     assert _line(ran, "ok", "clock").startswith("all clocks are within")
