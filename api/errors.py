@@ -40,6 +40,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.TrustZoneRefused: Row(403, _PERMISSION),
     errors.UnknownModel: Row(404, INVALID),
     errors.UnknownLane: Row(404, INVALID),
+    errors.WrongEndpoint: Row(400, INVALID),
     errors.ContextTooLong: Row(400, INVALID),
     errors.BadRequest: Row(400, INVALID),
     errors.BodyTooLarge: Row(413, INVALID),
@@ -69,6 +70,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
 
 _PARAMS: dict[type[errors.BrokerError], str] = {
     errors.UnknownModel: "model",
+    errors.WrongEndpoint: "model",
     errors.UnknownLane: "X-Gateway-Lane",
     errors.IdempotencyMismatch: "Idempotency-Key",
     errors.ContextTooLong: "messages",

@@ -7,6 +7,7 @@ BrokerError
 │   ├── TrustZoneRefused        trust_zone
 │   ├── UnknownModel            model_not_found           suggestions
 │   ├── UnknownLane             lane_not_found            suggestions
+│   ├── WrongEndpoint           wrong_endpoint
 │   ├── ContextTooLong          context_length_exceeded
 │   ├── BadRequest              invalid_request           param
 │   ├── BodyTooLarge            body_too_large            limit_bytes
@@ -100,6 +101,12 @@ class UnknownLane(Refused):
         super().__init__(f"no lane is called {asked[:NAME_SHOWN]!r}{hint}")
         self.asked = asked
         self.suggestions = suggestions or []
+
+
+class WrongEndpoint(Refused):
+    """The model does not give what this endpoint is for: it gives vectors and no text, or text and no vectors."""
+
+    code = "wrong_endpoint"
 
 
 class ContextTooLong(Refused):

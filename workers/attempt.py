@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from broker import errors, jobs
 from broker.dialects.openai import ChatReader, read_complaint, rewrite_chat
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.dialects.openai_embeddings import EmbeddingReader, rewrite_embeddings
 from broker.jobs import Holding
-from broker.records import Claimed
+from broker.records import Claimed, JobRecord
 from broker.store import Store
-from workers.runtimes.base import Endpoint
+from workers.runtimes.base import KEY_REFUSED, Endpoint, refusal_words, without_key
 from workers.stream_client import Exchange, StreamClient, UpstreamLost
 
 log = logging.getLogger("warmlane.attempt")
@@ -23,6 +25,10 @@ BUFFER_BYTES = 1 << 20
 
 ERROR_BODY_BYTES = 1 << 16
 LOOK_EVERY_S = 0.5
+BUSY = (429, 503)
+PAUSE_MAX_S = 60.0
+"""How long a runtime may ask to be left alone."""
+
 LAST_BYTES_S = 1.0
 """How long the connection may stay open after the last finish reason before the answer counts as whole."""
 
@@ -46,6 +52,8 @@ class Ended:
     first_token_ms: float = 0.0
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
+    pause_s: float = 0.0  # the runtime asks to be left alone for so long
+    refused_us: str = ""  # why the runtime takes no request of ours at all: its key
 
 
 class Attempt:
@@ -71,7 +79,7 @@ class Attempt:
         self._limits = limits
         self._served_by = served_by
         self._slot = slot if slot is not None and slot < endpoint.slots else None
-        self._reader = ChatReader(self.job.model, self.job.include_usage, self.job.choices)
+        self._reader = _reader_for(self.job)
         self._exchange: Exchange | None = None
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -128,6 +136,8 @@ class Attempt:
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
+            pause_s=self._pause_s(),
+            refused_us=self._refused_us(),
         )
 
     async def _stream(self) -> None:
@@ -159,7 +169,7 @@ class Attempt:
             return await self._client.post(
                 self._endpoint.base_url,
                 self.job.endpoint,
-                rewrite_chat(self._body, self._endpoint.model, slot=self._slot),
+                self._asked(),
                 headers=self._endpoint.headers,
                 on_data=self._on_data,
                 on_news=self._news.set,
@@ -167,6 +177,11 @@ class Attempt:
             )
         except UpstreamLost as e:
             raise errors.RuntimeFailed(str(e)) from None
+
+    def _asked(self) -> bytes:
+        if isinstance(self._reader, EmbeddingReader):
+            return rewrite_embeddings(self._body, self._endpoint.model)
+        return rewrite_chat(self._body, self._endpoint.model, slot=self._slot)
 
     def _on_data(self, data: bytes) -> None:
         exchange = self._exchange
@@ -196,6 +211,9 @@ class Attempt:
     async def _finish(self, data: bytes) -> None:
         """Writes what is left and ends the job. An answer that came whole has its first token here."""
         usage = self._reader.usage or {}
+        while more := self._reader.take():  # an answer of vectors comes in pieces
+            await self._flush(data)
+            data = more
         if not self.delivered:
             self._first_token_s = self._loop.time() - self._started
         seq = self._seq + bool(data)
@@ -205,6 +223,19 @@ class Attempt:
     def _runtime_is_suspect(self) -> bool:
         exchange = self._exchange
         return exchange is None or not exchange.done or exchange.status >= 500
+
+    def _pause_s(self) -> float:
+        """How long the runtime wants to be left alone, by its own word and within reason."""
+        exchange = self._exchange
+        if exchange is None or exchange.status not in BUSY:
+            return 0.0
+        asked = exchange.retry_after
+        return min(PAUSE_MAX_S, max(1.0, float(asked[:6]))) if asked.isascii() and asked.isdigit() else 0.0
+
+    def _refused_us(self) -> str:
+        exchange, endpoint = self._exchange, self._endpoint
+        refused = exchange is not None and exchange.status in KEY_REFUSED and endpoint.key_env
+        return refusal_words(endpoint, exchange.status, "") if refused and exchange is not None else ""
 
     def _over(self) -> bool:
         """Whether no more bytes are to be waited for."""
@@ -246,22 +277,31 @@ class Attempt:
         """Words for an answer that is over and was not a success."""
         exchange = self._exchange
         assert exchange is not None
+        if refused := self._refused_us():  # not the request's fault: it may start again once the model is set aside
+            return errors.RuntimeFailed(refused)
         if exchange.status not in (0, 200):
-            complaint = read_complaint(bytes(self._complaint))
-            if complaint.context_overflow:
-                return errors.ContextTooLong(complaint.message)
-            if exchange.status in (400, 404, 413, 415, 422):
-                return errors.RuntimeRefused(complaint.message, status=exchange.status)
-            retryable = exchange.status in (408, 425, 429, 500, 502, 503, 504)
-            return errors.RuntimeFailed(
-                f"the runtime answered {exchange.status}: {complaint.message}", retryable=retryable
-            )
+            return self._status_words(exchange.status, exchange.retry_after)
         if exchange.lost is not None:
             return errors.RuntimeFailed(str(exchange.lost))
         complaint_found = self._reader.complaint
+        words = without_key(
+            self._endpoint, self._reader.error or "the runtime ended the answer without a finish reason"
+        )
         if complaint_found is not None and complaint_found.context_overflow:
-            return errors.ContextTooLong(complaint_found.message)
-        return errors.RuntimeFailed(self._reader.error or "the runtime ended the answer without a finish reason")
+            return errors.ContextTooLong(words)
+        return errors.RuntimeFailed(words)
+
+    def _status_words(self, status: int, retry_after: str) -> errors.BrokerError:
+        """Words for an answer whose status says that it is none."""
+        complaint = read_complaint(bytes(self._complaint))
+        words = without_key(self._endpoint, complaint.message)
+        if complaint.context_overflow:
+            return errors.ContextTooLong(words)
+        if status in (400, 404, 413, 415, 422):
+            return errors.RuntimeRefused(words, status=status)
+        when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""
+        retryable = status in (408, 425, 500, 502, 504, *BUSY)
+        return errors.RuntimeFailed(f"the runtime answered {status}: {words}{when}", retryable=retryable)
 
     async def _fail(self, error: errors.BrokerError, *, final: bool = False) -> str:
         """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
@@ -290,6 +330,12 @@ class Attempt:
             "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
         )
         return "released" if where == "queued" else "failed"
+
+
+def _reader_for(job: JobRecord) -> ChatReader | EmbeddingReader:
+    if job.endpoint == EMBEDDINGS:
+        return EmbeddingReader(job.model)
+    return ChatReader(job.model, job.include_usage, job.choices)
 
 
 def _may_start_again(error: errors.BrokerError) -> bool:

@@ -199,7 +199,8 @@ class Dispatcher:
         """Takes the job; None when the race was lost or Redis is away."""
         active = self._book.active
         try:
-            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot)
+            trust = waker.model.trust  # of the runtime that it holds now: the slot that we took keeps it from another
+            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot, runtime_trust=trust)
         except errors.StalePolicy:
             self._picture.unspend(job)
             await self._reload()
@@ -252,8 +253,10 @@ class Dispatcher:
             log.debug("event=renew_retry job=%s reason=%s", attempt.held.job_id, e)
 
     def _learn(self, waker: Waker, ended: Ended) -> None:
-        if ended.suspect:
-            waker.suspect()
+        if ended.refused_us:
+            waker.set_aside(ended.refused_us)
+        elif ended.suspect or ended.pause_s:
+            waker.suspect(pause_s=ended.pause_s)
         if ended.outcome != "done":
             return
         before = self._service_ms.get(waker.name) or self._fleet.picture.facts.get(waker.name, ModelFacts()).service_ms

@@ -50,6 +50,9 @@ PASSIVE_PROMPT_TOKENS = 512
 
 EWMA = 0.3
 
+RUN_BY = "backend model url api_key_env embeddings trust command options context_tokens max_concurrent".split()
+"""What of its definition a runtime runs by, or is trusted by: a change takes effect when nothing runs."""
+
 
 class NoRoom(LoadFailed):
     """The model does not fit beside those that may not go now: no failure of its own."""
@@ -68,6 +71,7 @@ class Surroundings:
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
+    outdone: Callable[[str], bool] = lambda _model: False  # whether another host has become warm after this one
 
 
 class Waker:
@@ -98,6 +102,7 @@ class Waker:
         self._unreachable = 0
         self._suspected = False
         self._left_behind = False
+        self._aside = ""
         self._busy_asked = 0.0
         self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
@@ -201,17 +206,24 @@ class Waker:
         if prompt_tokens - cached_tokens <= PASSIVE_PROMPT_TOKENS:
             self._measured(ms)
 
-    def suspect(self) -> None:
+    def suspect(self, *, pause_s: float = 0.0) -> None:
         """Says that an attempt lost its connection: ask the runtime before another job is claimed for it.
 
         At once the first time; one that says it is fine and fails again gets a pause, or a short trouble of the
-        runtime would use up every waiting job's losses.
+        runtime would use up every waiting job's losses. `pause_s` is how long it asked itself to be left alone.
         """
         now = self._loop.time()
         again = now - self._suspected_at < SUSPECT_MEMORY_S
+        left_s = self._ask_at - now if self._suspected else 0.0
         self._suspected, self._suspected_at = True, now
-        self._ask_at = now + SUSPECT_PAUSE_S if again else now
+        self._ask_at = now + max(pause_s, left_s, SUSPECT_PAUSE_S if again else 0.0)
         self._unreachable = 1
+        self.kick()
+
+    def set_aside(self, reason: str) -> None:
+        """Says that the runtime takes none of our requests, for a reason that no other request changes: no more is
+        claimed for it, and it is quarantined."""
+        self._suspected, self._aside = True, reason
         self.kick()
 
     def released(self, job_id: str, *, clean: bool, tokens: int = 0, served: bool = True) -> None:
@@ -230,6 +242,9 @@ class Waker:
             await self._clear_up()
         if self.wanted_model is not self.model:
             await self._take_over()
+        if self._aside and self.state in ("warm", "degraded"):
+            reason, self._aside = self._aside, ""
+            await self._quarantine(reason)
         if self.state in ("warm", "degraded"):
             await self._look_after()
             return
@@ -258,8 +273,7 @@ class Waker:
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
         old, new = self.model, self.wanted_model
-        same = ("backend", "model", "url", "command", "options", "context_tokens", "max_concurrent")
-        if all(getattr(old, f) == getattr(new, f) for f in same):
+        if all(getattr(old, f) == getattr(new, f) for f in RUN_BY):
             self.model = new
             return
         if not self.slots.idle:
@@ -395,11 +409,20 @@ class Waker:
 
     async def _look_after(self) -> None:
         """A resident model: still there? settled? slow? idle for long?"""
+        if self.model.shared and self._around.outdone(self.name):
+            # we were silent for so long that another host took it: its slots are offered once, and the runtime is its
+            await self._become("cold", "another host has it now")
+            return
         if self._loop.time() >= self._ask_at:
             await self._ask_runtime()
             if self.state not in ("warm", "degraded"):
                 return
-        if self.slots.idle and not self.leaving:
+        metered = self.runtime.endpoint().metered
+        if metered and self.state == "degraded" and self.slots.idle:
+            if self._loop.time() - self._probed > PROBE_IDLE_EVERY_S:  # nobody pays for a probe until it is asked for
+                await self.unload("it was slow; its next request tries it anew")
+                return
+        elif self.slots.idle and not self.leaving and not metered:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
             now = self._loop.time()
             # a probe costs somebody's cached prompt where every slot holds one; what they last answered must do
@@ -469,6 +492,7 @@ class Waker:
 
     def _measured(self, ms: float) -> None:
         self._note(ms)
+        self._probed = self._loop.time()
         if ms > self.model.first_token_budget_ms:
             self._slow += 1
             self.reason = self._slow_words(ms)

@@ -26,13 +26,12 @@ _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
             "activeHours",
             "maxDowngradeShare",
             "stickyPromotionMs",
-            "apiKeyEnv",
             "wakeForBatch",
             "onLoss",
         }
     ),
 }
-_BACKENDS_NOT_YET = frozenset({"vllm", "openai"})
+_BACKENDS_NOT_YET = frozenset({"vllm"})
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
 

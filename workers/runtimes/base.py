@@ -13,6 +13,8 @@ from typing import Literal, Protocol
 
 import httpx
 
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.dialects.openai_embeddings import EmbeddingReader
 from broker.dialects.openai_stream import ChatReader, read_complaint
 
 State = Literal["absent", "loading", "loaded", "unreachable"]
@@ -52,15 +54,28 @@ class ProbeFailed(RuntimeProblem):
     """The runtime answered, but produced no token."""
 
 
+class ProbeRefused(ProbeFailed):
+    """The runtime refused the probe with a status of its own."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"the probe was answered {status}: {words}")
+        self.status = status
+        self.words = words
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where generations go (`POST {base_url}/v1/chat/completions`) and under which model name."""
 
     base_url: str
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)  # may hold a key
     model: str = ""
     slots: int = 0
     """How many slots a request may name by `id_slot`; 0 = the runtime chooses."""
+    key_env: str = ""
+    """The environment variable whose value is in the headers; errors name it and never what is in it."""
+    metered: bool = False
+    """Each token costs money: no probe but the one that a wake needs."""
 
 
 class Runtime(Protocol):
@@ -68,7 +83,15 @@ class Runtime(Protocol):
 
     @property
     def kind(self) -> str:
-        """The backend's word in the policy file: "llama.cpp", "ollama" or "simulated"."""
+        """The backend's word in the policy file: "llama.cpp", "ollama", "simulated" or "openai"."""
+
+    @property
+    def local(self) -> bool:
+        """Whether its memory is this host's; False at a url that is not loopback, and for a remote provider."""
+
+    @property
+    def manageable(self) -> bool:
+        """Whether we can load and unload it; False for a llama-server that someone else started, and for a provider."""
 
     async def state(self) -> State:
         """Tells where the model is, within 2 s; never loads it and never wakes it."""
@@ -93,6 +116,23 @@ class Runtime(Protocol):
 
     async def close(self) -> None:
         """Stops what we started and closes our connections; an external server is left as it is."""
+
+
+KEY_REFUSED = (401, 403)
+
+
+def refusal_words(endpoint: Endpoint, status: int, words: str) -> str:
+    """Says why a provider refused. A provider that refuses a key often repeats parts of it: its words are left out
+    then, and wherever the key stands in them."""
+    if status in KEY_REFUSED and endpoint.key_env:
+        return f"the provider refused the key that is in {endpoint.key_env} ({status})"
+    return f"the provider answered {status}: {without_key(endpoint, words)}"
+
+
+def without_key(endpoint: Endpoint, words: str) -> str:
+    """Blots the key out of what a provider said."""
+    key = endpoint.headers.get("Authorization", "").removeprefix("Bearer ")
+    return words.replace(key, "***") if key else words
 
 
 def client_for(url: str) -> httpx.AsyncClient:
@@ -124,6 +164,7 @@ async def probe_chat(
         "stream_options": {"include_usage": True},
         **(extra or {}),
     }
+    body = {key: value for key, value in body.items() if value is not None}
     url = f"{endpoint.base_url}/v1/chat/completions"
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
     started = time.perf_counter()
@@ -134,7 +175,7 @@ async def probe_chat(
         ):
             if response.status_code != 200:
                 complaint = read_complaint(await response.aread())
-                raise ProbeFailed(f"the probe was answered {response.status_code}: {complaint.message}")
+                raise ProbeRefused(response.status_code, complaint.message)
             pieces = response.aiter_bytes()
             await _first_token(pieces)
             elapsed_ms = (time.perf_counter() - started) * 1000
@@ -146,6 +187,34 @@ async def probe_chat(
         raise ProbeFailed(f"the probe got no token within {timeout_s:g} s") from error
     except httpx.HTTPError as error:
         raise ProbeFailed(f"the probe broke off before its first token: {type(error).__name__} {error}") from error
+
+
+async def probe_embedding(
+    client: httpx.AsyncClient, endpoint: Endpoint, *, timeout_s: float, extra: Mapping[str, object] | None = None
+) -> float:
+    """Asks for one vector and returns the ms until it is there: the first token of an embedding model."""
+    body: dict[str, object] = {"model": endpoint.model, "input": "Hi", **(extra or {})}
+    url = f"{endpoint.base_url}{EMBEDDINGS}"
+    timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+    started = time.perf_counter()
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await client.post(url, json=body, headers=endpoint.headers, timeout=timeout)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise RuntimeUnreachable(f"nobody answers at {endpoint.base_url}: {error}") from error
+    except (TimeoutError, httpx.TimeoutException) as error:
+        raise ProbeFailed(f"the probe got no vector within {timeout_s:g} s") from error
+    except httpx.HTTPError as error:
+        raise ProbeFailed(f"the probe broke off before its vector: {type(error).__name__} {error}") from error
+    elapsed_ms = (time.perf_counter() - started) * 1000
+    if response.status_code != 200:
+        raise ProbeRefused(response.status_code, read_complaint(response.content).message)
+    reader = EmbeddingReader("probe")
+    reader.feed(response.content)
+    reader.end()
+    if reader.error is not None:
+        raise ProbeFailed(f"the probe got no vector: {reader.error}")
+    return elapsed_ms
 
 
 async def _first_token(pieces: AsyncIterator[bytes]) -> None:

@@ -23,6 +23,7 @@ from workers.runtimes.base import (
     client_for,
     looks_like_oom,
     probe_chat,
+    probe_embedding,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Ollama:
         self._model = model.model
         self._url = model.url or DEFAULT_URL
         self._client = client_for(self._url)
+        self._local = not model.shared
+        self._embeddings = model.embeddings
         self._loads = 0
         self._digest: str | None = None
         self._last_state: State = "absent"
@@ -50,6 +53,14 @@ class Ollama:
     @property
     def kind(self) -> str:
         return "ollama"
+
+    @property
+    def local(self) -> bool:
+        return self._local
+
+    @property
+    def manageable(self) -> bool:
+        return True
 
     async def state(self) -> State:
         """Asks /api/ps. A timeout means that Ollama is busy with some runner, so what we knew last still holds."""
@@ -74,7 +85,8 @@ class Ollama:
         self._loads += 1
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._generate(KEEP_FOR_EVER, read_timeout_s=timeout_s)
+                ask = self._embed_nothing if self._embeddings else self._generate
+                answer = await ask(KEEP_FOR_EVER, read_timeout_s=timeout_s)
         except (TimeoutError, httpx.ReadTimeout):
             raise LoadFailed(f"{self._title}: Ollama did not load {self._model} within {timeout_s:g} s") from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -125,7 +137,8 @@ class Ollama:
             raise RuntimeUnreachable(f"{self._title}: no Ollama answers at {self._url}")
         if state != "loaded":
             raise ProbeFailed(f"{self._title} is not loaded, and a probe must not load it")
-        return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s)
+        probe = probe_embedding if self._embeddings else probe_chat
+        return await probe(self._client, self.endpoint(), timeout_s=timeout_s)
 
     async def busy_slots(self) -> int | None:
         """Ollama tells nobody how many generations run or wait."""
@@ -139,6 +152,14 @@ class Ollama:
         return await self._client.post(
             f"{self._url}/api/generate",
             json={"model": self._model, "keep_alive": keep_alive, "stream": False},
+            timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S),
+        )
+
+    async def _embed_nothing(self, keep_alive: int, *, read_timeout_s: float) -> httpx.Response:
+        """Loads a model that only embeds, which refuses to generate: no input, no vector, but the model stays."""
+        return await self._client.post(
+            f"{self._url}/api/embed",
+            json={"model": self._model, "input": "", "keep_alive": keep_alive},
             timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S),
         )
 
