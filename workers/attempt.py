@@ -6,6 +6,7 @@ the attempt closes its connection and says nothing more.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker import errors, jobs
@@ -52,8 +53,14 @@ class Ended:
     first_token_ms: float = 0.0
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
-    pause_s: float = 0.0  # the runtime asks to be left alone for so long
-    refused_us: str = ""  # why the runtime takes no request of ours at all: its key
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The runtime wants none of our requests: for some seconds, or, with `reason`, until somebody mends it."""
+
+    pause_s: float = 0.0
+    reason: str = ""
 
 
 class Attempt:
@@ -69,6 +76,7 @@ class Attempt:
         *,
         served_by: str,
         slot: int | None = None,
+        on_refusal: Callable[[Refusal], None] = lambda _refusal: None,
     ) -> None:
         self.job = claimed.record
         self.held = Holding(self.job.id, self.job.lane, claimed.attempt, self.job.boot)
@@ -79,6 +87,7 @@ class Attempt:
         self._limits = limits
         self._served_by = served_by
         self._slot = slot if slot is not None and slot < endpoint.slots else None
+        self._on_refusal = on_refusal  # before the job is anybody's again, or the next slot would take it
         self._reader = _reader_for(self.job)
         self._exchange: Exchange | None = None
         self._news = asyncio.Event()
@@ -136,8 +145,6 @@ class Attempt:
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
-            pause_s=self._pause_s(),
-            refused_us=self._refused_us(),
         )
 
     async def _stream(self) -> None:
@@ -224,18 +231,17 @@ class Attempt:
         exchange = self._exchange
         return exchange is None or not exchange.done or exchange.status >= 500
 
-    def _pause_s(self) -> float:
-        """How long the runtime wants to be left alone, by its own word and within reason."""
-        exchange = self._exchange
-        if exchange is None or exchange.status not in BUSY:
-            return 0.0
-        asked = exchange.retry_after
-        return min(PAUSE_MAX_S, max(1.0, float(asked[:6]))) if asked.isascii() and asked.isdigit() else 0.0
-
-    def _refused_us(self) -> str:
+    def _refusal(self) -> Refusal | None:
+        """What the status says of requests to come: its key is refused, or it is busy and says for how long."""
         exchange, endpoint = self._exchange, self._endpoint
-        refused = exchange is not None and exchange.status in KEY_REFUSED and endpoint.key_env
-        return refusal_words(endpoint, exchange.status, "") if refused and exchange is not None else ""
+        if exchange is None:
+            return None
+        if exchange.status in KEY_REFUSED and endpoint.key_env:
+            return Refusal(reason=refusal_words(endpoint, exchange.status, ""))
+        asked = exchange.retry_after[:6]
+        if exchange.status in BUSY and asked.isascii() and asked.isdigit():
+            return Refusal(pause_s=min(PAUSE_MAX_S, max(1.0, float(asked))))
+        return None
 
     def _over(self) -> bool:
         """Whether no more bytes are to be waited for."""
@@ -277,8 +283,9 @@ class Attempt:
         """Words for an answer that is over and was not a success."""
         exchange = self._exchange
         assert exchange is not None
-        if refused := self._refused_us():  # not the request's fault: it may start again once the model is set aside
-            return errors.RuntimeFailed(refused)
+        refusal = self._refusal()
+        if refusal is not None and refusal.reason:  # no fault of the request: it may start again elsewhere
+            return errors.RuntimeFailed(refusal.reason)
         if exchange.status not in (0, 200):
             return self._status_words(exchange.status, exchange.retry_after)
         if exchange.lost is not None:
@@ -305,6 +312,8 @@ class Attempt:
 
     async def _fail(self, error: errors.BrokerError, *, final: bool = False) -> str:
         """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
+        if refusal := self._refusal():
+            self._on_refusal(refusal)
         try:
             if not final and _may_start_again(error):
                 outcome = await self._give_back(error)

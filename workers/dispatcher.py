@@ -222,7 +222,16 @@ class Dispatcher:
         limits = Limits(model.first_token_timeout_ms, model.stall_timeout_ms, max_losses)
         served_by = f"{waker.name}@{self._host}"
         endpoint = waker.runtime.endpoint()
-        return Attempt(self._store, self._client, claimed, endpoint, limits, served_by=served_by, slot=slot)
+        return Attempt(
+            self._store,
+            self._client,
+            claimed,
+            endpoint,
+            limits,
+            served_by=served_by,
+            slot=slot,
+            on_refusal=waker.refused,
+        )
 
     async def _claimed_unheard(self, job: Waiting) -> Claimed | None:
         """Waits for Redis and asks whether the claim was made, only its reply lost: nobody else would start the job
@@ -253,10 +262,8 @@ class Dispatcher:
             log.debug("event=renew_retry job=%s reason=%s", attempt.held.job_id, e)
 
     def _learn(self, waker: Waker, ended: Ended) -> None:
-        if ended.refused_us:
-            waker.set_aside(ended.refused_us)
-        elif ended.suspect or ended.pause_s:
-            waker.suspect(pause_s=ended.pause_s)
+        if ended.suspect:
+            waker.suspect()
         if ended.outcome != "done":
             return
         before = self._service_ms.get(waker.name) or self._fleet.picture.facts.get(waker.name, ModelFacts()).service_ms

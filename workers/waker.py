@@ -19,6 +19,7 @@ from broker import errors, wake
 from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
+from workers.attempt import Refusal
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
@@ -114,7 +115,8 @@ class Waker:
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
         resident = self.state in ("warm", "degraded") and not self._suspected
-        return resident and not self.leaving and self.slots.free > 0
+        leads_elsewhere = self.wanted_model.trust != self.model.trust  # it waits for the runtime that the policy means
+        return resident and not self.leaving and not leads_elsewhere and self.slots.free > 0
 
     @property
     def idle_ms(self) -> float:
@@ -206,6 +208,15 @@ class Waker:
         if prompt_tokens - cached_tokens <= PASSIVE_PROMPT_TOKENS:
             self._measured(ms)
 
+    def refused(self, refusal: Refusal) -> None:
+        """Hears that the runtime wants none of our requests: none is claimed for it until its pause is over, or, where
+        only a person can mend it, it is quarantined."""
+        if refusal.reason:
+            self._suspected, self._aside = True, refusal.reason
+            self.kick()
+        else:
+            self.suspect(pause_s=refusal.pause_s)
+
     def suspect(self, *, pause_s: float = 0.0) -> None:
         """Says that an attempt lost its connection: ask the runtime before another job is claimed for it.
 
@@ -218,12 +229,6 @@ class Waker:
         self._suspected, self._suspected_at = True, now
         self._ask_at = now + max(pause_s, left_s, SUSPECT_PAUSE_S if again else 0.0)
         self._unreachable = 1
-        self.kick()
-
-    def set_aside(self, reason: str) -> None:
-        """Says that the runtime takes none of our requests, for a reason that no other request changes: no more is
-        claimed for it, and it is quarantined."""
-        self._suspected, self._aside = True, reason
         self.kick()
 
     def released(self, job_id: str, *, clean: bool, tokens: int = 0, served: bool = True) -> None:

@@ -5,7 +5,7 @@ Each finding is the path of the key to change and the words of one sentence; the
 
 from collections.abc import Callable, Iterator
 
-from broker.policy.content import BATCH, Content, Match, Model
+from broker.policy.content import BATCH, Content, Match, Model, is_loopback
 from broker.policy.document import Path
 from broker.policy.lanes import CANDIDATES_MAX, Lane, covers, home_of, make_lanes
 from broker.policy.sentences import did_you_mean
@@ -53,7 +53,7 @@ def _models(content: Content) -> Iterator[Finding]:
         if model.command is not None and "{port}" not in " ".join(model.command):
             yield (*path, "command"), "must hold {port}, because we choose where the server listens"
         if model.shared and model.replicas > 1:
-            yield (*path, "replicas"), f"all hosts reach the same runtime at {model.url}, so only one of them serves it"
+            yield (*path, "replicas"), "all hosts reach the same runtime, so only one of them serves it"
         yield from _remote(path, model)
 
 
@@ -200,7 +200,7 @@ def _missing_files(content: Content, exists: Callable[[str], bool]) -> Iterator[
 
 def _open_keys(content: Content) -> Iterator[Finding]:
     for name, model in content.models.items():
-        if model.api_key_env is not None and model.shared and str(model.url).startswith("http:"):
+        if model.api_key_env and str(model.url).startswith("http:") and not is_loopback(str(model.url)):
             yield ("models", name, "url"), "is not https, so everyone on the way can read the key and the prompts"
 
 

@@ -215,7 +215,7 @@ class Model(Part):
     @property
     def shared(self) -> bool:
         """Whether all hosts would reach the same runtime: its slots are the fleet's, and one host owns them."""
-        return self.url is not None and not is_loopback(self.url)
+        return self.backend == "openai" or (self.url is not None and not is_loopback(self.url))
 
 
 class LaneEntry(Part):

@@ -12,7 +12,7 @@ from broker.dialects import openai_embeddings
 from broker.lifecycle import State
 from tests.support.broker_world import fake_world
 from tests.unit.test_attempt import Answer, Bench, refuses, runtime
-from workers.attempt import Ended
+from workers.attempt import Attempt, Ended, Refusal
 from workers.runtimes.base import Endpoint
 from workers.runtimes.http_server import Exchange
 
@@ -20,12 +20,25 @@ KEY = "sk-very-secret-0123"
 PROVIDER = Endpoint("", {"Authorization": f"Bearer {KEY}"}, model="weights", key_env="EXAMPLE_API_KEY", metered=True)
 
 
+class Listening(Bench):
+    """Hears what the attempt says of its runtime."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.refusals: list[Refusal] = []
+
+    async def claim(self, **fields: Any) -> Attempt:
+        attempt = await super().claim(**fields)
+        attempt._on_refusal = self.refusals.append
+        return attempt
+
+
 @pytest_asyncio.fixture
-async def bench() -> AsyncIterator[Bench]:
+async def bench() -> AsyncIterator[Listening]:
     async with fake_world() as world, runtime() as (url, answers, bodies):
         await world.apply()
         await world.warm(big=2)
-        bench = Bench(world, url, answers)
+        bench = Listening(world, url, answers)
         bench.bodies = bodies
         yield bench
         bench.client.close()
@@ -105,13 +118,14 @@ async def test_an_input_beyond_the_batch_is_the_requests_own_fault(bench: Bench)
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refused_key_sets_the_model_aside_and_is_never_told(
-    bench: Bench, status: int, caplog: pytest.LogCaptureFixture
+    bench: Listening, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.endpoint = PROVIDER
     caplog.set_level(logging.DEBUG)
     ended = await bench.run(busy(status))
 
-    assert ended.refused_us == f"the provider refused the key that is in EXAMPLE_API_KEY ({status})"
+    words = f"the provider refused the key that is in EXAMPLE_API_KEY ({status})"
+    assert bench.refusals == [Refusal(reason=words)]
     assert ended.outcome == "released", "the request is not to blame: it may start again elsewhere"
     record = await bench.record()
     assert KEY not in caplog.text + repr(record) + repr(PROVIDER) + repr(ended)
@@ -128,12 +142,13 @@ async def test_a_refused_key_sets_the_model_aside_and_is_never_told(
     ],
 )
 async def test_a_busy_provider_is_left_alone_for_as_long_as_it_asks(
-    bench: Bench, answer: Answer, pause_s: float
+    bench: Listening, answer: Answer, pause_s: float
 ) -> None:
     bench.endpoint = PROVIDER
     ended = await bench.run(answer)
 
-    assert (ended.outcome, ended.pause_s) == ("released", pause_s)
+    assert ended.outcome == "released"
+    assert bench.refusals == ([Refusal(pause_s)] if pause_s else [])
 
 
 async def test_the_words_of_a_provider_are_told_without_the_key(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -306,8 +306,7 @@ REMOTE = {"url": "url: https://api.example.com", "trust": "trust: remote"}
         ),
         (
             [*REMOTE.values(), "replicas: 2"],
-            "line 7: models.m.replicas: all hosts reach the same runtime at https://api.example.com, "
-            "so only one of them serves it",
+            "line 7: models.m.replicas: all hosts reach the same runtime, so only one of them serves it",
         ),
     ],
 )
