@@ -26,7 +26,16 @@ from typing import Any
 
 from workers.runtimes import simulated_vectors
 from workers.runtimes.http_server import Exchange, HttpServer
-from workers.runtimes.simulated_model import ErrorInStream, Faults, Generation, SilentEnd, Slots, die, for_ever
+from workers.runtimes.simulated_model import (
+    CHARS_PER_TOKEN,
+    ErrorInStream,
+    Faults,
+    Generation,
+    SilentEnd,
+    Slots,
+    die,
+    for_ever,
+)
 
 ABORTS_KEPT = 200
 
@@ -129,7 +138,8 @@ class SimulatedServer:
         except ValueError as error:
             await exchange.answer(_error(400, str(error), "invalid_request_error"), status=400)
             return
-        await self._count(exchange, generation, self._generate)
+        if await self._fits(exchange, generation.prompt_tokens):
+            await self._count(exchange, generation, self._generate)
 
     async def _embed(self, exchange: Exchange) -> None:
         """Answers with vectors; without the flag that a llama-server needs for them, 501 as there."""
@@ -158,7 +168,14 @@ class SimulatedServer:
         async def answer(exchange: Exchange, generation: Generation, faults: Faults) -> None:
             await self._vectors(exchange, generation, faults, body, inputs)
 
-        await self._count(exchange, generation, answer)
+        if await self._fits(exchange, max(map(len, inputs)) // CHARS_PER_TOKEN + 1):  # each input by itself
+            await self._count(exchange, generation, answer)
+
+    async def _fits(self, exchange: Exchange, tokens: int) -> bool:
+        if self.settings.context and tokens >= self.settings.context:
+            await exchange.answer(_too_long(tokens, self.settings.context), status=400)
+            return False
+        return True
 
     async def _vectors(
         self, exchange: Exchange, generation: Generation, faults: Faults, body: dict[str, Any], inputs: list[str]
@@ -185,9 +202,6 @@ class SimulatedServer:
         answer: Callable[[Exchange, Generation, Faults], Awaitable[None]],
     ) -> None:
         """Runs one request and counts it, however it ends."""
-        if self.settings.context and generation.prompt_tokens >= self.settings.context:
-            await exchange.answer(_too_long(generation.prompt_tokens, self.settings.context), status=400)
-            return
         stats = self.stats
         stats.requests_started += 1
         stats.active += 1
