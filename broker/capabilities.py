@@ -22,10 +22,10 @@ def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
         )
     need = (job.longest or job.tokens) + job.max_tokens
     if model.context_tokens is not None and need > model.context_tokens:
-        what = "an input" if wants_vectors else "prompt"
-        answer = f" and answer ({job.max_tokens})" if job.max_tokens else ""
+        what = "input" if wants_vectors else "prompt"
+        answer = f" and answer ({job.max_tokens}) need" if job.max_tokens else " needs"
         return errors.ContextTooLong(
-            f"{what} (about {job.longest or job.tokens} tokens){answer} needs {need} tokens of context; "
+            f"{what} (about {job.longest or job.tokens} tokens){answer} {need} tokens of context; "
             f"{name} has {model.context_tokens}"
         )
     return None

@@ -160,7 +160,7 @@ class ModelOnHost(_Hash):
 
     state: str = "cold"  # cold | waking | warm | degraded | unloading | quarantined
     reason: str = ""
-    runtime: str = ""  # llama.cpp | ollama | simulated
+    runtime: str = ""  # llama.cpp | ollama | simulated | openai
     slots_total: int = 0
     slots_used: int = 0
     slots_settling: int = 0

@@ -27,8 +27,9 @@ BUFFER_BYTES = 1 << 20
 ERROR_BODY_BYTES = 1 << 16
 LOOK_EVERY_S = 0.5
 BUSY = (429, 503)
+PAUSE_S = 1.0
 PAUSE_MAX_S = 60.0
-"""How long a runtime may ask to be left alone."""
+"""How long a busy runtime is left alone: this long where it does not say, and at most so long where it does."""
 
 LAST_BYTES_S = 1.0
 """How long the connection may stay open after the last finish reason before the answer counts as whole."""
@@ -238,10 +239,11 @@ class Attempt:
             return None
         if exchange.status in KEY_REFUSED and endpoint.key_env:
             return Refusal(reason=refusal_words(endpoint, exchange.status, ""))
+        if exchange.status not in BUSY:
+            return None
         asked = exchange.retry_after[:6]
-        if exchange.status in BUSY and asked.isascii() and asked.isdigit():
-            return Refusal(pause_s=min(PAUSE_MAX_S, max(1.0, float(asked))))
-        return None
+        asked_s = float(asked) if asked.isascii() and asked.isdigit() else PAUSE_S
+        return Refusal(pause_s=min(PAUSE_MAX_S, max(PAUSE_S, asked_s)))
 
     def _over(self) -> bool:
         """Whether no more bytes are to be waited for."""

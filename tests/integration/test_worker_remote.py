@@ -187,16 +187,44 @@ async def test_a_refused_key_quarantines_with_a_sentence(
     assert KEY not in await everything_in_redis(world) + caplog.text
 
 
-async def test_a_missing_key_is_said_before_the_provider_is_asked(
-    world: World, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("", f"the environment of this worker has no {ENV}, which holds the key"),
+        ("sk-one\r\nX-Other: two", f"the key in {ENV} is not one word of plain characters"),
+    ],
+)
+async def test_a_missing_or_broken_key_is_said_before_the_provider_is_asked(
+    world: World, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch, key: str, words: str
 ) -> None:
-    monkeypatch.delenv(ENV)
+    monkeypatch.setenv(ENV, key)
     await world.apply({"far": remote(provider, keepWarm=True)})
     await world.host()
     told = await world.until_model("far", "quarantined")
 
-    assert told.reason == f"model 'far': the environment of this worker has no {ENV}, which holds the key"
+    assert told.reason == f"model 'far': {words}"
     assert provider.received == []
+
+
+async def test_a_redirect_is_not_followed(
+    world: World, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has allowed the prompt and the key to go where it leads, neither with a probe nor with an answer."""
+    monkeypatch.setattr(waker, "QUARANTINE_S", 0.5)
+    async with FakeProvider().listening() as elsewhere:
+        moved = 307, {"Location": f"{elsewhere.url}/v1/chat/completions"}
+        provider.refusals.append(moved)
+        await world.apply({"far": remote(provider, keepWarm=True)})
+        await world.host()
+        assert "answered 307" in (await world.until_model("far", "quarantined")).reason
+        await world.until_model("far", "warm")
+        provider.refusals.append(moved)
+        ask = await world.submit("far", zone="remote")
+        record = await ask.end()
+
+        assert (record.state, record.error) == (State.FAILED, "runtime_failed")
+        assert record.error_message.startswith("the runtime answered 307")
+        assert elsewhere.received == []
 
 
 async def test_a_busy_provider_is_asked_again_when_it_said(world: World, provider: FakeProvider) -> None:

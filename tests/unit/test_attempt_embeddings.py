@@ -136,8 +136,8 @@ async def test_a_refused_key_sets_the_model_aside_and_is_never_told(
     [
         (busy(429, retry_after="20"), 20.0),
         (busy(503, retry_after="900"), 60.0),
-        (busy(429), 0.0),
-        (busy(429, retry_after="Fri, 31 Dec 2027 23:59:59 GMT"), 0.0),
+        (busy(429), 1.0),
+        (busy(429, retry_after="Fri, 31 Dec 2027 23:59:59 GMT"), 1.0),
         (busy(500, retry_after="20"), 0.0),
     ],
 )

@@ -100,3 +100,9 @@ def test_sizes_and_ages_are_short() -> None:
     assert [duration(n) for n in (0, 999, 1000, 119_000, 120_000, 7_199_000, 7_200_000)] == [
         "0ms", "999ms", "1s", "119s", "2m", "120m", "2h",
     ]  # fmt: skip
+
+
+def test_a_remote_fallback_takes_no_promoted_job_and_the_policy_line_says_so() -> None:
+    lane = LaneStatus(name="near", model="near", fallback="far", spills_only=True, cold_start_budget_ms=25000)
+
+    assert Snapshot(lanes=(lane,)).policy_lines == ["near spill -> far while it is full, for requests that may leave"]

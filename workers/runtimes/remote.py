@@ -6,6 +6,7 @@ is needed. It stands in one header, and what the provider says is never repeated
 """
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 from workers.runtimes.base import (
@@ -23,6 +24,8 @@ from workers.runtimes.base import (
 
 if TYPE_CHECKING:
     from broker.policy import Model
+
+_PLAIN = re.compile(r"[\x21-\x7e]+")
 
 
 class Remote:
@@ -48,14 +51,12 @@ class Remote:
 
     async def state(self) -> State:
         """Says whether we could ask it; the provider itself is not asked."""
-        return "absent" if self._key_is_missing else "loaded"
+        return "absent" if self._key_problem else "loaded"
 
     async def load(self, *, timeout_s: float) -> None:
-        """Loads nothing; raises LoadFailed where the key is missing, before a request tells the provider so."""
-        if self._key_is_missing:
-            raise LoadFailed(
-                f"{self._title}: the environment of this worker has no {self._model.api_key_env}, which holds the key"
-            )
+        """Loads nothing; raises LoadFailed where there is no key, before a request tells the provider so."""
+        if self._key_problem:
+            raise LoadFailed(f"{self._title}: {self._key_problem}")
 
     async def unload(self) -> None:
         """There is nothing to give back."""
@@ -67,7 +68,7 @@ class Remote:
         key = self._key
         return Endpoint(
             base_url=self._url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {key}"} if key and not self._key_problem else {},
             model=self._model.model,
             key_env=self._model.api_key_env or "",
             metered=True,
@@ -102,5 +103,11 @@ class Remote:
         return os.environ.get(self._model.api_key_env, "").strip() if self._model.api_key_env else ""
 
     @property
-    def _key_is_missing(self) -> bool:
-        return self._model.api_key_env is not None and not self._key
+    def _key_problem(self) -> str:
+        """Why the key cannot stand in a header; what it is stays unsaid."""
+        name, key = self._model.api_key_env, self._key
+        if name and not key:
+            return f"the environment of this worker has no {name}, which holds the key"
+        if key and not _PLAIN.fullmatch(key):
+            return f"the key in {name} is not one word of plain characters"
+        return ""
