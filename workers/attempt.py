@@ -97,6 +97,7 @@ class Attempt:
         self._timer: asyncio.TimerHandle
         self._first_token_s = 0.0
         self._complaint = bytearray()
+        self._gone = False  # the runtime says that it does not have the model
         self._stop: errors.BrokerError | None = None
         self._seq = 0
         self._buffered = 0
@@ -176,8 +177,8 @@ class Attempt:
         try:
             return await self._client.post(
                 self._endpoint.base_url,
-                self.job.endpoint,
-                self._asked(),
+                self._endpoint.path(self.job.endpoint),
+                self._request(),
                 headers=self._endpoint.headers,
                 on_data=self._on_data,
                 on_news=self._news.set,
@@ -186,10 +187,11 @@ class Attempt:
         except UpstreamLost as e:
             raise errors.RuntimeFailed(str(e)) from None
 
-    def _asked(self) -> bytes:
+    def _request(self) -> bytes:
+        to = self._endpoint
         if isinstance(self._reader, EmbeddingReader):
-            return rewrite_embeddings(self._body, self._endpoint.model)
-        return rewrite_chat(self._body, self._endpoint.model, slot=self._slot)
+            return rewrite_embeddings(self._body, to.model, drops=to.drops, extra=to.extra)
+        return rewrite_chat(self._body, to.model, slot=self._slot, drops=to.drops, extra=to.extra)
 
     def _on_data(self, data: bytes) -> None:
         exchange = self._exchange
@@ -230,7 +232,7 @@ class Attempt:
 
     def _runtime_is_suspect(self) -> bool:
         exchange = self._exchange
-        return exchange is None or not exchange.done or exchange.status >= 500
+        return exchange is None or not exchange.done or exchange.status >= 500 or self._gone
 
     def _refusal(self) -> Refusal | None:
         """What the status says of requests to come: its key is refused, or it is busy and says for how long."""
@@ -266,7 +268,7 @@ class Attempt:
                 if (now - self._started) * 1000 > limits.first_token_timeout_ms:
                     self.stop(
                         errors.RuntimeFailed(
-                            f"no first token within {limits.first_token_timeout_ms / 1000:g} s",
+                            f"no first token within {limits.first_token_timeout_ms / 1000:g} s{self._how_far()}",
                             status=504,
                             retryable=False,
                         )
@@ -280,6 +282,11 @@ class Attempt:
             elif self._reader.succeeded:
                 self._news.set()
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
+
+    def _how_far(self) -> str:
+        """Tells a long prompt from a runtime that does nothing, where the runtime says how much of it has been read."""
+        read = self._reader.prompt_read if isinstance(self._reader, ChatReader) else None
+        return f"; the runtime has read {read[0]:,} of {read[1]:,} prompt tokens" if read is not None else ""
 
     def _failure(self) -> errors.BrokerError:
         """Words for an answer that is over and was not a success."""
@@ -306,6 +313,9 @@ class Attempt:
         words = without_key(self._endpoint, complaint.message)
         if complaint.context_overflow:
             return errors.ContextTooLong(words)
+        if status in (400, 404) and complaint.model_gone:
+            self._gone = True
+            return errors.RuntimeFailed(f"the runtime does not have the model now: {words}")
         if status in (400, 404, 413, 415, 422):
             return errors.RuntimeRefused(words, status=status)
         when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""

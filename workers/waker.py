@@ -314,7 +314,6 @@ class Waker:
                 log.warning("event=wake_drop model=%s reason=redis away, the lock runs out by itself", self.name)
 
     async def _load_and_probe(self, lock: wake.WakeLock) -> None:
-        started = self._loop.time()
         timeout_s = self.model.wake_timeout_ms / 1000
         demanded = await self._demanded()
         failed: Exception | None = None
@@ -322,7 +321,12 @@ class Waker:
         try:
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(self._keep_lock(lock), name=f"wake-lock {self.name}")
-                async with asyncio.timeout(timeout_s), self._around.room_for(self.name, demanded):
+                async with (
+                    self.runtime.turn(),
+                    asyncio.timeout(timeout_s),
+                    self._around.room_for(self.name, demanded),
+                ):
+                    started = self._loop.time()
                     await self.runtime.load(timeout_s=timeout_s)
                     load_ms = (self._loop.time() - started) * 1000
                     first_ms = await self._probe()
@@ -437,6 +441,7 @@ class Waker:
         if (
             self.slots.idle
             and not self.model.keep_warm
+            and self.runtime.manageable
             and self.idle_ms > self.model.idle_unload_ms
             and not await self._wanted()
             and self.slots.idle  # a job may have been claimed while we asked
@@ -470,7 +475,7 @@ class Waker:
             self.kick()
 
     async def _slots_settled(self) -> bool:
-        if self._loop.time() - self._busy_asked < LOOK_EVERY_S / 2:
+        if self._loop.time() - self._busy_asked < 0.9 * LOOK_EVERY_S:
             return False  # asked about for another reason: polling too often hides closed connections from a runtime
         self._busy_asked = self._loop.time()
         busy = await self.runtime.busy_slots()

@@ -7,7 +7,8 @@ end, and the changes are cut into the original bytes.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 from broker.errors import BadRequest
@@ -69,6 +70,26 @@ def splice_members(body: bytes, members: list[Member], changes: Mapping[str, obj
         pieces += body[done:end], b"," if members else b"", added
         done = end
     pieces.append(body[done:])
+    return b"".join(pieces)
+
+
+def without(body: bytes, keys: Container[str]) -> bytes:
+    """Takes top-level keys out of a JSON object, each with its comma; gives the very body back if it has none."""
+    members = scan(body)
+    left = [member for member in members if member.key not in keys]
+    if len(left) == len(members):
+        return body
+    start, end = body.index(b"{") + 1, members[-1].end
+    if not left:
+        return body[:start] + body[end:]
+    # What stays keeps the bytes up to the next member, but for the last: after it only the object's own end may follow.
+    pieces = [body[: members[0].key_start]]
+    for member, after in pairwise([*members, None]):
+        if member is None or member.key in keys:
+            continue
+        last = member is left[-1]
+        pieces.append(body[member.key_start : member.end if last or after is None else after.key_start])
+    pieces.append(body[end:])
     return b"".join(pieces)
 
 

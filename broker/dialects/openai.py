@@ -6,7 +6,7 @@ A body passes through untouched but for the model name and the stream flags. The
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -95,20 +95,39 @@ def read_chat(body: bytes) -> ChatFacts:
     )
 
 
-def rewrite_chat(body: bytes, model: str, *, slot: int | None = None) -> bytes:
+def rewrite_chat(
+    body: bytes,
+    model: str,
+    *,
+    slot: int | None = None,
+    drops: Container[str] = frozenset(),
+    extra: Mapping[str, object] | None = None,
+) -> bytes:
     """Names the runtime's model and asks for a stream with usage; leaves every other byte as the client sent it.
 
-    `slot` is the llama-server slot that has the session's prompt in its cache.
+    `slot` is the llama-server slot that has the session's prompt in its cache. `drops` are keys that the runtime must
+    not see, at the top or in `options`, because they would load the model again; `extra` is what it must.
     """
     members = json_splice.scan(body)
+    if drops and any(member.key in drops or member.key == "options" for member in members):
+        body = _without(body, members, drops)
+        members = json_splice.scan(body)
     options = _USAGE_ASKED
     for member in members:
         if member.key == "stream_options" and isinstance(member.value, dict):
             options = json_splice.splice(body[member.start : member.end], {"include_usage": True})
-    changes: dict[str, object] = {"model": model, "stream": True, "stream_options": options}
+    changes: dict[str, object] = {"model": model, "stream": True, "stream_options": options, **(extra or {})}
     if slot is not None:
         changes["id_slot"] = slot
     return json_splice.splice_members(body, members, changes)
+
+
+def _without(body: bytes, members: list[json_splice.Member], drops: Container[str]) -> bytes:
+    options = [member for member in members if member.key == "options"]
+    if options and isinstance(options[-1].value, dict):  # of several the last one counts
+        inner = json_splice.without(body[options[-1].start : options[-1].end], drops)
+        body = json_splice.splice_members(body, members, {"options": inner})
+    return json_splice.without(body, drops)
 
 
 def heartbeat(note: str) -> bytes:

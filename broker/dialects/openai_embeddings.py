@@ -6,6 +6,7 @@ tens of megabytes of numbers, so it is not parsed: the vectors are stepped over,
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -49,9 +50,16 @@ def read_embeddings(body: bytes) -> EmbeddingFacts:
     return EmbeddingFacts(model, len(sizes), sum(sizes), max(sizes))
 
 
-def rewrite_embeddings(body: bytes, model: str) -> bytes:
-    """Names the runtime's model and leaves every other byte as the client sent it."""
-    return json_splice.splice(body, {"model": model})
+def rewrite_embeddings(
+    body: bytes, model: str, *, drops: frozenset[str] = frozenset(), extra: Mapping[str, object] | None = None
+) -> bytes:
+    """Names the runtime's model and leaves every other byte as the client sent it.
+
+    `drops` are keys that the runtime must not see, because they would load the model again: `options`, which this
+    dialect does not know, goes with them. `extra` is what the runtime must see.
+    """
+    kept = json_splice.without(body, drops | {"options"}) if drops else body
+    return json_splice.splice(kept, {"model": model, **(extra or {})})
 
 
 class EmbeddingReader:

@@ -17,6 +17,9 @@ MAX_COMPLAINT_CHARS = 300  # enough to know the cause; a runtime may quote the w
 
 _CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call")
 _FAILED_REASONS = frozenset({"error", "abort"})  # the runtime broke off, whatever it has sent so far
+_GONE = re.compile(
+    r"\bmodel\b.*\b(not found|does not exist|is not loaded)|\bno model\b.*\bloaded", re.IGNORECASE | re.DOTALL
+)
 _find_null = re.compile(rb'"finish_reason"\s*:\s*null').search
 _find_model = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"').search
 
@@ -39,6 +42,12 @@ class RuntimeComplaint:
             or "too large to process" in self.message  # llama-server's 500 for an input beyond its batch
             or "input length exceeds" in self.message  # Ollama's, for an embedding
         )
+
+    @property
+    def model_gone(self) -> bool:
+        """Whether the runtime says that it does not have the model, or not any more: no fault of the request, whose
+        model name is ours."""
+        return _GONE.search(self.message) is not None
 
 
 def read_complaint(body: bytes) -> RuntimeComplaint:
@@ -65,6 +74,7 @@ class ChatReader:
         self.usage: dict[str, int] | None = None
         self.timings: dict[str, Any] | None = None
         self.complaint: RuntimeComplaint | None = None
+        self.prompt_read: tuple[int, int] | None = None  # prompt tokens read so far, and of how many
         self._new_model = json_splice.encode(served_as)
         self._include_usage = include_usage
         self._n = n
@@ -181,6 +191,11 @@ class ChatReader:
             if isinstance(choice, dict):
                 content |= _holds_content(choice.get("delta"))
                 finished |= self._read_finish(choice)
+        progress = chunk.get("prompt_progress")
+        if isinstance(progress, dict):
+            self._read_progress(progress)
+            if not (content or finished or self.has_content):  # we asked for it: no client sees it, no first token
+                return
         self._read_figures(chunk, last=finished or not choices)
         self.has_content |= content
         hidden = not choices and isinstance(chunk.get("usage"), dict) and not self._include_usage
@@ -222,6 +237,11 @@ class ChatReader:
         if reason in _FAILED_REASONS:
             self._fail(f"the runtime broke off the generation (finish reason {reason})")
         return True
+
+    def _read_progress(self, progress: dict[str, Any]) -> None:
+        done, total = progress.get("processed"), progress.get("total")
+        if isinstance(done, int) and isinstance(total, int):
+            self.prompt_read = done, total
 
     def _read_figures(self, chunk: dict[str, Any], *, last: bool) -> None:
         """Keeps usage and timings; those of a running choice may be on every chunk, and most chunks are not parsed."""

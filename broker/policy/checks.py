@@ -48,6 +48,9 @@ def _models(content: Content) -> Iterator[Finding]:
             yield (*path, "command"), f"only a llama.cpp model is started by a command, and this one is {model.backend}"
         if model.url is not None and model.backend == "simulated":
             yield (*path, "url"), "a simulated model has no url"
+        if model.backend == "vllm" and model.url is None:
+            yield path, "a vllm model needs a url: vLLM is started by you, and asked to sleep and wake by us"
+        yield from _options(path, model)
         if model.hosts == []:
             yield (*path, "hosts"), "names no host; leave the key out to allow all"
         if model.command is not None and "{port}" not in " ".join(model.command):
@@ -67,8 +70,34 @@ def _remote(path: Path, model: Model) -> Iterator[Finding]:
         yield (*path, "trust"), "must be remote, because prompts for an openai model leave the machine"
     if model.url is None:
         yield (*path, "url"), "is missing: where does the provider listen? https://api.openai.com, for one"
-    if model.options:
-        yield (*path, "options"), "an openai model has none; clients send what they want"
+
+
+def _options(path: Path, model: Model) -> Iterator[Finding]:
+    """Refuses options that would be accepted without effect, or with one that nobody wants."""
+    if not model.options or model.backend == "simulated":
+        return
+    where: Path = (*path, "options")
+    if model.backend == "ollama":
+        yield (
+            where,
+            (
+                "an Ollama model takes no options, because Ollama would load it again for each request without them; "
+                "write them into a Modelfile (PARAMETER num_ctx 16384) or set OLLAMA_CONTEXT_LENGTH"
+            ),
+        )
+    elif model.backend == "openai":
+        yield where, "an openai model has none; clients send what they want"
+    elif model.backend == "llama.cpp":
+        yield where, "a llama.cpp model takes no options; write them into its command"
+    else:
+        for key in model.options.keys() - {"sleepLevel"}:
+            yield (*where, key), "a vllm model has one option, sleepLevel"
+        level = model.options.get("sleepLevel", 1)
+        if isinstance(level, bool) or level not in (1, 2):
+            yield (
+                (*where, "sleepLevel"),
+                "must be 1 (asleep, the weights are kept in host memory) or 2 (they are read again at each wake)",
+            )
 
 
 def _aliases(content: Content) -> Iterator[Finding]:

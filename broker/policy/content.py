@@ -175,10 +175,12 @@ class Part(BaseModel):
 class Model(Part):
     """One model: the runtime that serves it, its weights, and what its own lane allows."""
 
-    backend: Literal["ollama", "llama.cpp", "simulated", "openai"] = Field(
+    backend: Literal["ollama", "llama.cpp", "vllm", "simulated", "openai"] = Field(
         description="The runtime that serves the model; openai is a remote provider that speaks OpenAI's protocol."
     )
-    model: Text = Field(description="What the runtime calls the weights: an Ollama tag, or the path of a GGUF file.")
+    model: Text = Field(
+        description="What the runtime calls the weights: an Ollama tag, a GGUF file's path, a router's or vLLM's id."
+    )
     url: Url | None = Field(None, description="Where the runtime listens, when it is not at its usual place.")
     api_key_env: EnvName | None = Field(
         None, description="The variable of the worker's environment that holds the remote provider's key."

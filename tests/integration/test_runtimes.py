@@ -95,7 +95,7 @@ def pidfile_of(state_dir: Path) -> dict[str, Any]:
 
 async def test_llama_cpp_loads_answers_and_gives_its_memory_back(tmp_path: Path, gguf_file: Path) -> None:
     async with runtime_of(tmp_path, **llama(gguf_file)) as runtime:
-        assert runtime.kind == "llama.cpp"
+        assert (runtime.kind, runtime.local, runtime.manageable) == ("llama.cpp", True, True)
         assert await runtime.state() == "absent"
         assert await runtime.memory_bytes() is None
         await runtime.load(timeout_s=BOUND_S)
@@ -160,6 +160,7 @@ async def test_llama_cpp_by_url_is_used_and_left_alone(tmp_path: Path, gguf_file
         url = theirs.endpoint().base_url
         async with runtime_of(tmp_path / "ours", backend="llama.cpp", model="anything", url=f"{url}/v1") as runtime:
             await runtime.load(timeout_s=BOUND_S)
+            assert (runtime.local, runtime.manageable) == (True, False), "nothing of ours to load or unload"
             assert runtime.endpoint().base_url == url
             assert await runtime.probe(timeout_s=BOUND_S) > 0
             assert await runtime.memory_bytes() is None
@@ -388,14 +389,18 @@ async def test_a_simulated_model_wakes_in_its_own_time_and_says_what_it_pretends
     async with runtime_of(tmp_path, **simulated(coldStartMs=300, prefill_tps=1000)) as runtime:
         assert (runtime.kind, await runtime.state()) == ("simulated", "absent")
         seen: set[str] = set()
+        shares: list[float] = []
         load = asyncio.create_task(runtime.load(timeout_s=BOUND_S), name="load")
         await asyncio.wait({load}, timeout=0.01)
         async with asyncio.timeout(BOUND_S):
             while not load.done():
                 seen.add(await runtime.state())
+                if (share := await runtime.progress()) is not None:
+                    shares.append(share)
                 await asyncio.wait({load}, timeout=0.01)
         await load
         assert "loading" in seen and "absent" not in seen
+        assert shares == sorted(shares) and 0 < shares[-1] <= 1 and await runtime.progress() == 1
         assert await runtime.state() == "loaded"
         assert await runtime.memory_bytes() == 300 * 1024 * 1024
         assert await runtime.probe(timeout_s=BOUND_S) >= 5
@@ -528,6 +533,39 @@ async def test_ollama_shows_no_load_so_we_remember_ours_and_hold_its_connection(
         assert (await runtime.state(), server.loads_aborted) == ("loaded", [])
 
 
+async def test_a_load_waits_for_its_turn_at_the_one_loader_of_an_ollama(tmp_path: Path) -> None:
+    """Ollama keeps the second load in line without a word: that time is not the second model's, or it would fail for
+    being slow while nothing of it had begun."""
+    async with ollama_of(tmp_path, "one:1b", "two:1b", model="one:1b") as (server, one):
+        async with runtime_of(tmp_path, backend="ollama", model="two:1b", url=server.url) as two:
+
+            async def load(runtime: Runtime, timeout_s: float) -> None:
+                async with runtime.turn():
+                    await runtime.load(timeout_s=timeout_s)
+
+            server.hold_loads()
+            first = asyncio.create_task(load(one, BOUND_S), name="first")
+            await server.load_seen.wait()
+            second = asyncio.create_task(load(two, 0.2), name="second")
+            await asyncio.wait({second}, timeout=0.4)
+            assert not second.done() and server.loads_started == ["one:1b"]
+            server.release_loads()
+            await asyncio.gather(first, second)
+            assert server.loads_started == ["one:1b", "two:1b"]
+
+
+async def test_a_load_that_is_given_up_while_it_waits_leaves_the_line_free(tmp_path: Path) -> None:
+    async with ollama_of(tmp_path, "one:1b", "two:1b", model="one:1b") as (server, one):
+        async with runtime_of(tmp_path, backend="ollama", model="two:1b", url=server.url) as two:
+            async with one.turn():
+                waiting = asyncio.ensure_future(two.turn().__aenter__())
+                await asyncio.wait({waiting}, timeout=0.05)
+                waiting.cancel()
+                await asyncio.wait({waiting})
+            async with asyncio.timeout(BOUND_S), two.turn():
+                pass
+
+
 async def test_ollama_drops_a_load_that_we_abandon(tmp_path: Path) -> None:
     async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
         server.hold_loads()
@@ -590,6 +628,34 @@ async def test_ollama_says_how_to_get_a_model_it_lacks(tmp_path: Path) -> None:
         assert await runtime.state() == "absent"
 
 
+async def test_an_ollama_whose_line_is_full_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 says nothing of the model; 404 says that it is not there and will not be."""
+    monkeypatch.setattr(ollama, "BUSY_PAUSE_S", 0.02)
+    async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
+        server.busy_answers = 3
+        await runtime.load(timeout_s=BOUND_S)
+        assert (len(server.generate_bodies), server.loads_started) == (4, ["qwen:32b"])
+        server.busy_answers = 10**9
+        with pytest.raises(LoadFailed, match=r"Ollama did not load qwen:32b within 0.2 s: server busy, please try"):
+            await runtime.load(timeout_s=0.2)
+
+
+async def test_a_size_that_is_the_files_is_not_taken_for_the_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where Ollama cannot read its runner's log it tells the file's size for both, also of a machine without a GPU."""
+    async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
+        await runtime.load(timeout_s=BOUND_S)
+        server.ps_size = server.ps_vram = GIB  # as in /api/tags
+        assert await runtime.memory_bytes() == int(1.2 * GIB)
+        assert await runtime.memory_bytes() == int(1.2 * GIB)
+        assert [r.getMessage() for r in caplog.records if "memory_estimated" in r.getMessage()] == [
+            "event=memory_estimated model=qwen:32b file_mb=1024 reason=Ollama tells the size of the file"
+        ]
+        server.ps_size = server.ps_vram = 2 * GIB
+        assert await runtime.memory_bytes() == 2 * GIB
+
+
 async def test_ollama_short_of_memory_is_told_apart(tmp_path: Path) -> None:
     async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
         server.load_error = 500, "model requires more system memory (20.1 GiB) than is available (9.3 GiB)"
@@ -612,6 +678,22 @@ async def test_a_probe_neither_loads_an_ollama_model_nor_changes_how_long_it_sta
         (asked,) = server.chat_bodies
         assert set(asked) == {"model", "messages", "max_tokens", "stream", "stream_options"}
         assert (asked["max_tokens"], asked["stream"], server.loaded["qwen:32b"]) == (1, True, -1)
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://127.0.0.1:11434", True),
+        ("http://[::1]:11434", True),
+        ("http://localhost:11434", True),
+        ("http://gpu-box:11434", False),
+        ("http://192.168.1.7:11434", False),
+    ],
+)
+async def test_memory_behind_another_address_is_not_this_hosts(tmp_path: Path, url: str, local: bool) -> None:
+    for backend in ("ollama", "llama.cpp"):
+        async with runtime_of(tmp_path, backend=backend, model="x", url=url) as runtime:
+            assert runtime.local is local
 
 
 async def test_no_ollama_at_all_is_unreachable(tmp_path: Path) -> None:

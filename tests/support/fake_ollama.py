@@ -1,4 +1,4 @@
-"""An Ollama double that keeps Ollama's traps and writes down what it was asked.
+"""An Ollama double that keeps Ollama's traps and writes down what it was asked: one role of the scripted runtime.
 
 It hides a model that loads, aborts a load whose client goes away, shortens names in /api/ps, insists on a keep_alive
 that Ollama would take, reloads when a runner option differs, and serves its OpenAI endpoint without a limit. Loads take
@@ -6,50 +6,36 @@ as long as a test says: `hold_loads()` makes them wait for `release_loads()`.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-from workers.runtimes.http_server import Exchange, HttpServer
+from tests.support.scripted_runtime import ScriptedRuntime
+from workers.runtimes.http_server import Exchange
 
 GIB = 1024**3
 
 
-class FakeOllama:
+class FakeOllama(ScriptedRuntime):
     """A server with some models on its disk, none of them loaded."""
 
+    word = "ollama"
+    opening = ""
+
     def __init__(self, *stored: str) -> None:
-        self.url = ""
+        super().__init__()
         self.digests = {_full(name): f"sha256:{index:064x}" for index, name in enumerate(stored, start=1)}
         self.loaded: dict[str, Any] = {}  # full name -> the keep_alive it was loaded with
         self.loads_started: list[str] = []
         self.loads_aborted: list[str] = []
         self.generate_bodies: list[dict[str, Any]] = []
-        self.chat_bodies: list[dict[str, Any]] = []
         self.embed_bodies: list[dict[str, Any]] = []
         self.only_embeds: set[str] = set()  # full names of the models that refuse to generate
+        self.ps_size, self.ps_vram = 2 * GIB, GIB
+        self.busy_answers = 0  # so many loads are refused before one is taken in: the line of loads is full
         self.load_error: tuple[int, str] | None = None
-        self.load_seen = asyncio.Event()
         self.abort_seen = asyncio.Event()
         self.ps_blocked = asyncio.Event()
         self.ps_blocked.set()  # set = /api/ps answers
-        self._may_load = asyncio.Event()
-        self._may_load.set()
         self._one_load = asyncio.Lock()
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator["FakeOllama"]:
-        """Serves on a loopback port while the block runs."""
-        async with HttpServer(self._handle).listening() as port:
-            self.url = f"http://127.0.0.1:{port}"
-            yield self
-
-    def hold_loads(self) -> None:
-        self._may_load.clear()
-
-    def release_loads(self) -> None:
-        self._may_load.set()
 
     def block_ps(self) -> None:
         """Leaves /api/ps unanswered, as Ollama does while its scheduler sets a runner up or tears one down."""
@@ -74,7 +60,7 @@ class FakeOllama:
             case "POST", "/v1/embeddings":
                 await self._vectors(exchange, exchange.json())
             case "POST", "/v1/chat/completions":
-                await self._chat(exchange, exchange.json())
+                await self._open_chat(exchange, exchange.json())
             case _:
                 await exchange.answer({"error": "not found"}, status=404)
 
@@ -83,7 +69,13 @@ class FakeOllama:
 
     def _running(self, name: str) -> dict[str, Any]:
         short = name.removesuffix(":latest").removeprefix("library/")
-        return {"name": short, "model": short, "size": 2 * GIB, "size_vram": GIB, "digest": self.digests[name]}
+        return {
+            "name": short,
+            "model": short,
+            "size": self.ps_size,
+            "size_vram": self.ps_vram,
+            "digest": self.digests[name],
+        }
 
     async def _generate(self, exchange: Exchange, body: dict[str, Any]) -> None:
         self.generate_bodies.append(body)
@@ -97,6 +89,10 @@ class FakeOllama:
             self.loaded.pop(name, None)  # After the answer, as Ollama does: before it asks what the model can do.
         elif name in self.only_embeds:
             await exchange.answer({"error": f'"{body["model"]}" does not support generate'}, status=400)
+        elif self.busy_answers:
+            self.busy_answers -= 1
+            text = "server busy, please try again.  maximum pending requests exceeded"
+            await exchange.answer({"error": text}, status=503)
         elif await self._load(exchange, name, keep_alive):
             await exchange.answer(_done(name, "load"))
 
@@ -141,22 +137,13 @@ class FakeOllama:
             usage = {"prompt_tokens": 2, "total_tokens": 2}
             await exchange.answer({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
-    async def _chat(self, exchange: Exchange, body: dict[str, Any]) -> None:
-        self.chat_bodies.append(body)
+    async def _open_chat(self, exchange: Exchange, body: dict[str, Any]) -> None:
         name = _full(body["model"])
         if name not in self.digests:
             error = {"message": f"model '{body['model']}' not found", "type": "not_found_error"}
             await exchange.answer({"error": error}, status=404)
-            return
-        if name not in self.loaded and not await self._load(exchange, name, 300):
-            return
-        words = ["ollama", *(f" {number}" for number in range(1, body.get("max_tokens") or 8))]
-        await exchange.begin("text/event-stream")
-        for word in ["", *words]:  # Ollama's first chunk may be empty; it is no first token.
-            await exchange.write(_event(body, {"role": "assistant", "content": word}, None))
-        await exchange.write(_event(body, {"role": "assistant", "content": ""}, "length"))
-        await exchange.write(b"data: [DONE]\n\n")
-        await exchange.end()
+        elif name in self.loaded or await self._load(exchange, name, 300):
+            await self._chat(exchange)
 
 
 def _full(name: str) -> str:
@@ -165,9 +152,3 @@ def _full(name: str) -> str:
 
 def _done(name: str, reason: str) -> dict[str, Any]:
     return {"model": name, "created_at": "2026-01-01T00:00:00Z", "response": "", "done": True, "done_reason": reason}
-
-
-def _event(body: dict[str, Any], delta: dict[str, Any], finish_reason: str | None) -> bytes:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": body["model"], "choices": [choice]}
-    return b"data: " + json.dumps(chunk).encode() + b"\n\n"

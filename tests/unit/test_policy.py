@@ -116,7 +116,7 @@ def test_every_key_can_be_set() -> None:
     assert (policy.max_losses, policy.header_hold_ms, policy.disconnect_grace_ms) == (2, 4_000, 3_000)
     assert (policy.drain_timeout_ms, policy.keep_ms, policy.keep_async_ms) == (20_000, 500_000, 3_600_000)
     assert policy.models["deep-coder"].weight == 2.5
-    assert policy.models["deep-coder"].options == {"num_ctx": 65536, "stop": ["</s>"]}
+    assert policy.models["deep-coder"].options == {"sleepLevel": 2}
 
 
 def test_a_command_is_split_like_a_shell_does_and_json_in_it_is_left_alone() -> None:
@@ -255,10 +255,9 @@ def test_a_wrong_key_of_a_model_is_one_sentence(line: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
-        ("vllm", f"'vllm' {NOT_YET}"),
-        ("olama", "must be one of ollama, llama.cpp, simulated, openai, not 'olama', did you mean 'ollama'?"),
-        ("[ollama]", "must be one of ollama, llama.cpp, simulated, openai, not a list"),
-        ("tgi", "must be one of ollama, llama.cpp, simulated, openai, not 'tgi'"),
+        ("olama", "must be one of ollama, llama.cpp, vllm, simulated, openai, not 'olama', did you mean 'ollama'?"),
+        ("[ollama]", "must be one of ollama, llama.cpp, vllm, simulated, openai, not a list"),
+        ("tgi", "must be one of ollama, llama.cpp, vllm, simulated, openai, not 'tgi'"),
     ],
 )
 def test_an_unknown_backend_is_one_sentence(backend: str, words: str) -> None:
@@ -349,6 +348,65 @@ def test_a_fallback_gives_what_was_asked_for() -> None:
         "line 2: models.a.fallback: 'b' gives vectors and 'a' gives text",
         "line 5: lanes.l.fallback: 'a' gives text and 'l' gives vectors",
     ]
+
+
+SLEEP_LEVEL = "must be 1 (asleep, the weights are kept in host memory) or 2 (they are read again at each wake)"
+
+
+@pytest.mark.parametrize(
+    ("backend", "lines", "words"),
+    [
+        (
+            "ollama",
+            ["options: { num_ctx: 16384 }"],
+            "line 5: models.m.options: an Ollama model takes no options, because Ollama would load it again for each "
+            "request without them; write them into a Modelfile (PARAMETER num_ctx 16384) or set OLLAMA_CONTEXT_LENGTH",
+        ),
+        (
+            "llama.cpp",
+            ["options: { n_ctx: 16384 }"],
+            "line 5: models.m.options: a llama.cpp model takes no options; write them into its command",
+        ),
+        (
+            "vllm",
+            [],
+            "line 2: models.m: a vllm model needs a url: vLLM is started by you, and asked to sleep and wake by us",
+        ),
+        (
+            "vllm",
+            ["url: http://a", "options: { level: 2 }"],
+            "line 6: models.m.options.level: a vllm model has one option, sleepLevel",
+        ),
+        (
+            "vllm",
+            ["url: http://a", "options: { sleepLevel: 3 }"],
+            f"line 6: models.m.options.sleepLevel: {SLEEP_LEVEL}",
+        ),
+        (
+            "vllm",
+            ["url: http://a", "options: { sleepLevel: true }"],
+            f"line 6: models.m.options.sleepLevel: {SLEEP_LEVEL}",
+        ),
+        (
+            "vllm",
+            ["url: http://a", "options: { sleepLevel: [2] }"],
+            f"line 6: models.m.options.sleepLevel: {SLEEP_LEVEL}",
+        ),
+        (
+            "vllm",
+            ["url: http://a", "command: vllm {port}"],
+            "line 6: models.m.command: only a llama.cpp model is started by a command, and this one is vllm",
+        ),
+    ],
+)
+def test_what_a_runtime_cannot_be_told_is_one_sentence(backend: str, lines: list[str], words: str) -> None:
+    """An option that were accepted without effect, or with one that nobody wants, would be found out much later."""
+    assert words in problems(model(*lines, backend=backend))
+
+
+def test_a_vllm_model_may_sleep_deeper() -> None:
+    policy = Policy.parse(model("url: http://127.0.0.1:8000/v1", "options: { sleepLevel: 2 }", backend="vllm"))
+    assert (policy.models["m"].url, policy.models["m"].options) == ("http://127.0.0.1:8000", {"sleepLevel": 2})
 
 
 @pytest.mark.parametrize(
@@ -627,7 +685,7 @@ def test_a_circle_through_a_lane_names_the_lane() -> None:
 
 def test_all_problems_are_told_in_the_order_of_the_lines() -> None:
     assert problems(model("maxQueue: -1", "keepwarm: true", "url: box", backend="olama")) == [
-        "line 3: models.m.backend: must be one of ollama, llama.cpp, simulated, openai, not 'olama', "
+        "line 3: models.m.backend: must be one of ollama, llama.cpp, vllm, simulated, openai, not 'olama', "
         "did you mean 'ollama'?",
         "line 5: models.m.maxQueue: must be at least 0, not -1",
         "line 6: models.m.keepwarm: unknown key 'keepwarm', did you mean 'keepWarm'?",
@@ -976,7 +1034,8 @@ def test_the_schema_names_and_describes_every_key_in_camel_case() -> None:
             assert re.fullmatch(r"[a-z]+([A-Z][a-z]+)*", key)
             assert about["description"].endswith(".")
     assert schema["required"] == ["models"]
-    assert schema["$defs"]["Model"]["properties"]["backend"]["enum"] == ["ollama", "llama.cpp", "simulated", "openai"]
+    backends = ["ollama", "llama.cpp", "vllm", "simulated", "openai"]
+    assert schema["$defs"]["Model"]["properties"]["backend"]["enum"] == backends
     assert schema["$defs"]["Model"]["properties"]["maxConcurrent"]["minimum"] == 1
     assert schema["$defs"]["Model"]["properties"]["command"]["anyOf"][0] == {"type": "string"}
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 def runtime_for(name: str, model: "Model", *, state_dir: Path) -> "Runtime":
     """Gives the runtime that serves one model of the policy; it starts and loads nothing yet."""
     match model.backend:
+        case "llama.cpp" if model.url is not None:
+            from workers.runtimes.llama_url import LlamaAtUrl
+
+            return LlamaAtUrl(name, model, url=model.url, state_dir=state_dir)
         case "llama.cpp":
             from workers.runtimes.llama_server import LlamaServer
 
@@ -23,6 +27,10 @@ def runtime_for(name: str, model: "Model", *, state_dir: Path) -> "Runtime":
             from workers.runtimes.ollama import Ollama
 
             return Ollama(name, model)
+        case "vllm":
+            from workers.runtimes.vllm import Vllm
+
+            return Vllm(name, model)
         case "simulated":
             from workers.runtimes.simulated import Simulated
 

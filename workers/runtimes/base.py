@@ -8,6 +8,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -16,6 +17,7 @@ import httpx
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
 from broker.dialects.openai_embeddings import EmbeddingReader
 from broker.dialects.openai_stream import ChatReader, read_complaint
+from broker.policy.content import is_loopback
 
 State = Literal["absent", "loading", "loaded", "unreachable"]
 
@@ -76,6 +78,16 @@ class Endpoint:
     """The environment variable whose value is in the headers; errors name it and never what is in it."""
     metered: bool = False
     """Each token costs money: no probe but the one that a wake needs."""
+    query: str = ""
+    drops: frozenset[str] = frozenset()
+    """Keys of a request that the runtime must not see."""
+
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Keys that every request carries."""
+
+    def path(self, path: str) -> str:
+        """Gives the path of a request, with what the runtime must be told beside its body."""
+        return f"{path}?{self.query}" if self.query else path
 
 
 class Runtime(Protocol):
@@ -83,21 +95,28 @@ class Runtime(Protocol):
 
     @property
     def kind(self) -> str:
-        """The backend's word in the policy file: "llama.cpp", "ollama", "simulated" or "openai"."""
+        """The backend's word in the policy file: such as "llama.cpp" or "ollama"."""
 
     @property
     def local(self) -> bool:
-        """Whether its memory is this host's; False at a url that is not loopback, and for a remote provider."""
+        """Whether the memory it takes is this host's: not so for a url elsewhere or a provider."""
 
     @property
     def manageable(self) -> bool:
-        """Whether we can load and unload it; False for a llama-server that someone else started, and for a provider."""
+        """Whether we can load and unload it; where only the runtime itself can tell, False until it was asked."""
 
     async def state(self) -> State:
         """Tells where the model is, within 2 s; never loads it and never wakes it."""
 
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Waits until the runtime would start on a load at once; to be held while it loads. Ollama loads one model at
+        a time, and what it keeps in line has not begun: its time must not run yet."""
+
     async def load(self, *, timeout_s: float) -> None:
         """Returns when the runtime calls the model loaded, no proof of warmth; cancelling abandons the load."""
+
+    async def progress(self) -> float | None:
+        """Tells how much of a load under way is done, 0 to 1, by the runtime's own word; None = it can't tell."""
 
     async def unload(self) -> None:
         """Gives the model's memory back."""
@@ -147,6 +166,11 @@ def client_for(url: str) -> httpx.AsyncClient:
     )
 
 
+def is_local(url: str) -> bool:
+    """Tells whether an address is on this host, without asking any name server."""
+    return is_loopback(url)
+
+
 def looks_like_oom(text: str) -> bool:
     """Tells whether a runtime's message says that memory ran out."""
     return _OUT_OF_MEMORY.search(text) is not None
@@ -164,8 +188,8 @@ async def probe_chat(
         "stream_options": {"include_usage": True},
         **(extra or {}),
     }
+    url = endpoint.base_url + endpoint.path("/v1/chat/completions")
     body = {key: value for key, value in body.items() if value is not None}
-    url = f"{endpoint.base_url}/v1/chat/completions"
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
     started = time.perf_counter()
     try:
@@ -194,7 +218,7 @@ async def probe_embedding(
 ) -> float:
     """Asks for one vector and returns the ms until it is there: the first token of an embedding model."""
     body: dict[str, object] = {"model": endpoint.model, "input": "Hi", **(extra or {})}
-    url = f"{endpoint.base_url}{EMBEDDINGS}"
+    url = endpoint.base_url + endpoint.path(EMBEDDINGS)
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
     started = time.perf_counter()
     try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from workers.runtimes.base import (
     RuntimeUnreachable,
     State,
     client_for,
+    is_local,
     probe_chat,
     probe_embedding,
 )
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 DEFAULT_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 -b 256 -ub 256".split()
 EMBEDDING_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 --embeddings".split()
 EMBEDDING_BATCH = 2048  # The whole of an input must fit one batch; what a model has that says no context.
+# Where a first token is long in coming, this shows that the prompt is being read and how much of it has been.
+PROGRESS = {"return_progress": True}
 REFUSED_WAIT_S = 10.0
 URL_POLL_S = 0.25
 
@@ -57,11 +61,15 @@ class LlamaServer:
 
     @property
     def local(self) -> bool:
-        return not self._model.shared
+        return self._url is None or is_local(self._url)
 
     @property
     def manageable(self) -> bool:
+        """Whether the process is ours; one that somebody else started has nothing that loads or unloads."""
         return self._child is not None
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def state(self) -> State:
         """Asks /health, which answers 503 while loading and never wakes a sleeping model."""
@@ -86,6 +94,10 @@ class LlamaServer:
                 await self._start(self._child, timeout_s)
             self._slots = len(await self._list_slots() or ()) if self._child is not None else 0
 
+    async def progress(self) -> float | None:
+        """A llama-server that loads answers 503 to everything, without a figure."""
+        return None
+
     async def unload(self) -> None:
         """Stops our server; one that runs at a `url` is not ours to stop and keeps its memory."""
         if self._child is None:
@@ -98,7 +110,8 @@ class LlamaServer:
         return await asyncio.to_thread(self._child.memory_bytes) if self._child is not None else None
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots)
+        extra = {} if self._model.embeddings else PROGRESS
+        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=extra)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token; `cache_prompt` is off so that the probe measures work and not the last probe's leftovers."""

@@ -6,8 +6,12 @@ down. So a load holds one connection until it ends, no request of ours carries a
 """
 
 import asyncio
+import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import httpx
 
@@ -21,6 +25,7 @@ from workers.runtimes.base import (
     RuntimeUnreachable,
     State,
     client_for,
+    is_local,
     looks_like_oom,
     probe_chat,
     probe_embedding,
@@ -29,11 +34,30 @@ from workers.runtimes.base import (
 if TYPE_CHECKING:
     from broker.policy import Model
 
+log = logging.getLogger(__name__)
+
 DEFAULT_URL = "http://127.0.0.1:11434"
 KEEP_FOR_EVER = -1  # A number: the string "-1" is refused, it lacks a unit.
 UNLOAD_NOW = 0
 UNLOAD_TIMEOUT_S = 30.0
 UNLOAD_POLL_S = 0.25
+FILE_TO_MEMORY = 1.2
+"""What a loaded model takes beyond its file, where the file's size is all there is to go by."""
+
+NOT_FOR_OLLAMA = frozenset(
+    {
+        *("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "numa", "low_vram"),
+        *("draft_num_predict", "shift", "adapters", "keep_alive"),
+    }
+)
+"""What makes Ollama load a loaded model again, or changes how long it stays: the policy's business, no client's."""
+
+BUSY_PAUSE_S = 2.0
+TURN_TIMEOUT_S = 1800.0
+"""How long one load may wait for others of the same Ollama, each of which has a limit of its own."""
+
+_lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""The line before the one loader of each Ollama; whoever holds or awaits a lock keeps it alive."""
 
 
 class Ollama:
@@ -44,10 +68,11 @@ class Ollama:
         self._model = model.model
         self._url = model.url or DEFAULT_URL
         self._client = client_for(self._url)
-        self._local = not model.shared
         self._embeddings = model.embeddings
         self._loads = 0
         self._digest: str | None = None
+        self._file_bytes = 0
+        self._estimate_told = False
         self._last_state: State = "absent"
 
     @property
@@ -56,11 +81,27 @@ class Ollama:
 
     @property
     def local(self) -> bool:
-        return self._local
+        return is_local(self._url)
 
     @property
     def manageable(self) -> bool:
         return True
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Waits for the loads of this Ollama that this worker has under way; it does them strictly one by one."""
+        line = _lines.setdefault(self._url, asyncio.Lock())
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT_S):
+                await line.acquire()
+        except TimeoutError:
+            raise LoadFailed(
+                f"{self._title}: Ollama at {self._url} was busy with other loads for {TURN_TIMEOUT_S:g} s"
+            ) from None
+        try:
+            yield
+        finally:
+            line.release()
 
     async def state(self) -> State:
         """Asks /api/ps. A timeout means that Ollama is busy with some runner, so what we knew last still holds."""
@@ -83,12 +124,18 @@ class Ollama:
         Sends no options: they would not match those of the chat endpoint and cost a reload with the first request.
         """
         self._loads += 1
+        busy = ""
         try:
             async with asyncio.timeout(timeout_s):
                 ask = self._embed_nothing if self._embeddings else self._generate
-                answer = await ask(KEEP_FOR_EVER, read_timeout_s=timeout_s)
+                while True:
+                    answer = await ask(KEEP_FOR_EVER, read_timeout_s=timeout_s)
+                    if answer.status_code != 503:  # its line of loads is full, which says nothing of this model
+                        break
+                    busy = f": {read_complaint(answer.content).message}"
+                    await asyncio.sleep(BUSY_PAUSE_S)
         except (TimeoutError, httpx.ReadTimeout):
-            raise LoadFailed(f"{self._title}: Ollama did not load {self._model} within {timeout_s:g} s") from None
+            raise LoadFailed(f"{self._title}: Ollama did not load {self._model} within {timeout_s:g} s{busy}") from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise LoadFailed(f"{self._title}: no Ollama answers at {self._url}; is it running?") from error
         except httpx.HTTPError as error:
@@ -105,6 +152,10 @@ class Ollama:
             raise LoadFailed(f"{self._title}: Ollama could not load {self._model}: {text}", looks_like_oom(text))
         self._last_state = "loaded"
 
+    async def progress(self) -> float | None:
+        """Ollama says nothing of a load before its end."""
+        return None
+
     async def unload(self) -> None:
         """Asks Ollama to drop the model and waits until it has: its answer comes before the unload, not after it."""
         try:
@@ -120,15 +171,25 @@ class Ollama:
             raise RuntimeUnreachable(f"{self._title}: Ollama at {self._url} did not unload it: {error!r}") from error
 
     async def memory_bytes(self) -> int | None:
-        """Gives Ollama's own figure, which is the size of the file where it could not read its runner's log."""
+        """Gives Ollama's own figure. Where Ollama could not read its runner's log it tells the size of the file, which
+        is too little by the context and the buffers: that is told by its equality, and estimated from."""
         try:
             running = await self._running()
         except (httpx.HTTPError, TimeoutError, ValueError):
             return None
-        return int(running.get("size") or 0) or None if running is not None else None
+        size = int(running.get("size") or 0) if running is not None else 0
+        if not size or size != self._file_bytes:
+            return size or None
+        if not self._estimate_told:
+            self._estimate_told = True
+            log.warning(
+                "event=memory_estimated model=%s file_mb=%d reason=Ollama tells the size of the file", self._model,
+                size >> 20,
+            )  # fmt: skip
+        return int(size * FILE_TO_MEMORY)
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._url, model=self._model)
+        return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token, without keep_alive and options; refuses on a model that the probe itself would load."""
@@ -176,7 +237,9 @@ class Ollama:
 
     async def _stored_digest(self) -> str | None:
         stored = await self._list("/api/tags")
-        return next((entry.get("digest") for entry in stored if _same_name(_name_of(entry), self._model)), None)
+        entry = next((entry for entry in stored if _same_name(_name_of(entry), self._model)), {})
+        self._file_bytes = int(entry.get("size") or 0)
+        return entry.get("digest")
 
     async def _list(self, path: str) -> list[dict[str, Any]]:
         answer = await self._client.get(f"{self._url}{path}")

@@ -168,7 +168,7 @@ class ChildServer:
             return None
         try:
             leader = psutil.Process(self.pid)
-            return sum(_occupied(process) for process in [leader, *leader.children(recursive=True)])
+            return sum(occupied(process) for process in [leader, *leader.children(recursive=True)])
         except psutil.NoSuchProcess:
             return None
 
@@ -302,7 +302,8 @@ def _created(pid: int) -> float | None:
         return None
 
 
-def _occupied(process: psutil.Process) -> int:
+def occupied(process: psutil.Process) -> int:
+    """Tells a process's host memory in bytes, shared pages by share (PSS) where the system can tell."""
     try:
         full = process.memory_full_info()
         return int(getattr(full, "pss", 0) or full.rss)

@@ -7,6 +7,7 @@ is needed. It stands in one header, and what the provider says is never repeated
 
 import os
 import re
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from workers.runtimes.base import (
@@ -49,6 +50,9 @@ class Remote:
     def manageable(self) -> bool:
         return False
 
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
     async def state(self) -> State:
         """Says whether we could ask it; the provider itself is not asked."""
         return "absent" if self._key_problem else "loaded"
@@ -57,6 +61,9 @@ class Remote:
         """Loads nothing; raises LoadFailed where there is no key, before a request tells the provider so."""
         if self._key_problem:
             raise LoadFailed(f"{self._title}: {self._key_problem}")
+
+    async def progress(self) -> float | None:
+        return None
 
     async def unload(self) -> None:
         """There is nothing to give back."""

@@ -4,6 +4,7 @@ It has no weights. It exists so that the gateway runs, and can be judged, on a m
 tests can ask for every way in which a runtime fails.
 """
 
+import asyncio
 import os
 import re
 import site
@@ -13,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
+
+from workers.runtimes.base import STATE_TIMEOUT_S
 from workers.runtimes.llama_server import LlamaServer
 
 if TYPE_CHECKING:
@@ -37,6 +41,17 @@ class Simulated(LlamaServer):
     @property
     def kind(self) -> str:
         return "simulated"
+
+    async def progress(self) -> float | None:
+        """Asks the server, which alone knows how long it means to pretend."""
+        if self._child is None or not self._child.running:
+            return None
+        try:
+            async with asyncio.timeout(STATE_TIMEOUT_S):
+                stats = (await self._client.get(f"{self._base_url}/simulated/stats")).json()
+        except (httpx.HTTPError, TimeoutError, ValueError):
+            return None
+        return float(stats["loaded_share"])
 
     async def memory_bytes(self) -> int | None:
         """Gives the figure that the policy pretends; the process itself needs next to nothing."""

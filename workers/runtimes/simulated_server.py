@@ -82,6 +82,7 @@ class SimulatedServer:
         self.stats = Stats()
         self.slots = Slots(settings.parallel)
         self.ready = False
+        self.started = time.monotonic()
         self.loads = _note_load(settings.load_log)
 
     async def load(self) -> None:
@@ -130,6 +131,8 @@ class SimulatedServer:
     def _stats(self) -> dict[str, Any]:
         seen = dataclasses.asdict(self.stats) | {"aborts": list(self.stats.aborts)}
         slots = {"waiting": self.slots.waiting, "max_waiting": self.slots.max_waiting, "busy_slots": self.slots.busy}
+        share = 1.0 if self.ready else (time.monotonic() - self.started) * 1000 / max(self.settings.cold_start_ms, 1.0)
+        seen["loaded_share"] = round(min(1.0, share), 3)
         return {"loads": self.loads, "memory_mb": self.settings.memory_mb, **seen, **slots}
 
     async def _chat(self, exchange: Exchange) -> None:

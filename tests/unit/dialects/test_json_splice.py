@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.dialects.json_splice import scan, splice
+from broker.dialects.json_splice import scan, splice, without
 from broker.errors import BadRequest
 
 AWKWARD = (
@@ -27,6 +27,31 @@ def test_missing_keys_go_to_the_end_of_the_object() -> None:
     assert splice(b'{ "a":1 }', {"b": True, "c": None}) == b'{ "a":1,"b":true,"c":null }'
     assert splice(b" { } ", {"b": 1}) == b' {"b":1 } '
     assert splice(b'{"o":{"x":1.50}}', {"o": b'{"x":1.50,"y":2}'}) == b'{"o":{"x":1.50,"y":2}}'
+
+
+def test_a_key_is_taken_out_with_its_comma_and_nothing_else() -> None:
+    body = b'{ "a":1.50 , "b":[2], "c" :3,"a":4 }'
+    assert without(body, {"x"}) is body
+    assert without(body, {"a"}) == b'{ "b":[2], "c" :3 }'
+    assert without(body, {"b", "c"}) == b'{ "a":1.50 , "a":4 }'
+    assert without(body, {"c"}) == b'{ "a":1.50 , "b":[2], "a":4 }'
+    assert without(body, {"a", "b", "c"}) == b"{ }"
+    assert without(AWKWARD, {"Grüße"}) == AWKWARD.replace('"Grüße":["ü", {"model":"inner"}], '.encode(), b"")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcde"), st.sampled_from(["1", '"x,}"', "[1, 2]", '{"a":1}', "null"])), max_size=7
+    ),
+    st.sets(st.sampled_from("abcde")),
+    st.sampled_from(["", " ", " \n"]),
+)
+def test_what_is_left_is_what_was_there(members: list[tuple[str, str]], keys: set[str], gap: str) -> None:
+    body = (
+        "{" + gap + f"{gap},{gap}".join(f'"{key}"{gap}:{gap}{value}' for key, value in members) + gap + "}"
+    ).encode()
+    left = without(body, keys)
+    assert [(m.key, m.value) for m in scan(left)] == [(m.key, m.value) for m in scan(body) if m.key not in keys]
 
 
 def test_spans_are_counted_in_bytes_of_any_text() -> None:

@@ -123,6 +123,23 @@ def test_rewriting_changes_only_what_must_change() -> None:
     )
 
 
+def test_what_a_runtime_must_not_see_is_taken_out_also_of_its_options() -> None:
+    """aider and Cline send another num_ctx with each call; Ollama would load the model again for each."""
+    sent = (
+        b'{"model":"m","keep_alive":"5m","messages":[{"role":"user","content":"num_ctx"}],'
+        b'"options":{"num_ctx":9216,"temperature":0.10},"num_ctx":8192,"stream":true}'
+    )
+    drops = frozenset({"num_ctx", "keep_alive"})
+    assert openai.rewrite_chat(sent, "m", drops=drops, extra={"return_progress": True}) == (
+        b'{"model":"m","messages":[{"role":"user","content":"num_ctx"}],"options":{"temperature":0.10},"stream":true,'
+        b'"stream_options":{"include_usage":true},"return_progress":true}'
+    )
+    assert b"9216" in openai.rewrite_chat(sent, "m"), "others may have it"
+    twice = b'{"options":{"num_ctx":1},"options":{"top_k":2,"num_ctx":3}}'
+    assert openai.rewrite_chat(twice, "m", drops=drops).startswith(b'{"options":{"top_k":2},"options":{"top_k":2},')
+    assert b'"options":7' in openai.rewrite_chat(b'{"options":7}', "m", drops=drops)
+
+
 @pytest.mark.parametrize("options", ["null", "{}", '{"include_usage":true}'])
 def test_rewriting_always_asks_for_usage(options: str) -> None:
     sent = b'{"model":"m","stream":false,"stream_options":%s}' % options.encode()

@@ -163,6 +163,23 @@ def test_nothing_comes_out_before_the_first_content() -> None:
     assert chat.take() == b""
 
 
+def test_progress_of_the_prompt_is_no_first_token_and_no_clients_business() -> None:
+    """We ask llama-server for it; each chunk of it repeats the role."""
+    role = {"role": "assistant", "content": None}
+    figures = [{"total": 1337, "cache": 0, "processed": done, "time_ms": done} for done in (0, 256, 1337)]
+    chat = reader()
+    for figure in figures:
+        chat.feed(llama(role, prompt_progress=figure))
+        assert not chat.has_content and chat.prompt_read == (figure["processed"], 1337)
+    chat.feed(llama(role) + llama({"content": "x"}) + llama({}, "stop"))
+    told = chunks(chat.take())
+    assert [c["choices"][0]["delta"] for c in told] == [role, {"content": "x"}, {}]
+    assert not any("prompt_progress" in c for c in told)
+    chat = reader()
+    chat.feed(llama(role, prompt_progress={"total": "many"}))
+    assert chat.prompt_read is None
+
+
 def test_a_failure_before_the_first_content_leaves_nothing() -> None:
     taken, chat = read(llama({"role": "assistant", "content": None}) + event({"error": {"message": "out of memory"}}))
     assert taken == b"" and chat.error == "out of memory" and not chat.succeeded

@@ -1,0 +1,161 @@
+"""Whose a load is: not the client's whose request caused it, and not for ever a worker's that was killed meanwhile."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from broker import jobs, wake
+from broker.lifecycle import State
+from tests.support.fake_ollama import FakeOllama
+from tests.support.redis_server import RedisServer
+from tests.support.scripted_runtime import ScriptedRouter, ScriptedRuntime, ScriptedVllm
+from tests.support.worker_world import World, eventually, simulated, until, worker_world
+
+pytestmark = pytest.mark.real
+BOUND_S = 15.0
+
+
+@pytest_asyncio.fixture
+async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        yield world
+
+
+@asynccontextmanager
+async def cold_runtime(name: str) -> AsyncIterator[tuple[ScriptedRuntime, dict[str, Any]]]:
+    """A runtime whose load waits for the test, and the model of a policy that it serves."""
+    doubles = {"ollama": FakeOllama("weights"), "llama.cpp": ScriptedRouter("weights"), "vllm": ScriptedVllm()}
+    async with doubles[name].running() as double:
+        if isinstance(double, ScriptedVllm):
+            double.put_to_sleep(1)
+        double.hold_loads()
+        yield double, {"backend": name, "model": "weights", "url": double.url, "coldStartBudgetMs": 60_000}
+
+
+async def seen(event: asyncio.Event) -> None:
+    async with asyncio.timeout(BOUND_S):
+        await event.wait()
+
+
+@pytest.mark.parametrize("name", ["ollama", "llama.cpp", "vllm"])
+async def test_the_client_that_caused_a_load_hangs_up_and_the_next_one_is_served(world: World, name: str) -> None:
+    """Ollama would abort the load with the connection that asked for it: that connection is ours."""
+    async with cold_runtime(name) as (double, model):
+        await world.apply({"big": model})
+        await world.host()
+        first = await world.submit("big")
+        await seen(double.load_seen)
+        assert await jobs.cancel(world.store, first.job_id) == "queued"
+        assert (await first.end()).state is State.CANCELLED
+        assert (await world.model("big")).state == "waking"
+        double.release_loads()
+        await world.until_model("big", "warm")
+        probes = len(double.chat_bodies)
+
+        record = await (await world.submit("big")).end()
+        assert (record.state, record.served_by) == (State.DONE, "big@gpu1")
+        assert len(double.chat_bodies) == probes + 1, "nobody generated for the one that hung up"
+        if isinstance(double, FakeOllama):
+            assert (double.loads_started, double.loads_aborted) == (["weights:latest"], [])
+        elif isinstance(double, ScriptedRouter):
+            assert double.loads_started == ["weights"]
+        elif isinstance(double, ScriptedVllm):
+            assert double.steps == ["wake kv_cache weights"]
+
+
+async def test_a_worker_killed_while_it_loads_leaves_no_server_and_no_stuck_lock(world: World) -> None:
+    """Its server goes with it. Its lock keeps other hosts from a second load until its lease is over, and not longer;
+    the same host's next worker knows that the first is dead, and does not wait for that."""
+    never = {"coldStartMs": 60_000}
+    await world.apply({"again": simulated(hosts=["gpu1"], options=never), "moves": simulated(options=never)})
+    worker = world.process("workers.host", "gpu1")
+    for model in ("again", "moves"):
+        await world.until_model(model, "waking")
+    servers = [await pid_of(world, model) for model in ("again", "moves")]
+    taken = await wake.holder(world.store, "again")
+
+    worker.kill()
+    killed_at = asyncio.get_running_loop().time()
+    left_s = int(await world.store.command("PTTL", world.store.keys.wake("moves"))) / 1000
+    assert 0 < left_s <= wake.WAKE_TTL_MS / 1000
+    await until(lambda: all(is_gone(pid) for pid in servers), what="no orphan server is left")
+    await world.apply({"again": simulated(hosts=["gpu1"], options=never), "moves": simulated(hosts=["gpu2"])})
+    await world.host("gpu2")
+    world.process("workers.host", "gpu1")
+
+    async def taken_over() -> bool:
+        return await wake.holder(world.store, "again") not in ("", taken)
+
+    await eventually(taken_over, what="the next worker of this host takes its lock over", timeout_s=left_s - 1)
+
+    async def started_again() -> bool:
+        return await pid_of(world, "again") not in servers
+
+    await eventually(started_again, what="it loads again", timeout_s=left_s - 1)
+    told = await world.until_model("moves", "warm", host="gpu2", timeout_s=left_s + 5)
+    assert told.state == "warm"
+    assert asyncio.get_running_loop().time() - killed_at > left_s - 1, "a lock that holds was broken"
+
+
+async def test_a_worker_killed_while_an_ollama_loads_takes_the_load_along(world: World) -> None:
+    """Its connection was the load's; a router's load would go on, and the next worker finds it."""
+    async with cold_runtime("ollama") as (ollama, model), cold_runtime("llama.cpp") as (router, routed):
+        assert isinstance(ollama, FakeOllama) and isinstance(router, ScriptedRouter)
+        await world.apply({"big": model | {"keepWarm": True}, "small": routed | {"keepWarm": True}})
+        worker = world.process("workers.host", "gpu1")
+        await seen(ollama.load_seen)
+        await seen(router.load_seen)
+        worker.kill()
+        await seen(ollama.abort_seen)
+        assert router.states == {"weights": "loading"}
+        ollama.release_loads()
+        router.release_loads()
+        await world.host("gpu1")
+        for name in ("big", "small"):
+            await world.until_model(name, "warm")
+        assert (ollama.loads_started, router.loads_started) == (["weights:latest"] * 2, ["weights"])
+
+
+async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_slow(world: World) -> None:
+    """Ollama says nothing of a load that waits; its time counts from when it is its turn."""
+    async with FakeOllama("one", "two").running() as ollama:
+        ollama.hold_loads()
+        model = {"backend": "ollama", "url": ollama.url}
+        await world.apply(
+            {"first": {**model, "model": "one"}, "second": {**model, "model": "two", "wakeTimeoutMs": 300}}
+        )
+        host = await world.host()
+        asks = [await world.submit("first")]
+        await seen(ollama.load_seen)
+        asks.append(await world.submit("second"))
+        await world.until_model("second", "waking")
+        waited_s = asyncio.get_running_loop().time() + 0.6
+        await until(lambda: asyncio.get_running_loop().time() > waited_s, what="its wakeTimeoutMs is over twice")
+        assert host.residents.wakers["second"].state == "waking"
+        ollama.release_loads()
+        assert [(await ask.end()).state for ask in asks] == [State.DONE] * 2
+        assert ollama.loads_started == ["one:latest", "two:latest"]
+
+
+async def pid_of(world: World, model: str) -> int:
+    async def check() -> int:
+        try:
+            return int(json.loads((world.state_dir() / f"{model}.pid").read_text())["pid"])
+        except (OSError, ValueError):
+            return 0
+
+    return await eventually(check, what=f"the server of {model} was started")
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
