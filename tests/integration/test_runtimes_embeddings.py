@@ -9,6 +9,7 @@ from broker.policy import Policy
 from tests.integration.test_runtimes import BOUND_S, break_with, llama, runtime_of, simulated
 from tests.support.fake_ollama import GIB, FakeOllama
 from tests.support.llama_server import llama_command
+from tests.support.scripted_runtime import ScriptedRouter, ScriptedVllm
 from tests.support.tiny_gguf import write_tiny_gguf
 from workers.runtimes.base import ProbeFailed, client_for
 from workers.runtimes.llama_server import LlamaServer
@@ -76,6 +77,22 @@ async def test_ollama_loads_a_model_that_only_embeds(tmp_path: Path) -> None:
             assert fake.embed_bodies[-1] == {"model": "nomic-embed-text", "input": "Hi"}, "a probe keeps nothing alive"
             await runtime.unload()
             assert fake.loaded == {}
+
+
+async def test_a_router_and_a_vllm_are_asked_for_a_vector_too(tmp_path: Path) -> None:
+    """A model of vectors answers no chat; neither is asked while it is away, which would load it or wait for ever."""
+    async with ScriptedRouter("weights").running() as router, ScriptedVllm().running() as server:
+        for fake, backend in ((router, "llama.cpp"), (server, "vllm")):
+            keys = {"backend": backend, "model": "weights", "url": fake.url, "embeddings": True}
+            async with runtime_of(tmp_path, **keys) as runtime:
+                await runtime.state()
+                await runtime.load(timeout_s=BOUND_S)
+                assert await runtime.probe(timeout_s=BOUND_S) > 0
+                assert fake.embed_bodies == [{"model": "weights", "input": "Hi"}]
+                await runtime.unload()
+                with pytest.raises(ProbeFailed):
+                    await runtime.probe(timeout_s=BOUND_S)
+                assert len(fake.embed_bodies) == 1 and fake.chat_bodies == []
 
 
 async def test_a_simulated_model_gives_vectors_or_501(tmp_path: Path) -> None:

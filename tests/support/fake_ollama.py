@@ -27,7 +27,6 @@ class FakeOllama(ScriptedRuntime):
         self.loads_started: list[str] = []
         self.loads_aborted: list[str] = []
         self.generate_bodies: list[dict[str, Any]] = []
-        self.embed_bodies: list[dict[str, Any]] = []
         self.only_embeds: set[str] = set()  # full names of the models that refuse to generate
         self.ps_size, self.ps_vram = 2 * GIB, GIB
         self.busy_answers = 0  # so many loads are refused before one is taken in: the line of loads is full

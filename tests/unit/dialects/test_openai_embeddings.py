@@ -78,6 +78,13 @@ def test_only_the_model_changes_in_a_request() -> None:
     assert rewrite_embeddings(sent, "nomic") == sent.replace(b"embed-small", b"nomic")
 
 
+def test_what_would_load_the_model_again_is_taken_out_and_what_the_runtime_needs_put_in() -> None:
+    sent = b'{"model": "embed-small", "keep_alive": 5, "input": "a", "options": {"num_ctx": 9}, "user": "ann"}'
+
+    found = rewrite_embeddings(sent, "nomic", drops=frozenset({"keep_alive"}), extra={"truncate": False})
+    assert json.loads(found) == {"model": "nomic", "input": "a", "user": "ann", "truncate": False}
+
+
 @pytest.mark.parametrize("vector", [[0.25, -1e-9, 3], "AACAPg=="], ids=["float", "base64"])
 def test_vectors_come_out_as_they_were_under_our_name(vector: Any) -> None:
     sent = answer(vector, vector)
