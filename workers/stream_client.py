@@ -238,8 +238,7 @@ class StreamClient:
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = (
             f"POST {server.path}{path} HTTP/1.1\r\nHost: {server.name}\r\nContent-Type: application/json\r\n"
-            f"Accept: text/event-stream, application/json\r\nUser-Agent: warmlane\r\n"  # some providers want a name
-            f"Content-Length: {len(body)}\r\n{extra}\r\n"
+            f"Accept: text/event-stream, application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
         )
         connection.send(exchange, head.encode("latin-1") + body)
         return exchange

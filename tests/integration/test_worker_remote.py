@@ -70,6 +70,7 @@ async def test_a_request_that_may_leave_is_answered_with_the_key_of_the_environm
     assert (record.state, record.served_by, ask.text, ask.models) == (State.DONE, "far@gpu1", "from afar", {"far"})
     assert provider.prompts == ["hi"] and provider.probes == 1
     assert {request.headers["authorization"] for request in provider.received} == {f"Bearer {KEY}"}
+    assert {request.headers["user-agent"] for request in provider.received} == {"warmlane"}
     told = await world.until_model("far", "warm")
     assert (told.runtime, told.slots_total, told.memory_bytes) == ("openai", 2, 0)
     assert told.first_token_ms > 0

@@ -72,10 +72,12 @@ class Remote:
         return None
 
     def endpoint(self) -> Endpoint:
-        key = self._key
+        headers = {"User-Agent": "warmlane"}  # some providers refuse the nameless
+        if (key := self._key) and not self._key_problem:
+            headers["Authorization"] = f"Bearer {key}"
         return Endpoint(
             base_url=self._url,
-            headers={"Authorization": f"Bearer {key}"} if key and not self._key_problem else {},
+            headers=headers,
             model=self._model.model,
             key_env=self._model.api_key_env or "",
             metered=True,
