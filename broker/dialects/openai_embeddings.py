@@ -138,7 +138,7 @@ class EmbeddingReader:
 
 
 def _without_vectors(body: bytes) -> bytes:
-    """Gives the answer with `true` in place of each vector that is one: numbers, or text in base64. Empty where the
+    """Gives the answer with `"vector"` in place of each vector that is one: numbers, or text in base64. Empty where the
     answer is cut short inside of one."""
     pieces: list[bytes] = []
     done = at = 0
@@ -156,14 +156,14 @@ def _without_vectors(body: bytes) -> bytes:
             return b""
         nested = first == b"[" and body.find(b"[", start + 1, end) >= 0
         if not nested and body[start + 1 : end].strip():
-            pieces += body[done:start], b"true"
+            pieces += body[done:start], b'"vector"'
             done = end + 1
         at = end + 1
     return b"".join([*pieces, body[done:]])
 
 
 def _has_vector(entry: object) -> bool:
-    return isinstance(entry, dict) and entry.get("embedding") is True
+    return isinstance(entry, dict) and entry.get("embedding") == "vector"
 
 
 def _renamed(body: bytes, skeleton: bytes, said: dict[str, Any], served_as: str) -> bytes:

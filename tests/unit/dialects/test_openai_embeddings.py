@@ -106,6 +106,8 @@ def test_vectors_come_out_as_they_were_under_our_name(vector: Any) -> None:
         (answer([0.5], []), "the runtime answered without a vector"),
         (answer([0.5], ""), "the runtime answered without a vector"),
         (answer([0.5], None), "the runtime answered without a vector"),
+        (answer([0.5], True), "the runtime answered without a vector"),
+        (answer([0.5], {"vector": [0.5]}), "the runtime answered without a vector"),
         (answer([[0.5], [1.5]]), "the runtime answered without a vector"),
         (b'{"object": "list", "model": "weights"}', "the runtime answered without a vector"),
         (b'{"object": "list", "data": [{"object": "embedding"}]}', "the runtime answered without a vector"),
