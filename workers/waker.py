@@ -162,6 +162,8 @@ class Waker:
                     log.exception("event=waker_broken model=%s", self.name)
                     await self._broken(e)
                     await asyncio.sleep(STEP_EVERY_S)  # whatever it kicks: no more often than a step
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    break  # a load failed in the same moment, and the task group of the load raised only that
                 self._kick.clear()
                 try:
                     async with asyncio.timeout(min(STEP_EVERY_S, max(0.01, self._ask_at - self._loop.time()))):

@@ -18,7 +18,7 @@ MAX_COMPLAINT_CHARS = 300  # enough to know the cause; a runtime may quote the w
 _CONTENT_KEYS = ("content", "reasoning_content", "reasoning", "thinking", "refusal", "tool_calls", "function_call")
 _FAILED_REASONS = frozenset({"error", "abort"})  # the runtime broke off, whatever it has sent so far
 _GONE = re.compile(
-    r"\bmodel\b.*\b(not found|does not exist|is not loaded)|\bno model\b.*\bloaded", re.IGNORECASE | re.DOTALL
+    r"\bmodel ['\"`][^'\"`\s]{1,256}['\"`] (not found|does not exist)|\bmodel is not (found|loaded)", re.IGNORECASE
 )
 _find_null = re.compile(rb'"finish_reason"\s*:\s*null').search
 _find_model = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"').search

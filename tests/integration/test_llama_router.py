@@ -95,6 +95,8 @@ async def test_the_kind_of_server_is_asked_once_and_again_when_it_was_away(tmp_p
         async with ScriptedRouter("weights").server.listening(port):
             assert await runtime.state() == "absent"
             assert runtime.manageable
+        assert await runtime.state() == "unreachable"
+        assert runtime.endpoint().query == "autoload=false", "a request that reaches it first must not load anything"
 
 
 async def test_a_server_that_still_starts_is_waited_for_and_then_asked(tmp_path: Path) -> None:

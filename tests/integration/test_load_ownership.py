@@ -17,6 +17,8 @@ from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_runtime import ScriptedRouter, ScriptedRuntime, ScriptedVllm
 from tests.support.worker_world import World, eventually, simulated, until, worker_world
+from workers.runtimes.base import LoadFailed
+from workers.runtimes.llama_server import LlamaServer
 
 pytestmark = pytest.mark.real
 BOUND_S = 15.0
@@ -142,6 +144,56 @@ async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_sl
         ollama.release_loads()
         assert [(await ask.end()).state for ask in asks] == [State.DONE] * 2
         assert ollama.loads_started == ["one:latest", "two:latest"]
+
+
+async def test_what_cannot_be_unloaded_is_not_called_cold(world: World) -> None:
+    """An idle vLLM is put to sleep and wakes for the next request; one that cannot sleep stays what it is: warm."""
+    async with ScriptedVllm().running() as sleeper, ScriptedVllm(dev=False).running() as bare:
+        model = {"backend": "vllm", "model": "weights", "idleUnloadMs": 300}
+        await world.apply({"sleeper": {**model, "url": sleeper.url}, "bare": {**model, "url": bare.url}})
+        host = await world.host()
+        for name in ("bare", "sleeper"):
+            await (await world.submit(name)).end()
+        await hosts_forget(world, "bare", "sleeper")
+        await world.until_model("sleeper", "cold")
+        assert sleeper.steps == ["sleep 1 wait"]
+        idle = host.residents.wakers["bare"]
+        await until(lambda: idle.idle_ms > 4 * 300, what="the bare one has been idle for long")
+        assert idle.state == "warm"
+        assert (await (await world.submit("sleeper")).end()).state is State.DONE
+        assert sleeper.steps == ["sleep 1 wait", "wake kv_cache weights"]
+
+
+async def hosts_forget(world: World, *models: str) -> None:
+    """Nobody wants these any more: else their last request would, for another minute."""
+    for model in models:
+        await world.store.command("HSET", world.store.keys.model(model), "wanted_until", "0")
+    for host in world.hosts.values():
+        await host._fleet.look()
+
+
+async def test_a_worker_that_is_stopped_just_as_a_load_fails_stops(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a failure and a cancellation in one moment, a task group raises the failure alone: the waker would go on for
+    ever, and its worker wait for it."""
+    loading, may_fail = asyncio.Event(), asyncio.Event()
+    wakers: list[asyncio.Task[None]] = []
+
+    async def fails(runtime: LlamaServer, *, timeout_s: float) -> None:
+        loading.set()
+        await may_fail.wait()
+        asyncio.get_running_loop().call_soon(wakers[0].cancel)
+        raise LoadFailed("the runtime went away")
+
+    monkeypatch.setattr(LlamaServer, "load", fails)
+    await world.apply({"big": simulated()})
+    host = await world.host()
+    await seen(loading)
+    wakers.append(host.residents._running["big"])
+    may_fail.set()
+    _, going_on = await asyncio.wait(wakers, timeout=5)
+    assert not going_on
 
 
 async def pid_of(world: World, model: str) -> int:

@@ -15,6 +15,7 @@ from broker.policy import Policy
 from broker.records import Frame, JobRecord
 from tests.support.broker_world import World, fake_world
 from tests.support.fake_ollama import FakeOllama
+from tests.support.llama_server import llama_command
 from tests.support.scripted_runtime import (
     BREAKS,
     TRAPS,
@@ -23,6 +24,7 @@ from tests.support.scripted_runtime import (
     ScriptedRuntime,
     ScriptedVllm,
 )
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.worker_world import eventually
 from workers.attempt import Attempt, Ended, Limits
 from workers.runtimes import runtime_for
@@ -48,6 +50,7 @@ class Bench:
         self.runtime = runtime
         self.client = StreamClient()
         self.job_id = ""
+        self.attempt: Attempt
         self.ended: list[Ended] = []
 
     async def serve(self, *, first_token_ms: int = 60_000, **body: Any) -> JobRecord:
@@ -62,6 +65,7 @@ class Bench:
             attempt = Attempt(
                 self.world.store, self.client, claimed, self.runtime.endpoint(), limits, served_by="big@gpu1"
             )
+            self.attempt = attempt
             self.ended.append(await attempt.run())
             record = await self.world.job(self.job_id)
             if record.state is not State.QUEUED:
@@ -77,16 +81,21 @@ async def bench_of(name: str, state_dir: Path) -> AsyncIterator[Bench]:
     async with fake_world() as world, make().running() as double:
         await world.apply()
         await world.warm(big=2)
-        keys = {"backend": backend, "model": "weights", "url": double.url}
-        model = Policy.parse(json.dumps({"models": {"m": keys}})).models["m"]
-        runtime = runtime_for("m", model, state_dir=state_dir)
-        try:
-            await runtime.load(timeout_s=BOUND_S)
+        async with loaded(state_dir, backend=backend, model="weights", url=double.url) as runtime:
             bench = Bench(world, double, runtime)
             yield bench
             bench.client.close()
-        finally:
-            await runtime.close()
+
+
+@asynccontextmanager
+async def loaded(state_dir: Path, **keys: Any) -> AsyncIterator[Runtime]:
+    model = Policy.parse(json.dumps({"models": {"m": keys}})).models["m"]
+    runtime = runtime_for("m", model, state_dir=state_dir)
+    try:
+        await runtime.load(timeout_s=BOUND_S)
+        yield runtime
+    finally:
+        await runtime.close()
 
 
 @pytest.mark.parametrize("name", DOUBLES)
@@ -233,3 +242,26 @@ async def test_a_prompt_that_is_still_being_read_is_no_first_token(
         await bench.serve(first_token_ms=200)
         told = json.loads((await bench.log())[-1].data)["message"]
         assert told == "no first token within 0.2 s; the runtime has read 24 of 32 prompt tokens"
+
+
+async def test_the_real_llama_cpp_tells_its_progress_and_its_cache(tmp_path: Path) -> None:
+    """Nothing of the progress reaches the client; a second turn finds the prompt of the first in the slot's cache."""
+    weights = write_tiny_gguf(tmp_path / "tiny.gguf")
+    keys = {"model": str(weights), "command": llama_command(), "contextTokens": 4096}
+    async with fake_world() as world, loaded(tmp_path, backend="llama.cpp", **keys) as runtime:
+        await world.apply()
+        await world.warm(big=2)
+        bench = Bench(world, ScriptedLlamaServer(), runtime)
+        message = {"role": "user", "content": "tell me more " * 100}
+        usages = []
+        for _ in range(2):
+            record = await bench.serve(messages=[message], max_tokens=3)
+            assert record.state is State.DONE
+            read, total = bench.attempt._reader.prompt_read or (0, 0)
+            assert 500 < read <= total, "it was asked to tell, and does"
+            assert all(b"prompt_progress" not in frame.data for frame in await bench.log())
+            usages.append(json.loads(record.usage))
+        first, second = usages
+        assert first["cached_tokens"] == 0
+        assert second["prompt_tokens"] - 16 < second["cached_tokens"] < second["prompt_tokens"]
+        bench.client.close()

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from broker import jobs, lanes, store
 from broker.lifecycle import State
 from broker.records import Claimed
 from tests.support.redis_server import RedisServer
+from tests.support.scripted_runtime import ScriptedLlamaServer
 from tests.support.worker_world import Runtime, World, eventually, simulated, until, worker_world
 from workers import dispatcher, waker
 from workers.host import Host
@@ -203,3 +205,31 @@ async def test_many_cancelled_at_once_free_all_their_slots(world: World, monkeyp
     await until(lambda: host.residents.wakers["big"].slots.idle, what="all slots are free again")
     stats = await runtime.stats()
     assert (stats["max_active"], stats["max_waiting"]) == (4, 0), "a request waited inside the runtime"
+
+
+async def test_a_llama_server_is_not_asked_about_its_slots_too_often(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question puts off the moment in which it looks for closed connections, whatever we have to ask it for."""
+    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
+    async with ScriptedLlamaServer().running() as server:
+        model = {"backend": "llama.cpp", "model": "weights", "url": server.url, "maxConcurrent": 2}
+        await world.apply({"big": model})
+        host = await world.host()
+        assert (await (await world.submit("big")).end()).state is State.DONE
+        big = host.residents.wakers["big"]
+        server.mute, server.lingering = True, 1
+        ask = await world.submit("big")
+        await until(lambda: server.active, what="it generates")
+        await jobs.cancel(world.store, ask.job_id)
+        asked: list[float] = []
+
+        def asked_often() -> bool:
+            big._ask_at = 0.0
+            big.kick()
+            asked[:] = [call.at_s for call in server.calls if call.path == "/slots"]
+            return len(asked) >= 5
+
+        await until(asked_often, what="its slots were asked about again and again")
+        assert min(after - before for before, after in pairwise(asked)) >= 0.3
+        assert len(big.slots.settling) == 1

@@ -216,7 +216,8 @@ async def test_thirty_applies_a_second_drop_nothing(world: World) -> None:
             try:
                 ask = await world.submit(model, tokens=8)
             except (errors.LaneFull, errors.UnknownModel, errors.ModelUnavailable):
-                await asyncio.sleep(1 / 30)  # a refusal waits for nothing, and the policy must get its turn
+                seen = changes
+                await until(lambda: changes > seen, what="the policy's next change")  # noqa: B023
                 continue
             asks.append(ask)
             await ask.end(20)

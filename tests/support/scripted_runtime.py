@@ -50,6 +50,7 @@ class ScriptedRuntime:
         self.trap = ""
         self.after = 2  # pieces before the trap closes
         self.mute = False
+        self.lingering = 0  # closed generations that llama-server has not noticed yet
         self.prefill_steps = 0  # prompt_progress chunks, where the client asked for them
         self.load_seen = asyncio.Event()
         self._may_load = asyncio.Event()
@@ -164,7 +165,8 @@ class ScriptedLlamaServer(ScriptedRuntime):
             case "GET", "/health":
                 await exchange.answer({"status": "ok"})
             case "GET", "/slots":
-                await exchange.answer([{"id": n, "is_processing": n < self.active} for n in range(2)])
+                busy = self.active + self.lingering
+                await exchange.answer([{"id": n, "is_processing": n < busy} for n in range(2)])
             case "GET", "/models" | "/v1/models":
                 entry = {"id": "weights", "object": "model", "owned_by": "llamacpp", "meta": {"n_ctx_train": 4096}}
                 await exchange.answer({"models": [{"name": "weights"}], "object": "list", "data": [entry]})

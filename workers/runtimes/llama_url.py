@@ -26,7 +26,8 @@ class LlamaAtUrl:
         self._url = url
         self._single = LlamaServer(name, model, state_dir=state_dir)
         self._router = LlamaRouter(name, model, url=url)
-        self._is_router: bool | None = None  # None = not known
+        self._known = False  # what it is, since it was last away
+        self._is_router = False
         self._client = client_for(url)
 
     @property
@@ -48,7 +49,7 @@ class LlamaAtUrl:
         await self._find_out()
         state = await self._server.state()
         if state == "unreachable":
-            self._is_router = None
+            self._known = False  # what comes back may be another; until it says so, requests are sent as before
         return state
 
     async def load(self, *, timeout_s: float) -> None:
@@ -56,7 +57,7 @@ class LlamaAtUrl:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + timeout_s
         await self._find_out()
-        if self._is_router:
+        if self._known and self._is_router:
             await self._router.load(timeout_s=timeout_s)
             return
         await self._single.load(timeout_s=timeout_s)
@@ -93,7 +94,7 @@ class LlamaAtUrl:
 
     async def _find_out(self) -> None:
         """Asks for the list of models, which loads none: a router's have a status, a single server's has not."""
-        if self._is_router is not None:
+        if self._known:
             return
         try:
             async with asyncio.timeout(STATE_TIMEOUT_S / 2):
@@ -102,6 +103,7 @@ class LlamaAtUrl:
         except (httpx.HTTPError, TimeoutError, ValueError, AttributeError):
             return
         if answer.status_code == 404:  # something like llama-server that lacks the list
-            self._is_router = False
+            self._known, self._is_router = True, False
         elif isinstance(entries, list) and entries:
+            self._known = True
             self._is_router = any(isinstance(entry, dict) and "status" in entry for entry in entries)

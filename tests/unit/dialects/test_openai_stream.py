@@ -347,6 +347,22 @@ def test_an_error_that_is_no_event_is_still_read(body: bytes, message: str, kind
     assert chat.complaint and chat.complaint.kind == kind
 
 
+@pytest.mark.parametrize(
+    ("message", "gone"),
+    [
+        ("model 'qwen:7b' not found", True),
+        ('model "qwen:7b" not found, try pulling it first', True),
+        ("The model `Qwen/Qwen3` does not exist.", True),
+        ("model is not loaded", True),
+        ("this model does not support images", False),
+        ("the chat template of the model was not found to support tools", False),
+        ("tool 'model' was not found", False),
+    ],
+)
+def test_a_runtime_without_the_model_is_recognised(message: str, gone: bool) -> None:
+    assert openai.RuntimeComplaint(message, "", 404).model_gone is gone
+
+
 def test_a_context_overflow_is_recognised() -> None:
     complaint = openai.read_complaint((GOLDEN / "overflow.error.json").read_bytes())
     assert complaint.context_overflow and complaint.status == 400
