@@ -194,6 +194,8 @@ class ModelFacts(_Hash):
     load_ms: float = 0  # learned, 0 = never loaded
     footprint_bytes: int = 0
     service_ms: float = 0  # mean time that a job holds a slot
+    prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
+    decode_tps: float = 0  # answer tokens written a second, 0 = not known
 
 
 @dataclass(frozen=True, kw_only=True)

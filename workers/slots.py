@@ -75,6 +75,10 @@ class Slots:
         """The sessions whose prompt a free slot has."""
         return Ready(set(self._free()), self._slots_of, self._cached)
 
+    def knows(self, session: str) -> bool:
+        """Whether any slot has the session's prompt, free or not."""
+        return session in self._slots_of
+
     def open(self, now_s: float) -> int:
         """Free slots that anybody may have: none of those that are kept for their session."""
         return self.free - sum(until > now_s for until in self._kept.values())

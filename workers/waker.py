@@ -23,6 +23,7 @@ from broker.store import Store
 from workers import progress
 from workers.attempt import Refusal
 from workers.overlap import Overlap
+from workers.rates import prefill_ms
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
@@ -227,10 +228,12 @@ class Waker:
         else:
             await self._around.learn(self.name, unloaded_until=0)
 
-    def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int) -> None:
-        """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
-        if prompt_tokens - cached_tokens <= PASSIVE_PROMPT_TOKENS:
-            self._measured(ms)
+    def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int, prefill_tps: float = 0.0) -> None:
+        """Counts a real first token as a probe, if reading its prompt cannot have been what took long. What reading
+        takes by the learned rate is subtracted; a tenth is always left, because the rate is a mean."""
+        read = max(0, prompt_tokens - cached_tokens)
+        if read <= PASSIVE_PROMPT_TOKENS:
+            self._measured(max(ms - prefill_ms(read, prefill_tps), ms / 10))
 
     def refused(self, refusal: Refusal) -> None:
         """Hears that the runtime wants none of our requests: none is claimed for it until its pause is over, or, where
