@@ -157,6 +157,8 @@ class Due:
         except errors.LaneFull:
             await self._wait(job, overdue=overdue)
             return Looked("full", lane=to.name)
+        except errors.DowngradesCapped:  # it waits on, until it gives up or others of its model are served by it
+            return await self._wait(job, overdue=overdue)
         self._fleet.moved(here.name, to.name)
         late = now - job.promote_at if overdue else 0
         log.info("event=promote job=%s lane=%s to=%s late_ms=%d", job.id, here.name, to.name, late)

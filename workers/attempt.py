@@ -149,7 +149,7 @@ class Attempt:
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
-            timings=self._reader.timings,
+            timings=self._reader.timings if isinstance(self._reader, ChatReader) else None,
         )
 
     async def _stream(self) -> None:

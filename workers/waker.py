@@ -548,9 +548,7 @@ class Waker:
         """Whether to measure now how many generations really run at once; like a probe, it costs nobody anything."""
         if self.overlap.known or self.leaving or self.state != "warm":
             return False
-        if (
-            self.model.embeddings or self.runtime.endpoint().metered
-        ):  # at once; for money
+        if self.model.embeddings or self.runtime.endpoint().metered:  # at once; for money
             return False
         quiet = self.slots.idle and self.slots.quiet(self._loop.time() - CACHED_PROMPT_S)
         return quiet and not self._around.waited_for(self.name)

@@ -24,8 +24,6 @@ _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
     Model: frozenset(
         {
             "activeHours",
-            "maxDowngradeShare",
-            "stickyPromotionMs",
             "wakeForBatch",
             "onLoss",
         }
