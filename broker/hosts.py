@@ -120,11 +120,15 @@ class Picture:
         return self.elsewhere[key]
 
     def cached_tokens(self, model: str, session: str) -> int:
-        """How many tokens of the session's prompt a live host has in a cache, as far as hosts have told."""
+        """How many tokens of the session's prompt a live host has in a cache, as far as hosts have told.
+
+        In the api's estimate, as a job's own tokens are: by the runtime's count the difference of two long prompts
+        would be all error.
+        """
         if model not in self.cached:
             found = self.cached[model] = {}
             for told in self._able(model).values():
-                for name, tokens in told.cached().values():
+                for name, tokens in told.estimates().items():
                     found[name] = max(found.get(name, 0), tokens)
         return self.cached[model].get(session, 0)
 

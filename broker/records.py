@@ -174,6 +174,7 @@ class ModelOnHost(_Hash):
     progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
     manageable: bool = True  # whether it is ours to unload
     sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
+    prompts: str = ""  # JSON: session -> tokens of its cached prompt, as the api estimates them
     since: int = 0  # instant of the last change of state
     version: int = 0  # policy version that the worker serves it under
 
@@ -181,6 +182,11 @@ class ModelOnHost(_Hash):
         """Whose prompt each slot has in its cache: slot -> session, tokens."""
         table = json.loads(self.sessions) if self.sessions else {}
         return {int(slot): (session, tokens) for slot, (session, tokens) in table.items()}
+
+    def estimates(self) -> dict[str, int]:
+        """How long the cached prompt of each session is, in the api's estimate, which a new prompt is told in too."""
+        found: dict[str, int] = json.loads(self.prompts) if self.prompts else {}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,7 @@ class Dispatcher:
         self.dispatch()
 
     async def _serve(self, waker: Waker, job: Waiting, slot: int, *, new_session: bool) -> None:
-        clean, tokens, served = True, 0, False
+        clean, tokens, estimate, served = True, 0, 0, False
         try:
             attempt = await self._claim(waker, job, slot)
             if attempt is None:
@@ -193,9 +193,10 @@ class Dispatcher:
             finally:
                 del self.attempts[held]
             clean, tokens = ended.clean, _cached_tokens(ended)
+            estimate = job.tokens + (ended.usage or {}).get("completion_tokens", 0) if tokens else 0
             self._learn(waker, ended, new_session=new_session)
         finally:
-            waker.released(_user(job), clean=clean, tokens=tokens, served=served)
+            waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served)
             self.dispatch()
 
     async def _claim(self, waker: Waker, job: Waiting, slot: int) -> Attempt | None:

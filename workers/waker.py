@@ -157,6 +157,7 @@ class Waker:
             progress=round(self.progress, 2),
             manageable=self.runtime.manageable,
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
+            prompts=json.dumps(prompts) if (prompts := self.slots.estimates()) else "",
             since=self.since_ms,
             version=version,
         )
@@ -258,9 +259,11 @@ class Waker:
         self._unreachable = 1
         self.kick()
 
-    def released(self, job_id: str, *, clean: bool, tokens: int = 0, served: bool = True) -> None:
-        """Takes a slot back from a job that ended; `tokens` = what the slot's cache should hold now."""
-        self.slots.give_back(job_id, clean=clean, now_s=self._loop.time(), tokens=tokens, served=served)
+    def released(self, job_id: str, *, clean: bool, tokens: int = 0, estimate: int = 0, served: bool = True) -> None:
+        """Takes a slot back from a job that ended; `tokens` = what the slot's cache should hold now, `estimate` the
+        same with the prompt in the api's estimate."""
+        now = self._loop.time()
+        self.slots.give_back(job_id, clean=clean, now_s=now, tokens=tokens, estimate=estimate, served=served)
         if not self.slots.using:
             self._idle_since = self._loop.time()
         if not clean and not self._suspected:

@@ -40,13 +40,9 @@ async def world() -> AsyncIterator[World]:
         yield world
 
 
-async def beat(
-    world: World, big: str = "warm", *, slots: int = 2, cached: dict[str, tuple[str, int]] | None = None
-) -> None:
+async def beat(world: World, big: str = "warm", *, slots: int = 2, cached: dict[str, int] | None = None) -> None:
     told = {
-        "big": ModelOnHost(
-            state=big, slots_total=slots, first_token_ewma_ms=500, sessions=json.dumps(cached) if cached else ""
-        ),
+        "big": ModelOnHost(state=big, slots_total=slots, first_token_ewma_ms=500, prompts=json.dumps(cached or {})),
         "small": ModelOnHost(state="warm", slots_total=4, first_token_ewma_ms=200),
     }
     await world.tell("gpu1", told)
@@ -81,7 +77,7 @@ async def test_a_long_prompt_goes_at_once_and_a_short_one_waits_for_its_turn(wor
 
 
 async def test_what_its_session_has_in_a_cache_need_not_be_read(world: World) -> None:
-    await beat(world, cached={"0": ("s1", 29_500), "1": ("s2", 100)})
+    await beat(world, cached={"s1": 29_500, "s2": 100})
     await all_slots_taken(world)
     known = await world.submit(tokens=30_000, session="s1")
     barely = await world.submit(tokens=30_000, session="s2")

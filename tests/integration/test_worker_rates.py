@@ -38,3 +38,4 @@ async def test_rates_are_learned_and_told_and_reading_is_not_slowness(world: Wor
     told = await world.model("big")
     assert told.state == "warm"
     assert 0 < told.first_token_ewma_ms < 420
+    assert told.estimates() == {"c": 20}  # the record estimates no prompt here; the answer is in the cache too
