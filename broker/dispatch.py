@@ -102,7 +102,8 @@ def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens:
     """Predicts the first token of a job with `ahead` jobs before it; inf = never, None = cannot be said.
 
     It comes when the model is ready, those before it had their turns, and its prompt is read: `fresh_tokens` of it
-    are in no cache.
+    are in no cache. On a model at work some slot becomes free every service time / slots; after a load all slots start
+    together, so that turns come in waves.
     """
     ready = ready_in_ms(view, now_ms)
     if ready is None or math.isinf(ready):
@@ -110,9 +111,10 @@ def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens:
     service = view.service_ms or UNKNOWN_SERVICE_MS
     slots = max(1, view.slots_total)
     free = view.slots_free if view.availability in ("warm", "degraded") else slots
-    waves = 0 if ahead < free else math.ceil((ahead - free + 1) / slots)
+    behind = max(0, ahead - free + 1)
+    turns = behind / slots if view.availability in ("warm", "degraded") else math.ceil(behind / slots)
     reading = fresh_tokens * 1000 / view.prefill_tps if view.prefill_tps > 0 else 0.0
-    return ready + waves * service + reading + (view.first_token_ms or 0.0)
+    return ready + turns * service + reading + (view.first_token_ms or 0.0)
 
 
 def promotion_helps(here: float | None, there: float | None, *, there_budget_ms: int, overdue: bool) -> bool:

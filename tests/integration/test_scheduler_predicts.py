@@ -66,7 +66,7 @@ async def all_slots_taken(world: World) -> None:
 
 
 async def test_a_long_prompt_goes_at_once_and_a_short_one_waits_for_its_turn(world: World) -> None:
-    """10 s for a slot and 30 s to read do not fit into 25 s; the fallback answers after 6."""
+    """5 s until one of two slots is free and 30 s to read do not fit into 25 s; the fallback answers after 6."""
     await beat(world)
     await all_slots_taken(world)
     short, long = await world.submit(tokens=100), await world.submit(tokens=30_000)
@@ -109,7 +109,7 @@ async def test_a_load_that_ends_in_time_may_still_be_followed_by_too_long_a_read
 
 
 async def test_those_behind_a_job_that_goes_move_up(world: World) -> None:
-    """Three wait for two slots of 10 s; the first of them leaves, so the last is served in the second wave in time."""
+    """Four wait behind it for two slots of 10 s: the last is served after 20 s and read in 2, which is in time."""
     await beat(world)
     await all_slots_taken(world)
     first = await world.submit(tokens=30_000)

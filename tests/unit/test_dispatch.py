@@ -138,13 +138,16 @@ def test_when_a_model_can_take_a_job(view: ModelView, expected: float | None) ->
     [
         (WARM, 0, 300),
         (WARM, 1, 300),
-        (WARM, 2, 1_300),  # both slots go to those before it
+        (WARM, 2, 800),  # both slots go to those before it; one of two becomes free every half service time
         (WARM, 3, 1_300),
-        (WARM, 4, 2_300),
-        (replace(WARM, slots_free=0), 0, 1_300),
-        (replace(WARM, service_ms=0, slots_free=0), 0, UNKNOWN_SERVICE_MS + 300),
+        (WARM, 4, 1_800),
+        (replace(WARM, slots_free=0), 0, 800),
+        (replace(WARM, slots_free=0, slots_total=1), 0, 1_300),
+        (replace(WARM, service_ms=0, slots_free=0), 0, UNKNOWN_SERVICE_MS / 2 + 300),
         (replace(WARM, availability="cold", slots_free=0), 1, 8_300),
-        (replace(WARM, availability="cold", slots_free=0), 2, 9_300),
+        (replace(WARM, availability="cold", slots_free=0), 2, 9_300),  # a load's slots all start, and end, together
+        (replace(WARM, availability="cold", slots_free=0), 3, 9_300),
+        (replace(WARM, availability="cold", slots_free=0), 4, 10_300),
         (replace(WARM, availability="cold", slots_total=0, slots_free=0), 0, 8_300),
         (replace(WARM, availability="unavailable"), 0, math.inf),
         (replace(WARM, availability="cold", load_ms=0), 0, None),
@@ -161,7 +164,7 @@ def test_when_a_first_token_comes(view: ModelView, ahead: int, expected: float |
         (replace(WARM, prefill_tps=950), 0, 0, 300),
         (replace(WARM, prefill_tps=950), 0, 735, 300 + 735 / 0.95),  # the rest of 99k tokens is in a cache
         (replace(WARM, prefill_tps=950), 0, 99_000, 300 + 99_000 / 0.95),
-        (replace(WARM, prefill_tps=950), 2, 950, 2_300),
+        (replace(WARM, prefill_tps=950), 2, 950, 1_800),
         (replace(WARM, prefill_tps=950, availability="cold", slots_free=0), 0, 950, 9_300),
         (replace(WARM, prefill_tps=950, availability="unavailable"), 0, 950, math.inf),
         (replace(WARM, prefill_tps=950, availability="cold", load_ms=0), 0, 950, None),
