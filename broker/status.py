@@ -26,7 +26,8 @@ _BEST_FIRST = ("warm", "degraded", "waking", "unloading", "cold", "quarantined")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStatus:
-    """A model over all its hosts. `waiting` and `max_queue` are those of its own lane."""
+    """A model over all its hosts. `waiting` and `max_queue` are those of its own lane. `memory_bytes` is what it
+    occupies now, `footprint_bytes` what it was learned to need on a host."""
 
     name: str
     label: str = ""
@@ -41,6 +42,7 @@ class ModelStatus:
     slots_settling: int = 0
     slots_total: int = 0
     memory_bytes: int = 0
+    footprint_bytes: int = 0
     hosts: tuple[str, ...] = ()
     simulated: bool = False
     keep_warm: bool = False
@@ -95,13 +97,15 @@ class LaneStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class HostStatus:
-    """A live host."""
+    """A live host. `memory_source` = limit, gpu or system: what the memory is of."""
 
     name: str
     beat_age_ms: int = 0
     memory_total: int = 0
     memory_used: int = 0
     memory_headroom: int = 0
+    memory_source: str = ""
+    memory_note: str = ""
     policy_version: int = 0
     draining: bool = False
     running: int = 0
@@ -252,6 +256,8 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, usa
         slots_settling=sum(m.slots_settling for m in there.values()),
         slots_total=sum(m.slots_total for m in there.values()),
         memory_bytes=sum(m.memory_bytes for m in there.values()),
+        footprint_bytes=max((m.footprint_bytes for m in there.values()), default=0)
+        or (facts.footprint_bytes if facts else 0),
         hosts=tuple(sorted(there)),
         simulated=model.backend == "simulated" or any(m.runtime == "simulated" for m in there.values()),
         keep_warm=model.keep_warm,
@@ -290,6 +296,8 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
         memory_total=host.memory_total,
         memory_used=host.memory_used,
         memory_headroom=host.memory_headroom,
+        memory_source=host.memory_source,
+        memory_note=host.memory_note,
         policy_version=host.policy_version,
         draining=host.draining,
         skew_ms=host.skew_ms,

@@ -141,6 +141,13 @@ class LlamaRouter:
             return None
         return await asyncio.to_thread(_memory_of, [str(word) for word in args])
 
+    async def file_bytes(self) -> int | None:
+        """The router does not tell where its files are."""
+        return None
+
+    def process_ids(self) -> list[int]:
+        return []
+
     def endpoint(self) -> Endpoint:
         extra = {} if self._embeddings else PROGRESS
         return Endpoint(self._url, model=self._model, slots=self._slots, query="autoload=false", extra=extra)
