@@ -189,15 +189,18 @@ class Residents:
 
     async def _need(self, waker: Waker) -> int:
         """Predicts what a load will occupy, in bytes; 0 = nothing is known."""
-        model, learned = waker.model, self._learned_of(waker.name)
-        elsewhere = self._learned.elsewhere(self._facts(waker.name), model)
-        sure = learned.footprint_bytes or model.memory_mb or elsewhere
+        facts = self._facts(waker.name)
         return predicted_bytes(
-            learned_here=learned.footprint_bytes,
-            memory_mb=model.memory_mb,
-            learned_elsewhere=elsewhere,
-            file_bytes=0 if sure else await self._file_bytes(waker),
+            learned_here=self._learned_of(waker.name).footprint_bytes,
+            memory_mb=waker.model.memory_mb,
+            learned_elsewhere=self._learned.elsewhere(facts, waker.model),
+            file_bytes=await self._file_bytes(waker) if self._is_guessed(waker) else 0,
         )
+
+    def _is_guessed(self, waker: Waker) -> bool:
+        """Whether nothing but the model's file tells what it will occupy."""
+        model, learned = waker.model, self._learned_of(waker.name).footprint_bytes
+        return not (learned or model.memory_mb or self._learned.elsewhere(self._facts(waker.name), model))
 
     async def _file_bytes(self, waker: Waker) -> int:
         now = asyncio.get_running_loop().time()
@@ -224,6 +227,8 @@ class Residents:
         was, free, total = bool(waker.unfit), look.memory.headroom >> 20, look.memory.total >> 20
         words = f"{waker.name} needs {need >> 20} MB; {free} MB are free and the other models could leave"
         waker.unfit = f"{words} {others >> 20} MB, of {total} MB in all" if unfit else ""
+        if unfit and self._is_guessed(waker):
+            waker.unfit += "; what it needs is guessed from its file, memoryMb in the policy would tell"
         if unfit != was:
             log.info("event=%s model=%s reason=%s", "unfit" if unfit else "fits_again", waker.name, waker.unfit or "-")
             waker.kick()
