@@ -11,11 +11,13 @@ import pytest_asyncio
 from broker import errors
 from broker.lifecycle import State
 from broker.records import ModelOnHost
+from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import ROOT, World, eventually, simulated, until, words, worker_world
 from workers import residents, room, waker
 from workers.memory import HostMemory
 from workers.meter import Meter
+from workers.runtimes import ollama
 
 pytestmark = pytest.mark.real
 LIMIT_MB = 1000
@@ -282,6 +284,22 @@ async def test_what_a_load_showed_outlives_the_worker(world: World) -> None:
 async def told_by(world: World, host: str) -> ModelOnHost | None:
     told = await world.model("big", host)
     return told if told.unfit else None
+
+
+async def test_a_model_on_another_machine_takes_none_of_this_hosts_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Ollama tells 2 GB; here there is one. It loads all the same, nobody goes for it, and it goes for nobody."""
+    monkeypatch.setattr(ollama, "is_local", lambda url: False)
+    async with FakeOllama("qwen:32b").running() as server:
+        away = {"backend": "ollama", "model": "qwen:32b", "url": server.url, "keepWarm": True, "minStayMs": 0}
+        await world.apply({"away": away, "here": simulated(keepWarm=False, memoryMb=700)})
+        host = await world.host(memory_mb=LIMIT_MB)
+        told = await world.until_model("away", "warm")
+        assert (told.memory_bytes, told.unfit, host.residents.memory().used) == (0, False, 0)
+        assert (await (await world.submit("here")).end()).served_by == "here@gpu1"
+        assert host.residents.memory().used == 700 << 20
+        assert (await world.model("away")).state == "warm"
 
 
 RUNS_OUT = """
