@@ -265,11 +265,13 @@ class Residents:
         return Look(memory, taken)
 
     async def _occupied(self, name: str) -> int:
-        """Measures what a loaded model takes of this host's memory, in bytes; 0 = nothing, or nobody can tell."""
-        runtime = self.wakers[name].runtime
+        """Measures what a loaded model takes of this host's memory, in bytes; where nobody can tell, `memoryMb` is
+        believed; 0 = nothing, or nothing is known."""
+        waker = self.wakers[name]
+        runtime = waker.runtime
         if not runtime.local:
             return 0
-        told = await runtime.memory_bytes() or 0
+        told = await runtime.memory_bytes() or (waker.model.memory_mb or 0) << 20
         gpus = await asyncio.to_thread(self._meter.gpus)
         on_gpu = gpus.held_by(await asyncio.to_thread(runtime.process_ids))
         return occupied_bytes(told, on_gpu, gpus_tell=bool(gpus.total))

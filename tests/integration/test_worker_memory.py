@@ -302,6 +302,25 @@ async def test_a_model_on_another_machine_takes_none_of_this_hosts_memory(
         assert (await world.model("away")).state == "warm"
 
 
+async def test_where_a_runtime_cannot_tell_the_policys_figure_counts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a vLLM that tells nothing would be free, and nobody could ask for its memory."""
+
+    async def tells_nothing(self: ollama.Ollama) -> None:
+        return None
+
+    monkeypatch.setattr(ollama.Ollama, "memory_bytes", tells_nothing)
+    async with FakeOllama("qwen:32b").running() as server:
+        mute = {"backend": "ollama", "model": "qwen:32b", "url": server.url, "memoryMb": 600, "minStayMs": 0}
+        await world.apply({"mute": mute, "other": simulated(keepWarm=False, memoryMb=700)})
+        host = await world.host(memory_mb=LIMIT_MB)
+        assert (await (await world.submit("mute")).end()).served_by == "mute@gpu1"
+        assert host.residents.memory().used == 600 << 20
+        assert (await (await world.submit("other")).end()).served_by == "other@gpu1"
+        assert host.residents.memory().used == 700 << 20, "mute went for it"
+
+
 RUNS_OUT = """
 import os, sys
 if os.path.exists(sys.argv[1]):
