@@ -27,6 +27,9 @@ ROOM_STILL_S = 6.0
 """Memory that has not moved for this long will not come: a runtime itself polls for five seconds after an unload."""
 
 STILL_BYTES = 16 << 20
+TURN_WAIT_S = 60.0
+"""How long a load waits for one of unknown size, or such a one for others, before its requests may go elsewhere."""
+
 ROOM_TRIES = 5
 """How often one load makes room anew: who was chosen to go went back to work, or somebody else took the memory."""
 
@@ -171,9 +174,14 @@ class Room:
         raise NoRoom(f"{self._words(claim, await self.look())}, and what was freed did not come back")
 
     async def _turn(self, claim: Claim) -> None:
-        """Waits while a load of unknown size is under way, or, for such a load, any; the wake's own limit ends it."""
-        while self._must_wait(claim):
-            await self._ended.wait()
+        """Waits while a load of unknown size is under way, or, for such a load, any; TURN_WAIT_S at most."""
+        try:
+            async with asyncio.timeout(TURN_WAIT_S):
+                while self._must_wait(claim):
+                    await self._ended.wait()
+        except TimeoutError:
+            others = ", ".join(name for name in self._claims if name != claim.name)
+            raise NoRoom(f"{claim.name} waits for the load of {others}: nobody knows what both will need") from None
 
     def _must_wait(self, claim: Claim) -> bool:
         others = [c for c in self._claims.values() if c is not claim]

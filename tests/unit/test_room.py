@@ -253,6 +253,18 @@ async def test_a_load_of_unknown_size_goes_on_alone() -> None:
     assert box.evicted == []
 
 
+@virtual
+async def test_nobody_waits_for_ever_for_a_load_of_unknown_size() -> None:
+    """Its own time must not run out, or it would count as its failure."""
+    box = Box()
+    unknown = asyncio.create_task(box.load("unknown", 0, size=10, takes_s=200))
+    await passes(1)
+    with pytest.raises(NoRoom, match="small waits for the load of unknown: nobody knows what both will need"):
+        await box.load("small", 1)
+    assert 1 + room_module.TURN_WAIT_S <= box.now < 70
+    await unknown
+
+
 class Loads:
     """A runtime that runs out of memory while so much is held, or so often."""
 
