@@ -6,6 +6,7 @@ that cannot be. Whoever asks hears why, in one sentence for the operator.
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +41,17 @@ class Gpus:
         self._opened = False
         self._missing = ""  # why there is no NVML here; looked for once, so that memory does not change its kind
         self._told = GpuReading()
+        self._one = threading.Lock()
 
     def read(self) -> GpuReading:
         """Adds up all GPUs that tell.
 
         What told once and fails now is believed to be full: memory of another kind is no replacement for it.
         """
+        with self._one:
+            return self._ask()
+
+    def _ask(self) -> GpuReading:
         if not self._opened:
             self._opened, self._missing = True, self._open()
         if self._nvml is None:
