@@ -227,7 +227,7 @@ class Host:
             started_at=self._started_at,
             memory_total=memory.total,
             memory_used=memory.used,
-            memory_headroom=memory.headroom,
+            memory_headroom=self.residents.headroom(),
             memory_source=memory.source if memory.total else "",
             memory_note=memory.note,
             policy_version=self._book.active.version if self._book.present else 0,

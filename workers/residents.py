@@ -113,17 +113,21 @@ class Residents:
         """The host's memory as it was last read."""
         return self._meter.limited(self._held()) or self._memory
 
+    def headroom(self) -> int:
+        """What is left for another model, in bytes: beside what loads under way were promised."""
+        return max(0, int(self._room.left(Look(self.memory()))))
+
     async def watch(self) -> None:
         """Reads memory every WATCH_EVERY_S and says which models cannot fit, until cancelled."""
         while True:
             before = self._memory
             try:
-                for name in list(self.wakers):
-                    await self._learned.recall(name)
+                for waker in list(self.wakers.values()):
+                    await self._inquire(waker)
                 look = await self._room.look()
                 for waker in list(self.wakers.values()):
                     await self._learned.note_size(waker.name, waker.model, waker.memory_bytes)
-                    await self._judge(waker, look)
+                    self._judge(waker, look)
             except errors.BrokerUnavailable as e:
                 log.debug("event=watch_retry reason=%s", e)
             except Exception:
@@ -179,22 +183,30 @@ class Residents:
         if state == "loaded" or not _is_ours(waker.runtime):
             yield Claim(name)
             return
-        await self._learned.recall(name)
-        need = await self._need(waker)
-        await self._judge(waker, await self._room.look())
+        await self._inquire(waker)
+        self._judge(waker, await self._room.look())
         if waker.unfit:
             raise NoRoom(waker.unfit)
-        async with self._room.hold(name, need, demanded=demanded) as claim:
+        async with self._room.hold(name, self._need(waker), demanded=demanded) as claim:
             yield claim
 
-    async def _need(self, waker: Waker) -> int:
+    async def _inquire(self, waker: Waker) -> None:
+        """Finds out what a prediction needs: what was learned, and the size of the file where nothing else tells."""
+        await self._learned.recall(waker.name)
+        now = asyncio.get_running_loop().time()
+        runtime, until, _ = self._file_sizes.get(waker.name, (None, 0.0, 0))
+        if self._is_guessed(waker) and (runtime is not waker.runtime or until <= now):
+            size = await waker.runtime.file_bytes() or 0
+            self._file_sizes[waker.name] = waker.runtime, now + FILE_SIZE_KEPT_S, size
+
+    def _need(self, waker: Waker) -> int:
         """Predicts what a load will occupy, in bytes; 0 = nothing is known."""
-        facts = self._facts(waker.name)
+        runtime, _, size = self._file_sizes.get(waker.name, (None, 0.0, 0))
         return predicted_bytes(
             learned_here=self._learned_of(waker.name).footprint_bytes,
             memory_mb=waker.model.memory_mb,
-            learned_elsewhere=self._learned.elsewhere(facts, waker.model),
-            file_bytes=await self._file_bytes(waker) if self._is_guessed(waker) else 0,
+            learned_elsewhere=self._learned.elsewhere(self._facts(waker.name), waker.model),
+            file_bytes=size if runtime is waker.runtime else 0,
         )
 
     def _is_guessed(self, waker: Waker) -> bool:
@@ -202,20 +214,12 @@ class Residents:
         model, learned = waker.model, self._learned_of(waker.name).footprint_bytes
         return not (learned or model.memory_mb or self._learned.elsewhere(self._facts(waker.name), model))
 
-    async def _file_bytes(self, waker: Waker) -> int:
-        now = asyncio.get_running_loop().time()
-        runtime, until, size = self._file_sizes.get(waker.name, (None, 0.0, 0))
-        if runtime is not waker.runtime or until <= now:
-            size = await waker.runtime.file_bytes() or 0
-            self._file_sizes[waker.name] = waker.runtime, now + FILE_SIZE_KEPT_S, size
-        return size
-
-    async def _judge(self, waker: Waker, look: Look) -> None:
+    def _judge(self, waker: Waker, look: Look) -> None:
         """Says whether a model that is not in memory can fit at all."""
         if waker.state not in ("cold", "waking", "quarantined") or waker.memory_bytes or not _is_ours(waker.runtime):
             unfit, need, others = False, 0, 0
         else:
-            need, others = await self._need(waker), self._held() + sum(look.taken.values())
+            need, others = self._need(waker), self._held() + sum(look.taken.values())
             returning = min(self._returning(), max(0, look.memory.total - look.memory.headroom - others))
             unfit = cannot_fit(
                 need,

@@ -135,6 +135,10 @@ class Room:
             if ended is self._ended:
                 return look
 
+    def left(self, look: Look) -> float:
+        """What will be left, in bytes, when every load in line has got what it was promised."""
+        return self._left(look, Claim(""))
+
     async def clear_for(self, claim: Claim) -> None:
         """Unloads every model that may go, for a load that ran out of memory, and waits until no more comes back.
 
