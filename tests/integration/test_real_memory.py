@@ -1,6 +1,7 @@
 """Two heavy models on real llama.cpp servers, with a cap for one: what /proc says about who was in memory when."""
 
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,18 @@ pytestmark = pytest.mark.real
 MEGABYTES = 120
 CAP_MB = 300
 """Room for one: a file of 120 MB is expected to take 144, and with its process and buffers it takes about 190."""
+
+
+LEAVES_LATE = """
+import signal, subprocess, sys, time
+server = subprocess.Popen(sys.argv[1:], process_group=0)
+def leave(*_):
+    time.sleep(1)
+    server.terminate()
+signal.signal(signal.SIGTERM, leave)
+sys.exit(server.wait())
+"""
+"""A server that holds its memory for a second after it was told to go."""
 
 
 class Watched:
@@ -78,7 +91,8 @@ def _pss(pid: int) -> int:
 async def test_the_second_heavy_model_waits_until_the_first_has_left(redis_server: RedisServer, tmp_path: Path) -> None:
     first = write_tiny_gguf(tmp_path / "first.gguf", megabytes=MEGABYTES)
     second = Path(shutil.copyfile(first, tmp_path / "second.gguf"))
-    keys = {"backend": "llama.cpp", "command": llama_command(), "contextTokens": 512, "minStayMs": 0}
+    command = [sys.executable, "-c", LEAVES_LATE, *llama_command()]
+    keys = {"backend": "llama.cpp", "command": command, "contextTokens": 512, "minStayMs": 0}
     async with worker_world(redis_server.socket_url, tmp_path) as world:
         await world.apply({file.stem: {**keys, "model": str(file)} for file in (first, second)})
         with Watched(first, second).watching() as watched:
