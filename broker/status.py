@@ -27,7 +27,7 @@ _BEST_FIRST = ("warm", "degraded", "waking", "unloading", "cold", "quarantined")
 @dataclass(frozen=True, kw_only=True)
 class ModelStatus:
     """A model over all its hosts. `waiting` and `max_queue` are those of its own lane. `memory_bytes` is what it
-    occupies now, `footprint_bytes` what it was learned to need on a host."""
+    occupies now, `footprint_bytes` what it needs."""
 
     name: str
     label: str = ""
@@ -42,7 +42,6 @@ class ModelStatus:
     slots_settling: int = 0
     slots_total: int = 0
     memory_bytes: int = 0
-    footprint_bytes: int = 0
     hosts: tuple[str, ...] = ()
     simulated: bool = False
     keep_warm: bool = False
@@ -256,8 +255,6 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, usa
         slots_settling=sum(m.slots_settling for m in there.values()),
         slots_total=sum(m.slots_total for m in there.values()),
         memory_bytes=sum(m.memory_bytes for m in there.values()),
-        footprint_bytes=max((m.footprint_bytes for m in there.values()), default=0)
-        or (facts.footprint_bytes if facts else 0),
         hosts=tuple(sorted(there)),
         simulated=model.backend == "simulated" or any(m.runtime == "simulated" for m in there.values()),
         keep_warm=model.keep_warm,
@@ -269,7 +266,9 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, usa
         state_ms=max(0, picture.at_ms - best.since) if best is not None and best.since else 0,
         progress=best.progress if best is not None and state == "waking" else -1,
         weights=model.model,
-        footprint_bytes=facts.footprint_bytes or (model.memory_mb or 0) << 20,
+        footprint_bytes=max((m.footprint_bytes for m in there.values()), default=0)
+        or facts.footprint_bytes
+        or (model.memory_mb or 0) << 20,
         max_concurrent=model.max_concurrent,
         parallel=min((m.parallel for m in there.values() if m.parallel), default=0),
         load_ms=facts.load_ms,

@@ -219,7 +219,8 @@ class Residents:
         if waker.state not in ("cold", "waking", "quarantined") or waker.memory_bytes or not _is_ours(waker.runtime):
             unfit, need, others = False, 0, 0
         else:
-            need, others = self._need(waker), self._held() + sum(look.taken.values())
+            pinned = sum(w.memory_bytes for n, w in self.wakers.items() if self._facts(n).pinned)
+            need, others = self._need(waker), self._held() - pinned + sum(look.taken.values())
             returning = min(self._returning(), max(0, look.memory.total - look.memory.headroom - others))
             unfit = cannot_fit(
                 need,
