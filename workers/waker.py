@@ -56,6 +56,7 @@ PASSIVE_PROMPT_TOKENS = 512
 
 EWMA = 0.3
 
+
 @dataclass
 class Surroundings:
     """What a waker must know beyond its own model, asked for anew at each step."""
@@ -541,9 +542,7 @@ class Waker:
         """Whether to measure now how many generations really run at once; like a probe, it costs nobody anything."""
         if self.overlap.known or self.leaving or self.state != "warm":
             return False
-        if (
-            self.model.embeddings or self.runtime.endpoint().metered
-        ):  # at once; for money
+        if self.model.embeddings or self.runtime.endpoint().metered:  # at once; for money
             return False
         quiet = self.slots.idle and self.slots.quiet(self._loop.time() - CACHED_PROMPT_S)
         return quiet and not self._around.waited_for(self.name)
