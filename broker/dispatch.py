@@ -46,6 +46,7 @@ def choose(
     now_ms: int,
     service_ms: float,
     interactive_at: int = 0,
+    active: bool = False,
     cached: Container[str] = frozenset(),
     open_slots: int | None = None,
     elsewhere: Container[str] = frozenset(),
@@ -54,16 +55,18 @@ def choose(
 
     Order: interactive before batch; then jobs whose slack until their cold-start deadline is under one service time,
     earliest deadline first; then jobs whose session's prompt is cached in a free slot; then age. With two slots or
-    more, the last free one is kept for interactive work while there was some within INTERACTIVE_MEMORY_MS.
+    more, the last free one is kept for interactive work during active hours, and while there was some within
+    INTERACTIVE_MEMORY_MS.
 
-    `interactive_at` is the instant of the last interactive claim. `cached` are the sessions that free slots hold and
-    that may still go before others. `open_slots` are the free slots that are not kept for their session: without one,
-    only cached sessions and urgent jobs get a slot; None = all free ones. `elsewhere` are sessions whose prompt
-    another host has: for AFFINITY_MS their jobs are left to it.
+    `interactive_at` is the instant of the last interactive claim; `active` = the model's active hours go on. `cached`
+    are the sessions that free slots hold and that may still go before others. `open_slots` are the free slots that are
+    not kept for their session: without one, only cached sessions and urgent jobs get a slot; None = all free ones.
+    `elsewhere` are sessions whose prompt another host has: for AFFINITY_MS their jobs are left to it.
     """
     if free < 1:
         return None
-    reserved = total >= 2 and free == 1 and interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS
+    expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
+    reserved = total >= 2 and free == 1 and expected
     best: Waiting | None = None
     best_rank: tuple[float, ...] = ()
     for job in waiting:

@@ -141,13 +141,15 @@ class Dispatcher:
 
     def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
         waiting = self._picture.waiting(active.lanes_of(name))
+        now_ms = int(time.time() * 1000) + self._fleet.skew_ms
         return dispatch.choose(
             (w for w in waiting if waker.state == "warm" or _takes_degraded(w, active)),
             free=waker.slots.free,
             total=waker.slots.total,
-            now_ms=int(time.time() * 1000) + self._fleet.skew_ms,
+            now_ms=now_ms,
             service_ms=self._service_ms.get(name, 0.0),
             interactive_at=self._interactive_at.get(name, 0),
+            active=waker.warmth.active(now_ms),
             cached=waker.slots.ready(),
             open_slots=waker.slots.open(self._loop.time()),
             elsewhere=self._fleet.picture.sessions_elsewhere(name, self._host),

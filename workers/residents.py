@@ -193,7 +193,7 @@ class Residents:
         picture = self._fleet.picture
         theirs = self._facts(victim.name).wanted_until
         if not demanded:
-            return not victim.model.keep_warm and theirs <= picture.at_ms
+            return not victim.warmth.kept(picture.at_ms) and theirs <= picture.at_ms
         return self._waited_for(name) or theirs < self._facts(name).wanted_until
 
     def _others(self, but: str, *, demanded: bool) -> list[Resident]:

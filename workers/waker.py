@@ -25,6 +25,7 @@ from workers.overlap import Overlap
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
+from workers.warmth import Warmth
 
 log = logging.getLogger("warmlane.waker")
 
@@ -82,6 +83,7 @@ class Waker:
     ) -> None:
         self.name = name
         self.model = model
+        self.warmth = Warmth(model)
         self.slots = Slots(model.max_concurrent)
         self.overlap = Overlap(model.max_concurrent)
         self.state = "cold"
@@ -273,26 +275,37 @@ class Waker:
         await self._wake()
 
     async def _wanted(self) -> bool:
-        kept = self.model.keep_warm and self._around.facts(self.name).unloaded_until <= await self._around.now_ms()
-        return kept or await self._demanded()
+        now, waited_for = await self._around.now_ms(), self._around.waited_for(self.name)
+        if self._around.facts(self.name).unloaded_until > now:  # an operator took it out: only a request brings it back
+            return waited_for or self._wanted_until > now
+        return self.warmth.wanted(now, waited_for=waited_for, wanted_until=self._wanted_until)
 
     async def _demanded(self) -> bool:
-        if self._around.waited_for(self.name):
-            return True
-        return self._around.facts(self.name).wanted_until > await self._around.now_ms()
+        return self._around.waited_for(self.name) or self._wanted_until > await self._around.now_ms()
+
+    @property
+    def _wanted_until(self) -> int:
+        return self._around.facts(self.name).wanted_until
+
+    async def _idle_too_long(self) -> bool:
+        idle_ms = self.idle_ms
+        if idle_ms <= self.model.idle_unload_ms or self._around.facts(self.name).pinned:
+            return False  # most of the time, and it needs no clock but ours
+        now, waited_for = await self._around.now_ms(), self._around.waited_for(self.name)
+        return self.warmth.idle_too_long(now, idle_ms=idle_ms, waited_for=waited_for, wanted_until=self._wanted_until)
 
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
         old, new = self.model, self.wanted_model
         same = ("backend", "model", "url", "command", "options", "context_tokens", "max_concurrent")
         if all(getattr(old, f) == getattr(new, f) for f in same):
-            self.model = new
+            self.model, self.warmth = new, Warmth(new)
             return
         if not self.slots.idle:
             return
         if self.state in ("warm", "degraded"):
             await self.unload("its definition changed")
-        self.model = new
+        self.model, self.warmth = new, Warmth(new)
         await self.runtime.close()
         self.runtime = runtime_for(self.name, new, state_dir=self._state_dir)
         self.slots = Slots(new.max_concurrent)
@@ -450,15 +463,7 @@ class Waker:
             spare = self.state == "degraded" or self.slots.spare(now - CACHED_PROMPT_S)
             if spare and now - max(self._probed, self._idle_since) > every_s:
                 await self._probe_idle()
-        if (
-            self.slots.idle
-            and not self.model.keep_warm
-            and self.runtime.manageable
-            and not self._around.facts(self.name).pinned
-            and self.idle_ms > self.model.idle_unload_ms
-            and not await self._wanted()
-            and self.slots.idle  # a job may have been claimed while we asked
-        ):
+        if self.runtime.manageable and await self._idle_too_long() and self.slots.idle:  # one may have come meanwhile
             await self.unload("idle")
         if self.slots.wedged(self._loop.time() - self.model.settle_ms / 1000):
             self._slow = max(self._slow, SLOW_IN_A_ROW)

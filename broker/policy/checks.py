@@ -31,6 +31,7 @@ def warnings(
     """Gives what works but will disappoint."""
     return [
         *_missing_files(content, exists),
+        *_idle_hours(content),
         *_weak_fallbacks(content, lanes),
         *_late_promotions(content, lanes),
         *_memory(content, lanes, host_memory_mb),
@@ -194,6 +195,15 @@ def _missing_files(content: Content, exists: Callable[[str], bool]) -> Iterator[
         ours = model.backend == "llama.cpp" and model.url is None
         if ours and (model.command is None or "{model}" in " ".join(model.command)) and not exists(model.model):
             yield ("models", name, "model"), f"there is no file {model.model} on this machine"
+
+
+def _idle_hours(content: Content) -> Iterator[Finding]:
+    for name, model in content.models.items():
+        if model.active_hours is not None and not model.keep_warm:
+            yield (
+                ("models", name, "activeHours"),
+                "keeps nothing warm without keepWarm: true; it only holds a slot for interactive work",
+            )
 
 
 def _weak_fallbacks(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:

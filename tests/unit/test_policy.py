@@ -68,6 +68,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "url": None,
         "command": None,
         "keepWarm": False,
+        "activeHours": None,
         "maxConcurrent": 1,
         "maxQueue": 8,
         "coldStartBudgetMs": 25_000,
@@ -173,7 +174,9 @@ IN_A_MODEL = [
     ("maxQeue: 6", "maxQeue: unknown key 'maxQeue', did you mean 'maxQueue'?"),
     ("max_queue: 6", "max_queue: unknown key 'max_queue', did you mean 'maxQueue'?"),
     ("headerHoldMs: 6", "headerHoldMs: unknown key 'headerHoldMs' here, it belongs at the top of the file"),
-    ("activeHours: Mon-Fri 08:00-19:00 Europe/Berlin", f"activeHours: 'activeHours' {NOT_YET}"),
+    ("activeHours: 8-19", "activeHours: '8-19' are no times; write them like 'Mon-Fri 08:00-19:00 Europe/Berlin'"),
+    ("activeHours: 08:00-19:00 Berlin", "activeHours: 'Berlin' is no time zone, did you mean 'Europe/Berlin'?"),
+    ("activeHours: 8", "activeHours: must be text, not 8"),
     ("maxDowngradeShare: 0.5", f"maxDowngradeShare: 'maxDowngradeShare' {NOT_YET}"),
     ("stickyPromotionMs: 0", f"stickyPromotionMs: 'stickyPromotionMs' {NOT_YET}"),
     ("replicas: 0", "replicas: must be at least 1, not 0"),
@@ -869,6 +872,11 @@ WARNINGS = [
             "  - { match: { promptTokensOver: 20, promptTokensUnder: 30 }, target: small }",
         ],
         "line 6: routing[1]: is never reached, because rule 1 matches all that this one does",
+    ),
+    (
+        ["models:", "  m: { backend: simulated, model: x, activeHours: 08:00-19:00 }"],
+        "line 2: models.m.activeHours: keeps nothing warm without keepWarm: true; it only holds a slot for "
+        "interactive work",
     ),
     (
         ["models:", "  m: { backend: llama.cpp, model: /no/such.gguf }"],
