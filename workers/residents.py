@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from broker import hosts
@@ -13,6 +14,7 @@ from broker.records import ModelFacts
 from broker.store import Store
 from workers.memory import HostMemory, Resident, evictions, host_memory, predicted_bytes
 from workers.picture import LanePicture
+from workers.turns import Wish, may_take
 from workers.waker import NoRoom, Surroundings, Waker
 
 log = logging.getLogger("warmlane.residents")
@@ -188,13 +190,24 @@ class Residents:
         return any(self._fleet.picture.waiting.get(lane) for lane in served)
 
     def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
-        """Whether one model's wish is the stronger one. Otherwise two of them would evict each other for as long as
-        both are wanted: a waiting job decides, else who was asked for last; being kept warm is the weakest wish."""
-        picture = self._fleet.picture
-        theirs = self._facts(victim.name).wanted_until
-        if not demanded:
-            return not victim.warmth.kept(picture.at_ms) and theirs <= picture.at_ms
-        return self._waited_for(name) or theirs < self._facts(name).wanted_until
+        """Whether one model's wish is the stronger one; `demanded` = the load is for somebody who asked."""
+        mine = self._wish(self.wakers[name])
+        cold = (w for n, w in self.wakers.items() if n != name and w.state not in ("warm", "degraded"))
+        return may_take(
+            mine if demanded else replace(mine, waited_for=False, wanted_until=0),
+            self._wish(victim),
+            now_ms=self._fleet.picture.at_ms,
+            others_wait=any(self._waited_for(other.name) for other in cold),
+        )
+
+    def _wish(self, waker: Waker) -> Wish:
+        """How much a model wants to be in memory now."""
+        return Wish(
+            waited_for=self._waited_for(waker.name),
+            wanted_until=self._facts(waker.name).wanted_until,
+            kept=waker.warmth.kept(self._fleet.picture.at_ms),
+            weight=waker.model.weight,
+        )
 
     def _others(self, but: str, *, demanded: bool) -> list[Resident]:
         return [

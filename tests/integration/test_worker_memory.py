@@ -171,6 +171,49 @@ async def test_a_kept_warm_model_comes_back_when_nobody_wants_the_other(world: W
     assert await resident(world) == {"kept"}
 
 
+async def test_a_kept_warm_model_does_not_come_back_while_the_other_is_in_use(world: World) -> None:
+    """Nor before its minimum stay is over; a long answer is use, however long ago it was asked for."""
+    await world.apply(
+        {
+            "kept": simulated(memoryMb=600, minStayMs=0),
+            "guest": simulated(keepWarm=False, memoryMb=600, minStayMs=0, options={"decodeTps": 20}),
+        }
+    )
+    host = await world.host(memory_mb=LIMIT_MB)
+    await world.until_model("kept", "warm")
+    ask = await world.submit("guest", tokens=50)
+    await ask.until_state(State.STREAMING)
+    await world.store.command("HSET", world.store.keys.model("guest"), "wanted_until", "0")
+
+    for _ in range(2):
+        await another_look(host.residents.wakers["kept"])
+        assert (await ask.record()).state is State.STREAMING
+        assert await resident(world) == {"guest"}
+    record = await ask.end()
+    back = await world.until_model("kept", "warm")
+
+    assert (record.state, ask.text) == (State.DONE, words(50))
+    assert back.since >= record.ended_at
+
+
+async def test_of_two_that_are_kept_warm_the_one_that_is_worth_more_comes_back(world: World) -> None:
+    await world.apply(
+        {
+            "coder": simulated(memoryMb=600, minStayMs=50, weight=3),
+            "helper": simulated(memoryMb=600, minStayMs=50),
+        }
+    )
+    host = await world.host(memory_mb=LIMIT_MB)
+    await world.until_model("coder", "warm", timeout_s=20)
+    assert (await (await world.submit("helper")).end()).served_by == "helper@gpu1"
+    await world.store.command("HSET", world.store.keys.model("helper"), "wanted_until", "0")
+
+    told = await world.until_model("coder", "warm")
+    for _ in range(3):
+        await another_look(host.residents.wakers["helper"])
+        assert (await world.model("coder")).since == told.since, "the other took its memory again"
+
+
 async def test_a_model_larger_than_the_machine_says_so(world: World) -> None:
     """It is no failure of the model, so the pauses do not grow, and its fallback serves at once."""
     await world.apply(
