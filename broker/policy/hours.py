@@ -61,8 +61,8 @@ class ActiveHours:
 
     def between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int]]:
         """The stretches of the hours between two instants, merged and in order."""
-        day = self._wall(from_ms).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=2)
-        last = self._wall(until_ms) + timedelta(days=1)
+        day = self.wall(from_ms).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=2)
+        last = self.wall(until_ms) + timedelta(days=1)
         found: list[tuple[int, int]] = []
         while day <= last:
             for one in self.ranges:
@@ -79,7 +79,7 @@ class ActiveHours:
     def _stretches(self, instant_ms: int) -> Iterator[tuple[int, int]]:
         return self.between(instant_ms, instant_ms + _AHEAD_DAYS * DAY_MIN * 60_000)
 
-    def _wall(self, instant_ms: int) -> datetime:
+    def wall(self, instant_ms: int) -> datetime:
         """What a clock on the wall shows, without its zone."""
         utc = datetime.fromtimestamp(instant_ms // 1000, UTC)
         return utc.astimezone(self.zone).replace(tzinfo=None, fold=0)
@@ -87,12 +87,12 @@ class ActiveHours:
     def _first(self, wall: datetime) -> int:
         """The first instant at which the clock on the wall shows this or later."""
         early, late = self._instants(wall)
-        return early if self._wall(early) == wall else self._jump(early, late)
+        return early if self.wall(early) == wall else self._jump(early, late)
 
     def _last(self, wall: datetime) -> int:
         """The last instant before which the clock on the wall shows less than this."""
         early, late = self._instants(wall)
-        return late if self._wall(late) == wall else self._jump(early, late)
+        return late if self.wall(late) == wall else self._jump(early, late)
 
     def _instants(self, wall: datetime) -> tuple[int, int]:
         """Both readings of a time on the wall, the earlier first; the same one twice where there is only one."""
@@ -103,7 +103,7 @@ class ActiveHours:
         """The instant, after `early` and up to `late`, at which the clock on the wall jumps forward, to the second."""
 
         def offset(at: int) -> timedelta:
-            return self._wall(at) - datetime.fromtimestamp(at // 1000, UTC).replace(tzinfo=None)
+            return self.wall(at) - datetime.fromtimestamp(at // 1000, UTC).replace(tzinfo=None)
 
         before = offset(early)
         while late - early > 1000:
