@@ -54,8 +54,13 @@ async def learn(store: Store, model: str, **facts: float | int | str) -> None:
     await store.command("HSET", store.keys.model(model), *flat)
 
 
-NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "failure": ""}
+NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "failure": "", "failed_at": ""}
 """What ModelFacts hold of failed loads where there were none."""
+
+
+async def reset(store: Store, model: str) -> None:
+    """Forgets a model's failed loads: whoever wants it may wake it at once."""
+    await learn(store, model, **NOT_FAILED)
 
 
 async def forget(store: Store, *, known: set[str] | None) -> None:

@@ -190,6 +190,7 @@ class ModelFacts(_Hash):
     pinned: bool = False  # by hand: neither evicted nor unloaded for being idle
     failures: int = 0
     failure: str = ""
+    failed_at: str = ""  # JSON: the instants of the failed loads of the last hour
     load_ms: float = 0  # learned, 0 = never loaded
     footprint_bytes: int = 0
     service_ms: float = 0  # mean time that a job holds a slot

@@ -15,13 +15,14 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker import errors, wake
+from broker import errors, hosts, wake
 from broker.operator import UNLOADED_FOR_MS
 from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
 from workers import progress
 from workers.overlap import Overlap
+from workers.quarantine import PER_HOUR, failed_within_hour, pause_ms
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
@@ -47,7 +48,10 @@ SLOW_IN_A_ROW = 2
 SUSPECT_MEMORY_S = 10.0
 SUSPECT_PAUSE_S = 1.0
 QUARANTINE_S = 5.0
-QUARANTINE_MAX_S = 300.0
+QUARANTINE_MAX_S = 900.0
+UNREACHABLE_MAX_S = 30.0
+"""The longest pause where no load was tried, because nobody was there to load it: looking again costs nothing."""
+
 NO_ROOM_PAUSE_S = 5.0
 PASSIVE_PROMPT_TOKENS = 512
 """A real first token counts as a probe only when at most this many prompt tokens had to be read for it."""
@@ -266,13 +270,15 @@ class Waker:
             return
         if self._loop.time() < self._no_room_until and not self._around.waited_for(self.name):
             return
-        now = await self._around.now_ms()
-        until = self._around.facts(self.name).quarantined_until
-        if until > now:
+        if await self._quarantined():
             if self.state != "quarantined":
                 await self._become("quarantined", self._around.facts(self.name).failure)
             return
         await self._wake()
+
+    async def _quarantined(self) -> bool:
+        until = self._around.facts(self.name).quarantined_until
+        return until > 0 and until > await self._around.now_ms()
 
     async def _wanted(self) -> bool:
         now, waited_for = await self._around.now_ms(), self._around.waited_for(self.name)
@@ -312,7 +318,7 @@ class Waker:
         self.overlap = Overlap(new.max_concurrent)
         await self._become("cold", "")
         if self._around.facts(self.name).failure:  # what failed was the old definition
-            await self._around.learn(self.name, failures=0, quarantined_until=0, failure="")
+            await self._around.learn(self.name, **hosts.NOT_FAILED)
 
     async def _wake(self) -> None:
         """Wakes the model under its lock; nobody else on any host wakes it meanwhile."""
@@ -321,8 +327,8 @@ class Waker:
             return
         try:
             await self._around.look()  # the picture may be older than the lock
-            if self._around.warm_elsewhere(self.name) or not await self._wanted():
-                return
+            if self._around.warm_elsewhere(self.name) or await self._quarantined() or not await self._wanted():
+                return  # somebody else has just loaded it, or failed to, or nobody wants it any more
             await self._become("waking", "")
             await self._load_and_probe(lock)
         finally:
@@ -339,6 +345,7 @@ class Waker:
         timeout_s = self.model.wake_timeout_ms / 1000
         demanded = await self._demanded()
         failed: Exception | None = None
+        reached = False
         load_ms = first_ms = 0.0
         try:
             async with asyncio.TaskGroup() as group:
@@ -349,6 +356,7 @@ class Waker:
                     asyncio.timeout(timeout_s),
                     self._around.room_for(self.name, demanded),
                 ):
+                    reached = await self.runtime.state() != "unreachable"
                     started = self._loop.time()
                     await self.runtime.load(timeout_s=timeout_s)
                     load_ms = (self._loop.time() - started) * 1000
@@ -362,7 +370,7 @@ class Waker:
         except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
             failed = _first(group_error)
         if failed is not None:
-            await self._wake_failed(failed, timeout_s)
+            await self._wake_failed(failed, timeout_s, reached=reached)
             return
         self._suspected = False
         self.last_load_ms = load_ms
@@ -374,9 +382,7 @@ class Waker:
         known = self._around.facts(self.name).load_ms
         await self._around.learn(
             self.name,
-            failures=0,
-            quarantined_until=0,
-            failure="",
+            **hosts.NOT_FAILED,
             unloaded_until=0,
             load_ms=round(load_ms if not known else known + EWMA * (load_ms - known), 1),
             footprint_bytes=self.memory_bytes,
@@ -402,7 +408,7 @@ class Waker:
             except errors.BrokerUnavailable as e:
                 log.debug("event=wake_keep_retry model=%s reason=%s", self.name, e)
 
-    async def _wake_failed(self, error: Exception, timeout_s: float) -> None:
+    async def _wake_failed(self, error: Exception, timeout_s: float, *, reached: bool) -> None:
         if isinstance(error, errors.LockHeld):
             await self._abandon_load()
             await self._become("cold", str(error))
@@ -411,15 +417,24 @@ class Waker:
             await self._wait_for_room(error)
             return
         words = f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
+        tried = reached or await self.runtime.state() != "unreachable"
         await self._abandon_load()
-        await self._quarantine(words)
+        await self._quarantine(words, tried=tried)
 
-    async def _quarantine(self, words: str) -> None:
-        failures = self._around.facts(self.name).failures + 1
-        pause_s = min(QUARANTINE_MAX_S, QUARANTINE_S * 2 ** min(failures - 1, 10))
-        now = await self._around.now_ms()
+    async def _quarantine(self, words: str, *, tried: bool = True) -> None:
+        facts, now = self._around.facts(self.name), await self._around.now_ms()
+        failures, failed_at = facts.failures + 1, failed_within_hour(facts.failed_at, now)
+        if tried:
+            failed_at.append(now)
+        most_s = QUARANTINE_MAX_S if tried else UNREACHABLE_MAX_S
+        pause = pause_ms(failed_at, now, failures=failures, first_s=QUARANTINE_S, most_s=most_s)
+        pause_s = pause / 1000
         await self._around.learn(
-            self.name, failures=failures, failure=words, quarantined_until=now + int(pause_s * 1000)
+            self.name,
+            failures=failures,
+            failure=words,
+            quarantined_until=now + pause,
+            failed_at=json.dumps(failed_at[-PER_HOUR:]),
         )
         log.warning("event=quarantine model=%s failures=%d pause_s=%.0f reason=%s", self.name, failures, pause_s, words)
         await self._become("quarantined", words)

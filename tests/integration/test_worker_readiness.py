@@ -138,10 +138,10 @@ async def test_pauses_between_failing_loads_grow(
 
     await until(lambda: len(pauses()) >= 3, what="three failed loads")
 
-    assert pauses()[:3] == [0.4, 0.8, 1.6]
+    assert pauses()[:3] == pytest.approx([0.4, 2.4, 14.4])
     starts_ms = [int(line.split()[1]) for line in load_log.read_text().splitlines()]
     first, second = [after - before for before, after in itertools.pairwise(starts_ms[:3])]
-    assert (first >= 400, second >= 800) == (True, True), f"it was started again after {first} and {second} ms"
+    assert (first >= 400, second >= 2400) == (True, True), f"it was started again after {first} and {second} ms"
 
 
 async def test_a_missing_gguf_is_named(world: World, tmp_path: Path) -> None:

@@ -898,7 +898,8 @@ def test_a_long_chain_of_fallbacks_and_a_full_memory_are_warned_about() -> None:
     assert load("chain").warnings(host_memory_mb=38_000) == [chain]
     assert load("chain").warnings(host_memory_mb=37_999) == [
         "line 2: models: the models to keep warm, 'a' (30000 MB), 'b' (8000 MB), do not fit together: they need 38000 "
-        "MB at once, and a host has 37999 MB; keep exactly one high-value coder warm, and let the others wake on demand",
+        "MB at once, and a host has 37999 MB; keep exactly one high-value coder warm, and let the others wake on "
+        "demand",
         chain,
         "line 3: models.a.fallback: 'a' (30000 MB) and its fallback 'b' (8000 MB) do not fit together into 37999 MB",
     ]
