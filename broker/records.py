@@ -194,6 +194,7 @@ class ModelFacts(_Hash):
     load_ms: float = 0  # learned, 0 = never loaded
     footprint_bytes: int = 0
     service_ms: float = 0  # mean time that a job holds a slot
+    pinned: bool = False  # an operator wants it to stay in memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from broker.store import Store
 from workers.attempt import Attempt, Ended, Limits
 from workers.picture import LanePicture
 from workers.stream_client import StreamClient
+from workers.swaps import Swaps
 from workers.waker import Waker
 
 log = logging.getLogger("warmlane.dispatcher")
@@ -33,6 +34,7 @@ class Dispatcher:
         fleet: Fleet,
         picture: LanePicture,
         wakers: Mapping[str, Waker],
+        swaps: Swaps,
         *,
         host: str,
         boot: str,
@@ -48,6 +50,7 @@ class Dispatcher:
         self._fleet = fleet
         self._picture = picture
         self._wakers = wakers
+        self._swaps = swaps
         self._host = host
         self._boot = boot
         self._tasks = tasks
@@ -72,6 +75,7 @@ class Dispatcher:
         if self.stopped or not self._book.present:
             return
         active = self._book.active
+        self._swaps.look()
         for name, waker in self._wakers.items():
             if waker.state == "cold" and any(True for _ in self._picture.waiting(active.lanes_of(name))):
                 waker.kick()  # its wake need not wait for the next look
@@ -81,6 +85,7 @@ class Dispatcher:
                     self._look_again(waker, active)
                     break
                 self._picture.spend(job)
+                self._swaps.started(name)
                 slot = waker.slots.take(
                     _user(job),
                     session=job.session,
@@ -91,6 +96,7 @@ class Dispatcher:
                 serving = self._tasks.create_task(self._serve(waker, job, slot), name=f"attempt {job.job}")
                 self._serving.add(serving)
                 serving.add_done_callback(self._serving.discard)
+                self._swaps.look()  # that may have been the last of its batch
 
     def stop_attempts(self, why: errors.BrokerError) -> None:
         """Ends every attempt, those of claims under way too: unseen jobs go back to their lanes, seen ones are told

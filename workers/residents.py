@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from broker.records import ModelFacts
 from broker.store import Store
 from workers.memory import HostMemory, Resident, evictions, host_memory, predicted_bytes
 from workers.picture import LanePicture
+from workers.swaps import Swaps
 from workers.turns import Wish, may_take
 from workers.waker import NoRoom, Surroundings, Waker
 
@@ -58,11 +60,22 @@ class Residents:
         self._making_room = asyncio.Lock()
         self._lanes: dict[str, list[str]] = {}  # of each model
         self._promised: dict[str, int] = {}  # bytes that loads under way will occupy
+        self.swaps = Swaps(
+            self.wakers,
+            now_ms=lambda: int(time.time() * 1000) + fleet.skew_ms,
+            waiting=lambda name: picture.waiting(self._lanes.get(name, ())),
+            waited_for=self._waited_for,
+            facts=self._facts,
+            warm_elsewhere=self._warm_elsewhere,
+            need=self._need,
+            headroom=self._headroom,
+        )
 
     def follow(self, active: Active) -> None:
         """Takes new models in, hands changed definitions on, lets removed ones go when they are idle."""
         models = {n: m for n, m in active.models().items() if m.hosts is None or self._host in m.hosts}
         self._lanes = {name: active.lanes_of(name) for name in models}
+        self.swaps.follow(active)
         for name, model in models.items():
             waker = self.wakers.get(name)
             if waker is None:
@@ -74,6 +87,7 @@ class Residents:
                     waited_for=self._waited_for,
                     drained=self._drained,
                     room_for=self._room_for,
+                    held_up=self.swaps.held_up,
                     learn=self._learn,
                     tell=self._tell,
                     changed=self._changed,
@@ -150,8 +164,7 @@ class Residents:
         """Unloads idle models until one more fits, and waits until the memory is really back."""
         if await waker.runtime.state() == "loaded":
             return
-        learned = self._facts(waker.name).footprint_bytes
-        need = predicted_bytes(learned=learned, memory_mb=waker.model.memory_mb, weights=waker.model.model)
+        need = self._need(waker)
         going = evictions(need, self._headroom(), self._others(waker.name, demanded=demanded))
         if going is None:
             words = f"{waker.name} needs {need >> 20} MB and {self._headroom() >> 20} MB are free"
@@ -167,6 +180,11 @@ class Residents:
         if going:
             await self._wait_for(need)
         self._promised[waker.name] = need
+
+    def _need(self, waker: Waker) -> int:
+        """Predicts what a load will occupy, in bytes; 0 = nothing is known."""
+        learned = self._facts(waker.name).footprint_bytes
+        return predicted_bytes(learned=learned, memory_mb=waker.model.memory_mb, weights=waker.model.model)
 
     def _headroom(self) -> int:
         return max(0, self.memory().headroom - sum(self._promised.values()))
@@ -191,6 +209,8 @@ class Residents:
 
     def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
         """Whether one model's wish is the stronger one; `demanded` = the load is for somebody who asked."""
+        if self.swaps.makes_room(victim.name, name):
+            return True
         mine = self._wish(self.wakers[name])
         cold = (w for n, w in self.wakers.items() if n != name and w.state not in ("warm", "degraded"))
         return may_take(

@@ -25,6 +25,9 @@ LAST_CHANCE_MS = 2_000
 ASKED_STAYS = 5
 """Who was asked for, but whose jobs went elsewhere meanwhile, waits for so many minimum stays instead of one."""
 
+ASKED_LEAST_MS = 120_000
+"""And at least so long: it has then been asked for since the other was loaded, or it is not wanted any more."""
+
 ROOM_KEPT_MS = 30_000
 """For so long a model that has drained leaves its slots empty for one that does not come; then it goes on."""
 
@@ -56,7 +59,9 @@ class Seat:
 
     def stayed(self, turn: "Turn") -> bool:
         """Whether it has had its minimum stay, as far as the one that wants its memory is concerned."""
-        return self.stayed_ms >= self.min_stay_ms * (ASKED_STAYS if turn.asked_only else 1)
+        if turn.asked_only:
+            return self.stayed_ms >= max(ASKED_LEAST_MS, ASKED_STAYS * self.min_stay_ms)
+        return self.stayed_ms >= self.min_stay_ms
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,9 @@ def take_turns(
 
 
 def held_up_by(asker: str, seats: Iterable[Seat], turns: Mapping[str, Turn]) -> list[str]:
-    """Names the models whose memory it is to get and cannot have yet."""
+    """Names the models whose memory it is to get and cannot have yet, where jobs wait for it."""
     of_its = [(seat, turns[seat.name]) for seat in seats if seat.name in turns and turns[seat.name].to == asker]
-    return [seat.name for seat, turn in of_its if not _is_free(seat, turn)]
+    return [seat.name for seat, turn in of_its if not turn.asked_only and not _is_free(seat, turn)]
 
 
 def _is_free(seat: Seat, turn: Turn) -> bool:

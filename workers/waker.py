@@ -74,6 +74,7 @@ class Surroundings:
     waited_for: Callable[[str], bool]  # whether jobs wait for the model now
     drained: Callable[[], bool]  # whether an operator has set this host aside
     room_for: Callable[[str, bool], AbstractAsyncContextManager[None]]  # raises NoRoom; True = a request waits for it
+    held_up: Callable[[str], str]  # whose memory it must wait for, in words; "" = it may be woken
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
@@ -100,6 +101,7 @@ class Waker:
         self.progress = -1.0  # 0..1 of the load that goes on, -1 = nothing is known of it
         self.wanted_model = model  # what the policy says now; taken over when idle
         self.leaving = False
+        self.makes_room_for = ""  # the model that gets its memory once it has drained
         self.runtime: Runtime = runtime_for(name, model, state_dir=state_dir)
         self._store = store
         self._host = host
@@ -122,7 +124,7 @@ class Waker:
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
         resident = self.state in ("warm", "degraded") and not self._suspected
-        return resident and not self.leaving and self.slots.free > 0
+        return resident and not self.leaving and not self.makes_room_for and self.slots.free > 0
 
     @property
     def idle_ms(self) -> float:
@@ -138,13 +140,17 @@ class Waker:
         """Has the state looked at now."""
         self._kick.set()
 
+    def told_anew(self) -> None:
+        """Has everybody hear what the host says of it now."""
+        self._around.changed()
+
     def told(self, version: int) -> ModelOnHost:
         """What the host says of it."""
         return ModelOnHost(
             state=self.state,
-            reason=self.reason,
+            reason=f"makes room for {self.makes_room_for}" if self.makes_room_for else self.reason,
             runtime=self.runtime.kind,
-            slots_total=self.slots.total,
+            slots_total=self.slots.taken if self.makes_room_for else self.slots.total,
             slots_used=len(self.slots.using),
             slots_settling=len(self.slots.settling),
             memory_bytes=self.memory_bytes,
@@ -212,6 +218,7 @@ class Waker:
             log.warning("event=unload_failed model=%s reason=%s", self.name, e)
         finally:
             self.memory_bytes = 0
+            self.makes_room_for = ""
             self.slots.restarted()
             await self._become("cold", reason)
 
@@ -269,6 +276,11 @@ class Waker:
                 await self._become("cold", "")
             return
         if self._loop.time() < self._no_room_until and not self._around.waited_for(self.name):
+            return
+        holder = self._around.held_up(self.name)
+        if holder:
+            if self.reason != holder or self.state != "cold":
+                await self._become("cold", holder)
             return
         if await self._quarantined():
             if self.state != "quarantined":
@@ -469,9 +481,9 @@ class Waker:
             await self._ask_runtime()
             if self.state not in ("warm", "degraded"):
                 return
-        if self._overlap_due():
+        if self._overlap_due() and not self.makes_room_for:
             await self._measure_overlap()
-        if self.slots.idle and not self.leaving:
+        if self.slots.idle and not self.leaving and not self.makes_room_for:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
             now = self._loop.time()
             # a probe costs somebody's cached prompt where every slot holds one; what they last answered must do

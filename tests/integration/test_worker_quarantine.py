@@ -98,6 +98,7 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         warm_elsewhere=lambda name: False,
         waited_for=lambda name: bool(world.fleet.picture.waiting.get(name)),
         room_for=room,
+        held_up=lambda name: "",
         learn=learn,
         tell=tell,
         changed=lambda: None,

@@ -83,6 +83,8 @@ def asks(**changes: Any) -> Asker:
          asks(), replace(BUSY, over=True, drained_ms=NOW - 29_999)),
         ("then it goes on for another batch", replace(BUSY, over=True, drained_ms=NOW - 30_000),
          replace(BIG, busy=False), asks(), Turn("other", begun_ms=NOW)),
+        ("and two minutes at least", None, replace(BIG, stayed_ms=119_999, min_stay_ms=10), asks(waits=False),
+         Turn("other", asked_only=True)),
         ("who was only asked for waits for longer", None, BIG, asks(waits=False), Turn("other", asked_only=True)),
         ("but not for ever", None, replace(BIG, stayed_ms=300_000), asks(waits=False),
          Turn("other", asked_only=True, begun_ms=NOW)),
@@ -141,6 +143,7 @@ def test_who_loads_already_asks_for_no_more() -> None:
         ("jobs wait for it, and its batch goes on", replace(BIG, busy=False), BUSY, True),
         ("it has had its turn and has drained", replace(BIG, busy=False), replace(BUSY, over=True), False),
         ("nobody wants it", replace(BIG, busy=False, waited_for=False), BUSY, False),
+        ("it was only asked for: it may try", BIG, Turn("other", asked_only=True), False),
         ("within its minimum stay", replace(BIG, busy=False, waited_for=False, stayed_ms=1), Turn("other"), True),
     ],
 )
