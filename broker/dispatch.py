@@ -35,6 +35,7 @@ class ModelView:
     service_ms: float = 0
     load_ms: float = 0  # 0 = never loaded yet
     waking_since: int = 0
+    room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     reason: str = ""
 
 
@@ -93,11 +94,12 @@ def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
         return 0.0
     if view.availability == "unavailable":
         return math.inf
+    room = max(0.0, view.room_at - now_ms) if view.availability == "cold" else 0.0
     if view.load_ms <= 0:
-        return None
+        return room or None  # what is known is a part of it: it will not take less
     elapsed = now_ms - view.waking_since if view.availability == "waking" and view.waking_since else 0
     # a load that takes longer than it ever did is not about to end at any moment: assume a quarter more
-    return max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
+    return room + max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
 
 
 def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int) -> float | None:

@@ -106,6 +106,7 @@ class Picture:
             service_ms=facts.service_ms,
             load_ms=facts.load_ms,
             reason=reason,
+            room_at=min((m.room_at for m in hosts.values()), default=0),
             waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
         )
 

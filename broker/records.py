@@ -170,6 +170,7 @@ class ModelOnHost(_Hash):
     last_load_ms: float = 0  # how long its last load here took, 0 = none since the worker began
     progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
     manageable: bool = True  # whether it is ours to unload
+    room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
     since: int = 0  # instant of the last change of state
     version: int = 0  # policy version that the worker serves it under
@@ -194,7 +195,7 @@ class ModelFacts(_Hash):
     load_ms: float = 0  # learned, 0 = never loaded
     footprint_bytes: int = 0
     service_ms: float = 0  # mean time that a job holds a slot
-    pinned: bool = False  # an operator wants it to stay in memory
+    prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
 
 
 @dataclass(frozen=True, kw_only=True)

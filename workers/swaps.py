@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from broker.policies import Active
 from broker.records import ModelFacts, Waiting
-from workers.turns import Asker, Seat, Turn, held_up_by, started, take_turns
+from workers.turns import Asker, Seat, Turn, held_up_by, room_in_ms, started, take_turns
 from workers.waker import Waker
 
 log = logging.getLogger("warmlane.swaps")
@@ -61,7 +61,9 @@ class Swaps:
         if not askers and not self._turns:
             return
         self._seats = [
-            self._seat(w) for w in self._wakers.values() if w.state in ("warm", "degraded") and not w.leaving
+            self._seat(w)
+            for w in self._wakers.values()
+            if w.state in ("warm", "degraded") and not w.leaving and _is_ours(w)
         ]
         headroom, now_ms = self._headroom(), self._now_ms()
         self._turns = take_turns(self._turns, self._seats, askers, headroom=headroom, now_ms=now_ms)
@@ -74,11 +76,15 @@ class Swaps:
             self._turns[name] = started(turn)
             self._looked_at = -LOOK_EVERY_S
 
-    def held_up(self, name: str) -> str:
-        """Says why a model cannot be woken yet, though it should be: whose memory it waits for; "" if nobody's."""
+    def held_up(self, name: str) -> tuple[str, int]:
+        """Says why a model cannot be woken yet, though it should be: whose memory it waits for, "" if nobody's; and the
+        earliest instant (ms) at which it may get that."""
         self._decide()  # it may have begun to ask just now
         holders = held_up_by(name, self._seats, self._turns)
-        return f"waits for the memory of {' and '.join(holders)}" if holders else ""
+        if not holders:
+            return "", 0
+        at_ms = self._now_ms() + int(room_in_ms(name, self._seats, self._turns))
+        return f"waits for the memory of {' and '.join(holders)}", at_ms
 
     def makes_room(self, name: str, asker: str) -> bool:
         """Whether a model has had its turn and gives its memory to this one."""
@@ -102,6 +108,8 @@ class Swaps:
     def _asker(self, waker: Waker) -> Asker | None:
         name, facts, now = waker.name, self._facts(waker.name), self._now_ms()
         loading = waker.state == "waking"
+        if not _is_ours(waker):
+            return None
         if not (loading or waker.state in ("cold", "quarantined")) or waker.leaving:
             return None
         waits = self._waited_for(name)
@@ -142,3 +150,8 @@ class Swaps:
             worth=facts.load_ms * waker.model.weight,
             pinned=facts.pinned,
         )
+
+
+def _is_ours(waker: Waker) -> bool:
+    """Whether its memory is this host's, and ours to give."""
+    return waker.runtime.local and waker.runtime.manageable

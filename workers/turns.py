@@ -138,6 +138,13 @@ def held_up_by(asker: str, seats: Iterable[Seat], turns: Mapping[str, Turn]) -> 
     return [seat.name for seat, turn in of_its if not turn.asked_only and not _is_free(seat, turn)]
 
 
+def room_in_ms(asker: str, seats: Iterable[Seat], turns: Mapping[str, Turn]) -> float:
+    """The least time until it gets the memory that it waits for: what is left of minimum stays, and of what runs."""
+    names = held_up_by(asker, seats := list(seats), turns)
+    held = [seat for seat in seats if seat.name in names]
+    return max((max(0.0, s.min_stay_ms - s.stayed_ms) + (s.service_ms if s.busy else 0.0) for s in held), default=0.0)
+
+
 def _is_free(seat: Seat, turn: Turn) -> bool:
     return not seat.busy and seat.stayed(turn) and (turn.over or not seat.waited_for)
 

@@ -22,6 +22,7 @@ from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
 from workers import progress
 from workers.overlap import Overlap
+from workers.probes import passive_probe_ms
 from workers.quarantine import PER_HOUR, failed_within_hour, pause_ms
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
@@ -53,9 +54,6 @@ UNREACHABLE_MAX_S = 30.0
 """The longest pause where no load was tried, because nobody was there to load it: looking again costs nothing."""
 
 NO_ROOM_PAUSE_S = 5.0
-PASSIVE_PROMPT_TOKENS = 512
-"""A real first token counts as a probe only when at most this many prompt tokens had to be read for it."""
-
 EWMA = 0.3
 
 
@@ -74,7 +72,7 @@ class Surroundings:
     waited_for: Callable[[str], bool]  # whether jobs wait for the model now
     drained: Callable[[], bool]  # whether an operator has set this host aside
     room_for: Callable[[str, bool], AbstractAsyncContextManager[None]]  # raises NoRoom; True = a request waits for it
-    held_up: Callable[[str], str]  # whose memory it must wait for, in words; "" = it may be woken
+    held_up: Callable[[str], tuple[str, int]]  # whose memory it must wait for ("" = nobody's), until when at least
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
@@ -102,6 +100,7 @@ class Waker:
         self.wanted_model = model  # what the policy says now; taken over when idle
         self.leaving = False
         self.makes_room_for = ""  # the model that gets its memory once it has drained
+        self.room_at = 0  # the earliest instant at which it gets the memory that it waits for, 0 = it waits for none
         self.runtime: Runtime = runtime_for(name, model, state_dir=state_dir)
         self._store = store
         self._host = host
@@ -154,6 +153,7 @@ class Waker:
             slots_used=len(self.slots.using),
             slots_settling=len(self.slots.settling),
             memory_bytes=self.memory_bytes,
+            room_at=self.room_at if self.state == "cold" else 0,
             first_token_ms=round(self.first_token_ms, 1),
             first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
             parallel=self.overlap.parallel,
@@ -234,9 +234,17 @@ class Waker:
             await self._around.learn(self.name, unloaded_until=0)
 
     def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int) -> None:
-        """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
-        if prompt_tokens - cached_tokens <= PASSIVE_PROMPT_TOKENS:
-            self._measured(ms)
+        """Counts a real first token as a probe, if reading its prompt cannot have been what took long: it was short,
+        and what reading it takes, as far as that was learned, is taken off. A prompt of unknown length (0) says
+        nothing."""
+        probe_ms = passive_probe_ms(
+            ms,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            prefill_tps=self._around.facts(self.name).prefill_tps,
+        )
+        if probe_ms is not None:
+            self._measured(probe_ms)
 
     def suspect(self) -> None:
         """Says that an attempt lost its connection: ask the runtime before another job is claimed for it.
@@ -277,7 +285,7 @@ class Waker:
             return
         if self._loop.time() < self._no_room_until and not self._around.waited_for(self.name):
             return
-        holder = self._around.held_up(self.name)
+        holder, self.room_at = self._around.held_up(self.name)
         if holder:
             if self.reason != holder or self.state != "cold":
                 await self._become("cold", holder)
@@ -357,7 +365,7 @@ class Waker:
         timeout_s = self.model.wake_timeout_ms / 1000
         demanded = await self._demanded()
         failed: Exception | None = None
-        reached = False
+        began = reached = False
         load_ms = first_ms = 0.0
         try:
             async with asyncio.TaskGroup() as group:
@@ -369,7 +377,7 @@ class Waker:
                     self._around.room_for(self.name, demanded),
                 ):
                     reached = await self.runtime.state() != "unreachable"
-                    started = self._loop.time()
+                    began, started = True, self._loop.time()
                     await self.runtime.load(timeout_s=timeout_s)
                     load_ms = (self._loop.time() - started) * 1000
                     first_ms = await self._probe()
@@ -382,7 +390,7 @@ class Waker:
         except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
             failed = _first(group_error)
         if failed is not None:
-            await self._wake_failed(failed, timeout_s, reached=reached)
+            await self._wake_failed(failed, timeout_s, began=began, reached=reached)
             return
         self._suspected = False
         self.last_load_ms = load_ms
@@ -420,7 +428,7 @@ class Waker:
             except errors.BrokerUnavailable as e:
                 log.debug("event=wake_keep_retry model=%s reason=%s", self.name, e)
 
-    async def _wake_failed(self, error: Exception, timeout_s: float, *, reached: bool) -> None:
+    async def _wake_failed(self, error: Exception, timeout_s: float, *, began: bool, reached: bool) -> None:
         if isinstance(error, errors.LockHeld):
             await self._abandon_load()
             await self._become("cold", str(error))
@@ -429,7 +437,7 @@ class Waker:
             await self._wait_for_room(error)
             return
         words = f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
-        tried = reached or await self.runtime.state() != "unreachable"
+        tried = began and (reached or await self.runtime.state() != "unreachable")
         await self._abandon_load()
         await self._quarantine(words, tried=tried)
 
@@ -487,7 +495,8 @@ class Waker:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
             now = self._loop.time()
             # a probe costs somebody's cached prompt where every slot holds one; what they last answered must do
-            spare = self.state == "degraded" or self.slots.spare(now - CACHED_PROMPT_S)
+            free = not self._around.waited_for(self.name) and self.slots.spare(now - CACHED_PROMPT_S)
+            spare = self.state == "degraded" or free  # a user's slot is not for probes
             if spare and now - max(self._probed, self._idle_since) > every_s:
                 await self._probe_idle()
         if self.runtime.manageable and await self._idle_too_long() and self.slots.idle:  # one may have come meanwhile

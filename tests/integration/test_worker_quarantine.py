@@ -40,6 +40,7 @@ class Failing:
     """A runtime whose loads fail; `repaired` makes them succeed, `away` = nobody is there to load anything."""
 
     kind = "simulated"
+    local = manageable = True
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -48,6 +49,10 @@ class Failing:
 
     async def state(self) -> str:
         return "unreachable" if self.away else "absent"
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        yield
 
     async def load(self, *, timeout_s: float) -> None:
         if not self.repaired:
@@ -98,7 +103,7 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         warm_elsewhere=lambda name: False,
         waited_for=lambda name: bool(world.fleet.picture.waiting.get(name)),
         room_for=room,
-        held_up=lambda name: "",
+        held_up=lambda name: ("", 0),
         learn=learn,
         tell=tell,
         changed=lambda: None,
@@ -224,3 +229,28 @@ async def test_a_runtime_that_is_not_there_is_looked_for_again_soon(
         await world.fleet.look()
         await waker._step()
         assert world.now <= began + 30_000 + STEP_MS
+
+
+async def test_a_host_that_has_not_heard_of_a_failure_hears_of_it_under_the_lock(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its picture may be half a second old: without another look two hosts would try twice as often."""
+    runtime = Failing(world)
+    first, other = (start(world, runtime, monkeypatch, host) for host in ("gpu1", "gpu2"))
+    for waker in (first, other):
+        await waker._around.tell()
+    heard = ModelFacts()
+
+    async def look() -> None:
+        nonlocal heard
+        heard = (await world.fleet.look()).facts["big"]
+
+    other._around.facts = lambda name: heard
+    other._around.look = look
+    await first._step()
+    assert len(runtime.loads) == 1
+
+    await other._step()
+
+    assert len(runtime.loads) == 1
+    assert other.state == "cold"

@@ -145,3 +145,22 @@ async def test_it_goes_on_when_nobody_waits_any_more(world: World, tmp_path: Pat
         return waker.makes_room_for == "" and (await world.model("chat")).reason == ""
 
     await eventually(goes_on, what="chat goes on")
+
+
+async def test_who_would_wait_too_long_for_its_turn_is_promoted_at_once(world: World, tmp_path: Path) -> None:
+    """The other has just been loaded and stays for a minute: the deadline of 30 s cannot be met, and nobody waits it
+    out."""
+    known = models(tmp_path / "loads", minStayMs=60_000)
+    known["coder"] |= {"fallback": "small", "coldStartBudgetMs": 30_000}
+    await world.apply(known | {"small": simulated(memoryMb=100)})
+    await world.scheduler()
+    await world.host(memory_mb=LIMIT_MB)
+    await world.until_model("small", "warm")
+    await (await world.submit("chat")).end()
+
+    ask = await world.submit("coder")
+    assert ask.lane == "coder"
+    record = await ask.end()
+
+    assert (record.served_by, record.promotions) == ("small@gpu1", 1)
+    assert record.promoted_at - record.submitted_at < 10_000

@@ -132,6 +132,10 @@ def test_the_choice_depends_on_the_facts_only(waiting: list[Waiting], rng: objec
         (replace(WARM, availability="waking", load_ms=0, waking_since=NOW - 5), None),
         (replace(WARM, availability="waking", waking_since=NOW - 5_000), 3_000),
         (replace(WARM, availability="waking", waking_since=0), 8_000),
+        (replace(WARM, availability="cold", room_at=NOW + 30_000), 38_000),  # others make room first
+        (replace(WARM, availability="cold", room_at=NOW - 1), 8_000),
+        (replace(WARM, availability="cold", load_ms=0, room_at=NOW + 30_000), 30_000),  # not sooner than that
+        (replace(WARM, availability="waking", waking_since=0, room_at=NOW + 30_000), 8_000),  # it has room
         (replace(WARM, availability="waking", waking_since=NOW - 60_000), 2_000),  # late: a quarter more
     ],
 )

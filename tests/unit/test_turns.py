@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from workers.turns import Asker, Seat, Turn, Wish, held_up_by, may_take, take_turns
+from workers.turns import Asker, Seat, Turn, Wish, held_up_by, may_take, room_in_ms, take_turns
 
 NOW = 1_000_000
 ASKED = Wish(wanted_until=NOW + 30_000)
@@ -150,3 +150,18 @@ def test_who_loads_already_asks_for_no_more() -> None:
 def test_what_one_that_asks_has_to_wait_for(why: str, seat: Seat, turn: Turn, held_up: bool) -> None:
     assert bool(held_up_by("other", [seat], {"big": turn})) is held_up, why
     assert held_up_by("third", [seat], {"big": turn}) == []
+
+
+@pytest.mark.parametrize(
+    ("seat", "turn", "room_ms"),
+    [
+        (replace(BIG, stayed_ms=20_000), Turn("other"), 44_000),
+        (BIG, BUSY, 4_000),
+        (replace(BIG, busy=False, stayed_ms=59_000), Turn("other"), 1_000),
+        (replace(BIG, busy=False), replace(BUSY, over=True), 0),
+        (BIG, replace(BUSY, to="third"), 0),
+    ],
+)
+def test_the_least_time_until_there_is_room(seat: Seat, turn: Turn, room_ms: float) -> None:
+    """What is left of its minimum stay, and of what runs on it; its batch may end early for who would be late."""
+    assert room_in_ms("other", [seat], {"big": turn}) == room_ms
