@@ -79,6 +79,8 @@ class Dispatcher:
         for name, waker in self._wakers.items():
             if waker.state == "cold" and any(True for _ in self._picture.waiting(active.lanes_of(name))):
                 waker.kick()  # its wake need not wait for the next look
+            if not waker.slots.free and any(True for _ in self._picture.waiting(active.lanes_of(name))):
+                waker.give_way()
             while waker.claimable:
                 job = self._choose(name, waker, active)
                 if job is None:

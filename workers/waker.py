@@ -45,6 +45,9 @@ PROBE_PATIENCE = 3.0
 """A probe may take this many first-token budgets before it counts as failed rather than slow."""
 
 PROBE_LEAST_S = 10.0
+PROBE_GIVES_WAY_S = 1.0
+"""A probe that has a slot for which a user waits ends within this, by itself or by us."""
+
 SLOW_IN_A_ROW = 2
 SUSPECT_MEMORY_S = 10.0
 SUSPECT_PAUSE_S = 1.0
@@ -112,6 +115,8 @@ class Waker:
         self._unreachable = 0
         self._suspected = False
         self._left_behind = False
+        self._probing: asyncio.Task[float] | None = None
+        self._gives_way: asyncio.TimerHandle | None = None
         self._busy_asked = 0.0
         self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
@@ -138,6 +143,11 @@ class Waker:
     def kick(self) -> None:
         """Has the state looked at now."""
         self._kick.set()
+
+    def give_way(self) -> None:
+        """Says that a user waits: a probe that has the slot ends in a moment."""
+        if self._probing is not None and self._gives_way is None:
+            self._gives_way = self._loop.call_later(PROBE_GIVES_WAY_S, self._probing.cancel)
 
     def told_anew(self) -> None:
         """Has everybody hear what the host says of it now."""
@@ -540,8 +550,15 @@ class Waker:
     async def _probe_idle(self) -> None:
         self.slots.take("probe", now_s=self._loop.time())
         clean = True
+        self._probing = asyncio.create_task(self._probe(), name=f"probe {self.name}")
         try:
-            self._measured(await self._probe())
+            self._measured(await self._probing)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            log.info("event=probe_gave_way model=%s", self.name)
+            clean = False
         except ProbeFailed as e:
             log.warning("event=probe_failed model=%s reason=%s", self.name, e)
             self._slow += 1
@@ -550,7 +567,13 @@ class Waker:
         except RuntimeProblem:
             self._ask_at = self._loop.time()
         finally:
+            self._probing = None
+            if self._gives_way is not None:
+                self._gives_way.cancel()
+                self._gives_way = None
             self._probed = self._loop.time()
+            if not clean:
+                self._ask_at = max(self._asked + LOOK_EVERY_S, self._probed + FIRST_SETTLE_LOOK_S)
             self.slots.give_back("probe", clean=clean, now_s=self._loop.time())
             self._around.changed()
 

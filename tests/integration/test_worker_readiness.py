@@ -236,6 +236,22 @@ async def test_a_slow_model_is_left_to_batch_until_it_is_fast_again(
     assert (await (await world.submit("big")).end()).served_by == "big@gpu1"
 
 
+async def test_a_slow_probe_gives_its_slot_to_a_user(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has one slot, and its probe would take half a minute."""
+    monkeypatch.setattr(waker, "PROBE_IDLE_EVERY_S", 0.2)
+    await world.apply({"big": simulated(maxConcurrent=1, firstTokenBudgetMs=20_000)})
+    host = await world.warm_host()
+    await world.runtime("big").break_with(first_token_delay_ms=30_000, times=1)
+    slots = host.residents.wakers["big"].slots
+    await until(lambda: "probe" in slots.using, what="a probe")
+
+    record = await (await world.submit("big")).end()
+
+    assert record.state is State.DONE
+    assert record.claimed_at - record.submitted_at < 10_000
+    assert (await world.model("big")).state == "warm", "a probe that was ended says nothing"
+
+
 async def test_people_who_wait_are_promoted_when_their_model_becomes_slow(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
