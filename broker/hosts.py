@@ -58,11 +58,6 @@ NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "f
 """What ModelFacts hold of failed loads where there were none."""
 
 
-async def reset(store: Store, model: str) -> None:
-    """Forgets a model's failed loads: whoever wants it may wake it at once."""
-    await learn(store, model, **NOT_FAILED)
-
-
 async def forget(store: Store, *, known: set[str] | None) -> None:
     """Drops hosts that have been silent for a day; with `known`, also what was learned of models not in it."""
     now = await store.now_ms()

@@ -1,7 +1,7 @@
 """How long a model is set aside after a failed load: pauses that grow, and at most five loads in any hour. Pure.
 
 What failed lately stands in Redis with the other facts of the model, so neither a restart of the worker nor another
-host starts the count anew; a load that succeeds does, and so does `hosts.reset`.
+host starts the count anew; a load that succeeds does, and so does `gateway model reset`.
 """
 
 import json

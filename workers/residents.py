@@ -65,6 +65,7 @@ class Residents:
             now_ms=lambda: int(time.time() * 1000) + fleet.skew_ms,
             waiting=lambda name: picture.waiting(self._lanes.get(name, ())),
             waited_for=self._waited_for,
+            drained=drained,
             facts=self._facts,
             warm_elsewhere=self._warm_elsewhere,
             need=self._need,

@@ -25,6 +25,7 @@ class Swaps:
         now_ms: Callable[[], int],
         waiting: Callable[[str], Iterable[Waiting]],
         waited_for: Callable[[str], bool],
+        drained: Callable[[], bool],
         facts: Callable[[str], ModelFacts],
         warm_elsewhere: Callable[[str], bool],
         need: Callable[[Waker], int],
@@ -35,6 +36,7 @@ class Swaps:
         self._now_ms = now_ms
         self._waiting = waiting
         self._waited_for = waited_for
+        self._drained = drained
         self._facts = facts
         self._warm_elsewhere = warm_elsewhere
         self._need = need
@@ -108,7 +110,7 @@ class Swaps:
     def _asker(self, waker: Waker) -> Asker | None:
         name, facts, now = waker.name, self._facts(waker.name), self._now_ms()
         loading = waker.state == "waking"
-        if not _is_ours(waker):
+        if not _is_ours(waker) or self._drained():
             return None
         if not (loading or waker.state in ("cold", "quarantined")) or waker.leaving:
             return None

@@ -14,7 +14,7 @@ from broker import admission, hosts, jobs
 from broker.records import JobRecord, ModelFacts, ModelOnHost
 from tests.support.broker_world import World, fake_world
 from workers import waker as waker_module
-from workers.runtimes.base import LoadFailed
+from workers.runtimes.base import Endpoint, LoadFailed
 from workers.waker import Surroundings, Waker
 
 HOUR_MS = 3_600_000
@@ -58,6 +58,12 @@ class Failing:
         if not self.repaired:
             self.loads.append(self.world.now)
             raise LoadFailed("there is no GGUF file")
+
+    async def progress(self) -> None:
+        return None
+
+    def endpoint(self) -> Endpoint:
+        return Endpoint("http://127.0.0.1:1", slots=1)
 
     async def probe(self, *, timeout_s: float) -> float:
         return 5.0
@@ -104,6 +110,7 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         waited_for=lambda name: bool(world.fleet.picture.waiting.get(name)),
         room_for=room,
         held_up=lambda name: ("", 0),
+        drained=lambda: False,
         learn=learn,
         tell=tell,
         changed=lambda: None,
@@ -183,7 +190,7 @@ async def test_time_or_a_reset_clears_it(world: World, monkeypatch: pytest.Monke
     await waker._step()
     assert waker.state == "quarantined", "it is not tried before its time"
 
-    await hosts.reset(world.store, "big")
+    await hosts.learn(world.store, "big", **hosts.NOT_FAILED)
     await world.fleet.look()
     await waker._step()
 
