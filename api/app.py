@@ -22,8 +22,7 @@ from api.cork import CorkedProtocol
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
-from api.routes import health, jobs, models, operator
-from api.routes.chat import PATH, ChatCompletions
+from api.routes import chat, embeddings, health, jobs, models, operator
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
@@ -42,15 +41,13 @@ STOP_MARGIN_S = 1
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
     """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
-    chat = ChatCompletions(gateway)
+    hot = {chat.PATH: chat.ChatCompletions(gateway), embeddings.PATH: embeddings.Embeddings(gateway)}
     rest = _rest(gateway, crashed)
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
-        # The hot route stays outside of FastAPI, whose middleware would touch every piece of every answer.
-        if scope["type"] == "http" and scope["path"] == PATH:
-            await chat(scope, receive, send)
-        else:
-            await rest(scope, receive, send)
+        # The hot routes stay outside of FastAPI, whose middleware would touch every piece of every answer.
+        route = hot.get(scope["path"]) if scope["type"] == "http" else None
+        await (route or rest)(scope, receive, send)
 
     return door
 

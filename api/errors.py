@@ -42,6 +42,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.UnknownLane: Row(404, INVALID),
     errors.UnknownHost: Row(404, INVALID),
     errors.WishRefused: Row(409, INVALID),
+    errors.WrongEndpoint: Row(400, INVALID),
     errors.ContextTooLong: Row(400, INVALID),
     errors.BadRequest: Row(400, INVALID),
     errors.BodyTooLarge: Row(413, INVALID),
@@ -71,6 +72,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
 
 _PARAMS: dict[type[errors.BrokerError], str] = {
     errors.UnknownModel: "model",
+    errors.WrongEndpoint: "model",
     errors.UnknownLane: "X-Gateway-Lane",
     errors.IdempotencyMismatch: "Idempotency-Key",
     errors.ContextTooLong: "messages",

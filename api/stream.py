@@ -12,6 +12,7 @@ from api.exchange import CutConnection
 from api.visit import Visit
 from broker import errors
 from broker.dialects import openai
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
 from broker.frames import Restarted
 from broker.records import Frame
 
@@ -98,7 +99,7 @@ async def send_whole(visit: Visit) -> None:
             continue
         if last.kind != "done":
             return await _fail(visit, last)
-        body = await _fold(whole, size)
+        body = b"".join(whole) if visit.endpoint == EMBEDDINGS else await _fold(whole, size)
         if exchange.started:
             await exchange.write(body, last=True)
         else:

@@ -35,6 +35,7 @@ class Wishes:
 
     lane: str = ""
     session: str = ""
+    zone: str = "local"
     promote_within_ms: int | None = None
     idempotency_key: str = ""
     keep: bool = False
@@ -56,9 +57,13 @@ class Wishes:
         within = header(b"x-slo-ttft-ms")
         if within and not (within.isdecimal() and within.isascii() and 0 < int(within[:12]) <= 86_400_000):
             raise errors.BadRequest("X-SLO-TTFT-Ms must be a whole number of milliseconds above 0", "X-SLO-TTFT-Ms")
+        leave = header(b"x-gateway-allow-remote").lower()
+        if leave not in ("", "true", "false"):
+            raise errors.BadRequest("X-Gateway-Allow-Remote must be true or false", "X-Gateway-Allow-Remote")
         return cls(
             lane=header(b"x-gateway-lane"),
             session=session,
+            zone="remote" if leave == "true" else "local",
             promote_within_ms=int(within) if within else None,
             idempotency_key=key,
             keep=on_disconnect == "keep",
@@ -78,6 +83,7 @@ class Visit:
     def __init__(self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float) -> None:
         self.exchange = exchange
         self.stream = job.stream
+        self.endpoint = job.endpoint
         self.hold_s = hold_s
         self.job_id = job.id
         self.lane = ""
@@ -187,7 +193,7 @@ class Visit:
         model = found.group(1).decode() if found else ""
         lane, queue_s, served_by = self.lane, 0.0, self._on_its_host(model)
         told: list[tuple[bytes, bytes]] = []
-        if waited_s > QUICK_S:
+        if waited_s > QUICK_S or not model:
             record = await self._record()
             if record is not None:
                 lane, model = record.lane, record.model

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from broker import dispatch, errors, lanes
+from broker.capabilities import cannot_do
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.policy import Lane
@@ -44,7 +45,9 @@ async def admit(
     model cannot hold the prompt, or that leads out of the job's trust zone is passed over.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
-        found = await lanes.find_by_key(store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=body)
+        found = await lanes.find_by_key(
+            store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=body, zone=job.zone
+        )
         if found is not None:
             return Admitted(found, "", attached=True)
     looked = False
@@ -78,7 +81,7 @@ async def _admit(
         job.asked,
         caller=job.caller,
         endpoint=job.endpoint,
-        prompt_tokens=job.tokens,
+        prompt_tokens=job.longest or job.tokens,
         priority="batch" if job.priority == "batch" else "interactive",
     )
     refusals: list[errors.Refused] = []
@@ -113,15 +116,9 @@ async def _admit(
 
 def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.Refused | None:
     """Says why a lane cannot take the job at all, or None. Room is the script's to judge."""
-    if lane.trust == "remote" and job.zone != "remote":
-        return errors.TrustZoneRefused(f"lane {lane.name} leads out of this machine, and the request may not leave it")
-    model = active.policy.models[lane.model]
-    need = job.tokens + job.max_tokens
-    if model.context_tokens is not None and need > model.context_tokens:
-        return errors.ContextTooLong(
-            f"prompt (about {job.tokens} tokens) and answer ({job.max_tokens}) need {need} tokens of context; "
-            f"{lane.model} has {model.context_tokens}"
-        )
+    refusal = cannot_do(job, lane.model, active.policy.models[lane.model])
+    if refusal is not None:
+        return refusal
     view = fleet.view(lane.name, active)
     if view.availability == "unavailable":
         return errors.ModelUnavailable(f"{lane.model} cannot serve now: {view.reason}", retry_after_s=5)
@@ -130,9 +127,18 @@ def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.
     return None
 
 
+_HELPFUL_FIRST = (
+    errors.LaneFull,
+    errors.ModelUnavailable,
+    errors.ContextTooLong,
+    errors.TrustZoneRefused,
+    errors.WrongEndpoint,
+)
+
+
 def _most_helpful(refusals: list[errors.Refused]) -> errors.Refused:
     """Full lanes come first (waiting helps), then models that are away, then what no waiting cures."""
-    for kind in (errors.LaneFull, errors.ModelUnavailable, errors.ContextTooLong, errors.TrustZoneRefused):
+    for kind in _HELPFUL_FIRST:
         of_kind = [r for r in refusals if isinstance(r, kind)]
         if of_kind:
             return min(of_kind, key=lambda r: getattr(r, "retry_after_s", 0))

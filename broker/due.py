@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from broker import dispatch, errors, jobs, lanes
+from broker.capabilities import cannot_do
 from broker.hosts import Fleet
 from broker.lifecycle import HELD, State
 from broker.policies import PolicyBook
@@ -173,13 +174,12 @@ class Due:
         return dispatch.promotion_helps(mine, theirs, there_budget_ms=to.cold_start_budget_ms, overdue=overdue)
 
     def _may_enter(self, job: JobRecord, lane: Lane) -> bool:
-        """Zone and capabilities: what admission asks too. The script asks for the zone once more."""
-        if lane.trust == "remote" and job.zone != "remote":
-            return False
+        """Whether the model can do the job, as admission asks too. No promotion leads to a remote model: whoever
+        allowed a request to leave did not see that this one would. The script asks for that once more."""
         model = self._book.active.model(lane.model)
-        if model is None:
+        if model is None or lane.trust == "remote":
             return False
-        return model.context_tokens is None or job.tokens + job.max_tokens <= model.context_tokens
+        return cannot_do(job, lane.model, model) is None
 
     def _reason(self, job: JobRecord) -> errors.JobEnded:
         waited_s = (job.give_up_at - job.submitted_at) / 1000

@@ -9,6 +9,7 @@ BrokerError
 │   ├── UnknownLane             lane_not_found            suggestions
 │   ├── UnknownHost             host_not_found            suggestions
 │   ├── WishRefused             wish_refused              what an operator asked for cannot be done now
+│   ├── WrongEndpoint           wrong_endpoint
 │   ├── ContextTooLong          context_length_exceeded
 │   ├── BadRequest              invalid_request           param
 │   ├── BodyTooLarge            body_too_large            limit_bytes
@@ -120,6 +121,12 @@ class WishRefused(Refused):
     """What an operator asked for cannot be done as things are."""
 
     code = "wish_refused"
+
+
+class WrongEndpoint(Refused):
+    """The model does not give what this endpoint is for: it gives vectors and no text, or text and no vectors."""
+
+    code = "wrong_endpoint"
 
 
 class ContextTooLong(Refused):

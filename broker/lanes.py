@@ -10,7 +10,7 @@ from broker.jobs import closing_keys, prefixes
 from broker.keyspace import GROUP
 from broker.lifecycle import State
 from broker.policies import Active
-from broker.policy import Lane
+from broker.policy import Lane, Trust
 from broker.records import Claimed, JobRecord, Waiting
 from broker.store import Store
 
@@ -65,7 +65,7 @@ async def submit(
     promote_after = promote_after_ms(lane)
     if promote_after and promote_within_ms is not None:
         promote_after = max(1, min(promote_after, promote_within_ms))
-    body_hash = hash_of(job.endpoint, body) if idem else "-"
+    body_hash = hash_of(job.endpoint, body, job.zone) if idem else "-"
     reply = await store.run(
         "submit",
         [
@@ -105,8 +105,10 @@ async def submit(
     return Submitted(job.id, value if word == "known" else lane.name)
 
 
-async def find_by_key(store: Store, *, caller: str, key: str, endpoint: str, body: bytes) -> str | None:
-    """Finds the job that a caller's Idempotency-Key leads to; raises IdempotencyMismatch for another body.
+async def find_by_key(
+    store: Store, *, caller: str, key: str, endpoint: str, body: bytes, zone: str = "local"
+) -> str | None:
+    """Finds the job that a caller's Idempotency-Key leads to; raises IdempotencyMismatch for another body or zone.
 
     Only a look: what `submit` finds in its script decides.
     """
@@ -116,20 +118,33 @@ async def find_by_key(store: Store, *, caller: str, key: str, endpoint: str, bod
     job_id, _, body_hash = held.decode().partition(" ")
     if not await store.command("EXISTS", store.keys.job(job_id)):
         return None
-    if body_hash != hash_of(endpoint, body):
-        raise errors.IdempotencyMismatch(f"the Idempotency-Key was used for job {job_id} with another body")
+    if body_hash != hash_of(endpoint, body, zone):
+        raise errors.IdempotencyMismatch(
+            f"the Idempotency-Key was used for job {job_id} with another body or another leave to go to a remote model"
+        )
     return str(job_id)
 
 
-def hash_of(endpoint: str, body: bytes) -> str:
-    """What makes two requests the same to an Idempotency-Key."""
-    return hashlib.sha256(endpoint.encode() + b"\n" + body).hexdigest()[:32]
+def hash_of(endpoint: str, body: bytes, zone: str = "local") -> str:
+    """What makes two requests the same to an Idempotency-Key: one that may not leave joins none that may."""
+    return hashlib.sha256(f"{endpoint}\n{zone}\n".encode() + body).hexdigest()[:32]
 
 
 async def claim(
-    store: Store, active: Active, waiting: Waiting, *, host: str, boot: str, lease_ms: int = JOB_LEASE_MS
+    store: Store,
+    active: Active,
+    waiting: Waiting,
+    *,
+    host: str,
+    boot: str,
+    lease_ms: int = JOB_LEASE_MS,
+    runtime_trust: Trust = "local",
 ) -> Claimed:
-    """Takes exactly this job; raises Moved, AlreadyEnded, NoSuchJob or BadTransition when the race was lost."""
+    """Takes exactly this job; raises Moved, AlreadyEnded, NoSuchJob or BadTransition when the race was lost.
+
+    `runtime_trust` is where the runtime leads that would serve it now: until a worker has taken a changed definition
+    over, that may be further than the lane does under the active policy. Raises TrustZoneRefused by the wider one.
+    """
     lane = active.lane(waiting.lane)
     if lane is None:
         raise errors.StalePolicy(f"lane {waiting.lane} is not in the policy")
@@ -147,7 +162,7 @@ async def claim(
             host,
             boot,
             lease_ms,
-            lane.trust,
+            "remote" if "remote" in (lane.trust, runtime_trust) else "local",
             lane.model,
         ],
     )

@@ -106,6 +106,7 @@ class JobRecord(_Hash):
     include_usage: bool = False
     choices: int = 1
     tokens: int = 0  # estimated prompt tokens
+    longest: int = 0  # of an embedding request, the tokens of its longest input; 0 = tokens is one prompt
     max_tokens: int = 0  # answer tokens asked for, 0 = not said
     attempt: int = 0
     losses: int = 0
@@ -159,7 +160,7 @@ class ModelOnHost(_Hash):
 
     state: str = "cold"  # cold | waking | warm | degraded | unloading | quarantined
     reason: str = ""
-    runtime: str = ""  # llama.cpp | ollama | simulated
+    runtime: str = ""  # llama.cpp | ollama | simulated | openai
     slots_total: int = 0
     slots_used: int = 0
     slots_settling: int = 0

@@ -3,7 +3,7 @@
 import asyncio
 import bisect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -88,6 +88,7 @@ class LaneStatus:
     running: int = 0
     cold_start_budget_ms: int = 0
     fallback: str = ""
+    spills_only: bool = False  # the fallback is remote: it takes requests while the lane is full, and no promoted job
     retiring: bool = False
     oldest_waiting_ms: int = 0
 
@@ -124,7 +125,9 @@ class Snapshot:
     def policy_lines(self) -> list[str]:
         """What the policy does with jobs that wait too long, one sentence per lane with a fallback."""
         return [
-            f"{lane.name} fallback -> {lane.fallback} after {lane.cold_start_budget_ms}ms cold-start budget"
+            f"{lane.name} spill -> {lane.fallback} while it is full, for requests that may leave"
+            if lane.spills_only
+            else f"{lane.name} fallback -> {lane.fallback} after {lane.cold_start_budget_ms}ms cold-start budget"
             for lane in self.lanes
             if lane.fallback
         ]
@@ -153,7 +156,9 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
     lanes = []
     for lane in active.lanes().values():
         oldest = await _oldest_waiting_at(store, lane.name, picture.running.get(lane.name, 0), picture)
-        lanes.append(_lane_status(lane, picture, oldest))
+        fallback = active.lane(lane.fallback) if lane.fallback else None
+        told = _lane_status(lane, picture, oldest)
+        lanes.append(replace(told, spills_only=fallback is not None and fallback.trust == "remote"))
     return Snapshot(
         at_ms=picture.at_ms,
         policy_version=active.version,

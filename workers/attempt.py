@@ -6,14 +6,17 @@ the attempt closes its connection and says nothing more.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker import errors, jobs
 from broker.dialects.openai import ChatReader, read_complaint, rewrite_chat
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.dialects.openai_embeddings import EmbeddingReader, rewrite_embeddings
 from broker.jobs import Holding
-from broker.records import Claimed
+from broker.records import Claimed, JobRecord
 from broker.store import Store
-from workers.runtimes.base import Endpoint
+from workers.runtimes.base import KEY_REFUSED, Endpoint, refusal_words, without_key
 from workers.stream_client import Exchange, StreamClient, UpstreamLost
 
 log = logging.getLogger("warmlane.attempt")
@@ -23,6 +26,11 @@ BUFFER_BYTES = 1 << 20
 
 ERROR_BODY_BYTES = 1 << 16
 LOOK_EVERY_S = 0.5
+BUSY = (429, 503)
+PAUSE_S = 1.0
+PAUSE_MAX_S = 60.0
+"""How long a busy runtime is left alone: this long where it does not say, and at most so long where it does."""
+
 LAST_BYTES_S = 1.0
 """How long the connection may stay open after the last finish reason before the answer counts as whole."""
 
@@ -48,6 +56,14 @@ class Ended:
     usage: dict[str, int] | None = None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """The runtime wants none of our requests: for some seconds, or, with `reason`, until somebody mends it."""
+
+    pause_s: float = 0.0
+    reason: str = ""
+
+
 class Attempt:
     """Runs one claimed job against one endpoint."""
 
@@ -61,6 +77,7 @@ class Attempt:
         *,
         served_by: str,
         slot: int | None = None,
+        on_refusal: Callable[[Refusal], None] = lambda _refusal: None,
     ) -> None:
         self.job = claimed.record
         self.held = Holding(self.job.id, self.job.lane, claimed.attempt, self.job.boot)
@@ -71,7 +88,8 @@ class Attempt:
         self._limits = limits
         self._served_by = served_by
         self._slot = slot if slot is not None and slot < endpoint.slots else None
-        self._reader = ChatReader(self.job.model, self.job.include_usage, self.job.choices)
+        self._on_refusal = on_refusal  # before the job is anybody's again, or the next slot would take it
+        self._reader = _reader_for(self.job)
         self._exchange: Exchange | None = None
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -171,6 +189,8 @@ class Attempt:
 
     def _request(self) -> bytes:
         to = self._endpoint
+        if isinstance(self._reader, EmbeddingReader):
+            return rewrite_embeddings(self._body, to.model, drops=to.drops, extra=to.extra)
         return rewrite_chat(self._body, to.model, slot=self._slot, drops=to.drops, extra=to.extra)
 
     def _on_data(self, data: bytes) -> None:
@@ -201,6 +221,9 @@ class Attempt:
     async def _finish(self, data: bytes) -> None:
         """Writes what is left and ends the job. An answer that came whole has its first token here."""
         usage = self._reader.usage or {}
+        while more := self._reader.take():  # an answer of vectors comes in pieces
+            await self._flush(data)
+            data = more
         if not self.delivered:
             self._first_token_s = self._loop.time() - self._started
         seq = self._seq + bool(data)
@@ -210,6 +233,19 @@ class Attempt:
     def _runtime_is_suspect(self) -> bool:
         exchange = self._exchange
         return exchange is None or not exchange.done or exchange.status >= 500 or self._gone
+
+    def _refusal(self) -> Refusal | None:
+        """What the status says of requests to come: its key is refused, or it is busy and says for how long."""
+        exchange, endpoint = self._exchange, self._endpoint
+        if exchange is None:
+            return None
+        if exchange.status in KEY_REFUSED and endpoint.key_env:
+            return Refusal(reason=refusal_words(endpoint, exchange.status, ""))
+        if exchange.status not in BUSY:
+            return None
+        asked = exchange.retry_after[:6]
+        asked_s = float(asked) if asked.isascii() and asked.isdigit() else PAUSE_S
+        return Refusal(pause_s=min(PAUSE_MAX_S, max(PAUSE_S, asked_s)))
 
     def _over(self) -> bool:
         """Whether no more bytes are to be waited for."""
@@ -249,35 +285,47 @@ class Attempt:
 
     def _how_far(self) -> str:
         """Tells a long prompt from a runtime that does nothing, where the runtime says how much of it has been read."""
-        read = self._reader.prompt_read
+        read = self._reader.prompt_read if isinstance(self._reader, ChatReader) else None
         return f"; the runtime has read {read[0]:,} of {read[1]:,} prompt tokens" if read is not None else ""
 
     def _failure(self) -> errors.BrokerError:
         """Words for an answer that is over and was not a success."""
         exchange = self._exchange
         assert exchange is not None
+        refusal = self._refusal()
+        if refusal is not None and refusal.reason:  # no fault of the request: it may start again elsewhere
+            return errors.RuntimeFailed(refusal.reason)
         if exchange.status not in (0, 200):
-            complaint = read_complaint(bytes(self._complaint))
-            if complaint.context_overflow:
-                return errors.ContextTooLong(complaint.message)
-            if exchange.status in (400, 404) and complaint.model_gone:
-                self._gone = True
-                return errors.RuntimeFailed(f"the runtime does not have the model now: {complaint.message}")
-            if exchange.status in (400, 404, 413, 415, 422):
-                return errors.RuntimeRefused(complaint.message, status=exchange.status)
-            retryable = exchange.status in (408, 425, 429, 500, 502, 503, 504)
-            return errors.RuntimeFailed(
-                f"the runtime answered {exchange.status}: {complaint.message}", retryable=retryable
-            )
+            return self._status_words(exchange.status, exchange.retry_after)
         if exchange.lost is not None:
             return errors.RuntimeFailed(str(exchange.lost))
         complaint_found = self._reader.complaint
+        words = without_key(
+            self._endpoint, self._reader.error or "the runtime ended the answer without a finish reason"
+        )
         if complaint_found is not None and complaint_found.context_overflow:
-            return errors.ContextTooLong(complaint_found.message)
-        return errors.RuntimeFailed(self._reader.error or "the runtime ended the answer without a finish reason")
+            return errors.ContextTooLong(words)
+        return errors.RuntimeFailed(words)
+
+    def _status_words(self, status: int, retry_after: str) -> errors.BrokerError:
+        """Words for an answer whose status says that it is none."""
+        complaint = read_complaint(bytes(self._complaint))
+        words = without_key(self._endpoint, complaint.message)
+        if complaint.context_overflow:
+            return errors.ContextTooLong(words)
+        if status in (400, 404) and complaint.model_gone:
+            self._gone = True
+            return errors.RuntimeFailed(f"the runtime does not have the model now: {words}")
+        if status in (400, 404, 413, 415, 422):
+            return errors.RuntimeRefused(words, status=status)
+        when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""
+        retryable = status in (408, 425, 500, 502, 504, *BUSY)
+        return errors.RuntimeFailed(f"the runtime answered {status}: {words}{when}", retryable=retryable)
 
     async def _fail(self, error: errors.BrokerError, *, final: bool = False) -> str:
         """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
+        if refusal := self._refusal():
+            self._on_refusal(refusal)
         try:
             if not final and _may_start_again(error):
                 outcome = await self._give_back(error)
@@ -303,6 +351,12 @@ class Attempt:
             "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
         )
         return "released" if where == "queued" else "failed"
+
+
+def _reader_for(job: JobRecord) -> ChatReader | EmbeddingReader:
+    if job.endpoint == EMBEDDINGS:
+        return EmbeddingReader(job.model)
+    return ChatReader(job.model, job.include_usage, job.choices)
 
 
 def _may_start_again(error: errors.BrokerError) -> bool:

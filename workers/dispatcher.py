@@ -209,7 +209,8 @@ class Dispatcher:
         """Takes the job; None when the race was lost or Redis is away."""
         active = self._book.active
         try:
-            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot)
+            trust = waker.model.trust  # of the runtime that it holds now: the slot that we took keeps it from another
+            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot, runtime_trust=trust)
         except errors.StalePolicy:
             self._picture.unspend(job)
             await self._reload()
@@ -231,7 +232,16 @@ class Dispatcher:
         limits = Limits(model.first_token_timeout_ms, model.stall_timeout_ms, max_losses)
         served_by = f"{waker.name}@{self._host}"
         endpoint = waker.runtime.endpoint()
-        return Attempt(self._store, self._client, claimed, endpoint, limits, served_by=served_by, slot=slot)
+        return Attempt(
+            self._store,
+            self._client,
+            claimed,
+            endpoint,
+            limits,
+            served_by=served_by,
+            slot=slot,
+            on_refusal=waker.refused,
+        )
 
     async def _claimed_unheard(self, job: Waiting) -> Claimed | None:
         """Waits for Redis and asks whether the claim was made, only its reply lost: nobody else would start the job

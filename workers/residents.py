@@ -92,6 +92,7 @@ class Residents:
                     learn=self._learn,
                     tell=self._tell,
                     changed=self._changed,
+                    outdone=self._outdone,
                 )
                 waker = Waker(
                     self._store,
@@ -147,6 +148,15 @@ class Residents:
         ]
         there = sum(m.state in ("warm", "degraded", "waking") for m in others)
         return there >= self.wakers[model].wanted_model.replicas
+
+    def _outdone(self, model: str) -> bool:
+        """Whether another live host has become warm after this one: it believed us gone, and has it now."""
+        picture, mine = self._fleet.picture, (self.wakers[model].since_ms, self._host)
+        return any(
+            m.state in ("warm", "degraded") and (m.since, h) > mine
+            for h, m in picture.on_host.get(model, {}).items()
+            if h != self._host and not picture.hosts[h].draining
+        )
 
     @asynccontextmanager
     async def _room_for(self, name: str, demanded: bool) -> AsyncIterator[None]:

@@ -36,6 +36,7 @@ class Exchange:
         self, connection: "_Connection", on_data: Callable[[bytes], None], on_news: Callable[[], None]
     ) -> None:
         self.status = 0
+        self.retry_after = ""  # the header's text, where the server sent one
         self.done = False
         self.lost: UpstreamLost | None = None
         self._connection: _Connection | None = connection
@@ -57,8 +58,8 @@ class Exchange:
         if self._connection is not None:
             self._connection.resume()
 
-    def head(self, status: int) -> None:
-        self.status = status
+    def head(self, status: int, retry_after: str = "") -> None:
+        self.status, self.retry_after = status, retry_after
 
     def data(self, data: bytes) -> None:
         self._on_data(data)
@@ -86,6 +87,7 @@ class _Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._until_eof = False
         self._heard = self._paused = False
+        self._retry_after = ""
         self._body: list[bytes] = []
         self.used = 0
         self.idle_since = 0.0
@@ -127,14 +129,18 @@ class _Connection(asyncio.Protocol):
     # httptools' side
     def on_headers_complete(self) -> None:
         if self._exchange is not None:
-            self._exchange.head(self._parser.get_status_code())
+            self._exchange.head(self._parser.get_status_code(), self._retry_after)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() in (b"content-length", b"transfer-encoding"):
+        low = name.lower()
+        if low in (b"content-length", b"transfer-encoding"):
             self._until_eof = False
+        elif low == b"retry-after":
+            self._retry_after = value.decode("latin-1").strip()
 
     def on_message_begin(self) -> None:
         self._until_eof = True
+        self._retry_after = ""
 
     def on_body(self, body: bytes) -> None:
         if self._exchange is not None:
@@ -232,7 +238,7 @@ class StreamClient:
         extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = (
             f"POST {server.path}{path} HTTP/1.1\r\nHost: {server.name}\r\nContent-Type: application/json\r\n"
-            f"Accept: text/event-stream\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
+            f"Accept: text/event-stream, application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
         )
         connection.send(exchange, head.encode("latin-1") + body)
         return exchange
@@ -257,10 +263,16 @@ class StreamClient:
         host, port, tls = place
         idle = self._idle.setdefault(place, deque())
         loop = asyncio.get_running_loop()
-        context = ssl.create_default_context() if tls else None
+        context = _tls() if tls else None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(lambda: _Connection(idle), host, port, ssl=context)
         except (OSError, TimeoutError) as e:
             raise UpstreamLost(f"nobody answers at {host}:{port} ({e or 'timed out'})") from None
         return connection
+
+
+@lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    """Reads the machine's certificates once: that takes tens of ms, in which no stream goes on."""
+    return ssl.create_default_context()

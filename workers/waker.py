@@ -21,6 +21,7 @@ from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
 from workers import progress
+from workers.attempt import Refusal
 from workers.overlap import Overlap
 from workers.probes import passive_probe_ms
 from workers.quarantine import PER_HOUR, failed_within_hour, pause_ms
@@ -59,6 +60,9 @@ UNREACHABLE_MAX_S = 30.0
 NO_ROOM_PAUSE_S = 5.0
 EWMA = 0.3
 
+RUN_BY = "backend model url api_key_env embeddings trust command options context_tokens max_concurrent".split()
+"""What of its definition a runtime runs by, or is trusted by: a change takes effect when nothing runs."""
+
 
 class NoRoom(LoadFailed):
     """The model does not fit beside those that may not go now: no failure of its own."""
@@ -79,6 +83,7 @@ class Surroundings:
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
+    outdone: Callable[[str], bool] = lambda _model: False  # whether another host has become warm after this one
 
 
 class Waker:
@@ -117,6 +122,7 @@ class Waker:
         self._left_behind = False
         self._probing: asyncio.Task[float] | None = None
         self._gives_way: asyncio.TimerHandle | None = None
+        self._aside = ""
         self._busy_asked = 0.0
         self._no_room_until = 0.0
         self._loop = asyncio.get_running_loop()
@@ -128,7 +134,9 @@ class Waker:
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
         resident = self.state in ("warm", "degraded") and not self._suspected
-        return resident and not self.leaving and not self.makes_room_for and self.slots.free > 0
+        leads_elsewhere = self.wanted_model.trust != self.model.trust  # it waits for the runtime that the policy means
+        going = self.leaving or leads_elsewhere or bool(self.makes_room_for)
+        return resident and not going and self.slots.free > 0
 
     @property
     def idle_ms(self) -> float:
@@ -256,16 +264,26 @@ class Waker:
         if probe_ms is not None:
             self._measured(probe_ms)
 
-    def suspect(self) -> None:
+    def refused(self, refusal: Refusal) -> None:
+        """Hears that the runtime wants none of our requests: none is claimed for it until its pause is over, or, where
+        only a person can mend it, it is quarantined."""
+        if refusal.reason:
+            self._suspected, self._aside = True, refusal.reason
+            self.kick()
+        else:
+            self.suspect(pause_s=refusal.pause_s)
+
+    def suspect(self, *, pause_s: float = 0.0) -> None:
         """Says that an attempt lost its connection: ask the runtime before another job is claimed for it.
 
         At once the first time; one that says it is fine and fails again gets a pause, or a short trouble of the
-        runtime would use up every waiting job's losses.
+        runtime would use up every waiting job's losses. `pause_s` is how long it asked itself to be left alone.
         """
         now = self._loop.time()
         again = now - self._suspected_at < SUSPECT_MEMORY_S
+        left_s = self._ask_at - now if self._suspected else 0.0
         self._suspected, self._suspected_at = True, now
-        self._ask_at = now + SUSPECT_PAUSE_S if again else now
+        self._ask_at = now + max(pause_s, left_s, SUSPECT_PAUSE_S if again else 0.0)
         self._unreachable = 1
         self.kick()
 
@@ -285,6 +303,9 @@ class Waker:
             await self._clear_up()
         if self.wanted_model is not self.model:
             await self._take_over()
+        if self._aside and self.state in ("warm", "degraded"):
+            reason, self._aside = self._aside, ""
+            await self._quarantine(reason)
         if self.state in ("warm", "degraded"):
             await self._look_after()
             return
@@ -333,8 +354,7 @@ class Waker:
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
         old, new = self.model, self.wanted_model
-        same = ("backend", "model", "url", "command", "options", "context_tokens", "max_concurrent")
-        if all(getattr(old, f) == getattr(new, f) for f in same):
+        if all(getattr(old, f) == getattr(new, f) for f in RUN_BY):
             self.model, self.warmth = new, Warmth(new)
             return
         if not self.slots.idle:
@@ -495,13 +515,22 @@ class Waker:
 
     async def _look_after(self) -> None:
         """A resident model: still there? settled? slow? idle for long?"""
+        if self.model.shared and self._around.outdone(self.name):
+            # we were silent for so long that another host took it: its slots are offered once, and the runtime is its
+            await self._become("cold", "another host has it now")
+            return
         if self._loop.time() >= self._ask_at:
             await self._ask_runtime()
             if self.state not in ("warm", "degraded"):
                 return
         if self._overlap_due() and not self.makes_room_for:
             await self._measure_overlap()
-        if self.slots.idle and not self.leaving and not self.makes_room_for:
+        metered = self.runtime.endpoint().metered
+        if metered and self.state == "degraded" and self.slots.idle:
+            if self._loop.time() - self._probed > PROBE_IDLE_EVERY_S:  # nobody pays for a probe until it is asked for
+                await self.unload("it was slow; its next request tries it anew")
+                return
+        elif self.slots.idle and not self.leaving and not self.makes_room_for and not metered:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
             now = self._loop.time()
             # a probe costs somebody's cached prompt where every slot holds one; what they last answered must do
@@ -579,7 +608,9 @@ class Waker:
 
     def _overlap_due(self) -> bool:
         """Whether to measure now how many generations really run at once; like a probe, it costs nobody anything."""
-        if self.overlap.known or self.leaving or self.model.trust == "remote" or self.state != "warm":
+        if self.overlap.known or self.leaving or self.state != "warm":
+            return False
+        if self.model.embeddings or self.runtime.endpoint().metered:  # at once; for money
             return False
         quiet = self.slots.idle and self.slots.quiet(self._loop.time() - CACHED_PROMPT_S)
         return quiet and not self._around.waited_for(self.name)
@@ -604,6 +635,7 @@ class Waker:
 
     def _measured(self, ms: float) -> None:
         self._note(ms)
+        self._probed = self._loop.time()
         if ms > self.model.first_token_budget_ms:
             self._slow += 1
             self.reason = self._slow_words(ms)

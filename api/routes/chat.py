@@ -22,6 +22,8 @@ PATH = "/v1/chat/completions"
 class ChatCompletions:
     """The endpoint. Each request is one exchange, and from its admission on one visit to a job."""
 
+    path = PATH
+
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
@@ -47,17 +49,17 @@ class ChatCompletions:
     async def _serve(self, exchange: Exchange) -> None:
         gateway = self._gateway
         if exchange.method != "POST":
-            wrong = told.Wrong("method_not_allowed", f"{PATH} takes POST only", 405, told.INVALID)
+            wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
         caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
         body = await exchange.read_body()
-        facts = openai.read_chat(body)
         wishes = Wishes.of(exchange)
+        job = self._job(body, wishes, caller)
         visit = Visit(
             gateway,
             exchange,
-            self._job(facts, wishes, caller),
-            hold_s=gateway.book.active.policy.header_hold_ms / 1000 if facts.stream else WHOLE_HOLD_S,
+            job,
+            hold_s=gateway.book.active.policy.header_hold_ms / 1000 if job.stream else WHOLE_HOLD_S,
         )
         exchange.watch()
         try:
@@ -92,13 +94,16 @@ class ChatCompletions:
                 raise
             await send(visit)
 
-    def _job(self, facts: openai.ChatFacts, wishes: Wishes, caller: str) -> JobRecord:
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord:
+        """Reads the request and writes the job that it asks for; raises BadRequest."""
+        facts = openai.read_chat(body)
         policy = self._gateway.book.active.policy
         return JobRecord(
             id=str(ULID()),
             asked=wishes.lane or facts.model,
             caller=caller,
             session=wishes.session or facts.session,
+            zone=wishes.zone,
             stream=facts.stream,
             include_usage=facts.include_usage,
             choices=facts.n,
@@ -106,5 +111,5 @@ class ChatCompletions:
             max_tokens=facts.max_tokens or 0,
             grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
             keep_ms=policy.keep_ms,
-            endpoint=PATH,
+            endpoint=self.path,
         )

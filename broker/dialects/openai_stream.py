@@ -39,6 +39,8 @@ class RuntimeComplaint:
             self.kind in ("exceed_context_size_error", "context_length_exceeded")
             or "maximum context length" in self.message
             or "maximum model length" in self.message
+            or "too large to process" in self.message  # llama-server's 500 for an input beyond its batch
+            or "input length exceeds" in self.message  # Ollama's, for an embedding
         )
 
     @property

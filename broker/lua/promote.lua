@@ -16,14 +16,14 @@
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
-local f = redis.call("HMGET", KEYS[3], "attempt", "zone", "state", "owner", "give_up_at", "lane", "entry")
-local to, refusal = follow(f[3], "promote", KEYS[3])
+local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry")
+local to, refusal = follow(f[2], "promote", KEYS[3])
 if not to then return refusal end
-local elsewhere = placed(f[6], f[7], ARGV[5], ARGV[6])
+local elsewhere = placed(f[5], f[6], ARGV[5], ARGV[6])
 if elsewhere then return elsewhere end
 if f[1] ~= ARGV[7] then return redis.error_reply("STALE attempt " .. ARGV[7] .. ", job is at " .. f[1]) end
-if ARGV[12] == "remote" and f[2] ~= "remote" then
-  return redis.error_reply("TRUSTZONE " .. id .. " may not leave the machine")
+if ARGV[12] == "remote" then -- whoever allowed the request to leave asked for that lane itself, or spilled there
+  return redis.error_reply("TRUSTZONE " .. id .. " may not be promoted out of the machine")
 end
 local hosts = tonumber(ARGV[13])
 if not has_room(KEYS[2], group, tonumber(ARGV[10]), 7, 6 + hosts, 7 + hosts, #KEYS) then
@@ -31,7 +31,7 @@ if not has_room(KEYS[2], group, tonumber(ARGV[10]), 7, 6 + hosts, 7 + hosts, #KE
 end
 
 leave(KEYS[1], group, ARGV[6])
-local promote_at = tonumber(ARGV[11]) > 0 and math.min(now + tonumber(ARGV[11]), tonumber(f[5])) or 0
+local promote_at = tonumber(ARGV[11]) > 0 and math.min(now + tonumber(ARGV[11]), tonumber(f[4])) or 0
 redis.call("HSET", KEYS[3], "state", to, "lane", ARGV[8], "model", ARGV[9], "promote_at", ms(promote_at),
   "retry_at", "0", "promoted_at", ms(now), "queued_at", ms(now), "owner", "", "boot", "", "lease_until", "0")
 redis.call("HINCRBY", KEYS[3], "promotions", 1)
@@ -39,6 +39,6 @@ local entry = enter(KEYS[2], group, KEYS[3], id)
 redis.call("HSET", KEYS[3], "entry", entry)
 schedule(KEYS[4], KEYS[3], id)
 want(KEYS[6], now, tonumber(ARGV[14]))
-if f[3] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[4], "stop " .. id .. " " .. f[1]) end
+if f[2] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[3], "stop " .. id .. " " .. f[1]) end
 usage(ARGV[16], now, "promoted:" .. ARGV[5] .. ":" .. ARGV[8], 1)
 return entry

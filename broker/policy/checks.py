@@ -5,7 +5,7 @@ Each finding is the path of the key to change and the words of one sentence; the
 
 from collections.abc import Callable, Iterator
 
-from broker.policy.content import BATCH, Content, Match, Model
+from broker.policy.content import BATCH, Content, Match, Model, is_loopback
 from broker.policy.document import Path
 from broker.policy.lanes import CANDIDATES_MAX, Lane, covers, home_of, make_lanes
 from broker.policy.sentences import did_you_mean
@@ -33,6 +33,7 @@ def warnings(
     return [
         *_missing_files(content, exists),
         *_idle_hours(content),
+        *_open_keys(content),
         *_weak_fallbacks(content, lanes),
         *_late_promotions(content, lanes),
         *_memory(content, lanes, host_memory_mb),
@@ -56,6 +57,21 @@ def _models(content: Content) -> Iterator[Finding]:
             yield (*path, "hosts"), "names no host; leave the key out to allow all"
         if model.command is not None and "{port}" not in " ".join(model.command):
             yield (*path, "command"), "must hold {port}, because we choose where the server listens"
+        if model.shared and model.replicas > 1:
+            yield (*path, "replicas"), "all hosts reach the same runtime, so only one of them serves it"
+        yield from _remote(path, model)
+
+
+def _remote(path: Path, model: Model) -> Iterator[Finding]:
+    """What a remote provider must say, and what only it may say."""
+    if model.backend != "openai":
+        if model.api_key_env is not None:
+            yield (*path, "apiKeyEnv"), f"only an openai model has a key, and this one is {model.backend}"
+        return
+    if model.trust != "remote":
+        yield (*path, "trust"), "must be remote, because prompts for an openai model leave the machine"
+    if model.url is None:
+        yield (*path, "url"), "is missing: where does the provider listen? https://api.openai.com, for one"
 
 
 def _options(path: Path, model: Model) -> Iterator[Finding]:
@@ -71,6 +87,8 @@ def _options(path: Path, model: Model) -> Iterator[Finding]:
                 "write them into a Modelfile (PARAMETER num_ctx 16384) or set OLLAMA_CONTEXT_LENGTH"
             ),
         )
+    elif model.backend == "openai":
+        yield where, "an openai model has none; clients send what they want"
     elif model.backend == "llama.cpp":
         yield where, "a llama.cpp model takes no options; write them into its command"
     else:
@@ -174,6 +192,19 @@ def _fallbacks(content: Content) -> Iterator[Finding]:
             yield path, _unknown(content, "fallback", fallback, known)
         elif _is_batch(content, fallback) and not batch:
             yield path, f"'{fallback}' is a batch lane, where an interactive job would wait behind all others"
+        else:
+            yield from _other_kind(content, path, fallback)
+
+
+def _other_kind(content: Content, path: Path, fallback: str) -> Iterator[Finding]:
+    """A fallback that gives vectors where text is asked for, or the other way round."""
+    here, there = home_of(content, str(path[1])), home_of(content, fallback)
+    if here is None or there is None:
+        return  # which has a sentence of its own
+    one, other = content.models[here].embeddings, content.models[there].embeddings
+    if one != other:
+        gives = {True: "vectors", False: "text"}
+        yield path, f"'{fallback}' gives {gives[other]} and '{path[1]}' gives {gives[one]}"
 
 
 def _circles(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:
@@ -207,6 +238,12 @@ def _idle_hours(content: Content) -> Iterator[Finding]:
             )
 
 
+def _open_keys(content: Content) -> Iterator[Finding]:
+    for name, model in content.models.items():
+        if model.api_key_env and str(model.url).startswith("http:") and not is_loopback(str(model.url)):
+            yield ("models", name, "url"), "is not https, so everyone on the way can read the key and the prompts"
+
+
 def _weak_fallbacks(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:
     for lane in lanes.values():
         if lane.fallback is None or not _says_fallback(content, lane.name):
@@ -216,10 +253,13 @@ def _weak_fallbacks(content: Content, lanes: dict[str, Lane]) -> Iterator[Findin
         model = content.models[fallback.model]
         if fallback.model == lane.model:
             yield path, f"'{fallback.name}' is served by the same model '{lane.model}', which will be as cold"
+        elif model.embeddings and model.model != content.models[lane.model].model:
+            yield path, f"'{fallback.model}' must serve the same weights: vectors of two models can't be compared"
+        elif lane.trust == "local" and fallback.trust == "remote":
+            takes = "it takes requests that may leave while this lane is full, and no promoted job"
+            yield path, f"'{fallback.name}' is remote: {takes}"
         elif not model.keep_warm:
             yield path, f"'{fallback.model}' is not kept warm, so a promoted job may wait for a second cold start"
-        if lane.trust == "local" and fallback.trust == "remote":
-            yield path, f"'{fallback.name}' is remote, so only jobs that are allowed to leave can go there"
         if _chain_length(lanes, lane) > CANDIDATES_MAX:
             yield path, f"of this chain of fallbacks only the first {CANDIDATES_MAX} lanes are tried"
 

@@ -4,6 +4,7 @@ Each field stands here once, with its description; the JSON Schema for editors i
 key to judge is in `checks`.
 """
 
+import ipaddress
 import re
 import shlex
 from typing import Annotated, Any, Literal
@@ -30,6 +31,7 @@ ENDPOINTS = (
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_ENV = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 _LONG_MS = 30 * 24 * 3_600_000
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]+)\}")
 
@@ -89,6 +91,15 @@ def _url(value: str) -> str:
     return value.rstrip("/").removesuffix("/v1")
 
 
+def _env_name(value: str) -> str:
+    """Takes no small letters, so that a key that was written here by mistake is refused, and never repeats it."""
+    if not _ENV.fullmatch(value):
+        raise ValueError(
+            "is the name of an environment variable, in capitals like OPENAI_API_KEY; the key itself stays out of here"
+        )
+    return value
+
+
 def _command(value: object) -> object:
     """Splits a command like a shell does; a list is taken as it is, with its numbers written out."""
     if isinstance(value, str):
@@ -127,6 +138,7 @@ Name = Annotated[str, AfterValidator(_name), WithJsonSchema({"type": "string", "
 ModelName = Annotated[Name, AfterValidator(_model_name)]
 Alias = Annotated[str, AfterValidator(_alias), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 256})]
 Host = Annotated[str, AfterValidator(_host), WithJsonSchema({"type": "string", "pattern": f"^{_HOST.pattern}$"})]
+EnvName = Annotated[str, AfterValidator(_env_name), WithJsonSchema({"type": "string", "pattern": f"^{_ENV.pattern}$"})]
 Text = Annotated[str, AfterValidator(_filled)]
 Label = Annotated[str, AfterValidator(_label)]
 Url = Annotated[str, AfterValidator(_url), WithJsonSchema({"type": "string", "pattern": "^https?://"})]
@@ -146,6 +158,17 @@ Trust = Literal["local", "remote"]
 Priority = Literal["interactive", "batch"]
 
 
+def is_loopback(url: str) -> bool:
+    """Whether an address that passed the check leads to the host itself."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Schema(GenerateJsonSchema):
     """JSON Schema without the titles that pydantic makes up (`Coldstartbudgetms`)."""
 
@@ -162,13 +185,17 @@ class Part(BaseModel):
 class Model(Part):
     """One model: the runtime that serves it, its weights, and what its own lane allows."""
 
-    backend: Literal["ollama", "llama.cpp", "vllm", "simulated"] = Field(
-        description="The runtime that serves the model."
+    backend: Literal["ollama", "llama.cpp", "vllm", "simulated", "openai"] = Field(
+        description="The runtime that serves the model; openai is a remote provider that speaks OpenAI's protocol."
     )
     model: Text = Field(
         description="What the runtime calls the weights: an Ollama tag, a GGUF file's path, a router's or vLLM's id."
     )
     url: Url | None = Field(None, description="Where the runtime listens, when it is not at its usual place.")
+    api_key_env: EnvName | None = Field(
+        None, description="The variable of the worker's environment that holds the remote provider's key."
+    )
+    embeddings: bool = Field(False, description="The model gives vectors (/v1/embeddings) and no text.")
     command: Command | None = Field(
         None, description="How we start llama-server; {model}, {port}, {parallel} and {context} are filled in."
     )
@@ -204,6 +231,11 @@ class Model(Part):
     def hours(self) -> ActiveHours | None:
         """When it is kept warm, if not always."""
         return None if self.active_hours is None else parse_hours(self.active_hours)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all hosts would reach the same runtime: its slots are the fleet's, and one host owns them."""
+        return self.backend == "openai" or (self.url is not None and not is_loopback(self.url))
 
 
 class LaneEntry(Part):

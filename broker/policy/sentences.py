@@ -25,13 +25,11 @@ _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
         {
             "maxDowngradeShare",
             "stickyPromotionMs",
-            "apiKeyEnv",
             "wakeForBatch",
             "onLoss",
         }
     ),
 }
-_BACKENDS_NOT_YET = frozenset({"openai"})
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
 
@@ -102,8 +100,6 @@ def _unit(path: Path) -> str:
 def _not_one_of(path: Path, value: Any, allowed: tuple[str, ...]) -> str:
     if not isinstance(value, str):
         return f"must be one of {', '.join(allowed)}, not {shown(value)}"
-    if path[-1] == "backend" and value in _BACKENDS_NOT_YET:
-        return _not_yet(value)
     meant = did_you_mean(value, allowed)
     return f"must be one of {', '.join(allowed)}, not {shown(value)}{meant}"
 

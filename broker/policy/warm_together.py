@@ -8,8 +8,6 @@ one; `replicas` says that there are at least so many.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from broker.policy.content import Model
 
@@ -65,7 +63,7 @@ def clashes(models: dict[str, Model], host_memory_mb: int) -> Iterator[Clash]:
 
 
 def _kept(models: dict[str, Model]) -> list[_Warm]:
-    kept = {n: m for n, m in models.items() if m.keep_warm and m.memory_mb and m.trust == "local" and _is_here(m)}
+    kept = {n: m for n, m in models.items() if m.keep_warm and m.memory_mb and m.trust == "local" and not m.shared}
     named = sorted({host for model in models.values() for host in model.hosts or ()})
     most = max((m.replicas for m in kept.values()), default=1)
     everywhere = frozenset([*named, *(f"another {n}" for n in range(most - len(named)))])
@@ -74,17 +72,6 @@ def _kept(models: dict[str, Model]) -> list[_Warm]:
         hosts = everywhere if model.hosts is None else frozenset(model.hosts)
         found.append(_Warm(name, model.memory_mb or 0, min(model.replicas, len(hosts)), hosts, model))
     return found
-
-
-def _is_here(model: Model) -> bool:
-    """Whether the runtime's memory is that of the host whose worker speaks to it."""
-    if model.url is None:
-        return True
-    name = urlsplit(model.url).hostname or ""
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
 
 
 def _groups(warm: Sequence[_Warm]) -> Iterator[list[_Warm]]:

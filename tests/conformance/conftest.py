@@ -24,8 +24,10 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tiny_gguf: Path) -> Llama:
     """Makes a policy entry for the real llama.cpp; words of `llama_command` delay its load or log it."""
 
-    def entry(*, load_delay_ms: int = 0, load_log: Path | None = None, **keys: Any) -> dict[str, Any]:
-        command = llama_command(load_delay_ms=load_delay_ms, load_log=load_log)
+    def entry(
+        *, load_delay_ms: int = 0, load_log: Path | None = None, pooling: str = "", **keys: Any
+    ) -> dict[str, Any]:
+        command = llama_command(load_delay_ms=load_delay_ms, load_log=load_log, pooling=pooling)
         known = {"backend": "llama.cpp", "model": str(tiny_gguf), "command": command, "contextTokens": 1024}
         return {**known, "memoryMb": 64, "keepWarm": True, **keys}
 

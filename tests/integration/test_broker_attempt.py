@@ -155,6 +155,15 @@ async def test_a_local_job_is_not_claimed_in_a_lane_that_leads_out(world: World)
     await world.claim(await world.submit("far", zone="remote"))
 
 
+async def test_a_local_job_is_not_claimed_for_a_runtime_that_leads_out(world: World) -> None:
+    """A model that was remote may be local by the policy already, while its worker still holds the remote runtime."""
+    job_id = await world.submit("big")
+    waiting, active = await world.waiting(job_id), world.book.active
+    async with world.refused(errors.TrustZoneRefused):
+        await lanes.claim(world.store, active, waiting, host="gpu1", boot="boot1", runtime_trust="remote")
+    await lanes.claim(world.store, active, waiting, host="gpu1", boot="boot1")
+
+
 async def test_a_finish_needs_a_first_token(world: World) -> None:
     """Success is a finish reason after content; an empty answer is a failure that somebody must name."""
     held = await world.claim(await world.submit())

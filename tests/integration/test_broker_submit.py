@@ -117,6 +117,8 @@ async def test_a_key_with_another_body_or_endpoint_is_refused(world: World) -> N
     async with world.refused(errors.IdempotencyMismatch):
         await world.submit(key="k", body=b"other")
     async with world.refused(errors.IdempotencyMismatch):
+        await world.submit(key="k", zone="remote")
+    async with world.refused(errors.IdempotencyMismatch):
         await world.submit(key="k", endpoint="/v1/completions")
 
 

@@ -111,6 +111,7 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         room_for=room,
         held_up=lambda name: ("", 0),
         drained=lambda: False,
+        outdone=lambda name: False,
         learn=learn,
         tell=tell,
         changed=lambda: None,

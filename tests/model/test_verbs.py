@@ -190,7 +190,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.ModelUnavailable
         elif active.version != w.book.active.version:
             expected = errors.StalePolicy
-        elif twin and self.bodies[twin] != body:
+        elif twin and (self.bodies[twin], self.now.jobs[twin].zone) != (body, record.zone):
             expected = errors.IdempotencyMismatch
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
@@ -375,7 +375,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif moved:
             expected = errors.Moved
-        elif to.trust == "remote" and job.zone != "remote":
+        elif to.trust == "remote":
             expected = errors.TrustZoneRefused
         elif self.full(to):
             expected = errors.LaneFull

@@ -27,6 +27,7 @@ class FakeOllama(ScriptedRuntime):
         self.loads_started: list[str] = []
         self.loads_aborted: list[str] = []
         self.generate_bodies: list[dict[str, Any]] = []
+        self.only_embeds: set[str] = set()  # full names of the models that refuse to generate
         self.ps_size, self.ps_vram = 2 * GIB, GIB
         self.busy_answers = 0  # so many loads are refused before one is taken in: the line of loads is full
         self.load_error: tuple[int, str] | None = None
@@ -53,6 +54,10 @@ class FakeOllama(ScriptedRuntime):
                 await exchange.answer({"version": "0.33.0"})
             case "POST", "/api/generate":
                 await self._generate(exchange, exchange.json())
+            case "POST", "/api/embed":
+                await self._embed(exchange, exchange.json())
+            case "POST", "/v1/embeddings":
+                await self._vectors(exchange, exchange.json())
             case "POST", "/v1/chat/completions":
                 await self._open_chat(exchange, exchange.json())
             case _:
@@ -80,7 +85,9 @@ class FakeOllama(ScriptedRuntime):
             await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
         elif keep_alive == 0:
             await exchange.answer(_done(name, "unload"))
-            self.loaded.pop(name, None)  # After the answer, as Ollama does.
+            self.loaded.pop(name, None)  # After the answer, as Ollama does: before it asks what the model can do.
+        elif name in self.only_embeds:
+            await exchange.answer({"error": f'"{body["model"]}" does not support generate'}, status=400)
         elif self.busy_answers:
             self.busy_answers -= 1
             text = "server busy, please try again.  maximum pending requests exceeded"
@@ -106,6 +113,28 @@ class FakeOllama(ScriptedRuntime):
                 return False
             self.loaded[name] = keep_alive
             return True
+
+    async def _embed(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        """Loads like any other endpoint; without input there are no vectors."""
+        self.embed_bodies.append(body)
+        name = _full(body["model"])
+        if name not in self.digests:
+            await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
+        elif await self._load(exchange, name, body.get("keep_alive", 300)):
+            await exchange.answer({"model": body["model"], "embeddings": [[0.5, 1.0]] if body["input"] else []})
+
+    async def _vectors(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        """Its OpenAI face: texts only, and a load like any other where the model is away."""
+        self.embed_bodies.append(body)
+        name, given = _full(body["model"]), body["input"]
+        inputs = [given] if isinstance(given, str) else given
+        if not all(isinstance(text, str) for text in inputs):
+            error = {"message": "invalid input type", "type": "invalid_request_error"}
+            await exchange.answer({"error": error}, status=400)
+        elif name in self.loaded or await self._load(exchange, name, 300):
+            data = [{"object": "embedding", "index": index, "embedding": [0.5, 1.0]} for index in range(len(inputs))]
+            usage = {"prompt_tokens": 2, "total_tokens": 2}
+            await exchange.answer({"object": "list", "data": data, "model": body["model"], "usage": usage})
 
     async def _open_chat(self, exchange: Exchange, body: dict[str, Any]) -> None:
         name = _full(body["model"])

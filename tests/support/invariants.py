@@ -368,6 +368,9 @@ def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> l
         here = active.lane(was.lane)
         if Event.PROMOTE not in arrows or now.state is not State.QUEUED or here is None or here.fallback != now.lane:
             found.append(f"job {was.id} moved from lane {was.lane} to {now.lane} while {was.state}")
+        there = active.lane(now.lane)
+        if there is not None and there.trust == "remote":
+            found.append(f"job {was.id} was moved into lane {now.lane}, which leads out")
     if now.state is State.CLAIMED and was.state is State.QUEUED:
         lane = active.lane(now.lane)
         if lane is None or (lane.trust == "remote" and now.zone != "remote"):

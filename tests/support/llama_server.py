@@ -15,14 +15,19 @@ import time
 from pathlib import Path
 
 FLAGS = "-m {model} --port {port} -np {parallel} -c {context} -cram 0 -b 256 -ub 256".split()
+POOLINGS = ("none", "mean", "cls", "last")
 
 
-def llama_command(*, load_delay_ms: int = 0, load_log: Path | None = None) -> list[str]:
-    """Gives the `command` of a llama.cpp model; delay and load log need the wheel's server."""
+def llama_command(*, load_delay_ms: int = 0, load_log: Path | None = None, pooling: str = "") -> list[str]:
+    """Gives the `command` of a llama.cpp model; delay and load log need the wheel's server.
+
+    `pooling` makes it one of vectors: `none` is what a GGUF of a chat model says.
+    """
+    flags = [*FLAGS, "--embeddings", "--pooling", pooling] if pooling else FLAGS
     genuine = os.environ.get("LLAMA_SERVER_BIN")
     if genuine and not load_delay_ms and load_log is None:
-        return [genuine, *FLAGS]
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), *FLAGS, "--threads", "1"]
+        return [genuine, *flags]
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), *flags, "--threads", "1"]
     if load_delay_ms:
         command += ["--load-delay-ms", str(load_delay_ms)]
     if load_log is not None:
@@ -41,6 +46,8 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("-cram", "--cache-ram", type=int, default=0)
     parser.add_argument("-b", "--batch-size", type=int, default=256)
     parser.add_argument("-ub", "--ubatch-size", type=int, default=256)
+    parser.add_argument("--embeddings", action="store_true")
+    parser.add_argument("--pooling", choices=POOLINGS)
     parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("-a", "--alias", default="")
     parser.add_argument("--load-delay-ms", type=int, default=0, help="sleep before the load")
@@ -68,6 +75,9 @@ def main() -> None:
     parameters.cache_ram_mib = flags.cache_ram
     parameters.n_batch = flags.batch_size
     parameters.n_ubatch = flags.ubatch_size
+    parameters.embedding = flags.embeddings
+    if flags.pooling:
+        parameters.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{flags.pooling.upper()}")
     parameters.cpuparams.n_threads = flags.threads
     parameters.cpuparams_batch.n_threads = flags.threads
     parameters.endpoint_slots = True

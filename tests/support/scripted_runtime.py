@@ -45,6 +45,7 @@ class ScriptedRuntime:
         self.calls: list[Call] = []
         self.headers: list[dict[str, str]] = []  # of chat requests
         self.chat_bodies: list[dict[str, Any]] = []
+        self.embed_bodies: list[dict[str, Any]] = []
         self.active = 0
         self.trap = ""
         self.after = 2  # pieces before the trap closes
@@ -98,6 +99,14 @@ class ScriptedRuntime:
                 await self._say(exchange, body)
         finally:
             self.active -= 1
+
+    async def _embed(self, exchange: Exchange) -> None:
+        """Answers one vector for each input."""
+        body = exchange.json()
+        self.embed_bodies.append(body)
+        inputs = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        data = [{"object": "embedding", "index": n, "embedding": [0.5, 1.0]} for n in range(len(inputs))]
+        await exchange.answer({"object": "list", "data": data, "model": body["model"]})
 
     async def _say(self, exchange: Exchange, body: dict[str, Any]) -> None:
         count = body.get("max_tokens") or 8
@@ -202,6 +211,9 @@ class ScriptedRouter(ScriptedRuntime):
                 name = exchange.json().get("model", "")
                 if await self._reach(exchange, name, query):
                     await self._stream(exchange, name)
+            case "POST", "/v1/embeddings":
+                if await self._reach(exchange, exchange.json().get("model", ""), query):
+                    await self._embed(exchange)
             case _:
                 await _refuse(exchange, 404, "File Not Found", "not_found_error")
 
@@ -333,6 +345,9 @@ class ScriptedVllm(ScriptedRuntime):
                 await self._metrics(exchange)
             case "POST", "/v1/chat/completions":
                 await self._admit(exchange)
+            case "POST", "/v1/embeddings":
+                await self._awake.wait()
+                await self._embed(exchange)
             case "GET", "/is_sleeping" if self.dev:
                 await exchange.answer({"is_sleeping": self.asleep > 0})
             case "POST", "/sleep" if self.dev and not self.sleep_enabled:

@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,9 @@ def refuses(status: int, message: str = "no", kind: str = "") -> Answer:
 class Bench:
     """A job that is claimed, and a runtime that answers in turn."""
 
+    body = BODY
+    endpoint = Endpoint("", model="weights")
+
     def __init__(self, world: World, url: str, answers: list[Answer]) -> None:
         self.world = world
         self.url = url
@@ -70,11 +74,11 @@ class Bench:
 
     async def claim(self, *, stall_ms: int = 60_000, first_token_ms: int = 60_000, **fields: Any) -> Attempt:
         usual: dict[str, Any] = {"stream": True, "reader": "api1/r1"}
-        self.job_id = await self.world.submit("big", body=BODY, **usual | fields)
+        self.job_id = await self.world.submit("big", body=self.body, **usual | fields)
         waiting = await self.world.waiting(self.job_id)
         claimed = await lanes.claim(self.world.store, self.world.book.active, waiting, host="gpu1", boot="boot1")
         limits = Limits(first_token_ms, stall_ms, max_losses=1)
-        endpoint = Endpoint(self.url, model="weights")
+        endpoint = replace(self.endpoint, base_url=self.url)
         self.attempt = Attempt(self.world.store, self.client, claimed, endpoint, limits, served_by="big@gpu1")
         return self.attempt
 

@@ -67,6 +67,8 @@ def test_defaults_are_those_of_the_design() -> None:
     said = policy.models["m"].model_dump(by_alias=True, exclude={"backend", "model"})
     assert said == {
         "url": None,
+        "apiKeyEnv": None,
+        "embeddings": False,
         "command": None,
         "keepWarm": False,
         "activeHours": None,
@@ -108,7 +110,7 @@ def test_every_key_can_be_set() -> None:
     """The file sets each key to something else than its default, so a key that were ignored would show."""
     policy = load("everything")
 
-    set_here = policy.models["deep-coder"].model_fields_set | policy.models["coder-small"].model_fields_set
+    set_here = set().union(*(model.model_fields_set for model in policy.models.values()))
     assert set_here == set(Model.model_fields)
     assert policy.lanes["fast-edit"].model_fields_set | {"target"} == set(LaneEntry.model_fields)
     assert policy.model_fields_set == set(Content.model_fields)
@@ -181,7 +183,8 @@ IN_A_MODEL = [
     ("maxDowngradeShare: 0.5", f"maxDowngradeShare: 'maxDowngradeShare' {NOT_YET}"),
     ("stickyPromotionMs: 0", f"stickyPromotionMs: 'stickyPromotionMs' {NOT_YET}"),
     ("replicas: 0", "replicas: must be at least 1, not 0"),
-    ("apiKeyEnv: KEY", f"apiKeyEnv: 'apiKeyEnv' {NOT_YET}"),
+    ("apiKeyEnv: KEY", "apiKeyEnv: only an openai model has a key, and this one is simulated"),
+    ("embeddings: 1", "embeddings: must be true or false, not 1"),
     ("wakeForBatch: true", f"wakeForBatch: 'wakeForBatch' {NOT_YET}"),
     ("onLoss: error", f"onLoss: 'onLoss' {NOT_YET}"),
     ("keepWarm: yes", "keepWarm: must be true or false, not 'yes'"),
@@ -256,10 +259,9 @@ def test_a_wrong_key_of_a_model_is_one_sentence(line: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "words"),
     [
-        ("openai", f"'openai' {NOT_YET}"),
-        ("olama", "must be one of ollama, llama.cpp, vllm, simulated, not 'olama', did you mean 'ollama'?"),
-        ("[ollama]", "must be one of ollama, llama.cpp, vllm, simulated, not a list"),
-        ("tgi", "must be one of ollama, llama.cpp, vllm, simulated, not 'tgi'"),
+        ("olama", "must be one of ollama, llama.cpp, vllm, simulated, openai, not 'olama', did you mean 'ollama'?"),
+        ("[ollama]", "must be one of ollama, llama.cpp, vllm, simulated, openai, not a list"),
+        ("tgi", "must be one of ollama, llama.cpp, vllm, simulated, openai, not 'tgi'"),
     ],
 )
 def test_an_unknown_backend_is_one_sentence(backend: str, words: str) -> None:
@@ -278,6 +280,78 @@ def test_an_unknown_backend_is_one_sentence(backend: str, words: str) -> None:
 )
 def test_a_wrong_command_of_a_llama_server_is_one_sentence(lines: list[str], words: str) -> None:
     assert problems(model(*lines, backend="llama.cpp")) == [f"line 5: models.m.command: {words}"]
+
+
+KEY_WORDS = "is the name of an environment variable, in capitals like OPENAI_API_KEY; the key itself stays out of here"
+REMOTE = {"url": "url: https://api.example.com", "trust": "trust: remote"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            [REMOTE["url"]],
+            "line 2: models.m.trust: must be remote, because prompts for an openai model leave the machine",
+        ),
+        (
+            [REMOTE["trust"]],
+            "line 2: models.m.url: is missing: where does the provider listen? https://api.openai.com, for one",
+        ),
+        ([*REMOTE.values(), "apiKeyEnv: sk-proj-secret"], f"line 7: models.m.apiKeyEnv: {KEY_WORDS}"),
+        ([*REMOTE.values(), "apiKeyEnv: 2KEY"], f"line 7: models.m.apiKeyEnv: {KEY_WORDS}"),
+        (
+            [*REMOTE.values(), "options: { a: 1 }"],
+            "line 7: models.m.options: an openai model has none; clients send what they want",
+        ),
+        (
+            [*REMOTE.values(), "command: run {port}"],
+            "line 7: models.m.command: command and url exclude each other: we start the server, or it runs already",
+        ),
+        (
+            [*REMOTE.values(), "replicas: 2"],
+            "line 7: models.m.replicas: all hosts reach the same runtime, so only one of them serves it",
+        ),
+    ],
+)
+def test_a_wrong_remote_provider_is_one_sentence(lines: list[str], words: str) -> None:
+    """The first one is always told; nobody's key is ever repeated."""
+    found = problems(model(*lines, backend="openai"))
+
+    assert found[0] == words
+    assert "secret" not in " ".join(found)
+
+
+def test_a_remote_provider_needs_its_address_and_its_trust() -> None:
+    policy = Policy.parse(model(*REMOTE.values(), "apiKeyEnv: EXAMPLE_KEY", backend="openai"))
+
+    assert policy.models["m"].api_key_env == "EXAMPLE_KEY"
+    assert policy.models["m"].shared
+    assert policy.all_lanes()["m"].trust == "remote"
+
+
+@pytest.mark.parametrize(
+    ("url", "shared"),
+    [
+        ("http://127.0.0.1:11434", False),
+        ("http://127.8.9.1:1", False),
+        ("http://localhost:8080", False),
+        ("http://[::1]:8080", False),
+        ("http://gpu-box:8080", True),
+        ("http://10.0.0.7:8080", True),
+    ],
+)
+def test_a_runtime_elsewhere_is_the_whole_fleets(url: str, shared: bool) -> None:
+    assert Policy.parse(model(f"url: '{url}'", backend="llama.cpp")).models["m"].shared is shared
+
+
+def test_a_fallback_gives_what_was_asked_for() -> None:
+    """A chat that is promoted to a model of vectors, or the other way round, could only fail there."""
+    rows = [warm("a", ", fallback: b"), warm("b", ", embeddings: true"), "lanes:", "  l: { target: b, fallback: a }"]
+
+    assert problems("\n".join(["models:", *rows])) == [
+        "line 2: models.a.fallback: 'b' gives vectors and 'a' gives text",
+        "line 5: lanes.l.fallback: 'a' gives text and 'l' gives vectors",
+    ]
 
 
 SLEEP_LEVEL = "must be 1 (asleep, the weights are kept in host memory) or 2 (they are read again at each wake)"
@@ -615,7 +689,7 @@ def test_a_circle_through_a_lane_names_the_lane() -> None:
 
 def test_all_problems_are_told_in_the_order_of_the_lines() -> None:
     assert problems(model("maxQueue: -1", "keepwarm: true", "url: box", backend="olama")) == [
-        "line 3: models.m.backend: must be one of ollama, llama.cpp, vllm, simulated, not 'olama', "
+        "line 3: models.m.backend: must be one of ollama, llama.cpp, vllm, simulated, openai, not 'olama', "
         "did you mean 'ollama'?",
         "line 5: models.m.maxQueue: must be at least 0, not -1",
         "line 6: models.m.keepwarm: unknown key 'keepwarm', did you mean 'keepWarm'?",
@@ -837,12 +911,25 @@ def warm(name: str, extra: str = "") -> str:
 
 WARNINGS = [
     (
+        [
+            "models:",
+            warm("a", ", embeddings: true, fallback: b"),
+            "  b: { backend: simulated, model: y, keepWarm: true, embeddings: true }",
+        ],
+        "line 2: models.a.fallback: 'b' must serve the same weights: vectors of two models can't be compared",
+    ),
+    (
+        [model("url: http://far:1", "trust: remote", "apiKeyEnv: KEY", backend="openai")],
+        "line 5: models.m.url: is not https, so everyone on the way can read the key and the prompts",
+    ),
+    (
         ["models:", warm("a", ", fallback: b"), "  b: { backend: simulated, model: x }"],
         "line 2: models.a.fallback: 'b' is not kept warm, so a promoted job may wait for a second cold start",
     ),
     (
         ["models:", warm("a", ", fallback: b"), warm("b", ", trust: remote")],
-        "line 2: models.a.fallback: 'b' is remote, so only jobs that are allowed to leave can go there",
+        "line 2: models.a.fallback: 'b' is remote: it takes requests that may leave while this lane is full, "
+        "and no promoted job",
     ),
     (
         ["models:", warm("a", ", fallback: b, maxWaitMs: 1000"), warm("b")],
@@ -1056,7 +1143,8 @@ def test_the_schema_names_and_describes_every_key_in_camel_case() -> None:
             assert re.fullmatch(r"[a-z]+([A-Z][a-z]+)*", key)
             assert about["description"].endswith(".")
     assert schema["required"] == ["models"]
-    assert schema["$defs"]["Model"]["properties"]["backend"]["enum"] == ["ollama", "llama.cpp", "vllm", "simulated"]
+    backends = ["ollama", "llama.cpp", "vllm", "simulated", "openai"]
+    assert schema["$defs"]["Model"]["properties"]["backend"]["enum"] == backends
     assert schema["$defs"]["Model"]["properties"]["maxConcurrent"]["minimum"] == 1
     assert schema["$defs"]["Model"]["properties"]["command"]["anyOf"][0] == {"type": "string"}
 

@@ -89,7 +89,12 @@ async def test_a_request_is_whole_and_an_answer_keeps_its_connection() -> None:
         port = caller.url.rpartition(":")[2]
     lines = heads[0].decode().split("\r\n")
     assert lines[0] == "POST /v1/x HTTP/1.1"
-    assert {f"Host: 127.0.0.1:{port}", "Content-Length: 2", "X-A: b", "Accept: text/event-stream"} <= set(lines)
+    assert {
+        f"Host: 127.0.0.1:{port}",
+        "Content-Length: 2",
+        "X-A: b",
+        "Accept: text/event-stream, application/json",
+    } <= set(lines)
     assert lines[-1] == "{}"
 
 

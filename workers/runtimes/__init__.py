@@ -35,5 +35,9 @@ def runtime_for(name: str, model: "Model", *, state_dir: Path) -> "Runtime":
             from workers.runtimes.simulated import Simulated
 
             return Simulated(name, model, state_dir=state_dir)
+        case "openai":
+            from workers.runtimes.remote import Remote
+
+            return Remote(name, model)
         case other:
             raise ValueError(f"model '{name}': no runtime for backend '{other}'")

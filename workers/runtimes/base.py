@@ -10,13 +10,14 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import Literal, Protocol
-from urllib.parse import urlsplit
 
 import httpx
 
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.dialects.openai_embeddings import EmbeddingReader
 from broker.dialects.openai_stream import ChatReader, read_complaint
+from broker.policy.content import is_loopback
 
 State = Literal["absent", "loading", "loaded", "unreachable"]
 
@@ -55,15 +56,28 @@ class ProbeFailed(RuntimeProblem):
     """The runtime answered, but produced no token."""
 
 
+class ProbeRefused(ProbeFailed):
+    """The runtime refused the probe with a status of its own."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"the probe was answered {status}: {words}")
+        self.status = status
+        self.words = words
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where generations go (`POST {base_url}/v1/chat/completions`) and under which model name."""
 
     base_url: str
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)  # may hold a key
     model: str = ""
     slots: int = 0
     """How many slots a request may name by `id_slot`; 0 = the runtime chooses."""
+    key_env: str = ""
+    """The environment variable whose value is in the headers; errors name it and never what is in it."""
+    metered: bool = False
+    """Each token costs money: no probe but the one that a wake needs."""
     query: str = ""
     drops: frozenset[str] = frozenset()
     """Keys of a request that the runtime must not see."""
@@ -123,6 +137,23 @@ class Runtime(Protocol):
         """Stops what we started and closes our connections; an external server is left as it is."""
 
 
+KEY_REFUSED = (401, 403)
+
+
+def refusal_words(endpoint: Endpoint, status: int, words: str) -> str:
+    """Says why a provider refused. A provider that refuses a key often repeats parts of it: its words are left out
+    then, and wherever the key stands in them."""
+    if status in KEY_REFUSED and endpoint.key_env:
+        return f"the provider refused the key that is in {endpoint.key_env} ({status})"
+    return f"the provider answered {status}: {without_key(endpoint, words)}"
+
+
+def without_key(endpoint: Endpoint, words: str) -> str:
+    """Blots the key out of what a provider said."""
+    key = endpoint.headers.get("Authorization", "").removeprefix("Bearer ")
+    return words.replace(key, "***") if key else words
+
+
 def client_for(url: str) -> httpx.AsyncClient:
     """Makes one runtime's own client: nothing shared, no proxy from the environment between us and a loopback port."""
     return httpx.AsyncClient(
@@ -137,13 +168,7 @@ def client_for(url: str) -> httpx.AsyncClient:
 
 def is_local(url: str) -> bool:
     """Tells whether an address is on this host, without asking any name server."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(url)
 
 
 def looks_like_oom(text: str) -> bool:
@@ -164,6 +189,7 @@ async def probe_chat(
         **(extra or {}),
     }
     url = endpoint.base_url + endpoint.path("/v1/chat/completions")
+    body = {key: value for key, value in body.items() if value is not None}
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
     started = time.perf_counter()
     try:
@@ -173,7 +199,7 @@ async def probe_chat(
         ):
             if response.status_code != 200:
                 complaint = read_complaint(await response.aread())
-                raise ProbeFailed(f"the probe was answered {response.status_code}: {complaint.message}")
+                raise ProbeRefused(response.status_code, complaint.message)
             pieces = response.aiter_bytes()
             await _first_token(pieces)
             elapsed_ms = (time.perf_counter() - started) * 1000
@@ -185,6 +211,34 @@ async def probe_chat(
         raise ProbeFailed(f"the probe got no token within {timeout_s:g} s") from error
     except httpx.HTTPError as error:
         raise ProbeFailed(f"the probe broke off before its first token: {type(error).__name__} {error}") from error
+
+
+async def probe_embedding(
+    client: httpx.AsyncClient, endpoint: Endpoint, *, timeout_s: float, extra: Mapping[str, object] | None = None
+) -> float:
+    """Asks for one vector and returns the ms until it is there: the first token of an embedding model."""
+    body: dict[str, object] = {"model": endpoint.model, "input": "Hi", **(extra or {})}
+    url = endpoint.base_url + endpoint.path(EMBEDDINGS)
+    timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+    started = time.perf_counter()
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await client.post(url, json=body, headers=endpoint.headers, timeout=timeout)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise RuntimeUnreachable(f"nobody answers at {endpoint.base_url}: {error}") from error
+    except (TimeoutError, httpx.TimeoutException) as error:
+        raise ProbeFailed(f"the probe got no vector within {timeout_s:g} s") from error
+    except httpx.HTTPError as error:
+        raise ProbeFailed(f"the probe broke off before its vector: {type(error).__name__} {error}") from error
+    elapsed_ms = (time.perf_counter() - started) * 1000
+    if response.status_code != 200:
+        raise ProbeRefused(response.status_code, read_complaint(response.content).message)
+    reader = EmbeddingReader("probe")
+    reader.feed(response.content)
+    reader.end()
+    if reader.error is not None:
+        raise ProbeFailed(f"the probe got no vector: {reader.error}")
+    return elapsed_ms
 
 
 async def _first_token(pieces: AsyncIterator[bytes]) -> None:

@@ -32,6 +32,7 @@ from workers.runtimes.base import (
     is_local,
     looks_like_oom,
     probe_chat,
+    probe_embedding,
 )
 from workers.runtimes.llama_server import PROGRESS
 from workers.runtimes.process import occupied
@@ -63,6 +64,7 @@ class LlamaRouter:
         self._model = model.model
         self._id = model.model  # an alias leads to it
         self._url = url
+        self._embeddings = model.embeddings
         self._client = client_for(url)
         self._progress: float | None = None
         self._slots = 0
@@ -140,7 +142,8 @@ class LlamaRouter:
         return await asyncio.to_thread(_memory_of, [str(word) for word in args])
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(self._url, model=self._model, slots=self._slots, query="autoload=false", extra=PROGRESS)
+        extra = {} if self._embeddings else PROGRESS
+        return Endpoint(self._url, model=self._model, slots=self._slots, query="autoload=false", extra=extra)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token; refuses on a model that the probe itself would load or wake."""
@@ -149,7 +152,7 @@ class LlamaRouter:
             raise RuntimeUnreachable(f"{self._title}: no router answers at {self._url}")
         if state != "loaded":
             raise ProbeFailed(f"{self._title} is not loaded, and a probe must not load it")
-        return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s, extra=PROBE)
+        return await self._ask(self.endpoint(), timeout_s)
 
     async def busy_slots(self) -> int | None:
         """Counts the slots at work; a model that is not loaded has none, and is not asked: asking would load it."""
@@ -185,11 +188,17 @@ class LlamaRouter:
                 except TimeoutError:
                     continue
 
+    async def _ask(self, endpoint: Endpoint, timeout_s: float) -> float:
+        """Asks for one token, or one vector, of the model."""
+        if self._embeddings:
+            return await probe_embedding(self._client, endpoint, timeout_s=timeout_s)
+        return await probe_chat(self._client, endpoint, timeout_s=timeout_s, extra=PROBE)
+
     async def _wake(self) -> None:
         """Wakes a sleeping model by a generation, the only thing that does; the caller's timeout holds."""
         try:
             endpoint = Endpoint(self._url, model=self._model)
-            await probe_chat(self._client, endpoint, timeout_s=WAKE_TIMEOUT_S, extra=PROBE)
+            await self._ask(endpoint, WAKE_TIMEOUT_S)
         except RuntimeProblem as error:
             raise LoadFailed(f"{self._title}: it sleeps and does not wake: {error}") from error
 

@@ -15,11 +15,14 @@ from workers.runtimes.base import (
     STATE_TIMEOUT_S,
     Endpoint,
     LoadFailed,
+    ProbeFailed,
+    ProbeRefused,
     RuntimeUnreachable,
     State,
     client_for,
     is_local,
     probe_chat,
+    probe_embedding,
 )
 from workers.runtimes.process import ChildServer, fill_command, free_port
 
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # Small batches, so that a cancelled prefill ends soon; no prompt cache in host memory, or headroom sums are wrong.
 DEFAULT_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 -b 256 -ub 256".split()
+EMBEDDING_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 --embeddings".split()
+EMBEDDING_BATCH = 2048  # The whole of an input must fit one batch; what a model has that says no context.
 # Where a first token is long in coming, this shows that the prompt is being read and how much of it has been.
 PROGRESS = {"return_progress": True}
 REFUSED_WAIT_S = 10.0
@@ -105,13 +110,29 @@ class LlamaServer:
         return await asyncio.to_thread(self._child.memory_bytes) if self._child is not None else None
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=PROGRESS)
+        extra = {} if self._model.embeddings else PROGRESS
+        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=extra)
 
     async def probe(self, *, timeout_s: float) -> float:
         """Times one token; `cache_prompt` is off so that the probe measures work and not the last probe's leftovers."""
         if self._child is not None and not self._child.running:
             raise RuntimeUnreachable(f"model '{self._name}': {self._child.exit_problem() or 'its server does not run'}")
+        if self._model.embeddings:
+            return await self._probe_vector(timeout_s)
         return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s, extra={"cache_prompt": False})
+
+    async def _probe_vector(self, timeout_s: float) -> float:
+        """Asks for a vector; what a llama-server lacks for it has a remedy, which its own words leave out."""
+        try:
+            return await probe_embedding(self._client, self.endpoint(), timeout_s=timeout_s)
+        except ProbeRefused as error:
+            if error.status == 501:
+                remedy = "start it with --embeddings" if self._url else "its command needs --embeddings"
+            elif "ooling type" in error.words:
+                remedy = "its GGUF says no pooling, so its command needs --pooling mean, cls or last, as its maker says"
+            else:
+                raise
+            raise ProbeFailed(f"model '{self._name}' gives no vectors: {remedy}") from None
 
     async def busy_slots(self) -> int | None:
         """Counts the slots at work; asking more than once a second hides closed connections from the server."""
@@ -139,9 +160,14 @@ class LlamaServer:
         model = self._model
         context = (model.context_tokens or 0) * model.max_concurrent  # 0 = as long as the GGUF says
         return fill_command(
-            model.command or DEFAULT_COMMAND,
+            model.command or (self._embedding_command() if model.embeddings else DEFAULT_COMMAND),
             {"model": self._file(), "port": port, "parallel": model.max_concurrent, "context": context},
         )
+
+    def _embedding_command(self) -> list[str]:
+        """The pooling is the GGUF's own: another one would give vectors that mean nothing, and nobody would notice."""
+        batch = str(self._model.context_tokens or EMBEDDING_BATCH)
+        return [*EMBEDDING_COMMAND, "-b", batch, "-ub", batch]
 
     def _environment(self) -> Mapping[str, str]:
         return {}

@@ -28,6 +28,7 @@ from workers.runtimes.base import (
     is_local,
     looks_like_oom,
     probe_chat,
+    probe_embedding,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Ollama:
         self._model = model.model
         self._url = model.url or DEFAULT_URL
         self._client = client_for(self._url)
+        self._embeddings = model.embeddings
         self._loads = 0
         self._digest: str | None = None
         self._file_bytes = 0
@@ -125,8 +127,9 @@ class Ollama:
         busy = ""
         try:
             async with asyncio.timeout(timeout_s):
+                ask = self._embed_nothing if self._embeddings else self._generate
                 while True:
-                    answer = await self._generate(KEEP_FOR_EVER, read_timeout_s=timeout_s)
+                    answer = await ask(KEEP_FOR_EVER, read_timeout_s=timeout_s)
                     if answer.status_code != 503:  # its line of loads is full, which says nothing of this model
                         break
                     busy = f": {read_complaint(answer.content).message}"
@@ -195,7 +198,8 @@ class Ollama:
             raise RuntimeUnreachable(f"{self._title}: no Ollama answers at {self._url}")
         if state != "loaded":
             raise ProbeFailed(f"{self._title} is not loaded, and a probe must not load it")
-        return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s)
+        probe = probe_embedding if self._embeddings else probe_chat
+        return await probe(self._client, self.endpoint(), timeout_s=timeout_s)
 
     async def busy_slots(self) -> int | None:
         """Ollama tells nobody how many generations run or wait."""
@@ -209,6 +213,14 @@ class Ollama:
         return await self._client.post(
             f"{self._url}/api/generate",
             json={"model": self._model, "keep_alive": keep_alive, "stream": False},
+            timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S),
+        )
+
+    async def _embed_nothing(self, keep_alive: int, *, read_timeout_s: float) -> httpx.Response:
+        """Loads a model that only embeds, which refuses to generate: no input, no vector, but the model stays."""
+        return await self._client.post(
+            f"{self._url}/api/embed",
+            json={"model": self._model, "input": "", "keep_alive": keep_alive},
             timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S),
         )
 

@@ -35,6 +35,8 @@ class Simulated(LlamaServer):
         self._options = {"parallel": model.max_concurrent, **options}
         if model.context_tokens:
             self._options.setdefault("context", model.context_tokens)
+        if model.embeddings:
+            self._options.setdefault("embeddings", True)
 
     @property
     def kind(self) -> str:

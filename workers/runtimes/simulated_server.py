@@ -18,14 +18,24 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workers.runtimes import simulated_vectors
 from workers.runtimes.http_server import Exchange, HttpServer
-from workers.runtimes.simulated_model import ErrorInStream, Faults, Generation, SilentEnd, Slots, die, for_ever
+from workers.runtimes.simulated_model import (
+    CHARS_PER_TOKEN,
+    ErrorInStream,
+    Faults,
+    Generation,
+    SilentEnd,
+    Slots,
+    die,
+    for_ever,
+)
 
 ABORTS_KEPT = 200
 
@@ -45,6 +55,7 @@ class Settings:
     answer_tokens: int
     load_fails: int
     oom: bool
+    embeddings: bool
     load_log: Path | None
 
 
@@ -91,6 +102,8 @@ class SimulatedServer:
         match exchange.method, exchange.path:
             case "POST", "/v1/chat/completions":
                 await self._chat(exchange)
+            case "POST", "/v1/embeddings":
+                await self._embed(exchange)
             case "GET", "/health":
                 await exchange.answer({"status": "ok"})
             case "GET", "/slots":
@@ -128,15 +141,76 @@ class SimulatedServer:
         except ValueError as error:
             await exchange.answer(_error(400, str(error), "invalid_request_error"), status=400)
             return
-        if self.settings.context and generation.prompt_tokens >= self.settings.context:
-            await exchange.answer(_too_long(generation.prompt_tokens, self.settings.context), status=400)
+        if await self._fits(exchange, generation.prompt_tokens):
+            await self._count(exchange, generation, self._generate)
+
+    async def _embed(self, exchange: Exchange) -> None:
+        """Answers with vectors; without the flag that a llama-server needs for them, 501 as there."""
+        if not self.settings.embeddings:
+            words = "This server does not support embeddings. Start it with `--embeddings`"
+            await exchange.answer(_error(501, words, "not_supported_error"), status=501)
             return
+        try:
+            body = exchange.json()
+            inputs = simulated_vectors.read_inputs(body)
+        except ValueError as error:
+            await exchange.answer(_error(400, str(error), "invalid_request_error"), status=400)
+            return
+        generation = Generation(
+            number=self.stats.requests_started + 1,
+            model=str(body.get("model") or self.settings.model),
+            prompt="".join(inputs),
+            limit=0,
+            finish_reason="stop",
+            stream=False,
+            include_usage=True,
+            cache_prompt=False,
+            slot=None,
+        )
+
+        async def answer(exchange: Exchange, generation: Generation, faults: Faults) -> None:
+            await self._vectors(exchange, generation, faults, body, inputs)
+
+        if await self._fits(exchange, max(map(len, inputs)) // CHARS_PER_TOKEN + 1):  # each input by itself
+            await self._count(exchange, generation, answer)
+
+    async def _fits(self, exchange: Exchange, tokens: int) -> bool:
+        if self.settings.context and tokens >= self.settings.context:
+            await exchange.answer(_too_long(tokens, self.settings.context), status=400)
+            return False
+        return True
+
+    async def _vectors(
+        self, exchange: Exchange, generation: Generation, faults: Faults, body: dict[str, Any], inputs: list[str]
+    ) -> None:
+        if not await self._fails_at_once(exchange, faults):
+            slot = await self.slots.acquire(generation.prompt, None)
+            try:
+                async with aclosing(
+                    generation.pieces(slot, faults, prefill_tps=self.settings.prefill_tps, decode_tps=0)
+                ) as nothing:
+                    async for _ in nothing:
+                        raise AssertionError("vectors are no words")
+                model, prompt_tokens = generation.model, generation.prompt_tokens
+                await exchange.answer(simulated_vectors.answer(body, inputs, model=model, prompt_tokens=prompt_tokens))
+            except (SilentEnd, ErrorInStream):
+                await exchange.answer(_error(500, "simulated fault", "server_error"))  # with status 200
+            finally:
+                self.slots.release(slot)
+
+    async def _count(
+        self,
+        exchange: Exchange,
+        generation: Generation,
+        answer: Callable[[Exchange, Generation, Faults], Awaitable[None]],
+    ) -> None:
+        """Runs one request and counts it, however it ends."""
         stats = self.stats
         stats.requests_started += 1
         stats.active += 1
         stats.max_active = max(stats.max_active, stats.active)
         try:
-            await self._generate(exchange, generation, self.faults.take())
+            await answer(exchange, generation, self.faults.take())
             stats.requests_finished += 1
         except asyncio.CancelledError:
             stats.requests_aborted += 1
@@ -171,7 +245,7 @@ class SimulatedServer:
             slot=slot if isinstance(slot, int) and 0 <= slot < self.settings.parallel else None,
         )
 
-    async def _generate(self, exchange: Exchange, generation: Generation, faults: Faults) -> None:
+    async def _fails_at_once(self, exchange: Exchange, faults: Faults) -> bool:
         if faults.oom:
             die("simulated: ggml_cuda_compute_forward failed: out of memory")
         if faults.ready_but_mute:
@@ -179,6 +253,11 @@ class SimulatedServer:
         if faults.error_status:
             error = _error(faults.error_status, "simulated fault", "server_error")
             await exchange.answer(error, status=faults.error_status)
+            return True
+        return False
+
+    async def _generate(self, exchange: Exchange, generation: Generation, faults: Faults) -> None:
+        if await self._fails_at_once(exchange, faults):
             return
         slot = await self.slots.acquire(generation.prompt, generation.slot)
         speeds = {"prefill_tps": self.settings.prefill_tps, "decode_tps": self.settings.decode_tps}
@@ -287,6 +366,7 @@ def _settings(words: list[str] | None = None) -> Settings:
     flag("--answer-tokens", type=int, default=64, help="length of an answer without max_tokens")
     flag("--load-fails", type=int, nargs="?", const=-1, default=0, help="how many starts fail; no number = all")
     flag("--oom", action="store_true", help="run out of memory while loading")
+    flag("--embeddings", action="store_true", help="answer /v1/embeddings too")
     flag("--load-log", type=Path, default=None, help="file that gets a line per start")
     return Settings(**vars(parser.parse_args(words)))
 

@@ -31,6 +31,7 @@ from workers.runtimes.base import (
     is_local,
     looks_like_oom,
     probe_chat,
+    probe_embedding,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Vllm:
         self._title = f"model '{name}'"
         self._model = model.model
         self._slots = model.max_concurrent
+        self._embeddings = model.embeddings
         self._url = model.url or ""
         self._level = int(model.options.get("sleepLevel", 1))
         self._client = client_for(self._url)
@@ -156,7 +158,8 @@ class Vllm:
             raise RuntimeUnreachable(f"{self._title}: no vLLM answers at {self._url}")
         if state != "loaded":
             raise ProbeFailed(f"{self._title} is asleep, and a probe must not wake it")
-        return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s)
+        probe = probe_embedding if self._embeddings else probe_chat
+        return await probe(self._client, self.endpoint(), timeout_s=timeout_s)
 
     async def busy_slots(self) -> int | None:
         """Counts what runs and what waits inside vLLM; a line in there hides from us, so it is logged once."""

@@ -1,0 +1,31 @@
+"""Whether a model can do a job at all. Pure: admission asks it before a job enters a lane, `due` before one moves.
+
+Room, warmth and price are other questions; what is refused here no waiting cures.
+"""
+
+from broker import errors
+from broker.policy import Model
+from broker.records import JobRecord
+
+EMBEDDING_ENDPOINTS = frozenset({"/v1/embeddings", "/api/embed"})
+
+
+def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
+    """Says why the model of this name cannot do the job, or None: the kind of answer, the trust zone, the context."""
+    wants_vectors = job.endpoint in EMBEDDING_ENDPOINTS
+    if wants_vectors != model.embeddings:
+        gives = "vectors and no text" if model.embeddings else "text and no vectors"
+        return errors.WrongEndpoint(f"{name} gives {gives}, so it does not serve {job.endpoint}")
+    if model.trust == "remote" and job.zone != "remote":
+        return errors.TrustZoneRefused(
+            f"{name} is a remote model, and the request does not allow that it leaves (X-Gateway-Allow-Remote: true)"
+        )
+    need = (job.longest or job.tokens) + job.max_tokens
+    if model.context_tokens is not None and need > model.context_tokens:
+        what = "input" if wants_vectors else "prompt"
+        answer = f" and answer ({job.max_tokens}) need" if job.max_tokens else " needs"
+        return errors.ContextTooLong(
+            f"{what} (about {job.longest or job.tokens} tokens){answer} {need} tokens of context; "
+            f"{name} has {model.context_tokens}"
+        )
+    return None

@@ -1,0 +1,54 @@
+"""Whether a model can do a job: one table, asked at admission and at promotion alike."""
+
+import json
+from typing import Any
+
+import pytest
+
+from broker import errors
+from broker.capabilities import cannot_do
+from broker.policy import Model, Policy
+from broker.records import JobRecord
+
+CHAT, VECTORS = "/v1/chat/completions", "/v1/embeddings"
+
+
+def model(**keys: Any) -> Model:
+    return Policy.parse(json.dumps({"models": {"m": {"backend": "simulated", "model": "x", **keys}}})).models["m"]
+
+
+@pytest.mark.parametrize(
+    ("job", "keys", "refusal"),
+    [
+        ({"endpoint": CHAT}, {}, None),
+        ({"endpoint": VECTORS}, {}, errors.WrongEndpoint),
+        ({"endpoint": CHAT}, {"embeddings": True}, errors.WrongEndpoint),
+        ({"endpoint": VECTORS}, {"embeddings": True}, None),
+        ({"endpoint": "/api/embed"}, {"embeddings": True}, None),
+        ({"endpoint": CHAT}, {"trust": "remote"}, errors.TrustZoneRefused),
+        ({"endpoint": CHAT, "zone": "remote"}, {"trust": "remote"}, None),
+        ({"endpoint": CHAT, "zone": "remote"}, {}, None),
+        ({"endpoint": CHAT, "tokens": 90, "max_tokens": 10}, {"contextTokens": 100}, None),
+        ({"endpoint": CHAT, "tokens": 90, "max_tokens": 11}, {"contextTokens": 100}, errors.ContextTooLong),
+        ({"endpoint": VECTORS, "tokens": 900, "longest": 100}, {"embeddings": True, "contextTokens": 100}, None),
+        (
+            {"endpoint": VECTORS, "tokens": 900, "longest": 101},
+            {"embeddings": True, "contextTokens": 100},
+            errors.ContextTooLong,
+        ),
+        ({"endpoint": VECTORS, "zone": "local"}, {"trust": "remote"}, errors.WrongEndpoint),  # no header would help
+    ],
+)
+def test_what_a_model_cannot_do(
+    job: dict[str, Any], keys: dict[str, Any], refusal: type[errors.Refused] | None
+) -> None:
+    found = cannot_do(JobRecord(id="j", **job), "m", model(**keys))
+
+    assert type(found) is (refusal or type(None))
+
+
+def test_a_refusal_says_what_would_help() -> None:
+    far = cannot_do(JobRecord(id="j"), "far", model(trust="remote"))
+    assert "X-Gateway-Allow-Remote: true" in str(far)
+    long = cannot_do(JobRecord(id="j", tokens=90, max_tokens=20), "m", model(contextTokens=100))
+    assert str(long) == "prompt (about 90 tokens) and answer (20) need 110 tokens of context; m has 100"
