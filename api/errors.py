@@ -58,6 +58,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.SlowReader: Row(503, _BUSY, 1),
     errors.JobCancelled: Row(499, "cancelled"),
     # What follows is for our own processes; a client hears it only when something of ours went wrong.
+    errors.DowngradesCapped: Row(503, _BUSY, 1),
     errors.StaleAttempt: Row(500, _BROKEN),
     errors.Moved: Row(503, _BUSY, 1),
     errors.StalePolicy: Row(503, _BUSY, 1),

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from broker import dispatch, errors, lanes
+from broker import dispatch, downgrades, errors, lanes
 from broker.capabilities import cannot_do
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
@@ -85,7 +85,7 @@ async def _admit(
         priority="batch" if job.priority == "batch" else "interactive",
     )
     refusals: list[errors.Refused] = []
-    for lane in active.policy.candidates(asked):
+    for lane in await _in_order(store, active, job, asked):
         refusal = refuses(active, fleet, job, lane)
         if refusal is None:
             try:
@@ -96,7 +96,7 @@ async def _admit(
                     job,
                     lane,
                     body,
-                    asked_model=asked.model,
+                    asked=asked,
                     reader=reader,
                     idempotency_key=key,
                     promote_within_ms=promote_within_ms,
@@ -106,12 +106,31 @@ async def _admit(
                 refusal = errors.LaneFull(
                     lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
                 )
+            except errors.DowngradesCapped:
+                refusal = errors.ModelUnavailable(
+                    f"no more of the requests for {asked.model} may be served by another model (maxDowngradeShare)",
+                    retry_after_s=dispatch.retry_after_s(fleet.view(asked.name, active)),
+                )
         refusals.append(refusal)
         del refusal
     try:
         raise _most_helpful(refusals)
     finally:
         refusals.clear()  # an error that is reached from its own traceback waits for the collector
+
+
+async def _in_order(store: Store, active: Active, job: JobRecord, asked: Lane) -> list[Lane]:
+    """The lanes to try: the one asked for first, unless the session was promoted lately and stays on the fallback.
+
+    Nobody stays on a remote one: requests leave only while there is no room here.
+    """
+    found = active.policy.candidates(asked)
+    if not job.session or not active.policy.models[asked.model].sticky_promotion_ms:
+        return found
+    fallback = next((lane for lane in found if lane.model != asked.model and lane.trust == "local"), None)
+    if fallback is None or not await downgrades.on_fallback(store, asked.model, job.session):
+        return found
+    return [fallback, *(lane for lane in found if lane is not fallback)]
 
 
 def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.Refused | None:

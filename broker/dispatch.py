@@ -34,6 +34,7 @@ class ModelView:
     first_token_ms: float = 0
     service_ms: float = 0
     load_ms: float = 0  # 0 = never loaded yet
+    prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
     waking_since: int = 0
     room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     reason: str = ""
@@ -102,16 +103,23 @@ def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
     return room + max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
 
 
-def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int) -> float | None:
-    """Predicts the first token of a job with `ahead` jobs before it; inf = never, None = cannot be said."""
+def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0) -> float | None:
+    """Predicts the first token of a job with `ahead` jobs before it; inf = never, None = cannot be said.
+
+    It comes when the model is ready, those before it had their turns, and its prompt is read: `fresh_tokens` of it
+    are in no cache. On a model at work some slot becomes free every service time / slots; after a load all slots start
+    together, so that turns come in waves.
+    """
     ready = ready_in_ms(view, now_ms)
     if ready is None or math.isinf(ready):
         return ready
     service = view.service_ms or UNKNOWN_SERVICE_MS
     slots = max(1, view.slots_total)
     free = view.slots_free if view.availability in ("warm", "degraded") else slots
-    waves = 0 if ahead < free else math.ceil((ahead - free + 1) / slots)
-    return ready + waves * service + (view.first_token_ms or 0.0)
+    behind = max(0, ahead - free + 1)
+    turns = behind / slots if view.availability in ("warm", "degraded") else math.ceil(behind / slots)
+    reading = fresh_tokens * 1000 / view.prefill_tps if view.prefill_tps > 0 else 0.0
+    return ready + turns * service + reading + (view.first_token_ms or 0.0)
 
 
 def promotion_helps(here: float | None, there: float | None, *, there_budget_ms: int, overdue: bool) -> bool:
@@ -129,14 +137,22 @@ def promotion_helps(here: float | None, there: float | None, *, there_budget_ms:
     return there < here
 
 
-def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float, priority: str) -> bool:
-    """Decides whether a job should try its fallback before its deadline: its model cannot come, is predicted to come
-    too late, or answers too slowly for people."""
+def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float, priority: str, ahead: int = 0) -> bool:
+    """Decides whether a job should try its fallback before its deadline: its model cannot come, its first token is
+    predicted to come too late, or the model answers too slowly for people.
+
+    On a warm model a job whose turn it is stays, however long its prompt: its claim ends the cold-start clock. Nor is
+    a deadline that has passed already any reason to hurry, and without a measured service time nothing is predicted.
+    """
     if view.availability == "unavailable":
         return True
     if view.availability == "degraded" and priority == "interactive":
         return True
-    return view.availability in ("cold", "waking") and here is not None and here > left_ms
+    if here is None or here <= left_ms:
+        return False
+    if view.availability in ("cold", "waking"):
+        return True
+    return left_ms > 0 and view.service_ms > 0 and ahead >= view.slots_free
 
 
 def retry_after_s(view: ModelView) -> int:

@@ -67,10 +67,11 @@ class Due:
         score = later[0][1] if isinstance(later[0], list | tuple) else later[1]
         return [], max(0, int(float(score)) - now)
 
-    async def look(self, job_id: str, *, hasten: bool = False) -> Looked:
-        """Settles one job. `hasten` = its model cannot serve it in time: promote before the deadline if that helps."""
+    async def look(self, job_id: str, *, hasten: bool = False, ahead: int | None = None) -> Looked:
+        """Settles one job. `hasten` = its model cannot serve it in time: promote before the deadline if that helps.
+        `ahead` = the jobs before it in its lane, where the caller knows; else it counts as the last."""
         try:
-            return await self._look(job_id, hasten=hasten)
+            return await self._look(job_id, hasten=hasten, ahead=ahead)
         except (errors.Moved, errors.StaleAttempt, errors.AlreadyEnded, errors.NotDue, errors.StalePolicy) as e:
             if isinstance(e, errors.StalePolicy):
                 await self._book.reload()
@@ -83,7 +84,7 @@ class Due:
             await self._store.command("ZREM", self._store.keys.due, job_id)
             return Looked("gone")
 
-    async def _look(self, job_id: str, *, hasten: bool) -> Looked:
+    async def _look(self, job_id: str, *, hasten: bool, ahead: int | None) -> Looked:
         store = self._store
         job = await jobs.read(store, job_id)
         now = await store.now_ms()
@@ -101,7 +102,7 @@ class Due:
         if job.state is State.SCHEDULED:
             return await self._scheduled(job, now)
         if hasten or 0 < job.promote_at <= now:
-            return await self._promote(job, now)
+            return await self._promote(job, now, ahead=ahead)
         return Looked("not_due")
 
     async def _held(self, job: JobRecord, now: int) -> Looked:
@@ -138,7 +139,7 @@ class Due:
             return Looked("full", lane=job.lane)
         return Looked("started", late_ms=now - job.not_before)
 
-    async def _promote(self, job: JobRecord, now: int) -> Looked:
+    async def _promote(self, job: JobRecord, now: int, *, ahead: int | None) -> Looked:
         active = self._book.active
         here, to = active.lane(job.lane), None
         if here is not None and here.fallback:
@@ -146,16 +147,19 @@ class Due:
         overdue = 0 < job.promote_at <= now
         if here is None or to is None or not self._may_enter(job, to):
             return await self._wait(job, overdue=overdue)
-        if not here.retiring and not self._helps(here, to, overdue=overdue, now=now):
+        if not here.retiring and not self._helps(job, here, to, ahead=ahead, overdue=overdue, now=now):
             # what it decided by may be half a second old: a job that is late deserves a fresh look
             fresh = overdue and await self._fleet.look_again(older_than_s=FRESH_S)
-            if not fresh or not self._helps(here, to, overdue=overdue, now=now):
+            if not fresh or not self._helps(job, here, to, ahead=ahead, overdue=overdue, now=now):
                 return await self._wait(job, overdue=overdue)
         try:
             await lanes.promote(self._store, active, self._fleet, job, to)
         except errors.LaneFull:
             await self._wait(job, overdue=overdue)
             return Looked("full", lane=to.name)
+        except errors.DowngradesCapped:  # it waits on, until it gives up or others of its model are served by it
+            return await self._wait(job, overdue=overdue)
+        self._fleet.moved(here.name, to.name)
         late = now - job.promote_at if overdue else 0
         log.info("event=promote job=%s lane=%s to=%s late_ms=%d", job.id, here.name, to.name, late)
         return Looked("promoted", lane=to.name, late_ms=late)
@@ -166,12 +170,15 @@ class Due:
             await lanes.postpone(self._store, job, after_ms=RETRY_MS)
         return Looked("waits")
 
-    def _helps(self, here: Lane, to: Lane, *, overdue: bool, now: int) -> bool:
+    def _helps(self, job: JobRecord, here: Lane, to: Lane, *, ahead: int | None, overdue: bool, now: int) -> bool:
         view, there = self._fleet.view(here.name), self._fleet.view(to.name)
-        ahead = max(0, view.waiting - 1)
-        mine = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now)
-        theirs = dispatch.first_token_in_ms(there, ahead=there.waiting, now_ms=now)
+        ahead = max(0, view.waiting - 1) if ahead is None else ahead
+        mine = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now, fresh_tokens=self._fresh(job, here))
+        theirs = dispatch.first_token_in_ms(there, ahead=there.waiting, now_ms=now, fresh_tokens=self._fresh(job, to))
         return dispatch.promotion_helps(mine, theirs, there_budget_ms=to.cold_start_budget_ms, overdue=overdue)
+
+    def _fresh(self, job: JobRecord, lane: Lane) -> int:
+        return self._fleet.fresh_tokens(lane.model, session=job.session, tokens=job.tokens)
 
     def _may_enter(self, job: JobRecord, lane: Lane) -> bool:
         """Whether the model can do the job, as admission asks too. No promotion leads to a remote model: whoever

@@ -4,6 +4,7 @@ BrokerError
 ├── Refused                     we said no and nothing happened; the client may act
 │   ├── LaneFull                lane_full                 retry_after_s
 │   ├── ModelUnavailable        model_unavailable         retry_after_s
+│   ├── DowngradesCapped        downgrades_capped         for us: its client hears what its own lane says
 │   ├── TrustZoneRefused        trust_zone
 │   ├── UnknownModel            model_not_found           suggestions
 │   ├── UnknownLane             lane_not_found            suggestions
@@ -73,6 +74,12 @@ class ModelUnavailable(Refused):
     def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DowngradesCapped(Refused):
+    """Too many of the last jobs that asked for the model are served by another one already."""
+
+    code = "downgrades_capped"
 
 
 class TrustZoneRefused(Refused):

@@ -81,6 +81,7 @@ class Picture:
     waiting: dict[str, int] = field(default_factory=dict)  # lane -> jobs waiting
     running: dict[str, int] = field(default_factory=dict)  # lane -> jobs held
     elsewhere: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)  # by model and host, once summed up
+    cached: dict[str, dict[str, int]] = field(default_factory=dict)  # model -> session -> tokens, once summed up
     views: dict[tuple[int, str], ModelView] = field(default_factory=dict)  # by policy version and lane, once summed up
 
     def view(self, model: str, lane: str, lanes_of_model: list[str]) -> ModelView:
@@ -100,6 +101,7 @@ class Picture:
             first_token_ms=best.first_token_ewma_ms if best else 0.0,
             service_ms=facts.service_ms,
             load_ms=facts.load_ms,
+            prefill_tps=facts.prefill_tps,
             reason=reason,
             room_at=min((m.room_at for m in hosts.values()), default=0),
             waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
@@ -117,6 +119,19 @@ class Picture:
             ]
             self.elsewhere[key] = frozenset(session for m in free for session, _ in m.cached().values())
         return self.elsewhere[key]
+
+    def cached_tokens(self, model: str, session: str) -> int:
+        """How many tokens of the session's prompt a live host has in a cache, as far as hosts have told.
+
+        In the api's estimate, as a job's own tokens are: by the runtime's count the difference of two long prompts
+        would be all error.
+        """
+        if model not in self.cached:
+            found = self.cached[model] = {}
+            for told in self._able(model).values():
+                for name, tokens in told.estimates().items():
+                    found[name] = max(found.get(name, 0), tokens)
+        return self.cached[model].get(session, 0)
 
     def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str]:
         if not hosts:
@@ -201,6 +216,16 @@ class Fleet:
         if key not in views:
             views[key] = self._sum_up(lane_name, active)
         return views[key]
+
+    def fresh_tokens(self, model: str, *, session: str, tokens: int) -> int:
+        """How many of a prompt's tokens the model would have to read: those that no cache of its session holds."""
+        return max(0, tokens - self.picture.cached_tokens(model, session)) if session else tokens
+
+    def moved(self, lane: str, to: str) -> None:
+        """Notes a promotion of ours until the next look: whoever asks meanwhile must not count on the same place."""
+        waiting = self.picture.waiting
+        waiting[lane], waiting[to] = max(0, waiting.get(lane, 0) - 1), waiting.get(to, 0) + 1
+        self.picture.views.clear()
 
     def _sum_up(self, lane_name: str, active: Active) -> ModelView:
         lane = active.lane(lane_name)

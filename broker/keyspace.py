@@ -45,6 +45,20 @@ TABLE: tuple[Family, ...] = (
         "wanted_until, quarantine, an operator's wishes, learned load time, footprint and rates",
     ),
     Family(
+        "downgrades:<model>",
+        "hash",
+        "a week after the last job that asked for the model",
+        True,
+        "which of the last 200 jobs that asked for the model are downgrades; only while it has a cap",
+    ),
+    Family(
+        "sticky:<model>",
+        "zset",
+        "`stickyPromotionMs` after the last session",
+        True,
+        "session that stays on the model's fallback -> until when",
+    ),
+    Family(
         "model:<model>:<host>",
         "hash",
         "6 s, renewed every 2 s",
@@ -112,6 +126,14 @@ class Keyspace:
     def model(self, model: str) -> str:
         """Hash of what is known of a model wherever it runs."""
         return f"{self._prefix}model:{model}"
+
+    def downgrades(self, model: str) -> str:
+        """Hash with the downgrades among the last jobs that asked for a model."""
+        return f"{self._prefix}downgrades:{model}"
+
+    def sticky(self, model: str) -> str:
+        """Zset of the sessions that asked for a model and stay on its fallback."""
+        return f"{self._prefix}sticky:{model}"
 
     def model_on_host(self, model: str, host: str) -> str:
         """Hash of a model on one host. Model names hold no `:`, so it cannot be another model's own hash."""

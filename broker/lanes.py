@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from broker import errors
+from broker import downgrades, errors
 from broker.hosts import Fleet
 from broker.jobs import closing_keys, prefixes
 from broker.keyspace import GROUP
@@ -38,7 +38,7 @@ async def submit(
     lane: Lane,
     body: bytes,
     *,
-    asked_model: str = "",
+    asked: Lane | None = None,
     reader: str = "",
     idempotency_key: str = "",
     wanted: bool = True,
@@ -47,15 +47,17 @@ async def submit(
 ) -> Submitted:
     """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch.
 
-    `reader` is `api/reader-id` of the client's connection, attached in the same script, so that the job never lives
-    without the one who waits for it.
+    `asked` is the lane that the request asked for, where this one is its fallback; raises DowngradesCapped where too
+    many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
+    connection, attached in the same script, so that the job never lives without the one who waits for it.
     """
     if lane.retiring:
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
     keys = store.keys
     idem = keys.idem(job.caller, idempotency_key) if idempotency_key else ""
     record = job.to_hash() | {"lane": lane.name, "model": lane.model, "priority": lane.priority}
-    record["asked_model"] = asked_model or lane.model
+    asked = asked or lane
+    record["asked_model"] = asked.model
     if idem:
         record["idem"] = idem
     if reader and job.stream and job.mode == "sync":
@@ -77,6 +79,8 @@ async def submit(
             idem or keys.idem("-", "-"),
             keys.policy,
             keys.model(lane.model),
+            keys.downgrades(asked.model),
+            keys.sticky(asked.model),
             *hosts,
             *siblings,
         ],
@@ -96,6 +100,8 @@ async def submit(
             READER_LEASE_MS,
             len(hosts),
             WANTED_FOR_MS if wanted else 0,
+            first_token_within_ms(asked, promote_within_ms),
+            *downgrades.rules(active, asked.model, lane),
             *fields,
         ],
     )
@@ -195,7 +201,8 @@ async def claimed(store: Store, waiting: Waiting, *, host: str, boot: str) -> Cl
 
 
 async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to: Lane) -> None:
-    """Moves a job without a first token into a fallback lane; LaneFull, TrustZoneRefused, Moved, Stale tell why not."""
+    """Moves a job without a first token into a fallback lane; LaneFull, TrustZoneRefused, DowngradesCapped, Moved,
+    StaleAttempt tell why not."""
     keys = store.keys
     hosts, siblings = fleet.host_keys(to.model), [keys.lane(x) for x in active.lanes_of(to.model)]
     await store.run(
@@ -207,6 +214,8 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
             keys.due,
             keys.policy,
             keys.model(to.model),
+            keys.downgrades(job.asked_model),
+            keys.sticky(job.asked_model),
             *hosts,
             *siblings,
         ],
@@ -227,6 +236,7 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
             WANTED_FOR_MS,
             keys.control_channel(""),
             keys.usage_prefix(),
+            *downgrades.rules(active, job.asked_model, to),
         ],
     )
 
@@ -321,6 +331,15 @@ def promote_after_ms(lane: Lane) -> int:
     return max(1, lane.cold_start_budget_ms) if lane.fallback else 0
 
 
+def first_token_within_ms(asked: Lane, promote_within_ms: int | None) -> int:
+    """How soon the first token must come to be in time: the cold-start budget of the lane asked for, or what the client
+    said if that is sooner; 0 = batch work, which nobody judges."""
+    if asked.priority == "batch":
+        return 0
+    budget_ms = asked.cold_start_budget_ms if promote_within_ms is None else promote_within_ms
+    return max(1, min(asked.cold_start_budget_ms, budget_ms))
+
+
 _TOLD_BY_CLAIM = (
     "zone",
     "endpoint",
@@ -342,5 +361,7 @@ _SET_BY_SCRIPT = frozenset(
         "policy_version",
         "not_before",
         "queued_at",
+        "first_token_by",
+        "asked_number",
     }
 )

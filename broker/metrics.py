@@ -3,6 +3,14 @@
 Three sources: what this process counts itself (admissions, first tokens), the status snapshot (gauges), and the day's
 counters in Redis, written by the scripts that moved and ended the jobs. Those last ones are the whole gateway's, the
 same in every api process, and begin again at 0 with each day of UTC, which Prometheus reads as it reads a restart.
+
+`gateway_first_tokens_judged{model, first_token}` counts each interactive job once, when it ends, under the model that
+it asked for (spilled and promoted jobs too). Its first token is in time if it came within the cold-start budget of the
+lane that it asked for, or the client's `X-SLO-TTFT-Ms` if that is sooner, counted from its submit (or later start); a
+promotion does not move that instant. `first_token` is `asked`: in time, from the model asked for; `other`: in time,
+from another one; `late`: after that instant, from any; `none`: it ended without one (failed, expired, or cancelled
+after that instant). Not counted: batch work, refused requests, jobs cancelled before that instant without a first
+token. So *first token in time from the model asked for* is asked / all, and *from any model* is (asked + other) / all.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -139,6 +147,8 @@ _COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
      [("from_lane", "lane"), ("to_lane", "lane")]),
     ("gateway_leases_recovered", "Jobs whose worker was lost today.", "recovered", [("lane", "lane"), ("outcome", "")]),
     ("gateway_jobs_released", "Jobs given back by their worker today.", "released", [("lane", "lane")]),
+    ("gateway_first_tokens_judged", "Interactive jobs ended today: was the first token in time, and from which model.",
+     "first_token", [("model", "model"), ("first_token", "")]),
     ("gateway_prompt_tokens", "Prompt tokens today, by whether they were in the runtime's cache.", "tokens_in",
      [("caller", "caller"), ("model", "model"), ("cached", "")]),
     ("gateway_completion_tokens", "Tokens generated today.", "tokens_out", [("caller", "caller"), ("model", "model")]),
@@ -172,6 +182,14 @@ def _gauges(s: Snapshot) -> Iterator[Metric]:
                  [((m.name,), m.memory_bytes) for m in models])  # fmt: skip
     yield _gauge("gateway_model_first_token_seconds", "The last one measured, 0 = none yet.", model,
                  [((m.name,), m.first_token_ms / 1000) for m in models])  # fmt: skip
+    yield _gauge("gateway_model_prefill_tokens_per_second", "Learned rate of uncached prompt tokens, 0 = not known.",
+                 model, [((m.name,), m.prefill_tps) for m in models])  # fmt: skip
+    yield _gauge("gateway_model_decode_tokens_per_second", "Learned rate of answer tokens, 0 = not known.", model,
+                 [((m.name,), m.decode_tps) for m in models])  # fmt: skip
+    yield _gauge("gateway_model_downgrades", "Of the last 200 jobs that asked for it, under a cap: served by another.",
+                 model, [((m.name,), m.downgraded) for m in models])  # fmt: skip
+    yield _gauge("gateway_sessions_on_fallback", "Sessions that asked for it and stay on its fallback.", model,
+                 [((m.name,), m.sessions_on_fallback) for m in models])  # fmt: skip
     yield _gauge("gateway_host_up", "Hosts that live.", host, [((h.name,), 1) for h in hosts])
     yield _gauge("gateway_host_draining", "Hosts that take no more work.", host,
                  [((h.name,), int(h.draining)) for h in hosts])  # fmt: skip

@@ -96,6 +96,7 @@ class JobRecord(_Hash):
     model: str = ""  # policy key of the lane's model
     asked: str = ""  # what the client wrote: model, alias or lane
     asked_model: str = ""  # policy key that the request was routed to before any spill or promotion
+    asked_number: int = 0  # its number among the jobs that asked for this model, 0 = they are not counted
     caller: str = "anonymous"
     session: str = ""
     zone: str = "local"
@@ -128,6 +129,7 @@ class JobRecord(_Hash):
     promoted_at: int = 0
     claimed_at: int = 0
     first_token_at: int = 0
+    first_token_by: int = 0  # start + cold-start budget of the lane that was asked for, 0 = batch work; never moved
     ended_at: int = 0
     give_up_at: int = 0
     abandon_at: int = 0
@@ -144,7 +146,7 @@ class JobRecord(_Hash):
 
     def public(self) -> dict[str, Any]:
         """What a client may see of its job."""
-        hidden = {"apis", "boot", "idem", "last_seq", "usage", "grace_ms", "keep_ms", "entry"}
+        hidden = {"apis", "boot", "idem", "last_seq", "usage", "grace_ms", "keep_ms", "entry", "asked_number"}
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         out["usage"] = json.loads(self.usage) if self.usage else None
         out["error"] = {"code": self.error, "message": self.error_message} if self.error else None
@@ -173,6 +175,7 @@ class ModelOnHost(_Hash):
     manageable: bool = True  # whether it is ours to unload
     room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
+    prompts: str = ""  # JSON: session -> tokens of its cached prompt, as the api estimates them
     since: int = 0  # instant of the last change of state
     version: int = 0  # policy version that the worker serves it under
 
@@ -180,6 +183,11 @@ class ModelOnHost(_Hash):
         """Whose prompt each slot has in its cache: slot -> session, tokens."""
         table = json.loads(self.sessions) if self.sessions else {}
         return {int(slot): (session, tokens) for slot, (session, tokens) in table.items()}
+
+    def estimates(self) -> dict[str, int]:
+        """How long the cached prompt of each session is, in the api's estimate, which a new prompt is told in too."""
+        found: dict[str, int] = json.loads(self.prompts) if self.prompts else {}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +205,15 @@ class ModelFacts(_Hash):
     footprint_bytes: int = 0
     service_ms: float = 0  # mean time that a job holds a slot
     prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
+    decode_tps: float = 0  # answer tokens written a second, 0 = not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downgrades(_Hash):
+    """How many of the last jobs that asked for a model are served by another; the scripts keep more fields."""
+
+    asked: int = 0  # all jobs so far
+    downgraded: int = 0  # of the last ones
 
 
 @dataclass(frozen=True, kw_only=True)

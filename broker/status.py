@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
+from broker import downgrades
 from broker.hosts import Fleet, Picture
 from broker.lanes import waiting_entries
 from broker.lifecycle import State
@@ -14,6 +15,7 @@ from broker.policies import Active, PolicyBook
 from broker.policy import Lane, Model
 from broker.records import ModelFacts, ModelOnHost
 from broker.store import Store
+from broker.today import Today, by_model
 
 NO_HOST = "absent"
 """The state of a model that no live host serves."""
@@ -69,6 +71,18 @@ class ModelStatus:
     prompt_tokens: int = 0
     """Prompt tokens of the day (UTC), and below those of them that were in the runtime's cache."""
     cached_tokens: int = 0
+    prefill_tps: float = 0
+    """Uncached prompt tokens it reads a second, and below answer tokens it writes; learned, 0 = not known."""
+    decode_tps: float = 0
+    judged: int = 0
+    """Interactive jobs of the day that asked for it and ended, and below those whose first token came in time: from the
+    model asked for, and from any (`today.Today`)."""
+    in_time_asked: int = 0
+    in_time_any: int = 0
+    asked: int = 0
+    """Under a cap, the last jobs that asked for it (200 at most), and below those of them that another model serves."""
+    downgraded: int = 0
+    sessions_on_fallback: int = 0
 
     @property
     def cached_share(self) -> float | None:
@@ -159,11 +173,15 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
         fallback = active.lane(lane.fallback) if lane.fallback else None
         told = _lane_status(lane, picture, oldest)
         lanes.append(replace(told, spills_only=fallback is not None and fallback.trust == "remote"))
+    today, models = by_model(usage), []
+    for name, model in active.models().items():
+        shown = _model_status(name, model, active, picture, today.get(name, Today()))
+        models.append(await _with_downgrades(store, model, shown))
     return Snapshot(
         at_ms=picture.at_ms,
         policy_version=active.version,
         made_up=active.made_up,
-        models=tuple(_model_status(name, model, active, picture, usage) for name, model in active.models().items()),
+        models=tuple(models),
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
     )
@@ -213,6 +231,16 @@ async def _oldest_waiting_at(store: Store, lane: str, running: int, picture: Pic
     return 0
 
 
+async def _with_downgrades(store: Store, model: Model, shown: ModelStatus) -> ModelStatus:
+    """Adds what is kept of a model's downgrades: nothing where the policy says nothing of them."""
+    if model.sticky_promotion_ms:
+        shown = replace(shown, sessions_on_fallback=await downgrades.sessions_on_fallback(store, shown.name))
+    if model.max_downgrade_share < 1:
+        counted = await downgrades.read(store, shown.name)
+        shown = replace(shown, asked=min(counted.asked, downgrades.WINDOW), downgraded=counted.downgraded)
+    return shown
+
+
 def _lane_status(lane: Lane, picture: Picture, oldest_at: int) -> LaneStatus:
     return LaneStatus(
         name=lane.name,
@@ -228,13 +256,12 @@ def _lane_status(lane: Lane, picture: Picture, oldest_at: int) -> LaneStatus:
     )
 
 
-def _model_status(name: str, model: Model, active: Active, picture: Picture, usage: Mapping[str, int]) -> ModelStatus:
+def _model_status(name: str, model: Model, active: Active, picture: Picture, today: Today) -> ModelStatus:
     there = picture.on_host.get(name, {})
     lane = active.lane(name)
     best = min(there.values(), key=_rank, default=None)
     facts = picture.facts.get(name, ModelFacts())
     quarantined = facts.quarantined_until > picture.at_ms
-    prompt_tokens, cached_tokens = _prompt_tokens(name, usage)
     state = best.state if best is not None else NO_HOST
     if quarantined and state == "cold":
         state = "quarantined"
@@ -268,18 +295,14 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, usa
         parallel=min((m.parallel for m in there.values() if m.parallel), default=0),
         load_ms=facts.load_ms,
         last_load_ms=best.last_load_ms if best is not None else 0,
-        prompt_tokens=prompt_tokens,
-        cached_tokens=cached_tokens,
+        prompt_tokens=today.prompt_tokens,
+        cached_tokens=today.cached_tokens,
+        prefill_tps=facts.prefill_tps,
+        decode_tps=facts.decode_tps,
+        judged=today.judged,
+        in_time_asked=today.in_time_asked,
+        in_time_any=today.in_time_any,
     )
-
-
-def _prompt_tokens(model: str, usage: Mapping[str, int]) -> tuple[int, int]:
-    """Sums the day's prompt tokens of a model over its callers: all of them, and the cached ones."""
-    told = [0, 0]
-    for field, value in usage.items():
-        if field.startswith("tokens_in:") and field.endswith((f":{model}:true", f":{model}:false")):
-            told[field.endswith(":true")] += value
-    return sum(told), told[1]
 
 
 def _host_status(name: str, picture: Picture) -> HostStatus:

@@ -280,6 +280,7 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "TRUSTZONE": errors.TrustZoneRefused,
     "IDEMMISMATCH": errors.IdempotencyMismatch,
     "SEEN": errors.BadTransition,
+    "DOWNGRADES": errors.DowngradesCapped,
     "READERS": errors.BadRequest,
 }
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from broker import errors, jobs
 from broker.dialects.openai import ChatReader, read_complaint, rewrite_chat
@@ -54,6 +55,7 @@ class Ended:
     first_token_ms: float = 0.0
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
+    timings: dict[str, Any] | None = None  # the runtime's own, where it tells them
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Attempt:
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
+            timings=self._reader.timings if isinstance(self._reader, ChatReader) else None,
         )
 
     async def _stream(self) -> None:

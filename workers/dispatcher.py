@@ -13,6 +13,7 @@ from broker.records import Claimed, ModelFacts, Waiting
 from broker.store import Store
 from workers.attempt import Attempt, Ended, Limits
 from workers.picture import LanePicture
+from workers.rates import Answer, Rates
 from workers.stream_client import StreamClient
 from workers.swaps import Swaps
 from workers.waker import Waker
@@ -21,7 +22,6 @@ log = logging.getLogger("warmlane.dispatcher")
 
 RENEW_EVERY_S = 3.0
 RETRY_PAUSE_S = 0.2
-EWMA = 0.2
 
 
 class Dispatcher:
@@ -56,7 +56,7 @@ class Dispatcher:
         self._tasks = tasks
         self._client = StreamClient()
         self._interactive_at: dict[str, int] = {}
-        self._service_ms: dict[str, float] = {}
+        self._rates: dict[str, Rates] = {}
         self._unlearned: set[str] = set()
         self._told_early: set[tuple[str, int]] = set()
         self._renew_now = asyncio.Event()
@@ -88,6 +88,7 @@ class Dispatcher:
                     break
                 self._picture.spend(job)
                 self._swaps.started(name)
+                new_session = not waker.slots.knows(job.session)
                 slot = waker.slots.take(
                     _user(job),
                     session=job.session,
@@ -95,7 +96,9 @@ class Dispatcher:
                     now_s=self._loop.time(),
                 )
                 self.claiming += 1
-                serving = self._tasks.create_task(self._serve(waker, job, slot), name=f"attempt {job.job}")
+                serving = self._tasks.create_task(
+                    self._serve(waker, job, slot, new_session=new_session), name=f"attempt {job.job}"
+                )
                 self._serving.add(serving)
                 serving.add_done_callback(self._serving.discard)
                 self._swaps.look()  # that may have been the last of its batch
@@ -131,9 +134,9 @@ class Dispatcher:
             await asyncio.gather(*(self._renew(attempt) for attempt in list(self.attempts.values())))
 
     async def tell_learned(self) -> None:
-        """Writes down how long jobs held their slots lately."""
+        """Writes down how long jobs held their slots lately, and how fast they were read and written."""
         for name in list(self._unlearned):
-            await hosts.learn(self._store, name, service_ms=round(self._service_ms[name], 1))
+            await hosts.learn(self._store, name, **self._rates[name].told())
             self._unlearned.discard(name)
 
     def abandon(self) -> None:
@@ -155,7 +158,7 @@ class Dispatcher:
             free=waker.slots.free,
             total=waker.slots.total,
             now_ms=now_ms,
-            service_ms=self._service_ms.get(name, 0.0),
+            service_ms=self._rates[name].service_ms if name in self._rates else 0.0,
             interactive_at=self._interactive_at.get(name, 0),
             active=waker.warmth.active(now_ms),
             cached=waker.slots.ready(),
@@ -180,8 +183,8 @@ class Dispatcher:
         self._again = None
         self.dispatch()
 
-    async def _serve(self, waker: Waker, job: Waiting, slot: int) -> None:
-        clean, tokens, served = True, 0, False
+    async def _serve(self, waker: Waker, job: Waiting, slot: int, *, new_session: bool) -> None:
+        clean, tokens, estimate, served = True, 0, 0, False
         try:
             attempt = await self._claim(waker, job, slot)
             if attempt is None:
@@ -200,9 +203,10 @@ class Dispatcher:
             finally:
                 del self.attempts[held]
             clean, tokens = ended.clean, _cached_tokens(ended)
-            self._learn(waker, ended)
+            estimate = job.tokens + (ended.usage or {}).get("completion_tokens", 0) if tokens else 0
+            self._learn(waker, ended, new_session=new_session)
         finally:
-            waker.released(_user(job), clean=clean, tokens=tokens, served=served)
+            waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served)
             self.dispatch()
 
     async def _claim(self, waker: Waker, job: Waiting, slot: int) -> Attempt | None:
@@ -271,17 +275,34 @@ class Dispatcher:
         except errors.BrokerUnavailable as e:
             log.debug("event=renew_retry job=%s reason=%s", attempt.held.job_id, e)
 
-    def _learn(self, waker: Waker, ended: Ended) -> None:
+    def _learn(self, waker: Waker, ended: Ended, *, new_session: bool) -> None:
         if ended.suspect:
             waker.suspect()
         if ended.outcome != "done":
             return
-        before = self._service_ms.get(waker.name) or self._fleet.picture.facts.get(waker.name, ModelFacts()).service_ms
-        self._service_ms[waker.name] = before + EWMA * (ended.total_ms - before) if before else ended.total_ms
-        self._unlearned.add(waker.name)
         usage = ended.usage or {}
-        prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
-        waker.note_first_token(ended.first_token_ms, prompt_tokens=prompt, cached_tokens=cached)
+        rates = self._rates.setdefault(waker.name, self._known(waker.name))
+        rates.note(
+            Answer(
+                usage=usage,
+                timings=ended.timings or {},
+                first_token_ms=ended.first_token_ms,
+                total_ms=ended.total_ms,
+                usual_ms=waker.first_token_ewma_ms,
+                new_session=new_session,
+            )
+        )
+        self._unlearned.add(waker.name)
+        waker.note_first_token(
+            ended.first_token_ms,
+            prompt_tokens=usage.get("prompt_tokens", 0),
+            cached_tokens=usage.get("cached_tokens", 0),
+            prefill_tps=rates.prefill_tps,
+        )
+
+    def _known(self, name: str) -> Rates:
+        facts = self._fleet.picture.facts.get(name, ModelFacts())
+        return Rates(facts.service_ms, facts.prefill_tps, facts.decode_tps)
 
 
 def _cached_tokens(ended: Ended) -> int:

@@ -11,9 +11,11 @@ import signal
 from collections import OrderedDict
 
 from broker import dispatch, errors, hosts, lanes
+from broker.dispatch import ModelView
 from broker.due import Due, Looked
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
+from broker.policy import Lane
 from broker.store import Store
 from workers import clockwork, part
 from workers.settings import WorkerSettings
@@ -132,7 +134,8 @@ class Scheduler:
         return STUCK_LOOK_S
 
     async def _hasten_hopeless(self) -> float:
-        """Finds jobs whose waiting is pointless: no host, quarantined, too slow, or a load that takes too long."""
+        """Finds jobs whose waiting is pointless: no host, quarantined, too slow, or a first token that is predicted to
+        come too late."""
         silence_counts = (
             self._store.answering_s * 1000 >= hosts.HOST_LEASE_MS
         )  # else hosts may live and not have said so
@@ -142,16 +145,26 @@ class Scheduler:
             if not lane.fallback or not self._fleet.picture.waiting.get(name):
                 continue
             view = self._fleet.view(name)
-            if not lane.retiring and view.availability == "warm":
-                continue
             if not silence_counts and lane.model not in self._fleet.picture.on_host:
                 continue
-            async for job in lanes.waiting_entries(self._store, name, limit=HOPELESS_PAGE):
-                here = dispatch.first_token_in_ms(view, ahead=0, now_ms=now)
-                left = job.promote_at - now
-                if lane.retiring or dispatch.waiting_is_pointless(here, view, left_ms=left, priority=job.priority):
-                    self._note(job.job, await self._due.look(job.job, hasten=True))
+            await self._hasten_in(lane, view, now)
         return HOPELESS_LOOK_S
+
+    async def _hasten_in(self, lane: Lane, view: ModelView, now: int) -> None:
+        """Looks at those who wait in one lane, oldest first; one that goes makes room for those behind it."""
+        ahead = -self._fleet.picture.running.get(lane.name, 0)  # held jobs have their entries too, the oldest mostly
+        async for job in lanes.waiting_entries(self._store, lane.name, limit=HOPELESS_PAGE):
+            before = max(0, ahead)
+            fresh = self._fleet.fresh_tokens(lane.model, session=job.session, tokens=job.tokens)
+            here = dispatch.first_token_in_ms(view, ahead=before, now_ms=now, fresh_tokens=fresh)
+            left, looked = job.promote_at - now, None
+            if lane.retiring or dispatch.waiting_is_pointless(
+                here, view, left_ms=left, priority=job.priority, ahead=before
+            ):
+                looked = await self._due.look(job.job, hasten=True, ahead=before)
+                self._note(job.job, looked)
+            if looked is None or looked.outcome != "promoted":
+                ahead += 1
 
 
 async def serve(settings: WorkerSettings) -> int:

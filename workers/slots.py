@@ -34,6 +34,7 @@ class Cached:
     tokens: int  # of its last prompt and answer; 0 = not known yet
     used_s: float  # loop time of its last start or end
     row: int  # turns in a row that it was served while others waited
+    estimate: int = 0  # its last prompt and answer, the prompt as the api estimated it
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class Slots:
         """The sessions whose prompt a free slot has."""
         return Ready(set(self._free()), self._slots_of, self._cached)
 
+    def knows(self, session: str) -> bool:
+        """Whether any slot has the session's prompt, free or not."""
+        return session in self._slots_of
+
     def open(self, now_s: float) -> int:
         """Free slots that anybody may have: none of those that are kept for their session."""
         return self.free - sum(until > now_s for until in self._kept.values())
@@ -114,13 +119,17 @@ class Slots:
         self._kept.pop(number, None)
         row = before.row if before is not None and before.session == session else 0
         tokens = before.tokens if before is not None and before.session == session else 0
-        self._note(number, Cached(session, tokens, now_s, row + 1 if contended else 0) if session else None)
+        estimate = before.estimate if before is not None and before.session == session else 0
+        row = row + 1 if contended else 0
+        self._note(number, Cached(session, tokens, now_s, row, estimate) if session else None)
         return number
 
-    def give_back(self, user: str, *, clean: bool, now_s: float, tokens: int = 0, served: bool = True) -> None:
+    def give_back(
+        self, user: str, *, clean: bool, now_s: float, tokens: int = 0, estimate: int = 0, served: bool = True
+    ) -> None:
         """Takes the slot back; not clean = the runtime may still be at it. `tokens` = what its cache should hold now,
-        0 = not known; not served = the runtime never heard of the user. After a long prompt the slot is kept for its
-        session for KEEP_S."""
+        0 = not known, `estimate` the same with the prompt in the api's estimate; not served = the runtime never heard
+        of the user. After a long prompt the slot is kept for its session for KEEP_S."""
         held = self._held.pop(user, None)
         if held is None:
             return
@@ -132,7 +141,7 @@ class Slots:
         cached = self._cached.get(number)
         if cached is None or not tokens:
             return None
-        self._cached[number] = replace(cached, tokens=tokens, used_s=now_s)
+        self._cached[number] = replace(cached, tokens=tokens, estimate=estimate, used_s=now_s)
         if clean and tokens >= KEEP_TOKENS and cached.row < ROW_MAX:
             self._kept[number] = now_s + KEEP_S
         return None
@@ -169,6 +178,11 @@ class Slots:
     def told(self) -> dict[int, tuple[str, int]]:
         """What each slot has in its cache, to be told: slot -> session, tokens."""
         return {number: (cached.session, cached.tokens) for number, cached in sorted(self._cached.items())}
+
+    def estimates(self) -> dict[str, int]:
+        """How long the prompt of each session is that a slot has in its cache, in the api's estimate."""
+        known = sorted((cached.estimate, cached.session) for cached in self._cached.values() if cached.estimate)
+        return {session: estimate for estimate, session in known}
 
     def _free(self) -> list[int]:
         taken = {held.number for held in self._held.values()} | self.settling.keys()

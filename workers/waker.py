@@ -179,6 +179,7 @@ class Waker:
             progress=round(self.progress, 2),
             manageable=self.runtime.manageable,
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
+            prompts=json.dumps(prompts) if (prompts := self.slots.estimates()) else "",
             since=self.since_ms,
             version=version,
         )
@@ -251,15 +252,10 @@ class Waker:
         else:
             await self._around.learn(self.name, unloaded_until=0)
 
-    def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int) -> None:
-        """Counts a real first token as a probe, if reading its prompt cannot have been what took long: it was short,
-        and what reading it takes, as far as that was learned, is taken off. A prompt of unknown length (0) says
-        nothing."""
+    def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int, prefill_tps: float = 0.0) -> None:
+        """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
         probe_ms = passive_probe_ms(
-            ms,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=cached_tokens,
-            prefill_tps=self._around.facts(self.name).prefill_tps,
+            ms, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, prefill_tps=prefill_tps
         )
         if probe_ms is not None:
             self._measured(probe_ms)
@@ -287,9 +283,11 @@ class Waker:
         self._unreachable = 1
         self.kick()
 
-    def released(self, job_id: str, *, clean: bool, tokens: int = 0, served: bool = True) -> None:
-        """Takes a slot back from a job that ended; `tokens` = what the slot's cache should hold now."""
-        self.slots.give_back(job_id, clean=clean, now_s=self._loop.time(), tokens=tokens, served=served)
+    def released(self, job_id: str, *, clean: bool, tokens: int = 0, estimate: int = 0, served: bool = True) -> None:
+        """Takes a slot back from a job that ended; `tokens` = what the slot's cache should hold now, `estimate` the
+        same with the prompt in the api's estimate."""
+        now = self._loop.time()
+        self.slots.give_back(job_id, clean=clean, now_s=now, tokens=tokens, estimate=estimate, served=served)
         if not self.slots.using:
             self._idle_since = self._loop.time()
         if not clean and not self._suspected:

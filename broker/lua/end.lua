@@ -24,6 +24,7 @@ if from == "claimed" and seq == 1 then -- its first token comes with its end: tw
   from, wrong = follow(from, "first_token", KEYS[1])
   if not from then return wrong end
   set[3], set[4] = "first_token_at", ms(now)
+  f.first_token_at = ms(now)
 end
 to, wrong = follow(from, ARGV[8], KEYS[1])
 if not to then return wrong end

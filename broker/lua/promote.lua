@@ -1,11 +1,14 @@
 -- Moves a job that has no first token yet into its fallback lane.
 --   KEYS[1] from_lane   KEYS[2] to_lane   KEYS[3] job   KEYS[4] due   KEYS[5] policy   KEYS[6] model of the target
---   KEYS[7 ..] the target model's hashes on its hosts, then all lanes of the target model
+--   KEYS[7] downgrades   KEYS[8] sticky   both of the model that the job asked for
+--   KEYS[9 ..] the target model's hashes on its hosts, then all lanes of the target model
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] policy_version   ARGV[5] from_name   ARGV[6] entry
 --   ARGV[7] attempt   ARGV[8] to_name   ARGV[9] to_model   ARGV[10] max_queue   ARGV[11] promote_after_ms, 0 = no further
 --   ARGV[12] target_trust   ARGV[13] hosts   ARGV[14] wanted_for_ms   ARGV[15] control_prefix   ARGV[16] usage_prefix
+--   ARGV[17] max_share of downgrades, 1 = no cap   ARGV[18] window   ARGV[19] binding_from
+--   ARGV[20] sticky_ms, 0 = its session does not stay on the fallback
 -- Returns the new entry.
--- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, TRUSTZONE, LANEFULL.
+-- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, TRUSTZONE, LANEFULL, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include room
@@ -13,10 +16,12 @@
 --- @include enter
 --- @include want
 --- @include usage
+--- @include downgrade
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
-local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry")
+local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry", "asked_model",
+  "asked_number", "session")
 local to, refusal = follow(f[2], "promote", KEYS[3])
 if not to then return refusal end
 local elsewhere = placed(f[5], f[6], ARGV[5], ARGV[6])
@@ -26,8 +31,12 @@ if ARGV[12] == "remote" then -- whoever allowed the request to leave asked for t
   return redis.error_reply("TRUSTZONE " .. id .. " may not be promoted out of the machine")
 end
 local hosts = tonumber(ARGV[13])
-if not has_room(KEYS[2], group, tonumber(ARGV[10]), 7, 6 + hosts, 7 + hosts, #KEYS) then
+if not has_room(KEYS[2], group, tonumber(ARGV[10]), 9, 8 + hosts, 9 + hosts, #KEYS) then
   return redis.error_reply("LANEFULL " .. KEYS[2])
+end
+local downgrade, number, max_share, window = f[7] ~= ARGV[9], tonumber(f[8] or 0), tonumber(ARGV[17]), tonumber(ARGV[18])
+if downgrade and max_share < 1 and not may_downgrade(KEYS[7], number, max_share, window, tonumber(ARGV[19])) then
+  return redis.error_reply("DOWNGRADES " .. f[7])
 end
 
 leave(KEYS[1], group, ARGV[6])
@@ -38,6 +47,8 @@ redis.call("HINCRBY", KEYS[3], "promotions", 1)
 local entry = enter(KEYS[2], group, KEYS[3], id)
 redis.call("HSET", KEYS[3], "entry", entry)
 schedule(KEYS[4], KEYS[3], id)
+if number > 0 then count_moved(KEYS[7], number, window, downgrade) end
+if downgrade then stick(KEYS[8], f[9], now, tonumber(ARGV[20])) end
 want(KEYS[6], now, tonumber(ARGV[14]))
 if f[2] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[3], "stop " .. id .. " " .. f[1]) end
 usage(ARGV[16], now, "promoted:" .. ARGV[5] .. ":" .. ARGV[8], 1)

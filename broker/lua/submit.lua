@@ -1,22 +1,27 @@
 -- Accepts a job into a lane, or, with a later start, into the schedule. Keyed by the job's id: sending it again is harmless.
 --   KEYS[1] lane           KEYS[2] job       KEYS[3] request   KEYS[4] due      KEYS[5] readers
 --   KEYS[6] idem           KEYS[7] policy    KEYS[8] model
---   KEYS[9 ..] the model's hashes on its hosts, then all lanes of the model
+--   KEYS[9] downgrades     KEYS[10] sticky   both of the model asked for
+--   KEYS[11 ..] the model's hashes on its hosts, then all lanes of the model
 --   ARGV[1] now            ARGV[2] id        ARGV[3] group     ARGV[4] policy_version
 --   ARGV[5] max_queue      ARGV[6] promote_after_ms, 0 = never ARGV[7] give_up_after_ms, counted from its start
 --   ARGV[8] not_before     0 = now           ARGV[9] body      ARGV[10] body_hash
 --   ARGV[11] keyed         1 = it has an Idempotency-Key, which lives as long as the job; its end starts the keep time
 --   ARGV[12] reader        `api/reader` or "" ARGV[13] reader_lease_ms
 --   ARGV[14] hosts         number of keys    ARGV[15] wanted_for_ms, 0 = do not wake
---   ARGV[16 ..] fields of the job hash, name and value in turn
+--   ARGV[16] first_token_within_ms, counted from its start, 0 = nobody judges it
+--   ARGV[17] max_share     of downgrades, 1 = no cap           ARGV[18] window     ARGV[19] binding_from
+--   ARGV[20] sticky_ms     0 = its session does not stay on a fallback
+--   ARGV[21 ..] fields of the job hash, name and value in turn
 -- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key.
--- Errors: STALEPOLICY, IDEMMISMATCH, LANEFULL.
+-- Errors: STALEPOLICY, IDEMMISMATCH, LANEFULL, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include room
 --- @include schedule
 --- @include enter
 --- @include want
+--- @include downgrade
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
@@ -34,19 +39,23 @@ if ARGV[11] == "1" then
   end
 end
 if not_before <= now then
-  if not has_room(KEYS[1], group, tonumber(ARGV[5]), 9, 8 + hosts, 9 + hosts, #KEYS) then
+  if not has_room(KEYS[1], group, tonumber(ARGV[5]), 11, 10 + hosts, 11 + hosts, #KEYS) then
     return redis.error_reply("LANEFULL " .. KEYS[1])
   end
 end
-
-local give_up_at = math.max(now, not_before) + tonumber(ARGV[7])
-local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), give_up_at) or 0
 local named, fields = {}, {}
-for i = 16, #ARGV, 2 do
+for i = 21, #ARGV, 2 do
   named[ARGV[i]] = ARGV[i + 1]
   fields[#fields + 1] = ARGV[i]
   fields[#fields + 1] = ARGV[i + 1]
 end
+local downgrade, max_share, window = named.asked_model ~= named.model, tonumber(ARGV[17]), tonumber(ARGV[18])
+if downgrade and max_share < 1 and not may_downgrade(KEYS[9], nil, max_share, window, tonumber(ARGV[19])) then
+  return redis.error_reply("DOWNGRADES " .. named.asked_model)
+end
+
+local give_up_at = math.max(now, not_before) + tonumber(ARGV[7])
+local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), give_up_at) or 0
 local abandon_at = 0
 local function set(field, value)
   fields[#fields + 1] = field
@@ -64,6 +73,9 @@ set("submitted_at", ms(now))
 set("give_up_at", ms(give_up_at))
 set("promote_at", ms(promote_at))
 set("policy_version", ARGV[4])
+if ARGV[16] ~= "0" then set("first_token_by", ms(math.max(now, not_before) + tonumber(ARGV[16]))) end
+if max_share < 1 then set("asked_number", count_asked(KEYS[9], window, downgrade)) end
+if downgrade then stick(KEYS[10], named.session, now, tonumber(ARGV[20])) end
 local state, entry = "queued", ""
 if not_before > now then
   state = "scheduled"

@@ -36,6 +36,7 @@ def warnings(
         *_open_keys(content),
         *_weak_fallbacks(content, lanes),
         *_late_promotions(content, lanes),
+        *_idle_downgrade_keys(content, lanes),
         *_memory(content, lanes, host_memory_mb),
         *_weak_rules(content),
     ]
@@ -273,6 +274,16 @@ def _late_promotions(content: Content, lanes: dict[str, Lane]) -> Iterator[Findi
                 f"the fallback is never tried, because a job is given up after {lane.max_wait_ms} ms "
                 f"and promoted only after {lane.cold_start_budget_ms} ms",
             )
+
+
+def _idle_downgrade_keys(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:
+    for name, model in content.models.items():
+        if any(lane.model == name and lane.fallback for lane in lanes.values()):
+            continue
+        if model.max_downgrade_share < 1:
+            yield ("models", name, "maxDowngradeShare"), "has no effect, because the model has no fallback"
+        if model.sticky_promotion_ms:
+            yield ("models", name, "stickyPromotionMs"), "has no effect, because the model has no fallback"
 
 
 def _memory(content: Content, lanes: dict[str, Lane], host_memory_mb: int | None) -> Iterator[Finding]:

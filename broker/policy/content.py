@@ -208,6 +208,15 @@ class Model(Part):
     cold_start_budget_ms: Ms = Field(25_000, description="How long a job waits before it tries the fallback.")
     max_wait_ms: SomeMs = Field(120_000, description="How long a job waits before it is given up.")
     fallback: Name | None = Field(None, description="The model or lane that takes jobs that waited too long.")
+    max_downgrade_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="At most this share of the jobs that ask for the model is served by another; 1 = any.",
+    )
+    sticky_promotion_ms: Ms = Field(
+        0, description="How long a session that was promoted stays on the fallback; 0 = it does not."
+    )
     memory_mb: int | None = Field(None, ge=1, le=100_000_000, description="Memory of the loaded model; else learned.")
     context_tokens: int | None = Field(
         None, ge=1, le=100_000_000, description="The longest prompt plus answer of one generation."

@@ -83,6 +83,23 @@ async def test_the_async_client_streams(shared_house: House) -> None:
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
 
 
+@pytest.mark.parametrize("model", ["tiny", "pretend"])
+async def test_cached_tokens_are_told_to_the_client_and_in_status(shared_house: House, model: str) -> None:
+    """The runtime's own figure, streamed and whole; the same prompt a second time is nearly all in the cache."""
+    prompt = {"model": model, "messages": user(f"{model} " + "read this again " * 40), "max_tokens": 2}
+    headers = {"X-Session-Affinity": f"again-{model}"}
+    async with async_sdk(shared_house.url, max_retries=0) as client:
+        whole = [await client.chat.completions.create(**prompt, extra_headers=headers) for _ in range(2)]
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = await heard_out(await client.chat.completions.create(**prompt, **options, extra_headers=headers))
+    for usage in (whole[1].usage, chunks[-1].usage):
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens is not None
+        assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens > usage.prompt_tokens * 0.8
+    told = next(m for m in shared_house.status()["models"] if m["name"] == model)
+    assert told["prompt_tokens"] > told["cached_tokens"] > usage.prompt_tokens * 1.6
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 

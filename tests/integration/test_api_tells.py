@@ -62,6 +62,8 @@ async def test_metrics_can_be_read(scene: Scene) -> None:
     assert found["gateway_jobs_submitted_total", (("lane", "big"),)] == 1
     assert found["gateway_jobs_refused_total", (("lane", "other"), ("reason", "model_not_found"))] == 1
     assert found["gateway_jobs_ended_total", (("lane", "big"), ("state", "done"))] == 1
+    assert found["gateway_first_tokens_judged_total", (("first_token", "asked"), ("model", "big"))] == 1
+    assert found["gateway_sessions_on_fallback", (("model", "big"),)] == 0
     assert found["gateway_completion_tokens_total", (("caller", "anonymous"), ("model", "big"))] == 2
     assert found["gateway_time_to_first_token_seconds_count", (("lane", "big"), ("model", "big"))] == 1
     assert found["gateway_model_state", (("model", "big"), ("state", "warm"))] == 1

@@ -61,6 +61,24 @@ FAULTS = [
         r'local entry = \1\n  redis.call("XACK", lane, group, entry)\n',
     ),
     Fault(
+        "the cap on downgrades removed",
+        ("submit", "promote"),
+        r"return jobs < from or .*\n",
+        "return true\n",
+    ),
+    Fault(
+        "promote does not mark the downgrade",
+        ("promote",),
+        r"if number > 0 then count_moved\(.*\n",
+        "",
+    ),
+    Fault(
+        "a downgrade that falls out of the window keeps its mark in the sum",
+        ("submit",),
+        r"local change = -redis\.call\(\"HDEL\", (.*)\)\n",
+        r'redis.call("HDEL", \1)\n  local change = 0\n',
+    ),
+    Fault(
         "attach sets seen for a stream:false waiter",
         ("attach",),
         r"if ARGV\[5\] == \"1\" then (redis\.call\(\"HSET\", KEYS\[1\], \"seen\")",

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from broker import errors, jobs, lanes
+from broker import downgrades, errors, jobs, lanes
 from broker.jobs import Holding
 from broker.lifecycle import ENDED, HELD, State
 from broker.policies import Active
@@ -25,13 +25,15 @@ from broker.records import JobRecord, ModelOnHost, Waiting
 from broker.store import Store
 from tests.model.faults import FAULTS, Fault, planted
 from tests.support.broker_world import LONG_MS, POLICY, World, fake_redis, new_namespace, policy_with
-from tests.support.invariants import bound, missteps, take, violations
+from tests.support.invariants import bound, may_downgrade, missteps, take, violations
 
+CAPPED = policy_with(("weights-big\n", "weights-big\n    maxDowngradeShare: 0.67\n    stickyPromotionMs: 5000\n"))
 POLICIES = [
     POLICY,
     policy_with(("maxQueue: 3", "maxQueue: 1"), ("maxQueue: 2", "maxQueue: 0")),
     policy_with(("weights-big\n", "weights-big\n    trust: remote\n")),
     "models:\n  big:\n    backend: simulated\n    model: weights-big\n    maxQueue: 3\n",
+    CAPPED,
 ]
 LANES = ("big", "small", "side", "far")
 BROKE = errors.RuntimeFailed("broke")
@@ -91,7 +93,7 @@ class Verbs(RuleBasedStateMachine):
 
     async def _open(self) -> World:
         world = World(Store.fake(fake_redis(), namespace=new_namespace()))
-        await world.apply()
+        await world.apply(CAPPED)
         return world
 
     def teardown(self) -> None:
@@ -170,10 +172,11 @@ class Verbs(RuleBasedStateMachine):
         lane=st.sampled_from(LANES), sync=st.booleans(), stream=st.booleans(), grace=st.sampled_from([-1, 0, 4_000]),
         reader=st.booleans(), later=st.sampled_from([0, 0, 0, 1_500]), key=st.sampled_from(["", "", "a", "b"]),
         body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), stale=st.sampled_from([False] * 5 + [True]),
+        spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
-        remote: bool, stale: bool,
+        remote: bool, stale: bool, spills: bool, session: str,
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -182,9 +185,11 @@ class Verbs(RuleBasedStateMachine):
         record = JobRecord(
             id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
+            session=session,
         )  # fmt: skip
         idem = self.now.keys.get(w.store.keys.idem("anonymous", key)) if key else None
         twin = idem.value.decode().split(" ")[0] if idem else ""
+        asked = (active.lane("big") if spills else None) or into
         expected: Expected = None
         if into.retiring:
             expected = errors.ModelUnavailable
@@ -194,10 +199,20 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.IdempotencyMismatch
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
+        elif not twin and into.model != asked.model and not may_downgrade(self.now, active, asked.model, None):
+            expected = errors.DowngradesCapped
         got = self.act(
             f"submit into {lane}",
             lambda: lanes.submit(
-                w.store, active, w.fleet, record, into, body, reader="api1/r1" if reader else "", idempotency_key=key
+                w.store,
+                active,
+                w.fleet,
+                record,
+                into,
+                body,
+                reader="api1/r1" if reader else "",
+                idempotency_key=key,
+                asked=asked,
             ),
             expected,
             marks=not twin,
@@ -379,6 +394,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.TrustZoneRefused
         elif self.full(to):
             expected = errors.LaneFull
+        elif to.model != job.asked_model and not may_downgrade(self.now, w.book.active, job.asked_model, job):
+            expected = errors.DowngradesCapped
         self.act(f"promote {job.state}", lambda: lanes.promote(w.store, w.book.active, w.fleet, picture, to), expected)
 
     @takes(pick=picks)
@@ -548,6 +565,13 @@ class Verbs(RuleBasedStateMachine):
             self.ids.remove(job_id)
             self.held = [held for held in self.held if held.job_id != job_id]
         self.now = self.wait(take(self.world.store))
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cap on downgrades looks at the last few jobs, and binds soon: an example has no two hundred."""
+    monkeypatch.setattr(downgrades, "WINDOW", 3)
+    monkeypatch.setattr(downgrades, "BINDING_FROM", 2)
 
 
 MOST_LIVE = 4

@@ -107,15 +107,18 @@ class World:
 
     async def submit(
         self, lane: str = "big", *, body: bytes = b'{"model":"big"}', reader: str = "", key: str = "",
-        promote_within_ms: int | None = None, give_up_within_ms: int | None = None, **fields: Any,
+        promote_within_ms: int | None = None, give_up_within_ms: int | None = None, instead_of: str = "",
+        **fields: Any,
     ) -> str:  # fmt: skip
-        """Puts a job straight into a lane; gives the id of the job that answers it."""
+        """Puts a job straight into a lane, perhaps instead of the one that it asked for; gives the id of the job that
+        answers it."""
         record = JobRecord(**{"id": self.new_id(), "asked": lane, "keep_ms": LONG_MS} | fields)
         into = self.book.active.lane(lane)
         assert into is not None, lane
         done = await lanes.submit(
             self.store, self.book.active, self.fleet, record, into, body, reader=reader, idempotency_key=key,
             promote_within_ms=promote_within_ms, give_up_within_ms=give_up_within_ms,
+            asked=self.book.active.lane(instead_of),
         )  # fmt: skip
         return done.job_id
 

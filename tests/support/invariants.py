@@ -11,6 +11,7 @@ from typing import Any
 
 import fakeredis
 
+from broker import downgrades
 from broker.keyspace import GROUP, TABLE, Keyspace
 from broker.lifecycle import ENDED, HELD, TRANSITIONS, Event, State
 from broker.policies import Active
@@ -134,7 +135,7 @@ def violations(s: Snapshot) -> list[str]:
         found += _record(s, job)
         found += _ended(s, job) if job.state in ENDED else _live(s, job)
         found += _log(s, job)
-    return found + _lanes(s) + _due(s) + _keys(s) + _wake_locks(s)
+    return found + _lanes(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s)
 
 
 def undone(before: Snapshot, after: Snapshot) -> list[str]:
@@ -150,7 +151,20 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
             found.append(f"job {job_id} had ended {was.state} and changed afterwards")
         if was.state is not State.SCHEDULED and now.state is State.SCHEDULED:
             found.append(f"job {job_id} went back to scheduled from {was.state}")
-        for name in ("submitted_at", "give_up_at", "not_before", "asked", "zone", "mode", "stream", "caller", "idem"):
+        for name in (
+            "submitted_at",
+            "give_up_at",
+            "not_before",
+            "asked",
+            "asked_model",
+            "asked_number",
+            "first_token_by",
+            "zone",
+            "mode",
+            "stream",
+            "caller",
+            "idem",
+        ):
             if getattr(was, name) != getattr(now, name):
                 found.append(f"{name} of job {job_id} moved from {getattr(was, name)} to {getattr(now, name)}")
         for name in ("attempt", "losses", "promotions", "seen"):
@@ -181,6 +195,11 @@ def missteps(before: Snapshot, after: Snapshot, active: Active) -> list[str]:
                 found.append(f"job {job_id} began as {now.state}")
         elif (was.state, was.lane, was.entry, was.attempt) != (now.state, now.lane, now.entry, now.attempt):
             found += _move(before, was, now, active)
+        if now.model != now.asked_model and (was is None or was.model == was.asked_model):
+            if not may_downgrade(before, active, now.asked_model, was):
+                found.append(
+                    f"job {job_id} is served by {now.model} beyond the cap of those who asked {now.asked_model}"
+                )
     return found
 
 
@@ -198,6 +217,30 @@ def bound(s: Snapshot, active: Active, lane_name: str) -> int:
                 slots += max(0, int(float(told["slots_total"])) - int(float(told["slots_settling"])))
     limit = lane.max_queue + max(0, slots - running)
     return max(1, limit) if running == 0 else limit
+
+
+def may_downgrade(s: Snapshot, active: Active, asked_model: str, job: JobRecord | None) -> bool:
+    """Whether the cap lets one more job be served by another model than the one asked for, None = one that asks now:
+    the rule of the design, told once more in Python."""
+    model = active.policy.models.get(asked_model)
+    if model is None or model.max_downgrade_share == 1:
+        return True
+    asked, marked = _window(s, asked_model)
+    if job is None:
+        asked += 1
+        marked = marked - {asked - downgrades.WINDOW}
+    if job is not None and job.asked_number in marked:
+        return True
+    jobs = min(asked, downgrades.WINDOW)
+    return jobs < downgrades.BINDING_FROM or len(marked) + 1 <= model.max_downgrade_share * jobs + 1e-9
+
+
+def _window(s: Snapshot, model: str) -> tuple[int, set[int]]:
+    """How many asked for the model, and the numbers of the last ones among them that are marked as downgrades."""
+    key = s.keys.get(s.names.downgrades(model))
+    told = decode_hash(key.value) if key else {}
+    asked, size = int(told.get("asked", 0)), downgrades.WINDOW
+    return asked, {asked - (asked - int(place)) % size for place in told.keys() - {"asked", "downgraded"}}
 
 
 def instant(job: JobRecord) -> int:
@@ -345,7 +388,14 @@ def _keys(s: Snapshot) -> list[str]:
     return found
 
 
-_MUST_EXPIRE = ("wake:<model>", "model:<model>:<host>", "host:<host>", "usage:<day>")
+_MUST_EXPIRE = (
+    "downgrades:<model>",
+    "sticky:<model>",
+    "wake:<model>",
+    "model:<model>:<host>",
+    "host:<host>",
+    "usage:<day>",
+)
 
 
 def _wake_locks(s: Snapshot) -> list[str]:
@@ -354,6 +404,25 @@ def _wake_locks(s: Snapshot) -> list[str]:
         counter = s.keys.get(name + ":epoch")
         if counter is None or key.value.decode().rpartition("/")[2] != counter.value.decode():
             found.append(f"promise 6: {name} is held as {key.value!r}, which is not the newest epoch")
+    return found
+
+
+def _downgrades(s: Snapshot) -> list[str]:
+    """Every counted job is marked as its lane says, and the sum is that of the marks."""
+    found = []
+    for name, key in s.of("downgrades:<model>").items():
+        model = name.removeprefix(s.names.downgrades(""))
+        asked, marked = _window(s, model)
+        told = int(decode_hash(key.value).get("downgraded", 0))
+        if told != len(marked) or any(number < 1 for number in marked):
+            found.append(f"{name} counts {told} downgrades and marks {sorted(marked)} of {asked}")
+        for job in s.jobs.values():
+            if job.asked_model != model or not asked - downgrades.WINDOW < job.asked_number <= asked:
+                continue
+            if job.asked_number and (job.asked_number in marked) != (job.model != model):
+                found.append(
+                    f"job {job.id} asked for {model} and has {job.model}, marked: {job.asked_number in marked}"
+                )
     return found
 
 

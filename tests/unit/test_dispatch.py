@@ -148,13 +148,16 @@ def test_when_a_model_can_take_a_job(view: ModelView, expected: float | None) ->
     [
         (WARM, 0, 300),
         (WARM, 1, 300),
-        (WARM, 2, 1_300),  # both slots go to those before it
+        (WARM, 2, 800),  # both slots go to those before it; one of two becomes free every half service time
         (WARM, 3, 1_300),
-        (WARM, 4, 2_300),
-        (replace(WARM, slots_free=0), 0, 1_300),
-        (replace(WARM, service_ms=0, slots_free=0), 0, UNKNOWN_SERVICE_MS + 300),
+        (WARM, 4, 1_800),
+        (replace(WARM, slots_free=0), 0, 800),
+        (replace(WARM, slots_free=0, slots_total=1), 0, 1_300),
+        (replace(WARM, service_ms=0, slots_free=0), 0, UNKNOWN_SERVICE_MS / 2 + 300),
         (replace(WARM, availability="cold", slots_free=0), 1, 8_300),
-        (replace(WARM, availability="cold", slots_free=0), 2, 9_300),
+        (replace(WARM, availability="cold", slots_free=0), 2, 9_300),  # a load's slots all start, and end, together
+        (replace(WARM, availability="cold", slots_free=0), 3, 9_300),
+        (replace(WARM, availability="cold", slots_free=0), 4, 10_300),
         (replace(WARM, availability="cold", slots_total=0, slots_free=0), 0, 8_300),
         (replace(WARM, availability="unavailable"), 0, math.inf),
         (replace(WARM, availability="cold", load_ms=0), 0, None),
@@ -162,6 +165,26 @@ def test_when_a_model_can_take_a_job(view: ModelView, expected: float | None) ->
 )
 def test_when_a_first_token_comes(view: ModelView, ahead: int, expected: float | None) -> None:
     assert first_token_in_ms(view, ahead=ahead, now_ms=NOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("view", "ahead", "fresh_tokens", "expected"),
+    [
+        (WARM, 0, 99_000, 300),  # how fast it reads was never learned
+        (replace(WARM, prefill_tps=950), 0, 0, 300),
+        (replace(WARM, prefill_tps=950), 0, 735, 300 + 735 / 0.95),  # the rest of 99k tokens is in a cache
+        (replace(WARM, prefill_tps=950), 0, 99_000, 300 + 99_000 / 0.95),
+        (replace(WARM, prefill_tps=950), 2, 950, 1_800),
+        (replace(WARM, prefill_tps=950, availability="cold", slots_free=0), 0, 950, 9_300),
+        (replace(WARM, prefill_tps=950, availability="unavailable"), 0, 950, math.inf),
+        (replace(WARM, prefill_tps=950, availability="cold", load_ms=0), 0, 950, None),
+    ],
+)
+def test_a_first_token_waits_for_the_prompt_to_be_read(
+    view: ModelView, ahead: int, fresh_tokens: int, expected: float | None
+) -> None:
+    found = first_token_in_ms(view, ahead=ahead, now_ms=NOW, fresh_tokens=fresh_tokens)
+    assert found == (None if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +222,27 @@ def test_whether_moving_helps(here: float | None, there: float | None, overdue: 
 def test_whether_waiting_is_pointless(availability: str, here: float | None, priority: str, pointless: bool) -> None:
     view = ModelView(availability)  # type: ignore[arg-type]
     assert waiting_is_pointless(here, view, left_ms=5_000, priority=priority) is pointless
+
+
+@pytest.mark.parametrize(
+    ("why", "view", "here", "left_ms", "ahead", "pointless"),
+    [
+        ("its turn comes too late", replace(WARM, slots_free=0), 5_001, 5_000, 0, True),
+        ("in time", replace(WARM, slots_free=0), 5_000, 5_000, 0, False),
+        ("a slot is free for it, however long its prompt", WARM, 90_000, 5_000, 1, False),
+        ("the free slots go to those before it", WARM, 90_000, 5_000, 2, True),
+        ("no service time was measured", replace(WARM, slots_free=0, service_ms=0), 90_000, 5_000, 0, False),
+        ("its deadline has passed, the due loop looks", replace(WARM, slots_free=0), 90_000, 0, 0, False),
+        ("nothing can be said", replace(WARM, slots_free=0), None, 5_000, 0, False),
+        ("batch on a slow model, by its turn", replace(WARM, availability="degraded"), 9_000, 5_000, 2, True),
+        ("a load that will take too long", replace(WARM, availability="cold"), 9_000, 5_000, 0, True),
+    ],
+)
+def test_whether_waiting_for_a_turn_is_pointless(
+    why: str, view: ModelView, here: float | None, left_ms: float, ahead: int, pointless: bool
+) -> None:
+    found = waiting_is_pointless(here, view, left_ms=left_ms, priority="batch", ahead=ahead)
+    assert found is pointless, why
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ MADE = {
     "wake": (("epoch",), "wake:<model>"),
     "wake_epoch": (("qwen2.5-coder",), "wake:<model>:epoch"),
     "model": (("qwen2.5-coder",), "model:<model>"),
+    "downgrades": (("qwen2.5-coder",), "downgrades:<model>"),
+    "sticky": (("qwen2.5-coder",), "sticky:<model>"),
     "model_on_host": (("qwen2.5-coder", "gpu-box.local"), "model:<model>:<host>"),
     "host": (("gpu-box.local",), "host:<host>"),
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),

@@ -77,6 +77,8 @@ def test_defaults_are_those_of_the_design() -> None:
         "coldStartBudgetMs": 25_000,
         "maxWaitMs": 120_000,
         "fallback": None,
+        "maxDowngradeShare": 1.0,
+        "stickyPromotionMs": 0,
         "memoryMb": None,
         "contextTokens": None,
         "firstTokenBudgetMs": 8_000,
@@ -180,8 +182,11 @@ IN_A_MODEL = [
     ("activeHours: 8-19", "activeHours: '8-19' are no times; write them like 'Mon-Fri 08:00-19:00 Europe/Berlin'"),
     ("activeHours: 08:00-19:00 Berlin", "activeHours: 'Berlin' is no time zone, did you mean 'Europe/Berlin'?"),
     ("activeHours: 8", "activeHours: must be text, not 8"),
-    ("maxDowngradeShare: 0.5", f"maxDowngradeShare: 'maxDowngradeShare' {NOT_YET}"),
-    ("stickyPromotionMs: 0", f"stickyPromotionMs: 'stickyPromotionMs' {NOT_YET}"),
+    ("maxDowngradeShare: 1.5", "maxDowngradeShare: must be at most 1, not 1.5"),
+    ("maxDowngradeShare: -0.1", "maxDowngradeShare: must be at least 0, not -0.1"),
+    ("maxDowngradeShare: 10%", "maxDowngradeShare: must be a number, not '10%'"),
+    ("stickyPromotionMs: -1", "stickyPromotionMs: must be at least 0, not -1"),
+    ("stickyPromotionMs: 10min", "stickyPromotionMs: must be a whole number of milliseconds, not '10min'"),
     ("replicas: 0", "replicas: must be at least 1, not 0"),
     ("apiKeyEnv: KEY", "apiKeyEnv: only an openai model has a key, and this one is simulated"),
     ("embeddings: 1", "embeddings: must be true or false, not 1"),
@@ -921,6 +926,14 @@ WARNINGS = [
     (
         [model("url: http://far:1", "trust: remote", "apiKeyEnv: KEY", backend="openai")],
         "line 5: models.m.url: is not https, so everyone on the way can read the key and the prompts",
+    ),
+    (
+        ["models:", warm("a", ", maxDowngradeShare: 0.2")],
+        "line 2: models.a.maxDowngradeShare: has no effect, because the model has no fallback",
+    ),
+    (
+        ["models:", warm("a", ", stickyPromotionMs: 60000")],
+        "line 2: models.a.stickyPromotionMs: has no effect, because the model has no fallback",
     ),
     (
         ["models:", warm("a", ", fallback: b"), "  b: { backend: simulated, model: x }"],

@@ -157,6 +157,7 @@ ROWS = {
     "lane": "lane:<lane>", "from_lane": "lane:<lane>", "to_lane": "lane:<lane>", "job": "job:<id>",
     "request": "job:<id>:request", "frames": "job:<id>:frames", "readers": "readers:<id>",
     "idem": "idem:<caller>:<key>", "model": "model:<model>", "host": "host:<host>",
+    "downgrades": "downgrades:<model>", "sticky": "sticky:<model>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 

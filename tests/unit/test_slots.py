@@ -220,3 +220,21 @@ def test_quiet_means_that_nobody_would_miss_a_cached_prompt() -> None:
     slots.take("a", session="s", now_s=5.0)
     slots.give_back("a", clean=True, now_s=6.0, tokens=9)
     assert not slots.quiet(6.0) and slots.quiet(6.1)
+
+
+def test_how_long_a_cached_prompt_is_by_the_apis_estimate() -> None:
+    """Kept while the session's next turn runs; the longest where two slots have it; gone with the runtime."""
+    slots = Slots(2)
+    slots.take("u1", session="a", now_s=1)
+    slots.take("u2", session="a", now_s=1)
+    slots.give_back("u1", clean=True, now_s=2, tokens=1_000, estimate=900)
+    slots.give_back("u2", clean=True, now_s=2, tokens=500, estimate=400)
+    assert slots.estimates() == {"a": 900}
+    slots.take("u3", session="a", now_s=3)
+    assert slots.estimates() == {"a": 900}
+    slots.give_back("u3", clean=True, now_s=4, tokens=1_100, estimate=950)
+    slots.take("u4", session="b", now_s=5)
+    slots.give_back("u4", clean=True, now_s=6)  # how long, nobody said
+    assert slots.estimates() == {"a": 950}
+    slots.restarted()
+    assert slots.estimates() == {}

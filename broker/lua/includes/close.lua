@@ -1,10 +1,18 @@
 -- What `close` must know of a job, and what those who end it ask for besides, by name.
 local function read_job(job)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
-    "caller", "model", "seen", "lease_until", "boot" }
+    "caller", "model", "seen", "lease_until", "boot", "asked_model", "first_token_at", "first_token_by" }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
+end
+-- How a job did against the cold-start budget of the lane that it asked for: a first token in time from the model asked
+-- for, or from another one, a late one, or none. nil where nobody judges: batch work, a client that left before the end.
+local function judged(f, now, to)
+  local first, by = tonumber(f.first_token_at or 0), tonumber(f.first_token_by or 0)
+  if by == 0 or (first == 0 and to == "cancelled" and now <= by) then return nil end
+  if first == 0 then return "none" end
+  return first > by and "late" or f.model == f.asked_model and "asked" or "other"
 end
 -- Ends a job, whatever ended it: leaves its lane, writes and publishes the terminal frame, counts, starts the keep time.
 --   k: {job, lane, due, frames, request, readers, dead}   p: {group, frames_prefix, control_prefix, usage_prefix}
@@ -48,5 +56,10 @@ local function close(k, p, f, now, id, to, ending)
   end
   counts[#counts + 1] = "ended:" .. f.lane .. ":" .. to
   counts[#counts + 1] = 1
+  local how = judged(f, now, to)
+  if how then
+    counts[#counts + 1] = "first_token:" .. f.asked_model .. ":" .. how
+    counts[#counts + 1] = 1
+  end
   usage(p.usage_prefix, now, unpack(counts))
 end

@@ -1,0 +1,41 @@
+"""What a worker learns of a model's speed while it serves, and that reading a prompt does not count as slowness."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from broker.records import ModelFacts
+from tests.support.redis_server import RedisServer
+from tests.support.worker_world import World, eventually, simulated, worker_world
+
+pytestmark = pytest.mark.real
+
+
+@pytest_asyncio.fixture
+async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        yield world
+
+
+async def test_rates_are_learned_and_told_and_reading_is_not_slowness(world: World) -> None:
+    """Three prompts of 480 tokens at 1,000 a second: each first token is over the budget, and none is slow."""
+    options = {"prefillTps": 1000, "decodeTps": 200}
+    await world.apply({"big": simulated(contextTokens=9000, firstTokenBudgetMs=420, options=options)})
+    await world.warm_host()
+    for letter in "abc":
+        record = await (await world.submit("big", tokens=20, content=letter * 1_900, session=letter)).end()
+        assert record.first_token_at - record.claimed_at > 420
+
+    async def facts() -> ModelFacts | None:
+        found = ModelFacts.from_hash(await world.store.hash(world.store.keys.model("big")))
+        return found if found.prefill_tps else None
+
+    found = await eventually(facts, what="the worker tells what it learned")
+    assert found.prefill_tps == pytest.approx(1_000, rel=0.01)
+    assert 100 < found.decode_tps < 300
+    told = await world.model("big")
+    assert told.state == "warm"
+    assert 0 < told.first_token_ewma_ms < 420
+    assert told.estimates() == {"c": 20}  # the record estimates no prompt here; the answer is in the cache too
