@@ -21,6 +21,7 @@ def status_table(shown: Snapshot, *, wide: bool = False) -> str:
     lines += [f"policy: {line}" for line in shown.policy_lines]
     lines += _other_lanes(shown)
     lines += [_host(host) for host in shown.hosts] or ["host: none is alive, so nothing can be served"]
+    lines += [f"note: host {host.name}: {host.memory_note}" for host in shown.hosts if host.memory_note]
     lines += [f"note: {_name(model)} {words}" for model in shown.models for words in _notes(model)]
     if shown.made_up:
         lines.append("note: this policy was made up by `gateway up`, since none was given")
@@ -95,7 +96,8 @@ def _host(host: HostStatus) -> str:
     if host.draining:
         words += f" ({host.running} still running)" if host.running else " (nothing runs)"
     if host.memory_total:
-        words += f", {size(host.memory_used)} of {size(host.memory_total)} used, headroom {size(host.memory_headroom)}"
+        of = f"{size(host.memory_total)} GPU memory" if host.memory_source == "gpu" else size(host.memory_total)
+        words += f", {size(host.memory_used)} of {of} used, headroom {size(host.memory_headroom)}"
     return words
 
 

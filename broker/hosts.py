@@ -12,7 +12,7 @@ from typing import Any
 from broker import errors
 from broker.dispatch import Availability, ModelView
 from broker.policies import Active, PolicyBook
-from broker.records import HostRecord, ModelFacts, ModelOnHost
+from broker.records import HostRecord, Learned, ModelFacts, ModelOnHost
 from broker.store import Store
 
 log = logging.getLogger("warmlane.hosts")
@@ -21,6 +21,9 @@ HOST_LEASE_MS = 6_000
 BEAT_EVERY_S = 2.0
 LOOK_EVERY_S = 0.5
 FORGET_HOST_MS = 86_400_000
+
+LEARNED_MS = 30 * 86_400_000
+"""For how long it is remembered what a model was like on a host: longer than a box is switched off for a holiday."""
 
 
 async def beat(
@@ -58,6 +61,17 @@ NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "f
 """What ModelFacts hold of failed loads where there were none."""
 
 
+async def learn_here(store: Store, model: str, host: str, learned: Learned, *, keep_ms: int = LEARNED_MS) -> None:
+    """Notes what a load showed of a model on one host, and for hosts that never loaded it."""
+    keys = [store.keys.learned(model, host), store.keys.model(model)]
+    await store.run("learn_here", keys, [keep_ms, learned.footprint_bytes, learned.load_ms, learned.definition])
+
+
+async def learned_here(store: Store, model: str, host: str) -> Learned:
+    """Reads what was learned of a model on one host."""
+    return Learned.from_hash(await store.hash(store.keys.learned(model, host)))
+
+
 async def forget(store: Store, *, known: set[str] | None) -> None:
     """Drops hosts that have been silent for a day; with `known`, also what was learned of models not in it."""
     now = await store.now_ms()
@@ -68,6 +82,10 @@ async def forget(store: Store, *, known: set[str] | None) -> None:
         model = store.keys.model_of(key)
         if model and model not in known:
             await store.command("DEL", key, store.keys.wake_epoch(model))
+    async for key in store.scan(store.keys.learned("*", "*")):
+        model = store.keys.learned_model_of(key)
+        if model and model not in known:
+            await store.command("DEL", key)
 
 
 @dataclass
@@ -100,7 +118,7 @@ class Picture:
             waiting=self.waiting.get(lane, 0),
             first_token_ms=best.first_token_ewma_ms if best else 0.0,
             service_ms=facts.service_ms,
-            load_ms=facts.load_ms,
+            load_ms=min((m.load_ms for m in hosts.values() if m.load_ms and not m.unfit), default=facts.load_ms),
             prefill_tps=facts.prefill_tps,
             reason=reason,
             room_at=min((m.room_at for m in hosts.values()), default=0),
@@ -143,6 +161,9 @@ class Picture:
         for state in ("warm", "degraded", "waking"):
             if state in states:
                 return state, next(m.reason for m in hosts.values() if m.state == state)
+        unfit = [m.reason for m in hosts.values() if m.unfit]
+        if unfit and all(m.unfit or m.state == "quarantined" for m in hosts.values()):
+            return "unavailable", unfit[0]
         if facts.quarantined_until > self.at_ms or states == {"quarantined"}:
             return "unavailable", facts.failure or next(m.reason for m in hosts.values())
         return "cold", ""

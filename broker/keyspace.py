@@ -59,6 +59,13 @@ TABLE: tuple[Family, ...] = (
         "session that stays on the model's fallback -> until when",
     ),
     Family(
+        "learned:<model>:<host>",
+        "hash",
+        "30 days after the model's last load there, at most while the model is in the policy",
+        False,
+        "footprint and load time of the model on the host",
+    ),
+    Family(
         "model:<model>:<host>",
         "hash",
         "6 s, renewed every 2 s",
@@ -138,6 +145,16 @@ class Keyspace:
     def model_on_host(self, model: str, host: str) -> str:
         """Hash of a model on one host. Model names hold no `:`, so it cannot be another model's own hash."""
         return f"{self._prefix}model:{model}:{host}"
+
+    def learned(self, model: str, host: str) -> str:
+        """Hash of what was learned of a model on one host."""
+        return f"{self._prefix}learned:{model}:{host}"
+
+    def learned_model_of(self, key: str) -> str:
+        """Reads the model's name from a key of what was learned of it on a host; "" for any other key."""
+        family = self.family(key)
+        learned = family is not None and family.pattern == "learned:<model>:<host>"
+        return key.removeprefix(self._prefix).split(":")[1] if learned else ""
 
     def model_of(self, key: str) -> str:
         """Reads the model's name from the key of its own hash; "" for any other key."""

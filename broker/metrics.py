@@ -180,6 +180,8 @@ def _gauges(s: Snapshot) -> Iterator[Metric]:
     )  # fmt: skip
     yield _gauge("gateway_model_memory_bytes", "Memory of the loaded model.", model,
                  [((m.name,), m.memory_bytes) for m in models])  # fmt: skip
+    yield _gauge("gateway_model_footprint_bytes", "What the model needs, learned or told; 0 = unknown.", model,
+                 [((m.name,), m.footprint_bytes) for m in models])  # fmt: skip
     yield _gauge("gateway_model_first_token_seconds", "The last one measured, 0 = none yet.", model,
                  [((m.name,), m.first_token_ms / 1000) for m in models])  # fmt: skip
     yield _gauge("gateway_model_prefill_tokens_per_second", "Learned rate of uncached prompt tokens, 0 = not known.",

@@ -174,6 +174,9 @@ class ModelOnHost(_Hash):
     progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
     manageable: bool = True  # whether it is ours to unload
     room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
+    footprint_bytes: int = 0  # learned on this host, 0 = it was never loaded there
+    load_ms: float = 0  # learned on this host, 0 = it was never loaded there
+    unfit: bool = False  # cannot fit on this host whatever our other models leave; the reason says so in numbers
     sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
     prompts: str = ""  # JSON: session -> tokens of its cached prompt, as the api estimates them
     since: int = 0  # instant of the last change of state
@@ -201,8 +204,9 @@ class ModelFacts(_Hash):
     failures: int = 0
     failure: str = ""
     failed_at: str = ""  # JSON: the instants of the failed loads of the last hour
-    load_ms: float = 0  # learned, 0 = never loaded
+    load_ms: float = 0  # of its last loads wherever they were, 0 = never loaded
     footprint_bytes: int = 0
+    definition: str = ""  # of the model whose load time and footprint these are
     service_ms: float = 0  # mean time that a job holds a slot
     prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
     decode_tps: float = 0  # answer tokens written a second, 0 = not known
@@ -217,6 +221,15 @@ class Downgrades(_Hash):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learned(_Hash):
+    """What was learned of a model on one host; 0 = nothing."""
+
+    footprint_bytes: int = 0
+    load_ms: float = 0
+    definition: str = ""  # what was loaded: under its name the policy may have other weights by now
+
+
+@dataclass(frozen=True, kw_only=True)
 class HostRecord(_Hash):
     """One machine with runtimes."""
 
@@ -227,6 +240,8 @@ class HostRecord(_Hash):
     memory_total: int = 0
     memory_used: int = 0
     memory_headroom: int = 0
+    memory_source: str = ""  # limit | gpu | system
+    memory_note: str = ""  # why it is not the GPUs' memory, where one would expect that
     policy_version: int = 0
     draining: bool = False
     pid: int = 0

@@ -28,7 +28,8 @@ _BEST_FIRST = ("warm", "degraded", "waking", "unloading", "cold", "quarantined")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStatus:
-    """A model over all its hosts. `waiting` and `max_queue` are those of its own lane."""
+    """A model over all its hosts. `waiting` and `max_queue` are those of its own lane. `memory_bytes` is what it
+    occupies now, `footprint_bytes` what it needs."""
 
     name: str
     label: str = ""
@@ -109,13 +110,15 @@ class LaneStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class HostStatus:
-    """A live host."""
+    """A live host. `memory_source` = limit, gpu or system: what the memory is of."""
 
     name: str
     beat_age_ms: int = 0
     memory_total: int = 0
     memory_used: int = 0
     memory_headroom: int = 0
+    memory_source: str = ""
+    memory_note: str = ""
     policy_version: int = 0
     draining: bool = False
     running: int = 0
@@ -290,7 +293,9 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         state_ms=max(0, picture.at_ms - best.since) if best is not None and best.since else 0,
         progress=best.progress if best is not None and state == "waking" else -1,
         weights=model.model,
-        footprint_bytes=facts.footprint_bytes or (model.memory_mb or 0) << 20,
+        footprint_bytes=max((m.footprint_bytes for m in there.values()), default=0)
+        or facts.footprint_bytes
+        or (model.memory_mb or 0) << 20,
         max_concurrent=model.max_concurrent,
         parallel=min((m.parallel for m in there.values() if m.parallel), default=0),
         load_ms=facts.load_ms,
@@ -313,6 +318,8 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
         memory_total=host.memory_total,
         memory_used=host.memory_used,
         memory_headroom=host.memory_headroom,
+        memory_source=host.memory_source,
+        memory_note=host.memory_note,
         policy_version=host.policy_version,
         draining=host.draining,
         skew_ms=host.skew_ms,

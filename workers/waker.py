@@ -18,13 +18,15 @@ from pathlib import Path
 from broker import errors, hosts, wake
 from broker.operator import UNLOADED_FOR_MS
 from broker.policy import Model
-from broker.records import ModelFacts, ModelOnHost
+from broker.records import Learned, ModelFacts, ModelOnHost
 from broker.store import Store
 from workers import progress
 from workers.attempt import Refusal
+from workers.learned import RUNS_BY
 from workers.overlap import Overlap
 from workers.probes import passive_probe_ms
 from workers.quarantine import PER_HOUR, failed_within_hour, pause_ms
+from workers.room import Claim, NoRoom
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
@@ -60,13 +62,6 @@ UNREACHABLE_MAX_S = 30.0
 NO_ROOM_PAUSE_S = 5.0
 EWMA = 0.3
 
-RUN_BY = "backend model url api_key_env embeddings trust command options context_tokens max_concurrent".split()
-"""What of its definition a runtime runs by, or is trusted by: a change takes effect when nothing runs."""
-
-
-class NoRoom(LoadFailed):
-    """The model does not fit beside those that may not go now: no failure of its own."""
-
 
 @dataclass
 class Surroundings:
@@ -78,7 +73,10 @@ class Surroundings:
     warm_elsewhere: Callable[[str], bool]
     waited_for: Callable[[str], bool]  # whether jobs wait for the model now
     drained: Callable[[], bool]  # whether an operator has set this host aside
-    room_for: Callable[[str, bool], AbstractAsyncContextManager[None]]  # raises NoRoom; True = a request waits for it
+    room_for: Callable[[str, bool], AbstractAsyncContextManager[Claim]]  # raises NoRoom; True = a request waits for it
+    occupied: Callable[[str], Awaitable[int]]  # bytes of this host's memory that the model holds, 0 = nobody can tell
+    loaded: Callable[[str, float, int], Awaitable[None]]  # learns from a load: ms, bytes
+    learned: Callable[[str], Learned]  # what loads on this host have shown
     held_up: Callable[[str], tuple[str, int]]  # whose memory it must wait for ("" = nobody's), until when at least
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
@@ -105,6 +103,7 @@ class Waker:
         self.first_token_ewma_ms = 0.0
         self.last_load_ms = 0.0
         self.progress = -1.0  # 0..1 of the load that goes on, -1 = nothing is known of it
+        self.unfit = ""  # why it cannot fit on this host whatever our other models leave, "" = it can
         self.wanted_model = model  # what the policy says now; taken over when idle
         self.leaving = False
         self.makes_room_for = ""  # the model that gets its memory once it has drained
@@ -163,15 +162,19 @@ class Waker:
 
     def told(self, version: int) -> ModelOnHost:
         """What the host says of it."""
+        learned = self._around.learned(self.name)
         return ModelOnHost(
             state=self.state,
-            reason=f"makes room for {self.makes_room_for}" if self.makes_room_for else self.reason,
+            reason=self._told_reason(),
+            unfit=bool(self.unfit) and self.state == "cold",
             runtime=self.runtime.kind,
             slots_total=self.slots.taken if self.makes_room_for else self.slots.total,
             slots_used=len(self.slots.using),
             slots_settling=len(self.slots.settling),
             memory_bytes=self.memory_bytes,
             room_at=self.room_at if self.state == "cold" else 0,
+            footprint_bytes=learned.footprint_bytes,
+            load_ms=learned.load_ms,
             first_token_ms=round(self.first_token_ms, 1),
             first_token_ewma_ms=round(self.first_token_ewma_ms, 1),
             parallel=self.overlap.parallel,
@@ -183,6 +186,11 @@ class Waker:
             since=self.since_ms,
             version=version,
         )
+
+    def _told_reason(self) -> str:
+        if self.makes_room_for:
+            return f"makes room for {self.makes_room_for}"
+        return self.unfit if self.unfit and self.state == "cold" else self.reason
 
     async def run(self) -> None:
         """Looks after the model until cancelled."""
@@ -312,6 +320,10 @@ class Waker:
             if self.state == "quarantined":
                 await self._become("cold", "")
             return
+        if self.unfit:
+            if self.state == "quarantined":
+                await self._become("cold", "")
+            return  # whoever sees memory come back kicks
         if self._loop.time() < self._no_room_until and not self._around.waited_for(self.name):
             return
         holder, self.room_at = self._around.held_up(self.name)
@@ -352,7 +364,7 @@ class Waker:
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
         old, new = self.model, self.wanted_model
-        if all(getattr(old, f) == getattr(new, f) for f in RUN_BY):
+        if all(getattr(old, f) == getattr(new, f) for f in RUNS_BY):
             self.model, self.warmth = new, Warmth(new)
             return
         if not self.slots.idle:
@@ -402,17 +414,15 @@ class Waker:
                 async with (
                     self.runtime.turn(),
                     asyncio.timeout(timeout_s),
-                    self._around.room_for(self.name, demanded),
+                    self._around.room_for(self.name, demanded) as room,
                 ):
-                    reached = await self.runtime.state() != "unreachable"
-                    began, started = True, self._loop.time()
-                    await self.runtime.load(timeout_s=timeout_s)
-                    load_ms = (self._loop.time() - started) * 1000
+                    began, reached = True, await self.runtime.state() != "unreachable"
+                    load_ms = await room.load(self.runtime, timeout_s=timeout_s)
                     first_ms = await self._probe()
                     if first_ms > self.model.first_token_budget_ms:  # the first answer after a load may be slow
                         first_ms = await self._probe()
                     self.overlap.told(self.runtime.endpoint().slots)
-                    self.memory_bytes = await self.runtime.memory_bytes() or 0
+                    self.memory_bytes = await self._around.occupied(self.name)
                 keeper.cancel()
                 shown.cancel()
         except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
@@ -427,14 +437,8 @@ class Waker:
         self._warm_since = self._idle_since = self._loop.time()
         self._note(first_ms)
         self._slow = SLOW_IN_A_ROW if first_ms > self.model.first_token_budget_ms else 0
-        known = self._around.facts(self.name).load_ms
-        await self._around.learn(
-            self.name,
-            **hosts.NOT_FAILED,
-            unloaded_until=0,
-            load_ms=round(load_ms if not known else known + EWMA * (load_ms - known), 1),
-            footprint_bytes=self.memory_bytes,
-        )
+        await self._around.loaded(self.name, load_ms, self.memory_bytes)
+        await self._around.learn(self.name, **hosts.NOT_FAILED, unloaded_until=0)
         if self._slow:
             await self._become("degraded", self._slow_words(first_ms))
         else:
@@ -461,7 +465,7 @@ class Waker:
             await self._abandon_load()
             await self._become("cold", str(error))
             return
-        if isinstance(error, NoRoom):
+        if isinstance(error, NoRoom) and not began:  # one that ran out of memory while it loaded did fail
             await self._wait_for_room(error)
             return
         words = f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
@@ -492,7 +496,7 @@ class Waker:
         still ask for an eviction, so the model only stays cold."""
         self._no_room_until = self._loop.time() + NO_ROOM_PAUSE_S
         log.info("event=no_room model=%s reason=%s", self.name, error)
-        if not self._around.waited_for(self.name):
+        if self.unfit or not self._around.waited_for(self.name):
             await self._become("cold", str(error))
             return
         until = await self._around.now_ms() + int(NO_ROOM_PAUSE_S * 1000)
@@ -556,7 +560,7 @@ class Waker:
                 self._around.changed()
             if self.slots.settling and await self._slots_settled():
                 self._around.changed()
-            self.memory_bytes = await self.runtime.memory_bytes() or self.memory_bytes
+            self.memory_bytes = await self._around.occupied(self.name) or self.memory_bytes
             return
         self._unreachable += 1
         if state == "absent" or self._unreachable >= 2:

@@ -37,6 +37,9 @@ async def test_ready_means_that_somebody_can_serve(scene: Scene) -> None:
     assert answer.json()["reasons"][0] == "big: no live host serves it"
 
 
+MEMORY = {"total": 16 << 30, "used": 6 << 30, "headroom": 10 << 30}
+
+
 async def test_health_tells_what_a_crash_of_redis_would_lose(scene: Scene) -> None:
     """Alive, with what this process thinks of its Redis."""
     async with httpx.AsyncClient(base_url=scene.api.url) as client:
@@ -68,6 +71,10 @@ async def test_metrics_can_be_read(scene: Scene) -> None:
     assert found["gateway_time_to_first_token_seconds_count", (("lane", "big"), ("model", "big"))] == 1
     assert found["gateway_model_state", (("model", "big"), ("state", "warm"))] == 1
     assert found["gateway_host_up", (("host", "gpu1"),)] == 1
+    assert found["gateway_model_memory_bytes", (("model", "big"),)] == 3 << 30
+    assert found["gateway_model_footprint_bytes", (("model", "big"),)] == 4 << 30
+    memory = {kind: found["gateway_host_memory_bytes", (("host", "gpu1"), ("kind", kind))] for kind in MEMORY}
+    assert memory == MEMORY
     assert scene.worker.seen[-1].id not in page
     names = {name for name, _ in found}
     assert all(name.startswith("gateway_") for name in names)
@@ -87,7 +94,7 @@ async def test_status_shows_who_waits(scene: Scene) -> None:
 
         told, big = await until_true(told_so, what="two running and one waiting")
     assert (big["state"], big["max_queue"], big["slots_total"], big["simulated"]) == ("warm", 3, 2, True)
-    assert big["memory_bytes"] == 3 << 30
+    assert (big["memory_bytes"], big["footprint_bytes"]) == (3 << 30, 4 << 30)
     lane = next(x for x in told["lanes"] if x["name"] == "big")
     assert 0 <= lane["oldest_waiting_ms"] < 5000
     assert told["policy"] == ["big fallback -> small after 60000ms cold-start budget"]

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from broker import errors, hosts, jobs, lanes, wake
+from broker.dispatch import ModelView
 from broker.hosts import Fleet
 from broker.keyspace import GROUP
-from broker.records import HostRecord, ModelFacts, ModelOnHost
+from broker.records import HostRecord, Learned, ModelFacts, ModelOnHost
 from tests.support.broker_world import LONG_MS, World, until_gone
 from tests.support.invariants import take, violations
 
@@ -113,12 +114,56 @@ async def test_a_silent_host_and_an_unknown_model_are_forgotten(world: World) ->
     await wake.take(world.store, "old-model", host="gpu1", boot="boot1", ttl_ms=LONG_MS)
     await wake.take(world.store, "big", host="gpu1", boot="boot1", ttl_ms=LONG_MS)
     await hosts.learn(world.store, "big", load_ms=1)
+    for model in ("old-model", "big"):
+        await hosts.learn_here(world.store, model, "gpu1", Learned(footprint_bytes=7, load_ms=2))
     world.now += hosts.FORGET_HOST_MS
     await hosts.forget(world.store, known={"big", "small", "far"})
     names = (await take(world.store)).keys
     k = world.store.keys
     assert k.hosts not in names and k.model("old-model") not in names and k.wake_epoch("old-model") not in names
+    assert k.learned("old-model", "gpu1") not in names
+    assert k.learned("big", "gpu1") in names, "a box that was off for a weekend need not learn it all again"
     assert k.model("big") in names and k.wake_epoch("big") in names and k.model_on_host("big", "gpu1") in names
+
+
+async def test_what_a_load_showed_is_kept_by_host_and_for_hosts_that_never_loaded_it(world: World) -> None:
+    """The same weights take other memory and time on another box; where nothing is known, the last box's word helps."""
+    await hosts.learn_here(world.store, "big", "gpu1", Learned(footprint_bytes=21 << 30, load_ms=31_000.5))
+    await hosts.learn_here(world.store, "big", "gpu2", Learned(footprint_bytes=23 << 30, load_ms=9_000))
+    assert await hosts.learned_here(world.store, "big", "gpu1") == Learned(footprint_bytes=21 << 30, load_ms=31_000.5)
+    assert await hosts.learned_here(world.store, "big", "gpu3") == Learned()
+    facts = (await world.fleet.look()).facts["big"]
+    assert (facts.footprint_bytes, facts.load_ms) == (23 << 30, 9_000)
+    assert await world.store.command("PTTL", world.store.keys.learned("big", "gpu1")) > hosts.LEARNED_MS / 2
+
+
+async def test_a_model_that_fits_nowhere_is_unavailable_with_the_numbers(world: World) -> None:
+    """On every able host; one that may have it, or has it, makes it available."""
+    cold, words = ModelOnHost(state="cold"), "big needs 21000 MB; 900 MB are free"
+    unfit = ModelOnHost(state="cold", unfit=True, reason=words)
+
+    async def tells(**hosts_tell: ModelOnHost) -> ModelView:
+        for host, told in hosts_tell.items():
+            await world.tell(host, {"big": told})
+        await world.fleet.look()
+        return world.fleet.view("big")
+
+    view = await tells(gpu1=unfit)
+    assert (view.availability, view.reason) == ("unavailable", words)
+    assert (await tells(gpu2=cold)).availability == "cold"
+    assert (await tells(gpu2=ModelOnHost(state="quarantined", reason="it broke"))).availability == "unavailable"
+    assert (await tells(gpu2=ModelOnHost(state="waking"))).availability == "waking"
+    assert (await tells(gpu2=ModelOnHost(state="warm", slots_total=1))).availability == "warm"
+    assert (await tells(gpu1=cold, gpu2=unfit)).availability == "cold"
+
+
+async def test_a_cold_start_is_predicted_from_the_host_that_loads_fastest(world: World) -> None:
+    await hosts.learn(world.store, "big", load_ms=9_000)
+    await world.tell("gpu1", {"big": ModelOnHost(state="cold")})
+    assert (await world.fleet.look()).view("big", "big", ["big"]).load_ms == 9_000
+    await world.tell("gpu1", {"big": ModelOnHost(state="cold", load_ms=4_000)})
+    await world.tell("gpu2", {"big": ModelOnHost(state="cold", load_ms=2_000, unfit=True)})
+    assert (await world.fleet.look()).view("big", "big", ["big"]).load_ms == 4_000
 
 
 async def test_one_wake_at_a_time(world: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from broker import errors, hosts, jobs, lanes, wake
 from broker.lifecycle import State
-from broker.records import HostRecord, JobRecord, ModelOnHost
+from broker.records import HostRecord, JobRecord, Learned, ModelOnHost
 from tests.support.broker_world import World, turns, until_gone
 from tests.support.invariants import Snapshot, left_over, take, undone, violations
 
@@ -122,6 +122,7 @@ async def test_nothing_is_left_when_its_time_is_over(world: World) -> None:
     for model in ("big", "small"):
         await wake.take(world.store, model, host="gpu1", boot="boot1", ttl_ms=KEEP_MS)
     await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot1"), {"big": ModelOnHost()}, lease_ms=KEEP_MS)
+    await hosts.learn_here(world.store, "big", "gpu1", Learned(footprint_bytes=1, load_ms=1), keep_ms=KEEP_MS)
     s = await world.healthy()
     assert {j.state for j in s.jobs.values()} == {State.DONE, State.FAILED, State.CANCELLED, State.EXPIRED}
     await until_gone(world, left_over)

@@ -220,6 +220,11 @@ async def test_the_child_of_a_local_router_is_measured(tmp_path: Path) -> None:
             assert await runtime.memory_bytes() is None
             router.args["weights"] = words
             assert (await runtime.memory_bytes() or 0) > 1 << 20
+            assert await runtime.file_bytes() is None
+            weights = tmp_path / "weights.gguf"
+            await asyncio.to_thread(weights.write_bytes, bytes(1000))
+            router.args["weights"] = ["llama-server", "-m", str(weights), "--port", "1"]
+            assert await runtime.file_bytes() == 1000, "what a load will need is guessed from it"
     finally:
         child.kill()
         await child.communicate()

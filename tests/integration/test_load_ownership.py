@@ -110,6 +110,7 @@ async def test_a_worker_killed_while_an_ollama_loads_takes_the_load_along(world:
     """Its connection was the load's; a router's load would go on, and the next worker finds it."""
     async with cold_runtime("ollama") as (ollama, model), cold_runtime("llama.cpp") as (router, routed):
         assert isinstance(ollama, FakeOllama) and isinstance(router, ScriptedRouter)
+        routed = {**routed, "memoryMb": 100}  # a load of unknown size would wait for the other
         await world.apply({"big": model | {"keepWarm": True}, "small": routed | {"keepWarm": True}})
         worker = world.process("workers.host", "gpu1")
         await seen(ollama.load_seen)

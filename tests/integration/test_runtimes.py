@@ -98,11 +98,14 @@ async def test_llama_cpp_loads_answers_and_gives_its_memory_back(tmp_path: Path,
         assert (runtime.kind, runtime.local, runtime.manageable) == ("llama.cpp", True, True)
         assert await runtime.state() == "absent"
         assert await runtime.memory_bytes() is None
+        assert (runtime.local, runtime.manageable, runtime.process_ids()) == (True, True, [])
+        assert await runtime.file_bytes() == len(await asyncio.to_thread(gguf_file.read_bytes))
         await runtime.load(timeout_s=BOUND_S)
         pid = pidfile_of(tmp_path)["pid"]
         assert await runtime.state() == "loaded"
         assert await runtime.busy_slots() == 0
         assert (await runtime.memory_bytes() or 0) > 5_000_000
+        assert pid in runtime.process_ids()
         assert 0 < await runtime.probe(timeout_s=BOUND_S) < BOUND_S * 1000
         await runtime.load(timeout_s=BOUND_S)
         assert pidfile_of(tmp_path)["pid"] == pid, "a second load of a loaded model starts nothing"
@@ -163,7 +166,8 @@ async def test_llama_cpp_by_url_is_used_and_left_alone(tmp_path: Path, gguf_file
             assert (runtime.local, runtime.manageable) == (True, False), "nothing of ours to load or unload"
             assert runtime.endpoint().base_url == url
             assert await runtime.probe(timeout_s=BOUND_S) > 0
-            assert await runtime.memory_bytes() is None
+            assert await runtime.memory_bytes() is await runtime.file_bytes() is None
+            assert (runtime.local, runtime.manageable, runtime.process_ids()) == (True, False, [])
             await runtime.unload()
         assert await theirs.state() == "loaded"
 
@@ -511,6 +515,7 @@ async def ollama_of(tmp_path: Path, *stored: str, model: str) -> AsyncIterator[t
 async def test_ollama_loads_for_ever_and_unloads(tmp_path: Path) -> None:
     async with ollama_of(tmp_path, "qwen:32b", model="qwen:32b") as (server, runtime):
         assert (runtime.kind, await runtime.state(), await runtime.memory_bytes()) == ("ollama", "absent", None)
+        assert (runtime.local, runtime.manageable, await runtime.file_bytes()) == (True, True, GIB)
         await runtime.load(timeout_s=BOUND_S)
         (asked,) = server.generate_bodies
         assert asked == {"model": "qwen:32b", "keep_alive": -1, "stream": False}, "no option: it would cost a reload"
@@ -706,3 +711,20 @@ async def test_no_ollama_at_all_is_unreachable(tmp_path: Path) -> None:
             await runtime.probe(timeout_s=1)
         with pytest.raises(RuntimeUnreachable):
             await runtime.unload()
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://127.0.0.1:11434", True),
+        ("http://localhost:8080/v1", True),
+        ("http://[::1]:80", True),
+        ("http://10.0.0.7:11434", False),
+        ("https://models.example.com/v1", False),
+        ("http://127.example.com", False),
+    ],
+)
+async def test_memory_at_another_machines_url_is_not_this_hosts(tmp_path: Path, url: str, local: bool) -> None:
+    for backend in ("ollama", "llama.cpp"):
+        async with runtime_of(tmp_path, backend=backend, model="m", url=url) as runtime:
+            assert runtime.local is local

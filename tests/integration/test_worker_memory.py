@@ -1,16 +1,23 @@
 """Two models that do not fit together: who goes, who stays, and what the others hear."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from broker import errors
 from broker.lifecycle import State
+from broker.records import ModelOnHost
+from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
-from workers import waker
+from tests.support.worker_world import ROOT, World, eventually, simulated, until, words, worker_world
+from workers import residents, room, waker
+from workers.memory import HostMemory
+from workers.meter import Meter
+from workers.runtimes import ollama
 
 pytestmark = pytest.mark.real
 LIMIT_MB = 1000
@@ -221,21 +228,178 @@ async def test_of_two_that_are_kept_warm_the_one_that_is_worth_more_comes_back(w
 
 
 async def test_a_model_larger_than_the_machine_says_so(world: World) -> None:
-    """It is no failure of the model, so the pauses do not grow, and its fallback serves at once."""
+    """It is no failure of the model, and its requests enter the fallback lane without waiting for anything."""
     await world.apply(
         {
             "huge": simulated(keepWarm=False, memoryMb=5000, coldStartBudgetMs=60_000, fallback="small"),
+            "alone": simulated(keepWarm=False, memoryMb=4000),
             "small": simulated(memoryMb=100),
         }
     )
-    await world.scheduler()
     await world.host(memory_mb=LIMIT_MB)
     await world.until_model("small", "warm")
-    record = await (await world.submit("huge")).end()
+    await until_unfit(world, "huge")
+    words = "huge needs 5000 MB; 900 MB are free and the other models could leave 100 MB, of 1000 MB in all"
+    await eventually(lambda: reason_is(world, "huge", words), what="the reason names what is there now")
+    await world.fleet.look()
+    ask = await world.submit("huge")
+    record = await ask.end()
 
-    assert (record.served_by, record.promotions) == ("small@gpu1", 1)
-    assert record.promoted_at - record.submitted_at < 3000
-    told = await world.until_model("huge", "quarantined")
-    assert told.reason.startswith("huge needs 5000 MB and 900 MB are free")
+    assert (ask.lane, record.served_by, record.promotions) == ("small", "small@gpu1", 0)
+    assert (await world.model("huge")).state == "cold"
     facts = await world.store.hash(world.store.keys.model("huge"))
-    assert facts.get(b"failures", b"0") == b"0"
+    assert facts.get(b"failures", b"0") == facts.get(b"quarantined_until", b"0") == b"0"
+    with pytest.raises(errors.ModelUnavailable, match="alone needs 4000 MB; 900 MB are free"):
+        await world.submit("alone")
+
+
+async def reason_is(world: World, model: str, words: str) -> bool:
+    return (await world.model(model)).reason == words
+
+
+async def until_unfit(world: World, model: str, *, unfit: bool = True) -> ModelOnHost:
+    """Waits until the host says that a model cannot fit (or can), and everybody here knows."""
+
+    async def check() -> ModelOnHost | None:
+        told = await world.model(model)
+        return told if told.unfit is unfit else None
+
+    told = await eventually(check, what=f"unfit of {model} is {unfit}")
+    await world.fleet.look()
+    return told
+
+
+class Shared(Meter):
+    """A machine of so many MB, on which somebody else takes and gives memory."""
+
+    def __init__(self, total_mb: int) -> None:
+        super().__init__(total_mb)
+        self.foreign_mb = 0
+
+    def limited(self, occupied: int) -> HostMemory:
+        return HostMemory(self.limit_mb << 20, occupied + (self.foreign_mb << 20))  # type: ignore[operator]
+
+
+async def test_a_model_fits_again_when_somebody_else_gives_memory_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What our own models hold does not make it unfit: they may go. Its waiting requests are served when it fits."""
+    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.1)
+    await world.apply(
+        {
+            "big": simulated(keepWarm=False, memoryMb=600, minStayMs=0, fallback="other"),
+            "other": simulated(memoryMb=300, minStayMs=0),
+        }
+    )
+    host = await world.host(memory_mb=LIMIT_MB)
+    shared = host.residents._meter = Shared(LIMIT_MB)
+    await world.until_model("other", "warm")
+    assert not (await world.model("big")).unfit, "other is kept warm, but who waits decides"
+    shared.foreign_mb = 500
+    told = await until_unfit(world, "big")
+    assert told.reason == "big needs 600 MB; 200 MB are free and the other models could leave 300 MB, of 1000 MB in all"
+    assert (await (await world.submit("big")).end()).served_by == "other@gpu1"
+    shared.foreign_mb = 380
+    await until_unfit(world, "big")  # it would fit by a hair: asked again, it says the same
+    shared.foreign_mb = 0
+    await until_unfit(world, "big", unfit=False)
+
+    assert (await (await world.submit("big")).end()).served_by == "big@gpu1"
+
+
+async def test_what_a_load_showed_outlives_the_worker(world: World) -> None:
+    """Nothing is told of the model but a file of some MB; its first load shows what it takes. After a change of its
+    definition that no longer holds."""
+    model = {"keepWarm": True, "options": {"memoryMb": 600}}
+    await world.apply({"big": simulated(**model)})
+    host = await world.host(memory_mb=LIMIT_MB)
+    big = host.residents.wakers["big"]
+    await host.residents._inquire(big)
+    assert big.memory_bytes or 0 < host.residents._need(big) < 64 << 20
+    told = await world.until_model("big", "warm")
+    assert (told.footprint_bytes, told.memory_bytes) == (600 << 20, 600 << 20)
+    assert 0 < told.load_ms < 60_000
+    await world.leave()
+
+    again = await world.host(memory_mb=500)
+    told = await until_unfit(world, "big")
+    assert told.reason.startswith("big needs 600 MB; 500 MB are free")
+    assert (told.footprint_bytes, again.residents.wakers["big"].memory_bytes) == (600 << 20, 0)
+    await world.leave()
+    await world.host("gpu2", memory_mb=500)
+    assert (await eventually(lambda: told_by(world, "gpu2"), what="gpu2 knows it from gpu1")).unfit
+    await world.apply({"big": simulated(**model | {"options": {"memoryMb": 400}})})
+    assert (await world.until_model("big", "warm", host="gpu2")).footprint_bytes == 400 << 20
+
+
+async def told_by(world: World, host: str) -> ModelOnHost | None:
+    told = await world.model("big", host)
+    return told if told.unfit else None
+
+
+async def test_a_model_on_another_machine_takes_none_of_this_hosts_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Ollama tells 2 GB; here there is one. It loads all the same, nobody goes for it, and it goes for nobody."""
+    monkeypatch.setattr(ollama, "is_local", lambda url: False)
+    async with FakeOllama("qwen:32b").running() as server:
+        away = {"backend": "ollama", "model": "qwen:32b", "url": server.url, "keepWarm": True, "minStayMs": 0}
+        await world.apply({"away": away, "here": simulated(keepWarm=False, memoryMb=700)})
+        host = await world.host(memory_mb=LIMIT_MB)
+        told = await world.until_model("away", "warm")
+        assert (told.memory_bytes, told.unfit, host.residents.memory().used) == (0, False, 0)
+        assert (await (await world.submit("here")).end()).served_by == "here@gpu1"
+        assert host.residents.memory().used == 700 << 20
+        assert (await world.model("away")).state == "warm"
+
+
+async def test_where_a_runtime_cannot_tell_the_policys_figure_counts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a vLLM that tells nothing would be free, and nobody could ask for its memory."""
+
+    async def tells_nothing(self: ollama.Ollama) -> None:
+        return None
+
+    monkeypatch.setattr(ollama.Ollama, "memory_bytes", tells_nothing)
+    async with FakeOllama("qwen:32b").running() as server:
+        mute = {"backend": "ollama", "model": "qwen:32b", "url": server.url, "memoryMb": 600, "minStayMs": 0}
+        await world.apply({"mute": mute, "other": simulated(keepWarm=False, memoryMb=700)})
+        host = await world.host(memory_mb=LIMIT_MB)
+        assert (await (await world.submit("mute")).end()).served_by == "mute@gpu1"
+        assert host.residents.memory().used == 600 << 20
+        assert (await (await world.submit("other")).end()).served_by == "other@gpu1"
+        assert host.residents.memory().used == 700 << 20, "mute went for it"
+
+
+RUNS_OUT = """
+import os, sys
+if os.path.exists(sys.argv[1]):
+    sys.exit("ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory")
+os.execv(sys.executable, [sys.executable, "-P", "-m", "workers.runtimes.simulated_server", *sys.argv[2:]])
+"""
+
+
+async def test_a_load_that_runs_out_of_memory_makes_all_the_room_there_is_and_tries_once_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prediction was too low, so nobody had to go at first. The card is full for as long as `idle` lives."""
+    monkeypatch.setattr(room, "ROOM_STILL_S", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script = tmp_path / "runs_out.py"
+    script.write_text(RUNS_OUT)
+    pidfile = world.state_dir() / "idle.pid"
+    command = [sys.executable, str(script), str(pidfile), "--port", "{port}", "--model", "pretend"]
+    await world.apply(
+        {
+            "idle": simulated(keepWarm=False, memoryMb=300, minStayMs=0),
+            "low": {"backend": "llama.cpp", "model": "x", "command": command, "memoryMb": 10, "minStayMs": 0},
+        }
+    )
+    await world.host(memory_mb=LIMIT_MB)
+    assert (await (await world.submit("idle")).end()).served_by == "idle@gpu1"
+    record = await (await world.submit("low")).end()
+
+    assert (record.served_by, record.state) == ("low@gpu1", State.DONE)
+    facts = await world.store.hash(world.store.keys.model("low"))
+    assert facts.get(b"failures", b"0") == b"0", "not even quarantined for a moment"

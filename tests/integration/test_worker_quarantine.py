@@ -11,9 +11,10 @@ import pytest
 import pytest_asyncio
 
 from broker import admission, hosts, jobs
-from broker.records import JobRecord, ModelFacts, ModelOnHost
+from broker.records import JobRecord, Learned, ModelFacts, ModelOnHost
 from tests.support.broker_world import World, fake_world
 from workers import waker as waker_module
+from workers.room import Claim
 from workers.runtimes.base import Endpoint, LoadFailed
 from workers.waker import Surroundings, Waker
 
@@ -89,8 +90,14 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
     """A worker's waker for the model; a second one is another life of it, or another host's."""
 
     @asynccontextmanager
-    async def room(name: str, demanded: bool) -> AsyncIterator[None]:
-        yield
+    async def room(name: str, demanded: bool) -> AsyncIterator[Claim]:
+        yield Claim(name)
+
+    async def occupied(name: str) -> int:
+        return 1
+
+    async def loaded(name: str, load_ms: float, footprint_bytes: int) -> None:
+        """Nothing is learned."""
 
     async def tell() -> None:
         told = {"big": waker.told(world.book.active.version)}
@@ -109,6 +116,9 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         warm_elsewhere=lambda name: False,
         waited_for=lambda name: bool(world.fleet.picture.waiting.get(name)),
         room_for=room,
+        occupied=occupied,
+        loaded=loaded,
+        learned=lambda name: Learned(),
         held_up=lambda name: ("", 0),
         drained=lambda: False,
         outdone=lambda name: False,

@@ -128,7 +128,8 @@ class ScriptedWorker:
             state = states.get(model, "warm")
             self.models[model] = ModelOnHost(
                 state=state, slots_total=2 if state == "warm" else 0, first_token_ms=12, runtime="simulated",
-                memory_bytes=3 << 30, reason="" if state == "warm" else f"the test says {state}",
+                memory_bytes=3 << 30, footprint_bytes=4 << 30,
+                reason="" if state == "warm" else f"the test says {state}",
             )  # fmt: skip
         record = HostRecord(
             name=self.name, boot="boot1", memory_total=16 << 30, memory_used=6 << 30, memory_headroom=10 << 30

@@ -19,13 +19,14 @@ MADE = {
     "downgrades": (("qwen2.5-coder",), "downgrades:<model>"),
     "sticky": (("qwen2.5-coder",), "sticky:<model>"),
     "model_on_host": (("qwen2.5-coder", "gpu-box.local"), "model:<model>:<host>"),
+    "learned": (("qwen2.5-coder", "gpu-box.local"), "learned:<model>:<host>"),
     "host": (("gpu-box.local",), "host:<host>"),
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),
     "usage": (("2026-10-30",), "usage:<day>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
 FIXED = ("due", "hosts", "dead", "policy")
-OTHER = {"family", "model_of", "usage_prefix"}
+OTHER = {"family", "model_of", "learned_model_of", "usage_prefix"}
 
 
 @pytest.mark.parametrize("namespace", ["gw", "team.a-1_b"])
@@ -70,6 +71,8 @@ def test_the_model_of_a_key() -> None:
     k = Keyspace("ns")
     assert k.model_of(k.model("a.b")) == "a.b"
     assert k.model_of(k.model_on_host("a.b", "gpu1")) == k.model_of(k.due) == k.model_of("") == ""
+    assert k.learned_model_of(k.learned("a.b", "gpu1")) == "a.b"
+    assert k.learned_model_of(k.model_on_host("a.b", "gpu1")) == k.learned_model_of("") == ""
 
 
 @pytest.mark.parametrize("namespace", ["", "a:b", "a b", "x" * 65, "ä", "a\n"])

@@ -1,11 +1,10 @@
 """Who must go so that a model fits: a pure choice."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from workers.memory import Resident, evictions, host_memory, predicted_bytes
+from workers.memory import Resident, cannot_fit, evictions, predicted_bytes
 
 GIB = 1 << 30
 IDLE = Resident(
@@ -47,28 +46,55 @@ def test_the_longest_idle_for_what_a_reload_costs_goes_first() -> None:
     assert evictions(4 * GIB, GIB, [quick, unknown]) == ["unknown"]
 
 
+def test_whoever_turns_out_not_to_be_needed_stays() -> None:
+    """A small model that was idle for longer does not go for nothing beside the big one that makes the room."""
+    small = replace(IDLE, name="small", footprint=GIB, idle_ms=7_200_000)
+    other = replace(IDLE, name="other", footprint=2 * GIB, idle_ms=6_000_000)
+    big = replace(IDLE, name="big", footprint=20 * GIB)
+    assert evictions(19 * GIB, GIB, [small, other, big]) == ["big"]
+    assert evictions(21 * GIB, 0, [small, other, big]) == ["small", "other", "big"]
+    assert evictions(20 * GIB, 0, [small, other, big]) == ["small", "big"]
+
+
 def test_nobody_goes_when_even_all_would_not_do() -> None:
     """An eviction that does not help is only a loss."""
     assert evictions(20 * GIB, 1 * GIB, [IDLE, replace(IDLE, name="other")]) is None
 
 
-def test_a_limit_counts_our_models_and_nothing_else() -> None:
-    memory = host_memory(1000, [300 << 20, 200 << 20])
-    assert (memory.total >> 20, memory.used >> 20, memory.headroom >> 20) == (1000, 500, 500)
-    assert host_memory(100, [200 << 20]).headroom == 0
+def predicted(here: int = 0, mb: int | None = None, elsewhere: int = 0, file: int = 0) -> int:
+    return predicted_bytes(learned_here=here, memory_mb=mb, learned_elsewhere=elsewhere, file_bytes=file)
 
 
-def test_without_a_limit_the_machine_is_asked() -> None:
-    memory = host_memory(None, [])
-    assert 0 < memory.used < memory.total
-    assert memory.headroom == memory.total - memory.used
+def test_a_footprint_is_learned_here_else_told_else_learned_elsewhere_else_guessed_from_the_file() -> None:
+    assert predicted(7, 2, 9, 1000) == 7
+    assert predicted(0, 2, 9, 1000) == 2 << 20
+    assert predicted(0, None, 9, 1000) == 9
+    assert predicted(0, None, 0, 1000) == 1200
+    assert predicted() == 0
 
 
-def test_a_footprint_is_learned_else_told_else_guessed_from_the_file(tmp_path: Path) -> None:
-    weights = tmp_path / "model.gguf"
-    weights.write_bytes(bytes(1000))
-    assert predicted_bytes(learned=7, memory_mb=2, weights=str(weights)) == 7
-    assert predicted_bytes(learned=0, memory_mb=2, weights=str(weights)) == 2 << 20
-    assert predicted_bytes(learned=0, memory_mb=None, weights=str(weights)) == 1200
-    assert predicted_bytes(learned=0, memory_mb=None, weights=str(tmp_path / "none.gguf")) == 0
-    assert predicted_bytes(learned=0, memory_mb=None, weights="qwen2.5-coder:32b") == 0
+@pytest.mark.parametrize(
+    ("headroom", "idle", "returning", "before", "unfit"),
+    [
+        (22, 0, 0, False, False),
+        (20, 0, 0, False, True),
+        (2, 20, 0, False, False),  # what is there now can go, today or when it is idle
+        (2, 0, 20, False, False),  # it went and its memory is on its way back
+        (2, 0, 20, True, True),  # what was unfit is not believed to fit before the memory is there
+        (21.2, 0, 0, False, False),
+        (21.2, 0, 0, True, True),  # and then needs a little more than it did
+        (22.2, 0, 0, True, False),
+    ],
+)
+def test_a_model_is_unfit_when_not_even_all_the_others_leave_it_room(
+    headroom: float, idle: int, returning: int, before: bool, unfit: bool
+) -> None:
+    """A model of 20 GB."""
+    found = cannot_fit(
+        20 * GIB,
+        headroom=int(headroom * GIB),
+        idle_could_leave=idle * GIB,
+        returning=returning * GIB,
+        before=before,
+    )
+    assert found is unfit

@@ -9,7 +9,7 @@ from lupa import lua51
 
 from broker import errors, hosts, jobs, lanes, operator, scripts, wake
 from broker.lifecycle import LIVE, Event, as_lua, next_state
-from broker.records import HostRecord, ModelOnHost
+from broker.records import HostRecord, Learned, ModelOnHost
 from broker.store import Store, refusal
 from tests.support.broker_world import START, World, fake_world
 
@@ -146,6 +146,7 @@ async def call_everything(world: World) -> None:
     await lanes.sweep(store, "big")
     await lanes.retire(store, "big")
     await hosts.beat(store, HostRecord(name="h", boot="b"), {"big": ModelOnHost(), "small": ModelOnHost()})
+    await hosts.learn_here(store, "big", "h", Learned(footprint_bytes=1, load_ms=2))
     lock = await wake.take(store, "big", host="h", boot="b")
     assert lock is not None
     await wake.drop(store, lock)
@@ -158,6 +159,7 @@ ROWS = {
     "request": "job:<id>:request", "frames": "job:<id>:frames", "readers": "readers:<id>",
     "idem": "idem:<caller>:<key>", "model": "model:<model>", "host": "host:<host>",
     "downgrades": "downgrades:<model>", "sticky": "sticky:<model>",
+    "learned": "learned:<model>:<host>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 

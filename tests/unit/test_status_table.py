@@ -53,6 +53,19 @@ def test_the_table_of_the_specification() -> None:
     assert status_table(TEAM) == SPECIFIED + "host: gpu1 up, 40.4G of 48.0G used, headroom 7.6G"
 
 
+def test_a_host_says_whose_memory_it_is_and_why_it_is_not_the_gpus() -> None:
+    gpu = replace(HOST, memory_source="gpu")
+    assert status_table(Snapshot(hosts=(gpu,))).splitlines()[1] == (
+        "host: gpu1 up, 40.4G of 48.0G GPU memory used, headroom 7.6G"
+    )
+    words = "GPU 0 does not tell its memory (NVML_ERROR_NOT_SUPPORTED): the system's memory counts"
+    unified = replace(HOST, memory_source="system", memory_note=words)
+    assert status_table(Snapshot(hosts=(unified,))).splitlines()[1:] == [
+        "host: gpu1 up, 40.4G of 48.0G used, headroom 7.6G",
+        f"note: host gpu1: {words}",
+    ]
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     cold = Snapshot(models=(ModelStatus(name="big", state="cold", max_queue=8),), hosts=(HOST,))
     assert status_table(cold).splitlines()[1] == "big    cold    -             0/8     -"

@@ -124,6 +124,12 @@ class Runtime(Protocol):
     async def memory_bytes(self) -> int | None:
         """Tells what the loaded model occupies; None = the runtime can't tell."""
 
+    async def file_bytes(self) -> int | None:
+        """Tells the size of the model's file, without loading it; None = it can't tell."""
+
+    def process_ids(self) -> list[int]:
+        """Lists the processes of ours that hold the model in their memory; empty where they are not ours."""
+
     def endpoint(self) -> Endpoint:
         """Tells where generations go; on a runtime we start ourselves the port changes with every load."""
 

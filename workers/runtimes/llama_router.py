@@ -12,6 +12,8 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -140,6 +142,19 @@ class LlamaRouter:
         if not self.local or _value(entry) != "loaded" or not isinstance(args, list) or not args:
             return None
         return await asyncio.to_thread(_memory_of, [str(word) for word in args])
+
+    async def file_bytes(self) -> int | None:
+        """Looks at the file that the model's command line names; None where that is on another machine."""
+        try:
+            args = _status(await self._entry()).get("args")
+        except (httpx.HTTPError, TimeoutError, ValueError):
+            return None
+        if not self.local or not isinstance(args, list):
+            return None
+        return await asyncio.to_thread(_file_size, [str(word) for word in args])
+
+    def process_ids(self) -> list[int]:
+        return []
 
     def endpoint(self) -> Endpoint:
         extra = {} if self._embeddings else PROGRESS
@@ -316,4 +331,14 @@ def _memory_of(args: Sequence[str]) -> int | None:
                 return sum(occupied(member) for member in [process, *process.children(recursive=True)])
         except psutil.Error:
             continue
+    return None
+
+
+def _file_size(args: Sequence[str]) -> int | None:
+    for flag, value in pairwise(args):
+        if flag in ("-m", "--model"):
+            try:
+                return Path(value).stat().st_size
+            except OSError:
+                return None
     return None

@@ -109,6 +109,13 @@ class LlamaServer:
         """Adds up the host memory of our server's processes; None for one at a `url`."""
         return await asyncio.to_thread(self._child.memory_bytes) if self._child is not None else None
 
+    async def file_bytes(self) -> int | None:
+        """Looks at the file; None for a name that llama-server itself would resolve."""
+        return await asyncio.to_thread(_size_of, Path(self._file()))
+
+    def process_ids(self) -> list[int]:
+        return self._child.process_ids() if self._child is not None else []
+
     def endpoint(self) -> Endpoint:
         extra = {} if self._model.embeddings else PROGRESS
         return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=extra)
@@ -213,3 +220,10 @@ class LlamaServer:
 
     async def _is_loaded(self) -> bool:
         return await self.state() == "loaded"
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -74,6 +74,12 @@ class LlamaAtUrl:
     async def memory_bytes(self) -> int | None:
         return await self._server.memory_bytes()
 
+    async def file_bytes(self) -> int | None:
+        return await self._server.file_bytes()
+
+    def process_ids(self) -> list[int]:
+        return self._server.process_ids()
+
     def endpoint(self) -> Endpoint:
         return self._server.endpoint()
 

@@ -188,6 +188,19 @@ class Ollama:
             )  # fmt: skip
         return int(size * FILE_TO_MEMORY)
 
+    async def file_bytes(self) -> int | None:
+        """Gives the size on disk that /api/tags tells."""
+        try:
+            async with asyncio.timeout(STATE_TIMEOUT_S):
+                stored = await self._stored()
+        except (httpx.HTTPError, TimeoutError, ValueError):
+            return None
+        return int(stored.get("size") or 0) or None if stored is not None else None
+
+    def process_ids(self) -> list[int]:
+        """Ollama's runners are not ours, and their command lines name no model."""
+        return []
+
     def endpoint(self) -> Endpoint:
         return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA)
 
@@ -236,10 +249,13 @@ class Ollama:
         return next((entry for entry in running if entry.get("digest") == self._digest), None)
 
     async def _stored_digest(self) -> str | None:
+        stored = await self._stored() or {}
+        self._file_bytes = int(stored.get("size") or 0)
+        return stored.get("digest")
+
+    async def _stored(self) -> dict[str, Any] | None:
         stored = await self._list("/api/tags")
-        entry = next((entry for entry in stored if _same_name(_name_of(entry), self._model)), {})
-        self._file_bytes = int(entry.get("size") or 0)
-        return entry.get("digest")
+        return next((entry for entry in stored if _same_name(_name_of(entry), self._model)), None)
 
     async def _list(self, path: str) -> list[dict[str, Any]]:
         answer = await self._client.get(f"{self._url}{path}")

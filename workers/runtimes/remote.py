@@ -71,6 +71,12 @@ class Remote:
     async def memory_bytes(self) -> int | None:
         return None
 
+    async def file_bytes(self) -> int | None:
+        return None
+
+    def process_ids(self) -> list[int]:
+        return []
+
     def endpoint(self) -> Endpoint:
         headers = {"User-Agent": "warmlane"}  # some providers refuse the nameless
         if (key := self._key) and not self._key_problem:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from broker.policy import Model
 
 SERVER = "workers.runtimes.simulated_server"
+PROCESS_BYTES = 32 << 20
 
 
 class Simulated(LlamaServer):
@@ -58,6 +59,10 @@ class Simulated(LlamaServer):
         if await self.state() != "loaded":
             return None
         return int(self._memory_mb * 1024 * 1024) if self._memory_mb else await super().memory_bytes()
+
+    async def file_bytes(self) -> int | None:
+        """There is no file; a Python that pretends takes about this much."""
+        return PROCESS_BYTES
 
     def _command(self, port: int) -> list[str]:
         command = [sys.executable, "-P", "-m", SERVER, "--port", str(port), "--model", self._model.model]

@@ -148,6 +148,13 @@ class Vllm:
         """vLLM takes its share of the card at its start and tells nobody what of it is used for what."""
         return None
 
+    async def file_bytes(self) -> int | None:
+        """It takes what its flags say, whatever the size of the file."""
+        return None
+
+    def process_ids(self) -> list[int]:
+        return []
+
     def endpoint(self) -> Endpoint:
         return Endpoint(self._url, model=self._model)
 
