@@ -36,6 +36,7 @@ class ModelView:
     load_ms: float = 0  # 0 = never loaded yet
     prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
     waking_since: int = 0
+    room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     reason: str = ""
 
 
@@ -47,6 +48,7 @@ def choose(
     now_ms: int,
     service_ms: float,
     interactive_at: int = 0,
+    active: bool = False,
     cached: Container[str] = frozenset(),
     open_slots: int | None = None,
     elsewhere: Container[str] = frozenset(),
@@ -55,16 +57,18 @@ def choose(
 
     Order: interactive before batch; then jobs whose slack until their cold-start deadline is under one service time,
     earliest deadline first; then jobs whose session's prompt is cached in a free slot; then age. With two slots or
-    more, the last free one is kept for interactive work while there was some within INTERACTIVE_MEMORY_MS.
+    more, the last free one is kept for interactive work during active hours, and while there was some within
+    INTERACTIVE_MEMORY_MS.
 
-    `interactive_at` is the instant of the last interactive claim. `cached` are the sessions that free slots hold and
-    that may still go before others. `open_slots` are the free slots that are not kept for their session: without one,
-    only cached sessions and urgent jobs get a slot; None = all free ones. `elsewhere` are sessions whose prompt
-    another host has: for AFFINITY_MS their jobs are left to it.
+    `interactive_at` is the instant of the last interactive claim; `active` = the model's active hours go on. `cached`
+    are the sessions that free slots hold and that may still go before others. `open_slots` are the free slots that are
+    not kept for their session: without one, only cached sessions and urgent jobs get a slot; None = all free ones.
+    `elsewhere` are sessions whose prompt another host has: for AFFINITY_MS their jobs are left to it.
     """
     if free < 1:
         return None
-    reserved = total >= 2 and free == 1 and interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS
+    expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
+    reserved = total >= 2 and free == 1 and expected
     best: Waiting | None = None
     best_rank: tuple[float, ...] = ()
     for job in waiting:
@@ -91,11 +95,12 @@ def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
         return 0.0
     if view.availability == "unavailable":
         return math.inf
+    room = max(0.0, view.room_at - now_ms) if view.availability == "cold" else 0.0
     if view.load_ms <= 0:
-        return None
+        return room or None  # what is known is a part of it: it will not take less
     elapsed = now_ms - view.waking_since if view.availability == "waking" and view.waking_since else 0
     # a load that takes longer than it ever did is not about to end at any moment: assume a quarter more
-    return max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
+    return room + max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
 
 
 def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0) -> float | None:

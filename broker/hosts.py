@@ -57,7 +57,7 @@ async def learn(store: Store, model: str, **facts: float | int | str) -> None:
     await store.command("HSET", store.keys.model(model), *flat)
 
 
-NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "failure": ""}
+NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "failure": "", "failed_at": ""}
 """What ModelFacts hold of failed loads where there were none."""
 
 
@@ -121,6 +121,7 @@ class Picture:
             load_ms=min((m.load_ms for m in hosts.values() if m.load_ms and not m.unfit), default=facts.load_ms),
             prefill_tps=facts.prefill_tps,
             reason=reason,
+            room_at=min((m.room_at for m in hosts.values()), default=0),
             waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
         )
 

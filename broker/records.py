@@ -173,6 +173,7 @@ class ModelOnHost(_Hash):
     last_load_ms: float = 0  # how long its last load here took, 0 = none since the worker began
     progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
     manageable: bool = True  # whether it is ours to unload
+    room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     footprint_bytes: int = 0  # learned on this host, 0 = it was never loaded there
     load_ms: float = 0  # learned on this host, 0 = it was never loaded there
     unfit: bool = False  # cannot fit on this host whatever our other models leave; the reason says so in numbers
@@ -202,6 +203,7 @@ class ModelFacts(_Hash):
     pinned: bool = False  # by hand: neither evicted nor unloaded for being idle
     failures: int = 0
     failure: str = ""
+    failed_at: str = ""  # JSON: the instants of the failed loads of the last hour
     load_ms: float = 0  # of its last loads wherever they were, 0 = never loaded
     footprint_bytes: int = 0
     definition: str = ""  # of the model whose load time and footprint these are

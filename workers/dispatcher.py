@@ -15,6 +15,7 @@ from workers.attempt import Attempt, Ended, Limits
 from workers.picture import LanePicture
 from workers.rates import Answer, Rates
 from workers.stream_client import StreamClient
+from workers.swaps import Swaps
 from workers.waker import Waker
 
 log = logging.getLogger("warmlane.dispatcher")
@@ -33,6 +34,7 @@ class Dispatcher:
         fleet: Fleet,
         picture: LanePicture,
         wakers: Mapping[str, Waker],
+        swaps: Swaps,
         *,
         host: str,
         boot: str,
@@ -48,6 +50,7 @@ class Dispatcher:
         self._fleet = fleet
         self._picture = picture
         self._wakers = wakers
+        self._swaps = swaps
         self._host = host
         self._boot = boot
         self._tasks = tasks
@@ -72,15 +75,19 @@ class Dispatcher:
         if self.stopped or not self._book.present:
             return
         active = self._book.active
+        self._swaps.look()
         for name, waker in self._wakers.items():
             if waker.state == "cold" and any(True for _ in self._picture.waiting(active.lanes_of(name))):
                 waker.kick()  # its wake need not wait for the next look
+            if not waker.slots.free and any(True for _ in self._picture.waiting(active.lanes_of(name))):
+                waker.give_way()
             while waker.claimable:
                 job = self._choose(name, waker, active)
                 if job is None:
                     self._look_again(waker, active)
                     break
                 self._picture.spend(job)
+                self._swaps.started(name)
                 new_session = not waker.slots.knows(job.session)
                 slot = waker.slots.take(
                     _user(job),
@@ -94,6 +101,7 @@ class Dispatcher:
                 )
                 self._serving.add(serving)
                 serving.add_done_callback(self._serving.discard)
+                self._swaps.look()  # that may have been the last of its batch
 
     def stop_attempts(self, why: errors.BrokerError) -> None:
         """Ends every attempt, those of claims under way too: unseen jobs go back to their lanes, seen ones are told
@@ -144,13 +152,15 @@ class Dispatcher:
 
     def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
         waiting = self._picture.waiting(active.lanes_of(name))
+        now_ms = int(time.time() * 1000) + self._fleet.skew_ms
         return dispatch.choose(
             (w for w in waiting if waker.state == "warm" or _takes_degraded(w, active)),
             free=waker.slots.free,
             total=waker.slots.total,
-            now_ms=int(time.time() * 1000) + self._fleet.skew_ms,
+            now_ms=now_ms,
             service_ms=self._rates[name].service_ms if name in self._rates else 0.0,
             interactive_at=self._interactive_at.get(name, 0),
+            active=waker.warmth.active(now_ms),
             cached=waker.slots.ready(),
             open_slots=waker.slots.open(self._loop.time()),
             elsewhere=self._fleet.picture.sessions_elsewhere(name, self._host),

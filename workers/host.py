@@ -145,6 +145,7 @@ class Host:
             self._fleet,
             self._picture,
             self.residents.wakers,
+            self.residents.swaps,
             host=self.name,
             boot=self.boot,
             tasks=tasks,

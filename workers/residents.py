@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from broker import errors, hosts
@@ -17,6 +19,8 @@ from workers.meter import Meter, occupied_bytes
 from workers.picture import LanePicture
 from workers.room import ROOM_WAIT_S, Claim, Look, NoRoom, Room
 from workers.runtimes.base import Runtime
+from workers.swaps import Swaps
+from workers.turns import Wish, may_take
 from workers.waker import Surroundings, Waker
 
 log = logging.getLogger("warmlane.residents")
@@ -64,11 +68,23 @@ class Residents:
         self._changed = changed
         self._drained = drained
         self._lanes: dict[str, list[str]] = {}  # of each model
+        self.swaps = Swaps(
+            self.wakers,
+            now_ms=lambda: int(time.time() * 1000) + fleet.skew_ms,
+            waiting=lambda name: picture.waiting(self._lanes.get(name, ())),
+            waited_for=self._waited_for,
+            drained=drained,
+            facts=self._facts,
+            warm_elsewhere=self._warm_elsewhere,
+            need=self._need,
+            headroom=lambda: max(0, int(self.memory().headroom - self._room.spoken_for)),
+        )
 
     def follow(self, active: Active) -> None:
         """Takes new models in, hands changed definitions on, lets removed ones go when they are idle."""
         models = {n: m for n, m in active.models().items() if m.hosts is None or self._host in m.hosts}
         self._lanes = {name: active.lanes_of(name) for name in models}
+        self.swaps.follow(active)
         for name, model in models.items():
             waker = self.wakers.get(name)
             if waker is None:
@@ -80,6 +96,7 @@ class Residents:
                     waited_for=self._waited_for,
                     drained=self._drained,
                     room_for=self._room_for,
+                    held_up=self.swaps.held_up,
                     occupied=self._occupied,
                     loaded=self._loaded,
                     learned=self._learned_of,
@@ -311,13 +328,26 @@ class Residents:
         return any(self._fleet.picture.waiting.get(lane) for lane in served)
 
     def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
-        """Whether one model's wish is the stronger one. Otherwise two of them would evict each other for as long as
-        both are wanted: a waiting job decides, else who was asked for last; being kept warm is the weakest wish."""
-        picture = self._fleet.picture
-        theirs = self._facts(victim.name).wanted_until
-        if not demanded:
-            return not victim.model.keep_warm and theirs <= picture.at_ms
-        return self._waited_for(name) or theirs < self._facts(name).wanted_until
+        """Whether one model's wish is the stronger one; `demanded` = the load is for somebody who asked."""
+        if self.swaps.makes_room(victim.name, name):
+            return True
+        mine = self._wish(self.wakers[name])
+        cold = (w for n, w in self.wakers.items() if n != name and w.state not in ("warm", "degraded"))
+        return may_take(
+            mine if demanded else replace(mine, waited_for=False, wanted_until=0),
+            self._wish(victim),
+            now_ms=self._fleet.picture.at_ms,
+            others_wait=any(self._waited_for(other.name) for other in cold),
+        )
+
+    def _wish(self, waker: Waker) -> Wish:
+        """How much a model wants to be in memory now."""
+        return Wish(
+            waited_for=self._waited_for(waker.name),
+            wanted_until=self._facts(waker.name).wanted_until,
+            kept=waker.warmth.kept(self._fleet.picture.at_ms),
+            weight=waker.model.weight,
+        )
 
     def _residents(self, asker: str, demanded: bool) -> list[Resident]:
         """Who occupies memory, as the model sees it that asks for room."""

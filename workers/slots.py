@@ -68,6 +68,11 @@ class Slots:
         return max(0, self.total - len(self._held) - len(self.settling))
 
     @property
+    def taken(self) -> int:
+        """Slots that are in use or settle."""
+        return len(self._held) + len(self.settling)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing runs and nothing settles."""
         return not self._held and not self.settling

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker import errors, wake
+from broker import errors, hosts, wake
 from broker.operator import UNLOADED_FOR_MS
 from broker.policy import Model
 from broker.records import Learned, ModelFacts, ModelOnHost
@@ -24,11 +24,13 @@ from workers import progress
 from workers.attempt import Refusal
 from workers.learned import RUNS_BY
 from workers.overlap import Overlap
-from workers.rates import prefill_ms
+from workers.probes import passive_probe_ms
+from workers.quarantine import PER_HOUR, failed_within_hour, pause_ms
 from workers.room import Claim, NoRoom
 from workers.runtimes import runtime_for
 from workers.runtimes.base import LoadFailed, ProbeFailed, Runtime, RuntimeProblem
 from workers.slots import Slots
+from workers.warmth import Warmth
 
 log = logging.getLogger("warmlane.waker")
 
@@ -46,15 +48,18 @@ PROBE_PATIENCE = 3.0
 """A probe may take this many first-token budgets before it counts as failed rather than slow."""
 
 PROBE_LEAST_S = 10.0
+PROBE_GIVES_WAY_S = 1.0
+"""A probe that has a slot for which a user waits ends within this, by itself or by us."""
+
 SLOW_IN_A_ROW = 2
 SUSPECT_MEMORY_S = 10.0
 SUSPECT_PAUSE_S = 1.0
 QUARANTINE_S = 5.0
-QUARANTINE_MAX_S = 300.0
-NO_ROOM_PAUSE_S = 5.0
-PASSIVE_PROMPT_TOKENS = 512
-"""A real first token counts as a probe only when at most this many prompt tokens had to be read for it."""
+QUARANTINE_MAX_S = 900.0
+UNREACHABLE_MAX_S = 30.0
+"""The longest pause where no load was tried, because nobody was there to load it: looking again costs nothing."""
 
+NO_ROOM_PAUSE_S = 5.0
 EWMA = 0.3
 
 
@@ -72,6 +77,7 @@ class Surroundings:
     occupied: Callable[[str], Awaitable[int]]  # bytes of this host's memory that the model holds, 0 = nobody can tell
     loaded: Callable[[str, float, int], Awaitable[None]]  # learns from a load: ms, bytes
     learned: Callable[[str], Learned]  # what loads on this host have shown
+    held_up: Callable[[str], tuple[str, int]]  # whose memory it must wait for ("" = nobody's), until when at least
     learn: Callable[..., Awaitable[None]]
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
@@ -86,6 +92,7 @@ class Waker:
     ) -> None:
         self.name = name
         self.model = model
+        self.warmth = Warmth(model)
         self.slots = Slots(model.max_concurrent)
         self.overlap = Overlap(model.max_concurrent)
         self.state = "cold"
@@ -99,6 +106,8 @@ class Waker:
         self.unfit = ""  # why it cannot fit on this host whatever our other models leave, "" = it can
         self.wanted_model = model  # what the policy says now; taken over when idle
         self.leaving = False
+        self.makes_room_for = ""  # the model that gets its memory once it has drained
+        self.room_at = 0  # the earliest instant at which it gets the memory that it waits for, 0 = it waits for none
         self.runtime: Runtime = runtime_for(name, model, state_dir=state_dir)
         self._store = store
         self._host = host
@@ -110,6 +119,8 @@ class Waker:
         self._unreachable = 0
         self._suspected = False
         self._left_behind = False
+        self._probing: asyncio.Task[float] | None = None
+        self._gives_way: asyncio.TimerHandle | None = None
         self._aside = ""
         self._busy_asked = 0.0
         self._no_room_until = 0.0
@@ -123,7 +134,8 @@ class Waker:
         """Whether jobs may be claimed for it now."""
         resident = self.state in ("warm", "degraded") and not self._suspected
         leads_elsewhere = self.wanted_model.trust != self.model.trust  # it waits for the runtime that the policy means
-        return resident and not self.leaving and not leads_elsewhere and self.slots.free > 0
+        going = self.leaving or leads_elsewhere or bool(self.makes_room_for)
+        return resident and not going and self.slots.free > 0
 
     @property
     def idle_ms(self) -> float:
@@ -139,18 +151,28 @@ class Waker:
         """Has the state looked at now."""
         self._kick.set()
 
+    def give_way(self) -> None:
+        """Says that a user waits: a probe that has the slot ends in a moment."""
+        if self._probing is not None and self._gives_way is None:
+            self._gives_way = self._loop.call_later(PROBE_GIVES_WAY_S, self._probing.cancel)
+
+    def told_anew(self) -> None:
+        """Has everybody hear what the host says of it now."""
+        self._around.changed()
+
     def told(self, version: int) -> ModelOnHost:
         """What the host says of it."""
         learned = self._around.learned(self.name)
         return ModelOnHost(
             state=self.state,
-            reason=self.unfit if self.unfit and self.state == "cold" else self.reason,
+            reason=self._told_reason(),
             unfit=bool(self.unfit) and self.state == "cold",
             runtime=self.runtime.kind,
-            slots_total=self.slots.total,
+            slots_total=self.slots.taken if self.makes_room_for else self.slots.total,
             slots_used=len(self.slots.using),
             slots_settling=len(self.slots.settling),
             memory_bytes=self.memory_bytes,
+            room_at=self.room_at if self.state == "cold" else 0,
             footprint_bytes=learned.footprint_bytes,
             load_ms=learned.load_ms,
             first_token_ms=round(self.first_token_ms, 1),
@@ -164,6 +186,11 @@ class Waker:
             since=self.since_ms,
             version=version,
         )
+
+    def _told_reason(self) -> str:
+        if self.makes_room_for:
+            return f"makes room for {self.makes_room_for}"
+        return self.unfit if self.unfit and self.state == "cold" else self.reason
 
     async def run(self) -> None:
         """Looks after the model until cancelled."""
@@ -218,6 +245,7 @@ class Waker:
             log.warning("event=unload_failed model=%s reason=%s", self.name, e)
         finally:
             self.memory_bytes = 0
+            self.makes_room_for = ""
             self.slots.restarted()
             await self._become("cold", reason)
 
@@ -233,11 +261,12 @@ class Waker:
             await self._around.learn(self.name, unloaded_until=0)
 
     def note_first_token(self, ms: float, *, prompt_tokens: int, cached_tokens: int, prefill_tps: float = 0.0) -> None:
-        """Counts a real first token as a probe, if reading its prompt cannot have been what took long. What reading
-        takes by the learned rate is subtracted; a tenth is always left, because the rate is a mean."""
-        read = max(0, prompt_tokens - cached_tokens)
-        if read <= PASSIVE_PROMPT_TOKENS:
-            self._measured(max(ms - prefill_ms(read, prefill_tps), ms / 10))
+        """Counts a real first token as a probe, if reading its prompt cannot have been what took long."""
+        probe_ms = passive_probe_ms(
+            ms, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, prefill_tps=prefill_tps
+        )
+        if probe_ms is not None:
+            self._measured(probe_ms)
 
     def refused(self, refusal: Refusal) -> None:
         """Hears that the runtime wants none of our requests: none is claimed for it until its pause is over, or, where
@@ -297,41 +326,59 @@ class Waker:
             return  # whoever sees memory come back kicks
         if self._loop.time() < self._no_room_until and not self._around.waited_for(self.name):
             return
-        now = await self._around.now_ms()
-        until = self._around.facts(self.name).quarantined_until
-        if until > now:
+        holder, self.room_at = self._around.held_up(self.name)
+        if holder:
+            if self.reason != holder or self.state != "cold":
+                await self._become("cold", holder)
+            return
+        if await self._quarantined():
             if self.state != "quarantined":
                 await self._become("quarantined", self._around.facts(self.name).failure)
             return
         await self._wake()
 
+    async def _quarantined(self) -> bool:
+        until = self._around.facts(self.name).quarantined_until
+        return until > 0 and until > await self._around.now_ms()
+
     async def _wanted(self) -> bool:
-        kept = self.model.keep_warm and self._around.facts(self.name).unloaded_until <= await self._around.now_ms()
-        return kept or await self._demanded()
+        now, waited_for = await self._around.now_ms(), self._around.waited_for(self.name)
+        if self._around.facts(self.name).unloaded_until > now:  # an operator took it out: only a request brings it back
+            return waited_for or self._wanted_until > now
+        return self.warmth.wanted(now, waited_for=waited_for, wanted_until=self._wanted_until)
 
     async def _demanded(self) -> bool:
-        if self._around.waited_for(self.name):
-            return True
-        return self._around.facts(self.name).wanted_until > await self._around.now_ms()
+        return self._around.waited_for(self.name) or self._wanted_until > await self._around.now_ms()
+
+    @property
+    def _wanted_until(self) -> int:
+        return self._around.facts(self.name).wanted_until
+
+    async def _idle_too_long(self) -> bool:
+        idle_ms = self.idle_ms
+        if idle_ms <= self.model.idle_unload_ms or self._around.facts(self.name).pinned:
+            return False  # most of the time, and it needs no clock but ours
+        now, waited_for = await self._around.now_ms(), self._around.waited_for(self.name)
+        return self.warmth.idle_too_long(now, idle_ms=idle_ms, waited_for=waited_for, wanted_until=self._wanted_until)
 
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
         old, new = self.model, self.wanted_model
         if all(getattr(old, f) == getattr(new, f) for f in RUNS_BY):
-            self.model = new
+            self.model, self.warmth = new, Warmth(new)
             return
         if not self.slots.idle:
             return
         if self.state in ("warm", "degraded"):
             await self.unload("its definition changed")
-        self.model = new
+        self.model, self.warmth = new, Warmth(new)
         await self.runtime.close()
         self.runtime = runtime_for(self.name, new, state_dir=self._state_dir)
         self.slots = Slots(new.max_concurrent)
         self.overlap = Overlap(new.max_concurrent)
         await self._become("cold", "")
         if self._around.facts(self.name).failure:  # what failed was the old definition
-            await self._around.learn(self.name, failures=0, quarantined_until=0, failure="")
+            await self._around.learn(self.name, **hosts.NOT_FAILED)
 
     async def _wake(self) -> None:
         """Wakes the model under its lock; nobody else on any host wakes it meanwhile."""
@@ -340,8 +387,8 @@ class Waker:
             return
         try:
             await self._around.look()  # the picture may be older than the lock
-            if self._around.warm_elsewhere(self.name) or not await self._wanted():
-                return
+            if self._around.warm_elsewhere(self.name) or await self._quarantined() or not await self._wanted():
+                return  # somebody else has just loaded it, or failed to, or nobody wants it any more
             await self._become("waking", "")
             await self._load_and_probe(lock)
         finally:
@@ -358,6 +405,7 @@ class Waker:
         timeout_s = self.model.wake_timeout_ms / 1000
         demanded = await self._demanded()
         failed: Exception | None = None
+        began = reached = False
         load_ms = first_ms = 0.0
         try:
             async with asyncio.TaskGroup() as group:
@@ -368,6 +416,7 @@ class Waker:
                     asyncio.timeout(timeout_s),
                     self._around.room_for(self.name, demanded) as room,
                 ):
+                    began, reached = True, await self.runtime.state() != "unreachable"
                     load_ms = await room.load(self.runtime, timeout_s=timeout_s)
                     first_ms = await self._probe()
                     if first_ms > self.model.first_token_budget_ms:  # the first answer after a load may be slow
@@ -379,7 +428,7 @@ class Waker:
         except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
             failed = _first(group_error)
         if failed is not None:
-            await self._wake_failed(failed, timeout_s)
+            await self._wake_failed(failed, timeout_s, began=began, reached=reached)
             return
         self._suspected = False
         self.last_load_ms = load_ms
@@ -389,7 +438,7 @@ class Waker:
         self._note(first_ms)
         self._slow = SLOW_IN_A_ROW if first_ms > self.model.first_token_budget_ms else 0
         await self._around.loaded(self.name, load_ms, self.memory_bytes)
-        await self._around.learn(self.name, failures=0, quarantined_until=0, failure="", unloaded_until=0)
+        await self._around.learn(self.name, **hosts.NOT_FAILED, unloaded_until=0)
         if self._slow:
             await self._become("degraded", self._slow_words(first_ms))
         else:
@@ -411,24 +460,33 @@ class Waker:
             except errors.BrokerUnavailable as e:
                 log.debug("event=wake_keep_retry model=%s reason=%s", self.name, e)
 
-    async def _wake_failed(self, error: Exception, timeout_s: float) -> None:
+    async def _wake_failed(self, error: Exception, timeout_s: float, *, began: bool, reached: bool) -> None:
         if isinstance(error, errors.LockHeld):
             await self._abandon_load()
             await self._become("cold", str(error))
             return
-        if isinstance(error, NoRoom):
+        if isinstance(error, NoRoom) and not began:  # one that ran out of memory while it loaded did fail
             await self._wait_for_room(error)
             return
         words = f"it did not answer within {timeout_s:g} s" if isinstance(error, TimeoutError) else str(error)
+        tried = began and (reached or await self.runtime.state() != "unreachable")
         await self._abandon_load()
-        await self._quarantine(words)
+        await self._quarantine(words, tried=tried)
 
-    async def _quarantine(self, words: str) -> None:
-        failures = self._around.facts(self.name).failures + 1
-        pause_s = min(QUARANTINE_MAX_S, QUARANTINE_S * 2 ** min(failures - 1, 10))
-        now = await self._around.now_ms()
+    async def _quarantine(self, words: str, *, tried: bool = True) -> None:
+        facts, now = self._around.facts(self.name), await self._around.now_ms()
+        failures, failed_at = facts.failures + 1, failed_within_hour(facts.failed_at, now)
+        if tried:
+            failed_at.append(now)
+        most_s = QUARANTINE_MAX_S if tried else UNREACHABLE_MAX_S
+        pause = pause_ms(failed_at, now, failures=failures, first_s=QUARANTINE_S, most_s=most_s)
+        pause_s = pause / 1000
         await self._around.learn(
-            self.name, failures=failures, failure=words, quarantined_until=now + int(pause_s * 1000)
+            self.name,
+            failures=failures,
+            failure=words,
+            quarantined_until=now + pause,
+            failed_at=json.dumps(failed_at[-PER_HOUR:]),
         )
         log.warning("event=quarantine model=%s failures=%d pause_s=%.0f reason=%s", self.name, failures, pause_s, words)
         await self._become("quarantined", words)
@@ -467,29 +525,22 @@ class Waker:
             await self._ask_runtime()
             if self.state not in ("warm", "degraded"):
                 return
-        if self._overlap_due():
+        if self._overlap_due() and not self.makes_room_for:
             await self._measure_overlap()
         metered = self.runtime.endpoint().metered
         if metered and self.state == "degraded" and self.slots.idle:
             if self._loop.time() - self._probed > PROBE_IDLE_EVERY_S:  # nobody pays for a probe until it is asked for
                 await self.unload("it was slow; its next request tries it anew")
                 return
-        elif self.slots.idle and not self.leaving and not metered:
+        elif self.slots.idle and not self.leaving and not self.makes_room_for and not metered:
             every_s = PROBE_DEGRADED_EVERY_S if self.state == "degraded" else PROBE_IDLE_EVERY_S
             now = self._loop.time()
             # a probe costs somebody's cached prompt where every slot holds one; what they last answered must do
-            spare = self.state == "degraded" or self.slots.spare(now - CACHED_PROMPT_S)
+            free = not self._around.waited_for(self.name) and self.slots.spare(now - CACHED_PROMPT_S)
+            spare = self.state == "degraded" or free  # a user's slot is not for probes
             if spare and now - max(self._probed, self._idle_since) > every_s:
                 await self._probe_idle()
-        if (
-            self.slots.idle
-            and not self.model.keep_warm
-            and self.runtime.manageable
-            and not self._around.facts(self.name).pinned
-            and self.idle_ms > self.model.idle_unload_ms
-            and not await self._wanted()
-            and self.slots.idle  # a job may have been claimed while we asked
-        ):
+        if self.runtime.manageable and await self._idle_too_long() and self.slots.idle:  # one may have come meanwhile
             await self.unload("idle")
         if self.slots.wedged(self._loop.time() - self.model.settle_ms / 1000):
             self._slow = max(self._slow, SLOW_IN_A_ROW)
@@ -530,8 +581,15 @@ class Waker:
     async def _probe_idle(self) -> None:
         self.slots.take("probe", now_s=self._loop.time())
         clean = True
+        self._probing = asyncio.create_task(self._probe(), name=f"probe {self.name}")
         try:
-            self._measured(await self._probe())
+            self._measured(await self._probing)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            log.info("event=probe_gave_way model=%s", self.name)
+            clean = False
         except ProbeFailed as e:
             log.warning("event=probe_failed model=%s reason=%s", self.name, e)
             self._slow += 1
@@ -540,7 +598,13 @@ class Waker:
         except RuntimeProblem:
             self._ask_at = self._loop.time()
         finally:
+            self._probing = None
+            if self._gives_way is not None:
+                self._gives_way.cancel()
+                self._gives_way = None
             self._probed = self._loop.time()
+            if not clean:
+                self._ask_at = max(self._asked + LOOK_EVERY_S, self._probed + FIRST_SETTLE_LOOK_S)
             self.slots.give_back("probe", clean=clean, now_s=self._loop.time())
             self._around.changed()
 

@@ -9,6 +9,7 @@ from broker.policy.content import BATCH, Content, Match, Model, is_loopback
 from broker.policy.document import Path
 from broker.policy.lanes import CANDIDATES_MAX, Lane, covers, home_of, make_lanes
 from broker.policy.sentences import did_you_mean
+from broker.policy.warm_together import Clash, clashes
 
 Finding = tuple[Path, str]
 
@@ -31,6 +32,7 @@ def warnings(
     """Gives what works but will disappoint."""
     return [
         *_missing_files(content, exists),
+        *_idle_hours(content),
         *_open_keys(content),
         *_weak_fallbacks(content, lanes),
         *_late_promotions(content, lanes),
@@ -228,6 +230,15 @@ def _missing_files(content: Content, exists: Callable[[str], bool]) -> Iterator[
             yield ("models", name, "model"), f"there is no file {model.model} on this machine"
 
 
+def _idle_hours(content: Content) -> Iterator[Finding]:
+    for name, model in content.models.items():
+        if model.active_hours is not None and not model.keep_warm:
+            yield (
+                ("models", name, "activeHours"),
+                "keeps nothing warm without keepWarm: true; it only holds a slot for interactive work",
+            )
+
+
 def _open_keys(content: Content) -> Iterator[Finding]:
     for name, model in content.models.items():
         if model.api_key_env and str(model.url).startswith("http:") and not is_loopback(str(model.url)):
@@ -290,10 +301,21 @@ def _memory(content: Content, lanes: dict[str, Lane], host_memory_mb: int | None
                 f"'{name}' ({mine} MB) and its fallback '{other}' ({theirs} MB) do not fit together "
                 f"into {host_memory_mb} MB",
             )
-    warm = {n: m.memory_mb for n, m in content.models.items() if m.keep_warm and m.memory_mb and m.hosts is None}
-    if sum(warm.values()) > host_memory_mb:
-        sizes = ", ".join(f"'{name}' ({size} MB)" for name, size in warm.items())
-        yield ("models",), f"the models to keep warm, {sizes}, do not fit together into {host_memory_mb} MB"
+    for clash in clashes(content.models, host_memory_mb):
+        yield ("models",), _too_warm(clash, host_memory_mb)
+
+
+def _too_warm(clash: Clash, host_memory_mb: int) -> str:
+    sizes = ", ".join(f"'{name}' ({f'{n} x ' if n > 1 else ''}{size} MB)" for name, size, n in clash.models)
+    there = "a host has" if clash.hosts == 1 else f"{clash.hosts} hosts have"
+    each = "" if clash.hosts == 1 else " each"
+    when = f" on {clash.when}" if clash.when else " at once"
+    if len(clash.models) == 1:
+        return f"the model to keep warm, {sizes}, does not fit: {there} {host_memory_mb} MB{each}"
+    return (
+        f"the models to keep warm, {sizes}, do not fit together: they need {clash.need_mb} MB{when}, and {there} "
+        f"{host_memory_mb} MB{each}; keep exactly one high-value coder warm, and let the others wake on demand"
+    )
 
 
 def _weak_rules(content: Content) -> Iterator[Finding]:

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.alias_generators import to_camel
 from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
+from broker.policy.hours import ActiveHours, parse_hours
+
 BATCH = ".batch"
 PLACEHOLDERS = ("model", "port", "parallel", "context")
 ENDPOINTS = (
@@ -121,6 +123,11 @@ def _command(value: object) -> object:
     return parts
 
 
+def _hours(value: str) -> str:
+    parse_hours(value)
+    return value
+
+
 def _endpoint(value: str) -> str:
     if value not in ENDPOINTS:
         raise ValueError(f"is no endpoint of the gateway, use one of {', '.join(ENDPOINTS)}")
@@ -136,6 +143,9 @@ Text = Annotated[str, AfterValidator(_filled)]
 Label = Annotated[str, AfterValidator(_label)]
 Url = Annotated[str, AfterValidator(_url), WithJsonSchema({"type": "string", "pattern": "^https?://"})]
 Endpoint = Annotated[str, AfterValidator(_endpoint), WithJsonSchema({"type": "string", "enum": list(ENDPOINTS)})]
+Hours = Annotated[
+    str, AfterValidator(_hours), WithJsonSchema({"type": "string", "examples": ["Mon-Fri 08:00-19:00 Europe/Berlin"]})
+]
 Command = Annotated[
     list[str],
     BeforeValidator(_command),
@@ -190,6 +200,9 @@ class Model(Part):
         None, description="How we start llama-server; {model}, {port}, {parallel} and {context} are filled in."
     )
     keep_warm: bool = Field(False, description="Keep the model loaded while nobody asks for it.")
+    active_hours: Hours | None = Field(
+        None, description="Keep it warm only then: 'Mon-Fri 08:00-19:00 Europe/Berlin'; always when left out."
+    )
     max_concurrent: int = Field(1, ge=1, le=1024, description="Generations that run at once on a host.")
     max_queue: QueueBudget = Field(8, description="Jobs that may wait in the model's own lane.")
     cold_start_budget_ms: Ms = Field(25_000, description="How long a job waits before it tries the fallback.")
@@ -222,6 +235,11 @@ class Model(Part):
     replicas: int = Field(1, ge=1, le=64, description="How many hosts load the model, where that many may serve it.")
     trust: Trust = Field("local", description="Where prompts for this model go.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options for the runtime, passed on as they are.")
+
+    @property
+    def hours(self) -> ActiveHours | None:
+        """When it is kept warm, if not always."""
+        return None if self.active_hours is None else parse_hours(self.active_hours)
 
     @property
     def shared(self) -> bool:

@@ -23,7 +23,6 @@ _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
     Content: frozenset({"callers", "remote", "auditDays", "usageDays"}),
     Model: frozenset(
         {
-            "activeHours",
             "wakeForBatch",
             "onLoss",
         }

@@ -80,18 +80,24 @@ def test_a_session_is_led_back_to_its_cached_prompt(
 
 
 @pytest.mark.parametrize(
-    ("free", "total", "interactive_at", "batch_runs"),
+    ("free", "total", "interactive_at", "active", "batch_runs"),
     [
-        (1, 1, NOW, True),  # a single slot is never kept
-        (1, 2, NOW - 1, False),  # the last of two is kept after interactive work
-        (2, 2, NOW - 1, True),
-        (1, 2, NOW - INTERACTIVE_MEMORY_MS, True),  # long ago
-        (1, 2, 0, True),  # never
-        (0, 2, 0, False),
+        (1, 1, NOW, False, True),  # a single slot is never kept
+        (1, 1, 0, True, True),
+        (1, 2, NOW - 1, False, False),  # the last of two is kept after interactive work
+        (2, 2, NOW - 1, False, True),
+        (1, 2, NOW - INTERACTIVE_MEMORY_MS, False, True),  # long ago
+        (1, 2, 0, False, True),  # never
+        (1, 2, 0, True, False),  # never, but its active hours go on: people are expected
+        (2, 2, 0, True, True),
+        (0, 2, 0, False, False),
     ],
 )
-def test_the_slot_that_is_kept_for_people(free: int, total: int, interactive_at: int, batch_runs: bool) -> None:
+def test_the_slot_that_is_kept_for_people(
+    free: int, total: int, interactive_at: int, active: bool, batch_runs: bool
+) -> None:
     facts = {"free": free, "total": total, "now_ms": NOW, "service_ms": 1_000, "interactive_at": interactive_at}
+    facts["active"] = active
     assert (choose([job("b", batch=True)], **facts) is not None) is batch_runs
     assert (choose([job("i"), job("b", batch=True)], **facts) is not None) is (free > 0)
 
@@ -126,6 +132,10 @@ def test_the_choice_depends_on_the_facts_only(waiting: list[Waiting], rng: objec
         (replace(WARM, availability="waking", load_ms=0, waking_since=NOW - 5), None),
         (replace(WARM, availability="waking", waking_since=NOW - 5_000), 3_000),
         (replace(WARM, availability="waking", waking_since=0), 8_000),
+        (replace(WARM, availability="cold", room_at=NOW + 30_000), 38_000),  # others make room first
+        (replace(WARM, availability="cold", room_at=NOW - 1), 8_000),
+        (replace(WARM, availability="cold", load_ms=0, room_at=NOW + 30_000), 30_000),  # not sooner than that
+        (replace(WARM, availability="waking", waking_since=0, room_at=NOW + 30_000), 8_000),  # it has room
         (replace(WARM, availability="waking", waking_since=NOW - 60_000), 2_000),  # late: a quarter more
     ],
 )

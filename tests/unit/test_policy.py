@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "embeddings": False,
         "command": None,
         "keepWarm": False,
+        "activeHours": None,
         "maxConcurrent": 1,
         "maxQueue": 8,
         "coldStartBudgetMs": 25_000,
@@ -177,7 +179,9 @@ IN_A_MODEL = [
     ("maxQeue: 6", "maxQeue: unknown key 'maxQeue', did you mean 'maxQueue'?"),
     ("max_queue: 6", "max_queue: unknown key 'max_queue', did you mean 'maxQueue'?"),
     ("headerHoldMs: 6", "headerHoldMs: unknown key 'headerHoldMs' here, it belongs at the top of the file"),
-    ("activeHours: Mon-Fri 08:00-19:00 Europe/Berlin", f"activeHours: 'activeHours' {NOT_YET}"),
+    ("activeHours: 8-19", "activeHours: '8-19' are no times; write them like 'Mon-Fri 08:00-19:00 Europe/Berlin'"),
+    ("activeHours: 08:00-19:00 Berlin", "activeHours: 'Berlin' is no time zone, did you mean 'Europe/Berlin'?"),
+    ("activeHours: 8", "activeHours: must be text, not 8"),
     ("maxDowngradeShare: 1.5", "maxDowngradeShare: must be at most 1, not 1.5"),
     ("maxDowngradeShare: -0.1", "maxDowngradeShare: must be at least 0, not -0.1"),
     ("maxDowngradeShare: 10%", "maxDowngradeShare: must be a number, not '10%'"),
@@ -971,6 +975,11 @@ WARNINGS = [
         "line 6: routing[1]: is never reached, because rule 1 matches all that this one does",
     ),
     (
+        ["models:", "  m: { backend: simulated, model: x, activeHours: 08:00-19:00 }"],
+        "line 2: models.m.activeHours: keeps nothing warm without keepWarm: true; it only holds a slot for "
+        "interactive work",
+    ),
+    (
         ["models:", "  m: { backend: llama.cpp, model: /no/such.gguf }"],
         "line 2: models.m.model: there is no file /no/such.gguf on this machine",
     ),
@@ -988,10 +997,110 @@ def test_a_long_chain_of_fallbacks_and_a_full_memory_are_warned_about() -> None:
     assert load("chain").warnings() == [chain]
     assert load("chain").warnings(host_memory_mb=38_000) == [chain]
     assert load("chain").warnings(host_memory_mb=37_999) == [
-        "line 2: models: the models to keep warm, 'a' (30000 MB), 'b' (8000 MB), do not fit together into 37999 MB",
+        "line 2: models: the models to keep warm, 'a' (30000 MB), 'b' (8000 MB), do not fit together: they need 38000 "
+        "MB at once, and a host has 37999 MB; keep exactly one high-value coder warm, and let the others wake on "
+        "demand",
         chain,
         "line 3: models.a.fallback: 'a' (30000 MB) and its fallback 'b' (8000 MB) do not fit together into 37999 MB",
     ]
+
+
+BERLIN_DAY, BERLIN_NIGHT = "Mon-Fri 08:00-19:00 Europe/Berlin", "Mon-Fri 19:00-08:00 Europe/Berlin"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        # each alone fits into 40 MB, whatever the hour
+        ([("a", "memoryMb: 30"), ("b", "memoryMb: 10")], None),
+        ([("a", "memoryMb: 41")], "the model to keep warm, 'a' (41 MB), does not fit: a host has 40 MB"),
+        (
+            [
+                ("a", f"memoryMb: 30, activeHours: '{BERLIN_DAY}'"),
+                ("b", f"memoryMb: 30, activeHours: '{BERLIN_NIGHT}'"),
+            ],
+            None,
+        ),
+        (
+            [("a", f"memoryMb: 30, activeHours: '{BERLIN_DAY}'"), ("b", "memoryMb: 30")],
+            "'a' (30 MB), 'b' (30 MB), do not fit together: they need 60 MB on Monday at 08:00 (Europe/Berlin), and a "
+            "host has 40 MB",
+        ),
+        # New York is five or six hours behind Berlin, and for some weeks of March and October it is another
+        (
+            [
+                ("a", f"memoryMb: 30, activeHours: '{BERLIN_DAY}'"),
+                ("b", "memoryMb: 30, activeHours: 'Mon-Fri 13:00-18:00 America/New_York'"),
+            ],
+            "need 60 MB on Monday at 18:00 (Europe/Berlin)",
+        ),
+        # the largest need is told, not the first
+        (
+            [
+                ("a", "memoryMb: 30"),
+                ("b", "memoryMb: 20, activeHours: 'Mon 08:00-12:00 UTC'"),
+                ("c", "memoryMb: 25, activeHours: 'Tue 08:00-12:00 UTC'"),
+            ],
+            "'a' (30 MB), 'c' (25 MB), do not fit together: they need 55 MB on Tuesday at 08:00 (UTC)",
+        ),
+        # hosts and replicas
+        ([("a", "memoryMb: 30, hosts: [one]"), ("b", "memoryMb: 30")], "a host has"),
+        ([("a", "memoryMb: 30, hosts: [one, two]"), ("b", "memoryMb: 30")], None),
+        (
+            [("a", "memoryMb: 30, hosts: [one, two], replicas: 2"), ("b", "memoryMb: 30")],
+            "'a' (2 x 30 MB), 'b' (30 MB), do not fit together: they need 90 MB at once, and 2 hosts have 40 MB each",
+        ),
+        ([("a", "memoryMb: 30, replicas: 2"), ("b", "memoryMb: 10, replicas: 2")], None),
+        (
+            [
+                ("a", "memoryMb: 30, hosts: [one]"),
+                ("b", "memoryMb: 11, hosts: [one]"),
+                ("c", "memoryMb: 30, hosts: [two]"),
+            ],
+            "'a' (30 MB), 'b' (11 MB), do not fit together: they need 41 MB at once, and a host has 40 MB",
+        ),
+        # 20 + 20 and 30 + 10 fit, one after the other in the order of the file they would not
+        (
+            [
+                ("a", "memoryMb: 10, hosts: [one, two]"),
+                ("b", "memoryMb: 20, hosts: [one, two]"),
+                ("c", "memoryMb: 30, hosts: [one, two]"),
+                ("d", "memoryMb: 20, hosts: [one, two]"),
+            ],
+            None,
+        ),
+        # memory that is not ours
+        ([("a", "memoryMb: 30, trust: remote"), ("b", "memoryMb: 30")], None),
+    ],
+)
+def test_the_check_says_in_numbers_which_models_cannot_be_warm_together(
+    rows: list[tuple[str, str]], words: str | None
+) -> None:
+    text = "\n".join(["models:", *(warm(name, f", {extra}") for name, extra in rows)])
+
+    told = [warning for warning in Policy.parse(text).warnings(host_memory_mb=40) if "keep warm" in warning]
+
+    assert len(told) == (words is not None), told
+    assert words is None or words in told[0]
+
+
+def test_a_model_on_another_machine_takes_no_memory_of_ours() -> None:
+    rows = [
+        "models:",
+        "  a: { backend: ollama, model: x, keepWarm: true, memoryMb: 30, url: URL }",
+        warm("b", ", memoryMb: 30"),
+    ]
+
+    for url, warned in (("http://box:11434", False), ("http://127.0.0.1:11434", True), ("http://localhost:1", True)):
+        told = Policy.parse("\n".join(rows).replace("URL", f"'{url}'")).warnings(host_memory_mb=40)
+        assert bool(told) is warned
+
+
+def test_many_models_to_keep_warm_are_judged_in_no_time() -> None:
+    rows = [warm(f"m{n}", f", memoryMb: {7 + n % 5}, hosts: [one, two, three, four]") for n in range(60)]
+    started = time.perf_counter()
+    Policy.parse("\n".join(["models:", *rows])).warnings(host_memory_mb=130)
+    assert time.perf_counter() - started < 5
 
 
 def test_models_on_different_hosts_need_not_fit_together() -> None:
