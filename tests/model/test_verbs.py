@@ -27,7 +27,7 @@ from tests.model.faults import FAULTS, Fault, planted
 from tests.support.broker_world import LONG_MS, POLICY, World, fake_redis, new_namespace, policy_with
 from tests.support.invariants import bound, may_downgrade, missteps, take, violations
 
-CAPPED = policy_with(("weights-big\n", "weights-big\n    maxDowngradeShare: 0.67\n    stickyPromotionMs: 5000\n"))
+CAPPED = policy_with(("weights-big\n", "weights-big\n    maxDowngradeShare: 0.67\n    stickyPromotionMs: 600000\n"))
 POLICIES = [
     POLICY,
     policy_with(("maxQueue: 3", "maxQueue: 1"), ("maxQueue: 2", "maxQueue: 0")),
