@@ -57,7 +57,10 @@ async def test_a_part_is_killed_under_load(part: str, tmp_path: Path) -> None:
     if part == "scheduler":
         assert storm.outcomes.keys() <= {"served", "refused lane_full"}, storm.outcomes
     if part in ("scheduler", "redis"):
-        assert not [job for job in ledger.jobs.values() if job.state is not State.DONE], ends(ledger)
+        # a Redis that forgot what it had acknowledged (README, limits) may have lost a part of what was being answered
+        forgotten = {told.job_id for told in storm.told if ledger.may_be_forgotten(told)}
+        lost = [job for job in ledger.jobs.values() if job.state is not State.DONE and job.id not in forgotten]
+        assert not lost, ends(ledger)
 
 
 async def no_answer_was_made_twice(up: House, ledger: Ledger) -> None:
