@@ -24,6 +24,7 @@ POLL_S = 0.5
 RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_MAX_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
+CANCEL_AGAIN_S = 0.5
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
 
 
@@ -38,7 +39,7 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
         worker = _worker(store, book, pool)
         started = asyncio.get_running_loop().time()
         try:
-            await worker.async_run()
+            await _run(worker)
         except asyncio.CancelledError:
             raise
         except Exception as e:  # noqa: BLE001  # whatever arq dies of, chores go on later
@@ -105,10 +106,29 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
     )
 
 
+async def _run(worker: Worker) -> None:
+    """Runs arq's loop, and cancels it as often as it takes: redis-py sends through `asyncio.wait_for`, which in Python
+    3.11 loses a cancellation that comes just as a write ends."""
+    running = asyncio.create_task(worker.async_run(), name="arq")
+    try:
+        await asyncio.wait({running})
+    finally:
+        while not running.done():
+            running.cancel()
+            await asyncio.wait({running}, timeout=CANCEL_AGAIN_S)
+    running.result()
+
+
 async def _close(worker: Worker, pool: ArqRedis) -> None:
+    """Closes everything, one after another; a job that arq cancels on its way out must not keep the rest open."""
     for close in (worker.close, pool.aclose, pool.connection_pool.disconnect):
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await close()
-        except Exception as e:  # noqa: BLE001  # it is being thrown away
-            log.debug("event=arq_close reason=%s", e)
+        closing = asyncio.create_task(_quietly(close), name="arq close")
+        await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+        closing.cancel()
+
+
+async def _quietly(close: Callable[[], Awaitable[Any]]) -> None:
+    try:
+        await close()
+    except Exception as e:  # noqa: BLE001  # it is being thrown away
+        log.debug("event=arq_close reason=%s", e)

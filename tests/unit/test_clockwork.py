@@ -1,0 +1,63 @@
+"""arq's worker ends when it is told to, whatever the libraries below it do with a cancellation."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from workers import clockwork
+
+
+class Deaf:
+    """An arq worker that loses the first cancellation, as `asyncio.wait_for` of Python 3.11 does when what it waits for
+    ends in the same moment (redis-py sends through it); closing it is cancelled by a job that it was running."""
+
+    def __init__(self) -> None:
+        self.running = asyncio.Event()
+        self.cancelled = 0
+
+    async def async_run(self) -> None:
+        while self.cancelled < 2:
+            self.running.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+        raise asyncio.CancelledError
+
+    async def close(self) -> None:
+        raise asyncio.CancelledError
+
+
+class Pool:
+    """Connections that note that they were closed."""
+
+    def __init__(self) -> None:
+        self.closed: list[str] = []
+        self.connection_pool = self
+
+    async def aclose(self) -> None:
+        self.closed.append("client")
+
+    async def disconnect(self) -> None:
+        self.closed.append("connections")
+
+
+async def test_a_lost_cancellation_is_said_again_and_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a scheduler that is told to stop waits for arq for ever, and leaves its sockets open."""
+    worker, pool = Deaf(), Pool()
+    monkeypatch.setattr(clockwork, "_worker", lambda *_: worker)
+    monkeypatch.setattr(clockwork, "_pool", lambda _: pool)
+    monkeypatch.setattr(clockwork, "CANCEL_AGAIN_S", 0.01)
+    store: Any = SimpleNamespace(url="redis://127.0.0.1:1")
+    book: Any = None
+    keeping = asyncio.create_task(clockwork.keep_running(store, book))
+    await worker.running.wait()
+    keeping.cancel()
+    _, late = await asyncio.wait({keeping}, timeout=10)
+    for task in late:  # what fails must not hang the other tests
+        task.cancel()
+    assert not late and keeping.cancelled()
+    assert worker.cancelled == 2
+    assert pool.closed == ["client", "connections"]
