@@ -77,10 +77,10 @@ class Dispatcher:
         active = self._book.active
         self._swaps.look()
         for name, waker in self._wakers.items():
-            if waker.state == "cold" and any(True for _ in self._picture.waiting(active.lanes_of(name))):
+            if waker.state == "cold" and self._picture.anyone_waits(active.lanes_of(name)):
                 waker.kick()  # its wake need not wait for the next look
-            if not waker.slots.free and any(True for _ in self._picture.waiting(active.lanes_of(name))):
-                waker.give_way()
+            if not waker.slots.free and self._picture.anyone_waits(active.lanes_of(name)):
+                waker.upkeep.give_way()
             while waker.claimable:
                 job = self._choose(name, waker, active)
                 if job is None:
@@ -92,7 +92,7 @@ class Dispatcher:
                 slot = waker.slots.take(
                     _user(job),
                     session=job.session,
-                    contended=any(True for _ in self._picture.waiting(active.lanes_of(name))),
+                    contended=self._picture.anyone_waits(active.lanes_of(name)),
                     now_s=self._loop.time(),
                 )
                 self.claiming += 1
@@ -169,7 +169,7 @@ class Dispatcher:
     def _look_again(self, waker: Waker, active: Active) -> None:
         """Jobs wait although a slot is free: it is kept for its session, or they are left to another host for a
         moment. When that is over, nothing else would tell."""
-        if self._again is not None or not any(True for _ in self._picture.waiting(active.lanes_of(waker.name))):
+        if self._again is not None or not self._picture.anyone_waits(active.lanes_of(waker.name)):
             return
         now = self._loop.time()
         at = waker.slots.next_open_s(now)
@@ -277,7 +277,7 @@ class Dispatcher:
 
     def _learn(self, waker: Waker, ended: Ended, *, new_session: bool) -> None:
         if ended.suspect:
-            waker.suspect()
+            waker.upkeep.suspect()
         if ended.outcome != "done":
             return
         usage = ended.usage or {}
@@ -288,16 +288,17 @@ class Dispatcher:
                 timings=ended.timings or {},
                 first_token_ms=ended.first_token_ms,
                 total_ms=ended.total_ms,
-                usual_ms=waker.first_token_ewma_ms,
+                usual_ms=waker.readiness.first_token_ewma_ms,
                 new_session=new_session,
             )
         )
         self._unlearned.add(waker.name)
-        waker.note_first_token(
+        waker.upkeep.note_first_token(
             ended.first_token_ms,
             prompt_tokens=usage.get("prompt_tokens", 0),
             cached_tokens=usage.get("cached_tokens", 0),
             prefill_tps=rates.prefill_tps,
+            budget_ms=waker.model.first_token_budget_ms,
         )
 
     def _known(self, name: str) -> Rates:

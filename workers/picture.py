@@ -89,6 +89,10 @@ class LanePicture:
         for lane in lanes:
             yield from self._lanes.get(lane, {}).values()
 
+    def anyone_waits(self, lanes: Iterable[str]) -> bool:
+        """Whether a job is known to wait in any of these lanes."""
+        return any(self._lanes.get(lane) for lane in lanes)
+
     def short(self) -> list[str]:
         """Lanes that hold more than the picture, and whose picture has run low: look again."""
         return [lane for lane in self._truncated if len(self._lanes.get(lane, ())) < KEPT_BATCH // 2]

@@ -19,9 +19,10 @@ from workers.meter import Meter, occupied_bytes
 from workers.picture import LanePicture
 from workers.room import ROOM_WAIT_S, Claim, Look, NoRoom, Room
 from workers.runtimes.base import Runtime
+from workers.surroundings import Surroundings
 from workers.swaps import Swaps
 from workers.turns import Wish, may_take
-from workers.waker import Surroundings, Waker
+from workers.waker import Waker
 
 log = logging.getLogger("warmlane.residents")
 
@@ -163,7 +164,7 @@ class Residents:
     async def _let_go(self, waker: Waker) -> None:
         while waker.leaving and not waker.slots.idle:  # noqa: ASYNC110  # it may come back meanwhile
             await asyncio.sleep(LEAVE_LOOK_S)
-        if waker.leaving and waker.state in ("warm", "degraded"):
+        if waker.leaving and waker.resident:
             await waker.unload("removed from the policy")  # a runtime that is not ours would keep it for ever
         if waker.leaving and self.wakers.get(waker.name) is waker:
             del self.wakers[waker.name]
@@ -323,7 +324,7 @@ class Residents:
 
     def _waited_for(self, name: str) -> bool:
         served = self._lanes.get(name, ())
-        if any(True for _ in self._picture.waiting(served)):  # the tail hears of a job before the next look does
+        if self._picture.anyone_waits(served):  # the tail hears of a job before the next look does
             return True
         return any(self._fleet.picture.waiting.get(lane) for lane in served)
 
@@ -332,7 +333,7 @@ class Residents:
         if self.swaps.makes_room(victim.name, name):
             return True
         mine = self._wish(self.wakers[name])
-        cold = (w for n, w in self.wakers.items() if n != name and w.state not in ("warm", "degraded"))
+        cold = (w for n, w in self.wakers.items() if n != name and not w.resident)
         return may_take(
             mine if demanded else replace(mine, waited_for=False, wanted_until=0),
             self._wish(victim),
@@ -360,7 +361,7 @@ class Residents:
                 waker.idle_ms,
                 waker.stayed_ms,
                 waker.model.min_stay_ms,
-                waker.state in ("warm", "degraded")
+                waker.resident
                 and not self._facts(name).pinned
                 and self._may_take_from(asker, waker, demanded=demanded),
             )

@@ -62,11 +62,7 @@ class Swaps:
         askers = [asker for asker in map(self._asker, list(self._wakers.values())) if asker is not None]
         if not askers and not self._turns:
             return
-        self._seats = [
-            self._seat(w)
-            for w in self._wakers.values()
-            if w.state in ("warm", "degraded") and not w.leaving and _is_ours(w)
-        ]
+        self._seats = [self._seat(w) for w in self._wakers.values() if w.resident and not w.leaving and _is_ours(w)]
         headroom, now_ms = self._headroom(), self._now_ms()
         self._turns = take_turns(self._turns, self._seats, askers, headroom=headroom, now_ms=now_ms)
         self._tell(askers)

@@ -16,7 +16,7 @@ from broker.records import Claimed
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_runtime import ScriptedLlamaServer
 from tests.support.worker_world import Runtime, World, eventually, simulated, until, worker_world
-from workers import dispatcher, waker
+from workers import dispatcher, upkeep
 from workers.host import Host
 
 pytestmark = pytest.mark.real
@@ -67,7 +67,7 @@ async def test_a_held_job_closes_its_request_and_its_slot_settles(
     world: World, monkeypatch: pytest.MonkeyPatch, fault: dict[str, float], state: State, step: str
 ) -> None:
     """The slot counts as free only when the runtime itself says that nothing runs in it."""
-    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.4)
     await world.apply({"big": simulated(maxConcurrent=1)})
     host = await world.warm_host()
     runtime = world.runtime("big")
@@ -190,7 +190,7 @@ async def test_a_hang_up_of_the_last_reader_cancels_the_job(world: World) -> Non
 
 
 async def test_many_cancelled_at_once_free_all_their_slots(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.4)
     await world.apply({"big": simulated(maxConcurrent=4, maxQueue=20)})
     host = await world.warm_host()
     runtime = world.runtime("big")
@@ -211,7 +211,7 @@ async def test_a_llama_server_is_not_asked_about_its_slots_too_often(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each question puts off the moment in which it looks for closed connections, whatever we have to ask it for."""
-    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.4)
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.4)
     async with ScriptedLlamaServer().running() as server:
         model = {"backend": "llama.cpp", "model": "weights", "url": server.url, "maxConcurrent": 2}
         await world.apply({"big": model})
@@ -225,7 +225,7 @@ async def test_a_llama_server_is_not_asked_about_its_slots_too_often(
         asked: list[float] = []
 
         def asked_often() -> bool:
-            big._ask_at = 0.0
+            big.upkeep._ask_at = 0.0
             big.kick()
             asked[:] = [call.at_s for call in server.calls if call.path == "/slots"]
             return len(asked) >= 5

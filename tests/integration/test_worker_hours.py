@@ -41,7 +41,7 @@ async def test_a_model_is_warm_in_its_hours_and_only_on_demand_outside_them(worl
 
     host = await world.host()
     waker = host.residents.wakers["big"]
-    waker._around.now_ms = now_ms
+    waker._demand._now_ms = now_ms
     await world.until_model("big", "cold")
 
     clock["now"] = nine

@@ -55,8 +55,8 @@ async def waits_for(world: World, name: str, holder: str) -> None:
 
 async def another_look(one: waker.Waker) -> None:
     """Waits until a model without room has looked for it once more."""
-    before = one._no_room_until
-    await until(lambda: one._no_room_until > before, what=f"{one.name} looks for room again")
+    before = one._no_room_until_s
+    await until(lambda: one._no_room_until_s > before, what=f"{one.name} looks for room again")
 
 
 async def test_an_idle_model_goes_after_its_minimum_stay(world: World) -> None:

@@ -79,7 +79,7 @@ async def test_a_pinned_model_is_not_unloaded_for_being_idle(world: World) -> No
     big = host.residents.wakers["big"]
 
     async def seen_unwanted() -> bool:
-        return not await big._wanted()
+        return not await big._demand.wants(big.warmth)
 
     await eventually(seen_unwanted, what="nobody wants it")
     await _steps(host, "big")

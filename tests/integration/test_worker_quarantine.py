@@ -16,7 +16,8 @@ from tests.support.broker_world import World, fake_world
 from workers import waker as waker_module
 from workers.room import Claim
 from workers.runtimes.base import Endpoint, LoadFailed
-from workers.waker import Surroundings, Waker
+from workers.surroundings import Surroundings
+from workers.waker import Waker
 
 HOUR_MS = 3_600_000
 STEP_MS = 15_000

@@ -16,7 +16,7 @@ from broker.lifecycle import State
 from broker.records import ModelFacts
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
-from workers import waker
+from workers import quarantine, readiness, upkeep
 
 pytestmark = pytest.mark.real
 
@@ -41,8 +41,8 @@ async def test_a_server_that_answers_but_makes_no_token_is_never_warm(
     world: World, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Port and /health prove nothing: jobs wait or go elsewhere until a first token was seen."""
-    monkeypatch.setattr(waker, "PROBE_LEAST_S", 0.2)
-    monkeypatch.setattr(waker, "QUARANTINE_S", 1.0)
+    monkeypatch.setattr(readiness, "PROBE_LEAST_S", 0.2)
+    monkeypatch.setattr(quarantine, "FIRST_S", 1.0)
     await world.apply(
         {
             "big": simulated(
@@ -71,7 +71,7 @@ async def test_a_server_that_answers_but_makes_no_token_is_never_warm(
     await eventually(failed_twice, what="a second wake fails too")
     now = await world.store.now_ms()
     assert (await facts(world, "big")).quarantined_until - now > 1000, "the pause did not grow"
-    assert host.residents.wakers["big"].first_token_ms == 0.0
+    assert host.residents.wakers["big"].readiness.first_token_ms == 0.0
     assert (await world.model("big")).first_token_ms == 0.0
     breaking.cancel()
     await asyncio.gather(breaking, return_exceptions=True)
@@ -92,7 +92,7 @@ async def test_nobody_waits_for_a_model_that_cannot_load(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits is sent away at once, where there is nowhere to go it is refused; nothing is started over and over."""
-    monkeypatch.setattr(waker, "QUARANTINE_S", 60.0)
+    monkeypatch.setattr(quarantine, "FIRST_S", 60.0)
     load_log = tmp_path / "loads"
     await world.apply(
         {
@@ -127,7 +127,7 @@ async def test_nobody_waits_for_a_model_that_cannot_load(
 async def test_pauses_between_failing_loads_grow(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(waker, "QUARANTINE_S", 0.4)
+    monkeypatch.setattr(quarantine, "FIRST_S", 0.4)
     load_log = tmp_path / "loads"
     await world.apply({"big": simulated(options={"loadFails": -1, "loadLog": str(load_log)})})
     await world.host()
@@ -168,8 +168,8 @@ async def test_a_runtime_that_nobody_understands_is_set_aside_alone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer that nobody foresaw ends neither the worker nor the other models, and its model may come back."""
-    monkeypatch.setattr(waker, "QUARANTINE_S", 60.0)
-    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(quarantine, "FIRST_S", 60.0)
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.2)
     await world.apply({"big": simulated(), "small": simulated()})
     host = await world.warm_host()
 
@@ -211,8 +211,8 @@ async def test_a_slow_model_is_left_to_batch_until_it_is_fast_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two slow first tokens make it degraded: people go to the fallback, batch stays; one good probe heals."""
-    monkeypatch.setattr(waker, "PROBE_IDLE_EVERY_S", 0.3)
-    monkeypatch.setattr(waker, "PROBE_DEGRADED_EVERY_S", 0.3)
+    monkeypatch.setattr(upkeep, "PROBE_IDLE_EVERY_S", 0.3)
+    monkeypatch.setattr(upkeep, "PROBE_DEGRADED_EVERY_S", 0.3)
     await world.apply(
         {
             "big": simulated(maxConcurrent=2, firstTokenBudgetMs=150, coldStartBudgetMs=60_000, fallback="small"),
@@ -238,7 +238,7 @@ async def test_a_slow_model_is_left_to_batch_until_it_is_fast_again(
 
 async def test_a_slow_probe_gives_its_slot_to_a_user(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model has one slot, and its probe would take half a minute."""
-    monkeypatch.setattr(waker, "PROBE_IDLE_EVERY_S", 0.2)
+    monkeypatch.setattr(upkeep, "PROBE_IDLE_EVERY_S", 0.2)
     await world.apply({"big": simulated(maxConcurrent=1, firstTokenBudgetMs=20_000)})
     host = await world.warm_host()
     await world.runtime("big").break_with(first_token_delay_ms=30_000, times=1)
@@ -318,7 +318,7 @@ async def test_a_suspected_runtime_is_asked_before_it_gets_another_job(world: Wo
     await world.apply({"big": simulated(maxConcurrent=2)})
     host = await world.warm_host()
     found = host.residents.wakers["big"]
-    found.suspect()
+    found.upkeep.suspect()
     assert not found.claimable
     assert (await (await world.submit("big")).end()).attempt == 1
     assert found.claimable and found.state == "warm"

@@ -17,7 +17,7 @@ from broker.lifecycle import State
 from tests.support.fake_provider import FakeProvider
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, until, worker_world
-from workers import waker
+from workers import quarantine, readiness, upkeep
 
 pytestmark = pytest.mark.real
 
@@ -169,7 +169,7 @@ async def test_a_refused_key_quarantines_with_a_sentence(
 ) -> None:
     """At the wake, and while it is warm; the provider repeats the key, and we do not."""
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(waker, "QUARANTINE_S", 1.0)
+    monkeypatch.setattr(quarantine, "FIRST_S", 1.0)
     provider.key = "another"
     await world.apply({"far": remote(provider, keepWarm=True, maxWaitMs=20_000)})
     await world.host()
@@ -211,7 +211,7 @@ async def test_a_redirect_is_not_followed(
     world: World, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody has allowed the prompt and the key to go where it leads, neither with a probe nor with an answer."""
-    monkeypatch.setattr(waker, "QUARANTINE_S", 0.5)
+    monkeypatch.setattr(quarantine, "FIRST_S", 0.5)
     async with FakeProvider().listening() as elsewhere:
         moved = 307, {"Location": f"{elsewhere.url}/v1/chat/completions"}
         provider.refusals.append(moved)
@@ -247,13 +247,13 @@ async def test_a_slow_provider_is_not_probed_until_somebody_asks(
     world: World, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A probe costs money. So a degraded one goes cold after a while, and the next request's wake tries it anew."""
-    monkeypatch.setattr(waker, "PROBE_IDLE_EVERY_S", 0.3)
+    monkeypatch.setattr(upkeep, "PROBE_IDLE_EVERY_S", 0.3)
     await world.apply({"far": remote(provider, firstTokenBudgetMs=1_500)})
     await world.host()
     await (await world.submit("far", zone="remote")).end()
     await world.until_model("far", "warm")
     probes = provider.probes
-    world.hosts["gpu1"].residents.wakers["far"]._slow = waker.SLOW_IN_A_ROW
+    world.hosts["gpu1"].residents.wakers["far"].readiness.slow = readiness.SLOW_IN_A_ROW
     told = await world.until_model("far", "cold")
 
     assert told.reason == "it was slow; its next request tries it anew"

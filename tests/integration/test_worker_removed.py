@@ -16,7 +16,7 @@ from broker.lifecycle import State
 from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, simulated, until, worker_world
-from workers import chores, waker
+from workers import chores, upkeep
 from workers.runtimes.http_server import Exchange
 
 pytestmark = pytest.mark.real
@@ -81,7 +81,7 @@ async def test_it_is_unloaded_when_its_last_answer_has_settled(
     world: World, ollama: SlowOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not before: the runtime may still be at work on it. And not by the way that its server ends with its worker."""
-    monkeypatch.setattr(waker, "LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.2)
     cancelled_at = await removed_while_it_settles(world, ollama, settle_ms=2000)
     assert (await (await world.submit("small")).end()).state is State.DONE
 

@@ -89,3 +89,12 @@ def test_what_is_heard_while_a_lane_is_read_stays() -> None:
     picture.add(job(3))
     picture.replace("big", [job(2)])
     assert known(picture) == ["job2", "job3"]
+
+
+def test_whether_anyone_waits_in_some_lanes() -> None:
+    picture = picture_of("big", "big.batch")
+    assert not picture.anyone_waits(["big", "big.batch", "unknown"])
+    picture.add(job(1, "big.batch", "batch"))
+    assert picture.anyone_waits(["big", "big.batch"]) and not picture.anyone_waits(["big"])
+    picture.spend(job(1, "big.batch", "batch"))
+    assert not picture.anyone_waits(["big.batch"])
