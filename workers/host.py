@@ -220,7 +220,7 @@ class Host:
         await hosts.beat(self._store, self._record(), told, take=take)
 
     def _record(self) -> HostRecord:
-        memory = self.residents.memory()
+        memory = self.residents.footprints.memory()
         return HostRecord(
             name=self.name,
             boot=self.boot,

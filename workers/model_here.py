@@ -46,6 +46,11 @@ class ModelHere:
         return self.state in ("warm", "degraded")
 
     @property
+    def ours(self) -> bool:
+        """Whether a load of it takes this host's memory, and is ours to begin and to end."""
+        return self.runtime.local and self.runtime.manageable
+
+    @property
     def going(self) -> bool:
         """Whether it claims no more, because it leaves this host or makes room."""
         return self.leaving or bool(self.makes_room_for)

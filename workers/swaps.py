@@ -62,7 +62,7 @@ class Swaps:
         askers = [asker for asker in map(self._asker, list(self._wakers.values())) if asker is not None]
         if not askers and not self._turns:
             return
-        self._seats = [self._seat(w) for w in self._wakers.values() if w.resident and not w.leaving and _is_ours(w)]
+        self._seats = [self._seat(w) for w in self._wakers.values() if w.resident and not w.leaving and w.ours]
         headroom, now_ms = self._headroom(), self._now_ms()
         self._turns = take_turns(self._turns, self._seats, askers, headroom=headroom, now_ms=now_ms)
         self._tell(askers)
@@ -106,7 +106,7 @@ class Swaps:
     def _asker(self, waker: Waker) -> Asker | None:
         name, facts, now = waker.name, self._facts(waker.name), self._now_ms()
         loading = waker.state == "waking"
-        if not _is_ours(waker) or self._drained():
+        if not waker.ours or self._drained():
             return None
         if not (loading or waker.state in ("cold", "quarantined")) or waker.leaving:
             return None
@@ -148,8 +148,3 @@ class Swaps:
             worth=facts.load_ms * waker.model.weight,
             pinned=facts.pinned,
         )
-
-
-def _is_ours(waker: Waker) -> bool:
-    """Whether its memory is this host's, and ours to give."""
-    return waker.runtime.local and waker.runtime.manageable

@@ -99,7 +99,7 @@ async def test_the_second_heavy_model_waits_until_the_first_has_left(redis_serve
             host = await world.host(memory_mb=CAP_MB)
             served = [await (await world.submit(name)).end(60) for name in ("first", "second", "first")]
             footprints = {name: await hosts.learned_here(world.store, name, "gpu1") for name in ("first", "second")}
-            memory = host.residents.memory()
+            memory = host.residents.footprints.memory()
 
     assert [(record.state, record.served_by) for record in served] == [
         (State.DONE, f"{name}@gpu1") for name in ("first", "second", "first")

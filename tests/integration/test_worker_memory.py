@@ -292,7 +292,7 @@ async def test_a_model_fits_again_when_somebody_else_gives_memory_back(
         }
     )
     host = await world.host(memory_mb=LIMIT_MB)
-    shared = host.residents._meter = Shared(LIMIT_MB)
+    shared = host.residents.footprints._meter = Shared(LIMIT_MB)
     await world.until_model("other", "warm")
     assert not (await world.model("big")).unfit, "other is kept warm, but who waits decides"
     shared.foreign_mb = 500
@@ -314,8 +314,8 @@ async def test_what_a_load_showed_outlives_the_worker(world: World) -> None:
     await world.apply({"big": simulated(**model)})
     host = await world.host(memory_mb=LIMIT_MB)
     big = host.residents.wakers["big"]
-    await host.residents._inquire(big)
-    assert big.memory_bytes or 0 < host.residents._need(big) < 64 << 20
+    await host.residents.footprints.inquire(big)
+    assert big.memory_bytes or 0 < host.residents.footprints.need(big) < 64 << 20
     told = await world.until_model("big", "warm")
     assert (told.footprint_bytes, told.memory_bytes) == (600 << 20, 600 << 20)
     assert 0 < told.load_ms < 60_000
@@ -347,9 +347,9 @@ async def test_a_model_on_another_machine_takes_none_of_this_hosts_memory(
         await world.apply({"away": away, "here": simulated(keepWarm=False, memoryMb=700)})
         host = await world.host(memory_mb=LIMIT_MB)
         told = await world.until_model("away", "warm")
-        assert (told.memory_bytes, told.unfit, host.residents.memory().used) == (0, False, 0)
+        assert (told.memory_bytes, told.unfit, host.residents.footprints.memory().used) == (0, False, 0)
         assert (await (await world.submit("here")).end()).served_by == "here@gpu1"
-        assert host.residents.memory().used == 700 << 20
+        assert host.residents.footprints.memory().used == 700 << 20
         assert (await world.model("away")).state == "warm"
 
 
@@ -367,9 +367,9 @@ async def test_where_a_runtime_cannot_tell_the_policys_figure_counts(
         await world.apply({"mute": mute, "other": simulated(keepWarm=False, memoryMb=700)})
         host = await world.host(memory_mb=LIMIT_MB)
         assert (await (await world.submit("mute")).end()).served_by == "mute@gpu1"
-        assert host.residents.memory().used == 600 << 20
+        assert host.residents.footprints.memory().used == 600 << 20
         assert (await (await world.submit("other")).end()).served_by == "other@gpu1"
-        assert host.residents.memory().used == 700 << 20, "mute went for it"
+        assert host.residents.footprints.memory().used == 700 << 20, "mute went for it"
 
 
 RUNS_OUT = """
