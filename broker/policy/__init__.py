@@ -1,8 +1,8 @@
 """The policy file: models, lanes and routing. Reading it, judging it, and asking it where a request goes.
 
 `document` turns text into data with line numbers, `content` says which keys there are, `sentences` words what is wrong
-with one key and `checks` what is wrong with the whole, `lanes` says which lanes follow and which one a request gets.
-Nothing here talks to Redis or to a runtime.
+with one key, `checks` what is wrong with the whole and `warnings` what will disappoint, `lanes` says which lanes follow
+and which one a request gets. Nothing here talks to Redis or to a runtime.
 """
 
 from broker.policy.content import LaneEntry, Match, Model, Priority, Rule, Trust

@@ -14,6 +14,7 @@ from broker.policy.content import Content, Priority, Schema
 from broker.policy.document import Document, read
 from broker.policy.lanes import Lane
 from broker.policy.sentences import from_validation, near_words
+from broker.policy.warnings import warnings_of
 
 
 def _exists(file: str) -> bool:
@@ -98,7 +99,7 @@ class Policy(Content):
 
     def warnings(self, *, host_memory_mb: int | None = None, exists: Callable[[str], bool] = _exists) -> list[str]:
         """Gives what works but will disappoint; memory is judged only where a host's memory is given."""
-        found = checks.warnings(self, self._lanes, host_memory_mb=host_memory_mb, exists=exists)
+        found = warnings_of(self, self._lanes, host_memory_mb=host_memory_mb, exists=exists)
         return self._document.in_order(found)
 
     @classmethod
