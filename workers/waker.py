@@ -87,12 +87,16 @@ class Waker(ModelHere):
                     break  # a load failed in the same moment, and the task group of the load raised only that
                 self._kick.clear()
                 try:
-                    async with asyncio.timeout(min(STEP_EVERY_S, max(0.01, self.upkeep.ask_within_s()))):
+                    async with asyncio.timeout(self._pause_s()):
                         await self._kick.wait()
                 except TimeoutError:
                     continue
         finally:
             await asyncio.shield(self.runtime.close())
+
+    def _pause_s(self) -> float:
+        """How long the state may be left alone: only a resident model's runtime is to be asked sooner than that."""
+        return min(STEP_EVERY_S, max(0.01, self.upkeep.ask_within_s())) if self.resident else STEP_EVERY_S
 
     async def _broken(self, error: Exception) -> None:
         """Sets a model aside for a while whose runtime we do not understand; what it holds in memory goes later."""

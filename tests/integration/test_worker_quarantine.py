@@ -273,3 +273,18 @@ async def test_a_host_that_has_not_heard_of_a_failure_hears_of_it_under_the_lock
 
     assert len(runtime.loads) == 1
     assert other.state == "cold"
+
+
+async def test_only_a_resident_model_is_looked_at_more_often_than_each_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at a cold one asks Redis for the time: a hundred a second would be for nothing."""
+    runtime = Failing(world)
+    waker = start(world, runtime, monkeypatch)
+    assert waker._pause_s() == waker_module.STEP_EVERY_S
+    runtime.repaired = True
+    await waker._around.tell()
+    while waker.state != "warm":
+        await waker._step()
+    waker.upkeep.suspect()
+    assert waker._pause_s() == 0.01
