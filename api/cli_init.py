@@ -1,18 +1,17 @@
 """`gateway init`: looks at this machine and writes a starter policy."""
 
 import asyncio
-import importlib
 import os
 import shutil
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 
 from api.cli_policy import USAGE, Failed
 from api.discover import look_around
 from api.gguf_files import USUAL_FOLDERS, find
+from api.machine import machine_memory, machine_memory_mb
 from api.starter import Machine, starter
 from api.status_table import size
 from broker.policy import Policy
@@ -20,7 +19,9 @@ from broker.policy import Policy
 
 def init(
     file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("policy.yaml"),
-    gguf_dir: Annotated[list[Path] | None, typer.Option(help="One more folder with GGUF files.")] = None,
+    gguf_dir: Annotated[
+        list[Path] | None, typer.Option(help="One more folder to look for GGUF files in, and below.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Writes a commented starter policy from the runtimes, GGUF files and memory of this machine."""
@@ -29,7 +30,7 @@ def init(
     for folder in gguf_dir or []:
         if not folder.is_dir():
             raise Failed(f"{folder} is no folder.", USAGE)
-    files = find([*(gguf_dir or []), *map(Path, USUAL_FOLDERS)])
+    files = find([*(gguf_dir or []), *map(Path, USUAL_FOLDERS)], flat=[Path()])
     made = starter(asyncio.run(look_around(os.environ)), files, _machine())
     policy = Policy.parse(made.text)
     try:
@@ -39,30 +40,11 @@ def init(
         raise Failed(f"{file} can't be written: {problem.strerror}.", USAGE) from None
     for sentence in made.said:
         print(sentence)
-    for warning in policy.warnings():
+    for warning in policy.warnings(host_memory_mb=machine_memory_mb()):
         print(f"warning: {warning}")
     print(f"wrote {file}: next, `gateway up --policy {file}`")
 
 
 def _machine() -> Machine:
-    gpu = _gpu_bytes()
-    memory = gpu or psutil.virtual_memory().total
-    words = f"{size(memory)} of {'GPU ' if gpu else ''}memory"
-    return Machine(memory, words, has_llama_server=shutil.which("llama-server") is not None)
-
-
-def _gpu_bytes() -> int:
-    """Adds up the memory of the GPUs, 0 where there are none, or where they share the machine's."""
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:  # the extra `gpu` is not installed
-        return 0
-    try:
-        nvml.nvmlInit()
-        try:
-            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-            return sum(int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
-        finally:
-            nvml.nvmlShutdown()
-    except nvml.NVMLError:
-        return 0
+    memory, kind = machine_memory()
+    return Machine(memory, f"{size(memory)} of {kind}", has_llama_server=shutil.which("llama-server") is not None)

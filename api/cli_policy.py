@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
+from api.machine import machine_memory_mb
 from api.state_dir import where
 from api.up import AppliedPolicy
+from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.policy import Policy
 from broker.settings import BrokerSettings, read_settings
@@ -40,13 +42,19 @@ class Failed(Exception):
 
 
 @policy_app.command("check")
-def policy_check(file: PolicyFile) -> None:
+def policy_check(
+    file: PolicyFile,
+    memory_mb: Annotated[
+        int | None, typer.Option(help="Memory that models may use on a host.  [default: this machine's]", min=1)
+    ] = None,
+) -> None:
     """Says what is wrong with a policy file, line by line. Nothing is applied."""
     policy = Policy.parse(_read(file))
-    for warning in policy.warnings():
+    for warning in policy.warnings(host_memory_mb=memory_mb or machine_memory_mb()):
         print(f"warning: {warning}")
     lanes = sum(1 for name in policy.all_lanes() if not name.endswith(".batch"))
-    print(f"{file}: fine, {len(policy.models)} models, {lanes} lanes, {len(policy.routing)} routing rules")
+    rules = _count(len(policy.routing), "routing rule")
+    print(f"{file}: fine, {_count(len(policy.models), 'model')}, {_count(lanes, 'lane')}, {rules}")
 
 
 @policy_app.command("schema")
@@ -60,14 +68,16 @@ def policy_apply(file: PolicyFile, data: DataDir = None) -> None:
     """Makes a file the active policy; every process follows within a second."""
     text = _read(file)
     policy = Policy.parse(text)  # before Redis: a typo needs no server
-    for warning in policy.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
 
-    async def apply(book: PolicyBook) -> tuple[int, int]:
+    async def apply(book: PolicyBook, store: Store) -> tuple[int, int]:
         before = await book.reload()
+        hosts = (await Fleet(store, book).look()).hosts.values() if before else ()
+        there = max((host.memory_total for host in hosts), default=0) >> 20
+        for warning in policy.warnings(host_memory_mb=there or None):
+            print(f"warning: {warning}", file=sys.stderr)
         return before.version if before else 0, await book.apply(text, by="cli")
 
-    before, after = _with_book(apply, data)
+    before, after = _with_store(apply, data)
     print(f"version {after} is active" if after != before else f"version {after} says the same and stays active")
 
 
@@ -128,7 +138,10 @@ async def apply_policy(redis_url: str, namespace: str, text: str, *, made_up: bo
             version=active.version,
             models=list(active.policy.models),
             kept=kept,
-            warnings=[*active.policy.warnings(), *await store.unfit_settings()],
+            warnings=[
+                *active.policy.warnings(host_memory_mb=machine_memory_mb()),  # the worker of `up` is on this machine
+                *await store.unfit_settings(),
+            ],
         )
     finally:
         await store.close()
@@ -143,13 +156,21 @@ def _read(file: Path) -> str:
         raise Failed(f"{file} can't be read: {problem.strerror}.", USAGE) from None
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s'[: number != 1]}"
+
+
 def _with_book(work: Callable[[PolicyBook], Awaitable[T]], data: Path | None) -> T:
+    return _with_store(lambda book, _store: work(book), data)
+
+
+def _with_store(work: Callable[[PolicyBook, Store], Awaitable[T]], data: Path | None) -> T:
     settings = read_settings(BrokerSettings)
 
     async def run_it() -> T:
         store = await Store.open(redis_url(settings, data), namespace=settings.namespace, name="gateway-cli")
         try:
-            return await work(PolicyBook(store))
+            return await work(PolicyBook(store), store)
         finally:
             await store.close()
 
@@ -166,7 +187,9 @@ def redis_url(settings: BrokerSettings, data: Path | None) -> str:
         return place.read_text().strip()
     except OSError:
         raise Failed(
-            f"No GATEWAY_REDIS_URL is set and no `gateway up` has run on {place.parent.parent}.", UNREACHABLE
+            f"No GATEWAY_REDIS_URL is set and no `gateway up` has run on {place.parent.parent}; "
+            "where one runs on another directory, name it with --data.",
+            UNREACHABLE,
         ) from None
 
 

@@ -1,5 +1,6 @@
 """Finds GGUF files in the folders where people keep them."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -36,12 +37,12 @@ class GgufFile:
     generates: bool = True
 
 
-def find(folders: Iterable[Path]) -> list[GgufFile]:
-    """Gives what lies in these folders and below them, by path, FILES_MAX at most; a file that two names lead to is
-    taken once."""
+def find(folders: Iterable[Path], *, flat: Iterable[Path] = ()) -> list[GgufFile]:
+    """Gives what lies in these folders and below them, and in the `flat` ones themselves, by path, FILES_MAX at most; a
+    file that two names lead to is taken once."""
     found: dict[str, GgufFile] = {}
     seen: set[tuple[int, int]] = set()
-    for path in _files(folders):
+    for path in (*_files(folders), *_in_them(flat)):
         shard = _SHARD.search(path.name)
         if _NO_MODEL.search(path.name) or (shard and int(shard.group(1)) != 1):
             continue
@@ -69,6 +70,12 @@ def _files(folders: Iterable[Path]) -> Iterator[Path]:
             for name in sorted(names):
                 if name.lower().endswith(".gguf"):
                     yield Path(place) / name
+
+
+def _in_them(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            yield from sorted(path for path in folder.absolute().iterdir() if path.suffix.lower() == ".gguf")
 
 
 def _whole_size(path: Path, shard: re.Match[str]) -> int:

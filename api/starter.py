@@ -63,7 +63,7 @@ def starter(found: Sequence[FoundRuntime], files: Sequence[GgufFile], machine: M
     if len(usable) < len(every):
         said.append(f"left out {len(every) - len(usable)} whose names nobody can type")
     if not usable:
-        said.append("nothing to serve was found, so the policy holds a simulated model")
+        said.append(_NOTHING)
         return Starter(_SIMULATED, tuple(said))
     offers = _named(usable)
     warm, why = _to_keep_warm(offers, machine)
@@ -165,6 +165,10 @@ _TAIL = [
     "#     - match: { lane: fast-edit }",
     "#       target: the-small-model",
 ]
+_NOTHING = (
+    "nothing to serve was found, so the policy holds a simulated model; start Ollama or llama-server, or name a folder "
+    "of GGUF files with --gguf-dir"
+)
 _SIMULATED = "\n".join(
     [
         *_HEAD,

@@ -16,8 +16,10 @@ import pytest
 import pytest_asyncio
 
 from api import cli, cli_policy
+from broker import hosts
 from broker.policies import PolicyBook
 from broker.policy import Policy
+from broker.records import HostRecord
 from broker.store import Store
 from tests.support.broker_world import fake_redis, new_namespace
 from tests.support.live_api import LiveApi, chat_body, live_api
@@ -118,6 +120,43 @@ def test_an_invalid_policy_is_a_2_with_a_line_for_each_problem(gateway: Gateway,
     file.write_text(POLICY + "    fallback: other\n  other:\n    backend: simulated\n    model: x\n    fallback: big\n")
     ran = gateway("policy", "apply", str(file))
     assert ran.code == 2 and "circle" in ran.err
+
+
+def test_check_says_in_numbers_what_cannot_be_warm_together(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the memory of this machine, or of the box that is named."""
+    file = tmp_path / "policy.yaml"
+    kept = "{backend: simulated, model: x, keepWarm: true, memoryMb: 600}"
+    file.write_text(f"models:\n  a: {kept}\n  b: {kept}\n")
+    monkeypatch.setenv("GATEWAY_MEMORY_MB", "1000")
+    said = "they need 1200 MB at once, and a host has 1000 MB"
+    ran = gateway("policy", "check", str(file))
+    assert ran.code == 0 and said in ran.out
+    assert "warning" not in gateway("policy", "check", str(file), "--memory-mb", "1200").out
+    monkeypatch.setenv("GATEWAY_MEMORY_MB", "1200")
+    assert "warning" not in gateway("policy", "check", str(file)).out
+
+
+@pytest.mark.real
+async def test_apply_warns_by_the_memory_of_the_hosts_that_are_alive(
+    redis_server: RedisServer, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The policy may be applied from a laptop: its own memory is of no interest."""
+    namespace = new_namespace()
+    monkeypatch.setenv("GATEWAY_REDIS_URL", redis_server.url)
+    monkeypatch.setenv("GATEWAY_NAMESPACE", namespace)
+    monkeypatch.setenv("GATEWAY_MEMORY_MB", "1")
+    file = tmp_path / "policy.yaml"
+    kept = "{backend: simulated, model: x, keepWarm: true, memoryMb: 600}"
+    file.write_text(f"models:\n  a: {kept}\n  b: {kept}\n")
+    ran = await asyncio.to_thread(gateway, "policy", "apply", str(file))
+    assert (ran.code, ran.err) == (0, ""), "no host has told its memory"
+    store = await Store.open(redis_server.url, namespace=namespace, name="test")
+    await hosts.beat(store, HostRecord(name="gpu1", boot="b", memory_total=1000 << 20), {}, lease_ms=600_000)
+    await store.close()
+    ran = await asyncio.to_thread(gateway, "policy", "apply", str(file))
+    assert ran.code == 0 and "they need 1200 MB at once, and a host has 1000 MB" in ran.err
 
 
 def test_a_policy_that_cannot_be_read_is_a_2(gateway: Gateway, tmp_path: Path) -> None:

@@ -181,8 +181,30 @@ def test_init_writes_a_file_that_check_takes(here: Path, gateway: Gateway) -> No
     assert lines[0] == "found 1 GGUF file" and lines[-1].startswith("wrote policy.yaml: next, `gateway up")
     assert any(line.startswith("coder is kept warm: the largest coder that fits into ") for line in lines)
     checked = gateway("policy", "check", "policy.yaml")
-    assert (checked.code, checked.out) == (0, "policy.yaml: fine, 1 models, 1 lanes, 0 routing rules\n")
+    assert (checked.code, checked.out) == (0, "policy.yaml: fine, 1 model, 1 lane, 0 routing rules\n")
     assert Policy.parse((here / "policy.yaml").read_text()).models["coder"].model == str(weights)
+
+
+def test_init_takes_the_files_of_the_folder_it_runs_in_but_nothing_below(here: Path, gateway: Gateway) -> None:
+    """Whoever stands among GGUF files means them; whoever stands in a home directory does not mean all of it."""
+    mine = put(here / "mine.gguf", 1000)
+    put(here / "projects" / "test-model.gguf", 1000)
+    assert "found 1 GGUF file" in gateway("init").out
+    models = Policy.parse((here / "policy.yaml").read_text()).models
+    assert {model.model for model in models.values()} == {str(mine)}
+
+
+def test_init_that_finds_nothing_says_where_it_would_look(here: Path, gateway: Gateway) -> None:
+    assert "--gguf-dir" in gateway("init").out
+
+
+def test_init_goes_by_the_memory_that_a_worker_would_have(
+    here: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATEWAY_MEMORY_MB", "2048")
+    assert "this machine has 2.0G of memory for models" in gateway("init").out
+    monkeypatch.setenv("GATEWAY_MEMORY_MB", "much")
+    gateway("init", "other.yaml").complains(2, "GATEWAY_MEMORY_MB")
 
 
 def test_init_replaces_nothing_unless_told_to(here: Path, gateway: Gateway) -> None:
