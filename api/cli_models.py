@@ -28,7 +28,9 @@ NO_ROOM_S_MAX = 10.0
 
 model_app = typer.Typer(help="What may be asked for, and what an operator does with it.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A model or one of its aliases.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="A model, or any other name that leads to it.", show_default=False)
+]
 HostName = Annotated[str, typer.Argument(metavar="HOST", help="A host as `gateway status` shows it.")]
 
 
@@ -54,11 +56,16 @@ def model_warm(
         model = (await _wish(name, "warm"))["name"]
 
         def outcome(shown: Snapshot, waited_s: float) -> str | None:
-            return _warm_outcome(_model(shown, model), waited_s)
+            found = _model(shown, model)
+            aside = [host.name for host in shown.hosts if host.draining and host.name in found.hosts]
+            if found.state == "cold" and len(aside) == len(found.hosts):
+                undrain = " or ".join(f"`gateway undrain {host}`" for host in aside)
+                raise Failed(f"{model} stays cold, because no host that serves it takes new work: {undrain}")
+            return _warm_outcome(found, waited_s)
 
         def late(shown: Snapshot) -> str:
             found = _model(shown, model)
-            return f"{model} is {found.state} after {wait_s:g} s{': ' * bool(found.reason)}{found.reason}"
+            return f"{model} is still {found.state} after {wait_s:g} s{': ' * bool(found.reason)}{found.reason}"
 
         return await _until(outcome, late, wait_s, progress=lambda shown: _progress(_model(shown, model)))
 
@@ -76,7 +83,11 @@ def model_unload(name: Name) -> None:
             found = _model(shown, model)
             if found.state in ("warm", "degraded", "unloading"):
                 return None
-            words = f"{model} is {found.state} and stays so until somebody asks for it"
+            if found.state == "waking":
+                return f"{model} was unloaded, and is waking: somebody asked for it"
+            if found.state != "cold":
+                return f"{model} is not in memory: it is {found.state}{': ' * bool(found.reason)}{found.reason}"
+            words = f"{model} is cold and stays so until somebody asks for it"
             return words + (f", {duration(found.unloaded_ms)} at most" if found.keep_warm else "")
 
         return await _until(outcome, lambda shown: f"{model} is still {_model(shown, model).state}", UNLOAD_S_MAX)
@@ -123,7 +134,8 @@ def drain(
         def late(shown: Snapshot) -> str:
             found = _host(shown, host)
             running = found.running if found is not None else 0
-            return f"{host} takes no more work, but {running} of its slots are still at work after {wait_s:g} s"
+            at_work = "1 slot is" if running == 1 else f"{running} slots are"
+            return f"{host} takes no more work, and {at_work} still at work after {wait_s:g} s"
 
         return await _until(outcome, late, wait_s)
 

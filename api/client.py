@@ -9,6 +9,7 @@ import httpx
 from api.cli_policy import UNREACHABLE, Failed
 
 ANSWER_S_MAX = 10.0
+REMEDY = "start `gateway up`, or set GATEWAY_URL to where it listens"
 
 
 def gateway_url() -> str:
@@ -26,14 +27,15 @@ async def ask(method: str, path: str) -> dict[str, Any]:
             response = await client.request(method, url + path)
         told = response.json()
     except (httpx.HTTPError, httpx.InvalidURL) as problem:
-        raise Failed(f"The gateway at {url} can't be reached: {problem or 'no answer'}.", UNREACHABLE) from None
+        why = str(problem) or "no answer"
+        raise Failed(f"The gateway at {url} can't be reached ({why}): {REMEDY}.", UNREACHABLE) from None
     except ValueError:
-        raise Failed(f"What answers at {url} is no warmlane gateway.", UNREACHABLE) from None
+        raise Failed(f"What answers at {url} is no warmlane gateway: {REMEDY}.", UNREACHABLE) from None
     if response.is_error:
         error = told.get("error") if isinstance(told, dict) else None
         raise Failed(error["message"] if isinstance(error, dict) else f"{url} says {response.status_code}.")
     if not isinstance(told, dict):
-        raise Failed(f"What answers at {url} is no warmlane gateway.", UNREACHABLE)
+        raise Failed(f"What answers at {url} is no warmlane gateway: {REMEDY}.", UNREACHABLE)
     return told
 
 

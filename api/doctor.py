@@ -90,8 +90,8 @@ def examine(facts: Facts) -> list[Finding]:
 
 def _ports(facts: Facts) -> Iterator[Finding]:
     if facts.problem:
-        remedy = "start `gateway up` or `gateway api`, or set GATEWAY_URL to where it listens"
-        yield Finding("ports", "wrong", facts.problem.rstrip("."), remedy)
+        said, _, remedy = facts.problem.rstrip(".").rpartition(": ")
+        yield Finding("ports", "wrong", said, remedy)
     else:
         yield Finding("ports", "ok", f"a gateway answers at {facts.url}")
 
@@ -113,6 +113,10 @@ def _hosts(shown: Snapshot) -> Iterator[Finding]:
     if not shown.hosts:
         yield Finding("hosts", "wrong", "no worker is alive, so nothing can be served", "start `gateway worker`")
     for host in shown.hosts:
+        if host.draining:
+            yield Finding(
+                "hosts", "wrong", f"{host.name} takes no new work", f"`gateway undrain {host.name}` ends that"
+            )
         if host.policy_version != shown.policy_version:
             said = f"{host.name} serves policy {host.policy_version} and {shown.policy_version} is active"
             yield Finding("hosts", "wrong", said, "restart its worker if that lasts longer than a moment")

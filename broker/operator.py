@@ -14,7 +14,7 @@ from broker.hosts import NOT_FAILED, Fleet, Picture
 from broker.lanes import WANTED_FOR_MS
 from broker.policies import Active
 from broker.policy.sentences import near_words
-from broker.records import ModelFacts, ModelOnHost
+from broker.records import ModelFacts, ModelOnHost, without_name
 from broker.store import Store
 
 UNLOADED_FOR_MS = 3_600_000
@@ -33,14 +33,24 @@ RESIDENT = ("warm", "degraded")
 
 
 def model_named(active: Active, name: str) -> str:
-    """Finds the model that a name or an alias means; raises UnknownModel."""
+    """Finds the model that a name means: its own, an alias, a label, or one that routing or a lane leads to it.
+
+    Raises UnknownModel, and BadRequest where the name leads to several models.
+    """
     models = active.models()
     if name in models:
         return name
-    aliases = {alias: key for key, model in models.items() for alias in model.aliases}
-    if name in aliases:
-        return aliases[name]
-    raise errors.UnknownModel(name, near_words(name, [*models, *aliases], most=3))
+    meant = {key for key, model in models.items() if name in model.aliases}
+    meant = meant or {key for key, model in models.items() if name == model.label}
+    if not meant:
+        targets = [rule.target for rule in active.policy.routing if rule.match.lane == name]
+        meant = {lane.model for lane in map(active.lane, [name, *targets]) if lane is not None}
+    if not meant:
+        labels = [model.label for model in models.values() if model.label]
+        raise errors.UnknownModel(name, near_words(name, [*active.policy.names(), *labels], most=3))
+    if len(meant) > 1:
+        raise errors.BadRequest(f"{name!r} leads to {' and '.join(sorted(meant))}: name one of them", "model")
+    return meant.pop()
 
 
 async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
@@ -49,7 +59,7 @@ async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
     facts = picture.facts.get(model, ModelFacts())
     left_ms = facts.quarantined_until - picture.at_ms
     if left_ms > 0 and not any(m.state in RESIDENT for m in picture.on_host.get(model, {}).values()):
-        words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {facts.failure}"
+        words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {without_name(model, facts.failure)}"
         raise errors.WishRefused(f"{words}; `gateway model reset {model}` has it tried now")
     definition = active.models()[model]
     await _wish(store, model, {"unloaded_until": 0}, want_ms=definition.wake_timeout_ms + WANTED_FOR_MS)
@@ -70,11 +80,13 @@ async def pin(store: Store, model: str, *, pinned: bool) -> None:
     await _wish(store, model, {"pinned": int(pinned)})
 
 
-async def unload(store: Store, fleet: Fleet, model: str) -> None:
+async def unload(store: Store, active: Active, fleet: Fleet, model: str) -> None:
     """Takes a model out of memory on every host; raises WishRefused while it is at work, or where it is not ours to.
 
     Returns once every worker has begun; the unload itself may take longer.
     """
+    if active.models()[model].trust == "remote":
+        raise errors.WishRefused(f"{model} is a remote provider's, so there is nothing here to unload")
     loop = asyncio.get_running_loop()
     started, said_at = loop.time(), 0.0
     while True:

@@ -330,3 +330,8 @@ class Claimed:
     attempt: int
     record: JobRecord
     body: bytes
+
+
+def without_name(model: str, reason: str) -> str:
+    """Gives a reason as it reads behind the model's name, where a runtime's own words begin with it."""
+    return reason.removeprefix(f"model '{model}': ")

@@ -13,7 +13,7 @@ from broker.lanes import waiting_entries
 from broker.lifecycle import State
 from broker.policies import Active, PolicyBook
 from broker.policy import Lane, Model
-from broker.records import ModelFacts, ModelOnHost
+from broker.records import ModelFacts, ModelOnHost, without_name
 from broker.store import Store
 from broker.today import Today, by_model
 
@@ -273,7 +273,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         label=model.label or "",
         runtime=model.backend,
         state=state,
-        reason=_reason(best, facts.failure if state == "quarantined" else ""),
+        reason=without_name(name, _reason(best, facts.failure if state == "quarantined" else "")),
         first_token_ms=best.first_token_ms if best is not None else 0,
         waiting=picture.waiting.get(name, 0),
         max_queue=lane.max_queue if lane is not None else 0,

@@ -218,7 +218,8 @@ class Store:
         """Names the server settings that would break a promise, as sentences."""
         found = []
         if not (durable := await self.durability()).startswith("aof"):
-            found.append(f"Redis keeps {durable}: set `appendonly yes` or a crash of Redis loses accepted jobs")
+            kept = {"none": "no file", "rdb": "snapshots only"}.get(durable, "what nobody may look up")
+            found.append(f"Redis keeps {kept}, so a crash of it loses accepted jobs: set `appendonly yes`")
         try:
             policy = (await self.command("CONFIG", "GET", "maxmemory-policy"))[1].decode()
         except (errors.BrokerError, IndexError):

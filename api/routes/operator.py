@@ -29,7 +29,7 @@ async def ask_of_model(name: str, verb: str, gateway: Gate, _caller: Caller) -> 
         case "warm":
             await operator.warm(store, active, gateway.fleet, model)
         case "unload":
-            await operator.unload(store, gateway.fleet, model)
+            await operator.unload(store, active, gateway.fleet, model)
         case "reset":
             await operator.reset(store, gateway.fleet, model)
         case "pin" | "unpin":

@@ -29,7 +29,7 @@ async def test_a_model_unloaded_by_hand_stays_cold_until_somebody_asks(world: Wo
     """Keep-warm would bring it back within half a second, and the operator who wants the GPU would lose that race."""
     await world.apply({"big": simulated()})
     host = await world.warm_host()
-    await operator.unload(world.store, world.fleet, "big")
+    await operator.unload(world.store, world.book.active, world.fleet, "big")
     await world.until_model("big", "cold")
     await _steps(host, "big")  # each of which would wake it
     assert host.residents.wakers["big"].state == "cold"
@@ -42,7 +42,7 @@ async def test_a_model_unloaded_by_hand_stays_cold_until_somebody_asks(world: Wo
 
 async def test_unloading_a_cold_keep_warm_model_keeps_it_cold(world: World) -> None:
     await world.apply({"big": simulated()})
-    await operator.unload(world.store, world.fleet, "big")
+    await operator.unload(world.store, world.book.active, world.fleet, "big")
     host = await world.host()
     await _steps(host, "big")
     assert host.residents.wakers["big"].state == "cold"
@@ -60,7 +60,7 @@ async def test_a_busy_model_is_not_unloaded(world: World) -> None:
     await ask.until_state(State.STREAMING)
     await eventually(lambda: _used(world, "big"), what="the heartbeat tells of the slot")
     with pytest.raises(errors.WishRefused, match="big is at work in 1 slot; try again when it is idle"):
-        await operator.unload(world.store, world.fleet, "big")
+        await operator.unload(world.store, world.book.active, world.fleet, "big")
     assert (await world.model("big")).state == "warm"
     assert world.fleet.picture.facts["big"].unloaded_until == 0, "a refusal leaves no wish"
     await jobs.cancel(world.store, ask.job_id)

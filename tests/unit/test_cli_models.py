@@ -33,6 +33,22 @@ models:
   small:
     backend: simulated
     model: weights
+    label: Little one
+  far:
+    backend: openai
+    model: weights
+    url: https://example.com
+    trust: remote
+lanes:
+  nightly:
+    target: small
+routing:
+  - match: { lane: fast-edit }
+    target: small
+  - match: { lane: either, promptTokensOver: 9 }
+    target: big
+  - match: { lane: either }
+    target: small
 """
 
 Command = Callable[..., Awaitable[Ran]]
@@ -93,7 +109,7 @@ async def test_warm_waits_for_the_first_token(scene: Scene) -> None:
 
 async def test_warm_says_why_it_does_not_come(scene: Scene) -> None:
     """A quarantine is a refusal before anything is asked for; a limit is a limit."""
-    (await scene.run("model", "warm", "big", "--wait", "0")).complains(1, "big is cold after 0 s")
+    (await scene.run("model", "warm", "big", "--wait", "0")).complains(1, "big is still cold after 0 s")
     now = await scene.store.now_ms()
     await hosts.learn(scene.store, "big", quarantined_until=now + 60_000, failure="there is no GGUF file")
     before = await scene.facts()
@@ -135,6 +151,34 @@ async def test_pin_unpin_and_reset_are_written_at_once(scene: Scene) -> None:
     assert ran.out == "big is in no quarantine, its failures are forgotten\n"
 
 
+@pytest.mark.parametrize("name", ["small", "Little one", "fast-edit", "nightly", "small.batch"])
+async def test_every_name_that_leads_to_a_model_will_do(scene: Scene, name: str) -> None:
+    """Those that `gateway model list` and the status show above all."""
+    assert (await scene.run("model", "pin", name)).out == "small is pinned until `gateway model unpin small`\n"
+
+
+async def test_a_name_that_leads_to_two_models_is_asked_back(scene: Scene) -> None:
+    (await scene.run("model", "pin", "either")).complains(1, "'either' leads to big and small: name one of them")
+
+
+async def test_warm_says_that_all_hosts_are_set_aside(scene: Scene) -> None:
+    """At once, and with the way out: a wait would come to nothing."""
+    await scene.beat(draining=True, big=ModelOnHost(reason="unloaded by hand"))
+    ran = await scene.run("model", "warm", "big")
+    ran.complains(1, "big stays cold, because no host that serves it takes new work: `gateway undrain gpu1`")
+    await scene.beat(draining=True, big=WARM)
+    assert (await scene.run("model", "warm", "big")).code == 0
+
+
+async def test_unload_tells_what_is_true_of_a_model_that_is_not_just_cold(scene: Scene) -> None:
+    now = await scene.store.now_ms()
+    await hosts.learn(scene.store, "big", quarantined_until=now + 60_000, failure="model 'big': there is no GGUF file")
+    ran = await scene.run("model", "unload", "big")
+    assert ran.out == "big is not in memory: it is quarantined: there is no GGUF file\n"
+    await scene.beat(far=replace(WARM, manageable=False))
+    (await scene.run("model", "unload", "far")).complains(1, "far is a remote provider's, so there is nothing here to")
+
+
 async def test_unload_says_what_stands_in_its_way(scene: Scene) -> None:
     """At work, being loaded, not ours, nobody who hears: nothing is written, and the sentence says which."""
     cases = {
@@ -172,7 +216,9 @@ async def test_a_host_that_does_not_hear_is_a_sentence(scene: Scene) -> None:
 
 async def test_drain_waits_for_what_runs(scene: Scene) -> None:
     await scene.beat(draining=True, big=replace(WARM, slots_used=1))
-    (await scene.run("drain", "gpu1", "--wait", "0")).complains(1, "gpu1 takes no more work, but 1 of its slots")
+    (await scene.run("drain", "gpu1", "--wait", "0")).complains(
+        1, "gpu1 takes no more work, and 1 slot is still at work after 0 s"
+    )
     assert "host: gpu1 draining (1 still running)" in (await scene.run("status")).out
     await scene.beat(draining=True, big=WARM)
     ran = await scene.run("drain", "gpu1")

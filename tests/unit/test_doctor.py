@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from api.cli_doctor import _loaded, _ollama
+from api.client import REMEDY
 from api.doctor import Facts, Finding, OllamaModel, RedisFacts, examine
 from broker import hosts
 from broker.policies import PolicyBook
@@ -67,13 +68,14 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        (replace(WELL, problem="The gateway at http://x can't be reached: refused."),
-         "The gateway at http://x can't be reached: refused: start `gateway up` or `gateway api`, or set GATEWAY_URL "
-         "to where it listens"),
+        (replace(WELL, problem=f"The gateway at http://x can't be reached (a: b): {REMEDY}."),
+         f"The gateway at http://x can't be reached (a: b): {REMEDY}"),
+        (replace(WELL, shown=replace(SHOWN, hosts=(replace(HOST, draining=True),))),
+         "gpu1 takes no new work: `gateway undrain gpu1` ends that"),
         (replace(WELL, redis=RedisFacts(away=True)),
          "Redis does not answer the gateway: start it, or mend GATEWAY_REDIS_URL"),
-        (replace(WELL, redis=RedisFacts(unfit=("Redis keeps none: set `appendonly yes`",))),
-         "Redis keeps none: set `appendonly yes`"),
+        (replace(WELL, redis=RedisFacts(unfit=("Redis keeps no file, so jobs are lost: set `appendonly yes`",))),
+         "Redis keeps no file, so jobs are lost: set `appendonly yes`"),
         (replace(WELL, shown=replace(SHOWN, hosts=())),
          "no worker is alive, so nothing can be served: start `gateway worker`"),
         (replace(WELL, shown=replace(SHOWN, hosts=(replace(HOST, policy_version=2),))),
