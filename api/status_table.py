@@ -112,6 +112,13 @@ def _notes(model: ModelStatus) -> list[str]:
         words.append(f"is {model.state}: {model.reason}{left}")
     if model.parallel:
         words.append(f"runs {model.parallel} of {model.max_concurrent} in parallel, so it has {model.parallel} slots")
+    if model.outside_hours and model.state == "cold":
+        words.append(f"is not kept warm now: its activeHours are {model.outside_hours}")
+    if model.sessions_on_fallback:
+        count = model.sessions_on_fallback
+        words.append(f"has {count} session{'s'[: count != 1]} that stay{'s'[: count == 1]} on its fallback for a while")
+    if model.downgraded:
+        words.append(f"had {model.downgraded} of its last {model.asked} jobs served by another model")
     if model.pinned:
         words.append("is pinned")
     if model.unloaded_ms and model.keep_warm:

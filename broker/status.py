@@ -47,6 +47,9 @@ class ModelStatus:
     hosts: tuple[str, ...] = ()
     simulated: bool = False
     keep_warm: bool = False
+    outside_hours: str = ""
+    """Its `activeHours` while it is not kept warm because of them; empty within them, and where the worker's own zone
+    decides."""
     failures: int = 0
     wanted: bool = False
     pinned: bool = False
@@ -285,6 +288,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         hosts=tuple(sorted(there)),
         simulated=model.backend == "simulated" or any(m.runtime == "simulated" for m in there.values()),
         keep_warm=model.keep_warm,
+        outside_hours=_outside_hours(model, picture.at_ms),
         failures=facts.failures,
         wanted=facts.wanted_until > picture.at_ms,
         pinned=facts.pinned,
@@ -308,6 +312,12 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         in_time_asked=today.in_time_asked,
         in_time_any=today.in_time_any,
     )
+
+
+def _outside_hours(model: Model, at_ms: int) -> str:
+    hours = model.hours
+    known = model.keep_warm and hours is not None and hours.zone is not None
+    return model.active_hours or "" if known and hours is not None and not hours.contains(at_ms) else ""
 
 
 def _host_status(name: str, picture: Picture) -> HostStatus:

@@ -218,8 +218,7 @@ class Store:
         """Names the server settings that would break a promise, as sentences."""
         found = []
         if not (durable := await self.durability()).startswith("aof"):
-            kept = {"none": "no file", "rdb": "snapshots only"}.get(durable, "what nobody may look up")
-            found.append(f"Redis keeps {kept}, so a crash of it loses accepted jobs: set `appendonly yes`")
+            found.append(_NOT_DURABLE[durable])
         try:
             policy = (await self.command("CONFIG", "GET", "maxmemory-policy"))[1].decode()
         except (errors.BrokerError, IndexError):
@@ -268,6 +267,12 @@ class Tail:
         items = reply.items() if isinstance(reply, dict) else reply
         return [(k.decode(), [e for e in (v[0] if isinstance(reply, dict) else v)]) for k, v in items]
 
+
+_NOT_DURABLE = {
+    "none": "Redis keeps no file, so a crash of it loses accepted jobs: set `appendonly yes`",
+    "rdb": "Redis keeps snapshots only, so a crash of it loses accepted jobs: set `appendonly yes`",
+    "unknown": "Redis does not tell whether a crash of it loses accepted jobs: make sure of `appendonly yes`",
+}
 
 _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "STALE": errors.StaleAttempt,

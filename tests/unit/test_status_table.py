@@ -170,6 +170,40 @@ def test_what_an_operator_did_and_what_ends_by_itself_is_told() -> None:
     ]
 
 
+def test_what_a_promise_of_the_policy_is_doing_is_told() -> None:
+    """A model that is kept warm and cold, sessions that stay elsewhere, jobs that another model serves."""
+    hours = "Mon-Fri 08:00-19:00 Europe/Berlin"
+    shown = Snapshot(
+        models=(
+            ModelStatus(name="office", state="cold", keep_warm=True, outside_hours=hours),
+            ModelStatus(name="late", state="warm", keep_warm=True, outside_hours=hours),
+            ModelStatus(name="big", state="waking", sessions_on_fallback=3, asked=24, downgraded=6),
+            ModelStatus(name="one", state="warm", sessions_on_fallback=1, asked=24),
+        ),
+        hosts=(HostStatus(name="gpu1"),),
+    )
+    assert status_table(shown).splitlines()[6:] == [
+        f"note: office is not kept warm now: its activeHours are {hours}",
+        "note: big is waking: for 0ms",
+        "note: big has 3 sessions that stay on its fallback for a while",
+        "note: big had 6 of its last 24 jobs served by another model",
+        "note: one has 1 session that stays on its fallback for a while",
+    ]
+
+
+async def test_the_snapshot_tells_which_hours_keep_a_model_cold() -> None:
+    """Where the hours name a zone; without one they are the worker's, and not the api's to judge."""
+    store = Store.fake(fake_redis(), namespace=new_namespace())
+    store.clock = lambda: 1_764_331_200_000  # a Friday, 12:00 UTC
+    book = PolicyBook(store)
+    hours = {"in": "Fri 11:00-13:00 UTC", "out": "Sat 11:00-13:00 UTC", "here": "Sat 11:00-13:00"}
+    rows = [f"{n}: {{backend: simulated, model: x, keepWarm: true, activeHours: '{h}'}}" for n, h in hours.items()]
+    await book.apply(f"models: {{{', '.join(rows)}}}")
+    shown = await snapshot(store, book, Fleet(store, book))
+    assert {m.name: m.outside_hours for m in shown.models} == {"in": "", "out": hours["out"], "here": ""}
+    await store.close()
+
+
 async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share() -> None:
     """From what workers, operators and the scripts that ended jobs wrote, over all callers of a model."""
     store = Store.fake(fake_redis(), namespace=new_namespace())
