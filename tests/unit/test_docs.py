@@ -2,12 +2,17 @@
 
 import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from api import cli
 from broker import keyspace, lifecycle
+from broker.policy import content
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,3 +34,59 @@ def test_generated_blocks_are_what_the_code_prints(name: str) -> None:
         page.write_text(block.sub(lambda m: m.group(1) + wanted + m.group(3), text))
         return
     assert found.group(2) == wanted, "run WARMLANE_ACCEPT=1 python -m pytest tests/unit/test_docs.py"
+
+
+# --- README ------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+GATEWAY = typer.main.get_command(cli.app)
+
+
+def test_readme_names_every_key_of_the_policy() -> None:
+    """A key that only the schema knows is found by nobody who reads before asking."""
+    words = set(re.findall(r"\w+", README))
+    keys = {
+        field.alias or name
+        for part in (content.Content, content.Model, content.LaneEntry, content.Match, content.Rule)
+        for name, field in part.model_fields.items()
+    }
+    assert len(keys) > 40 and keys - words == set()
+
+
+def test_readme_shows_every_command() -> None:
+    commands = [" ".join(words) for words, _ in _commands(GATEWAY, ["gateway"])]
+    assert len(commands) > 20 and [command for command in commands if command not in README] == []
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("    gateway ")])
+def test_command_lines_of_readme_are_understood(line: str) -> None:
+    """As a shell would pass them on; nothing is run."""
+    words = shlex.split(line, comments=True)[1:]
+    command, words = _find(words)
+    with command.make_context("gateway", ["1" if word == "VERSION" else word for word in words]):
+        pass
+
+
+@pytest.mark.parametrize("text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README))))
+def test_commands_in_the_prose_of_readme_exist(text: str) -> None:
+    """With each option that is written behind them."""
+    command, words = _find(re.split(r"[ |]+", text)[1:])
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert not hasattr(command, "commands"), "a group alone does nothing"
+    assert {word for word in words if word.startswith("-")} <= known
+
+
+def _commands(command: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
+    if hasattr(command, "commands"):
+        for name, below in command.commands.items():
+            yield from _commands(below, [*path, name])
+    else:
+        yield path, command
+
+
+def _find(words: list[str]) -> tuple[Any, list[str]]:
+    """Follows the words to a command; gives it, and the words that are its own."""
+    command, left = GATEWAY, list(words)
+    while hasattr(command, "commands") and left:
+        command = command.commands[left.pop(0)]
+    return command, left
