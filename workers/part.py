@@ -22,7 +22,8 @@ def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[st
     except SettingsInvalid as problem:
         print(problem, file=sys.stderr)
         raise SystemExit(BAD_SETTING_EXIT) from None
-    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    words = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(level=settings.log_level, format=words, stream=sys.stderr)
     for name in quiet:
         logging.getLogger(name).setLevel(logging.WARNING)
     collector.settle()
