@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from api.discover import FoundRuntime, aliases_of, is_usable, keys_of, quoted
 from api.gguf_files import GgufFile
 from api.status_table import size
-
-LOADED = 1.2
-"""A loaded model needs about this many times the size of its weights."""
+from broker.policy.warm_together import FILE_SHARE
 
 USABLE = 0.9
 """Of the machine's memory, what models may have."""
@@ -49,7 +47,7 @@ class _Offer:
     @property
     def needs(self) -> int:
         """What it should occupy once loaded, in bytes; 0 = not known."""
-        return int(self.size_bytes * LOADED)
+        return int(self.size_bytes * FILE_SHARE)
 
 
 def starter(found: Sequence[FoundRuntime], files: Sequence[GgufFile], machine: Machine) -> Starter:

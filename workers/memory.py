@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from broker.policy.warm_together import FILE_SHARE
+
 SAFETY = 1.05
 """A load needs a little more than its footprint while it goes on."""
-
-FILE_SHARE = 1.2
-"""A model of which only the file is known is expected to need this many times its size."""
 
 FITS_AGAIN = 1.05
 """One that cannot fit fits again only with this much to spare, so that the answer does not flap."""

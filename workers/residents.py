@@ -153,7 +153,7 @@ class Residents:
         while waker.leaving and not waker.slots.idle:  # noqa: ASYNC110  # it may come back meanwhile
             await asyncio.sleep(LEAVE_LOOK_S)
         if waker.leaving and waker.resident:
-            await waker.unload("removed from the policy")  # a runtime that is not ours would keep it for ever
+            await waker.unload("no longer served by this host")  # a runtime that is not ours would keep it for ever
         if waker.leaving and self.wakers.get(waker.name) is waker:
             del self.wakers[waker.name]
             self._running.pop(waker.name).cancel()

@@ -21,6 +21,13 @@ def _exists(file: str) -> bool:
     return os.path.exists(os.path.expanduser(file))
 
 
+def _size_of(file: str) -> int:
+    try:
+        return os.path.getsize(os.path.expanduser(file))
+    except OSError:
+        return 0
+
+
 class Policy(Content):
     """One policy file that has passed every check. It is made by `parse`, never changes, and is compared by digest."""
 
@@ -97,9 +104,18 @@ class Policy(Content):
         """Gives every name that a client can ask for: models, aliases, routing names, lanes."""
         return lanes.known_names(self)
 
-    def warnings(self, *, host_memory_mb: int | None = None, exists: Callable[[str], bool] = _exists) -> list[str]:
-        """Gives what works but will disappoint; memory is judged only where a host's memory is given."""
-        found = warnings_of(self, self._lanes, host_memory_mb=host_memory_mb, exists=exists)
+    def warnings(
+        self,
+        *,
+        host_memory_mb: int | None = None,
+        exists: Callable[[str], bool] = _exists,
+        size_of: Callable[[str], int] = _size_of,
+    ) -> list[str]:
+        """Gives what works but will disappoint; memory is judged only where a host's memory is given.
+
+        `size_of` gives the bytes of a file, 0 where there is none: what a model needs of which nothing else is known.
+        """
+        found = warnings_of(self, self._lanes, host_memory_mb=host_memory_mb, exists=exists, size_of=size_of)
         return self._document.in_order(found)
 
     @classmethod

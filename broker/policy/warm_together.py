@@ -1,15 +1,18 @@
 """Whether the models that are to be kept warm fit into memory together, on the hosts and at the hours that the policy
 gives them. Pure.
 
-Not in question are models whose memory is unknown or not a host's of ours. Where the policy names no hosts there is
-one; `replicas` says that there are at least so many.
+Not in question are models whose memory is unknown and not to be guessed from a file, or not a host's of ours. Where the
+policy names no hosts there is one; `replicas` says that there are at least so many.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from broker.policy.content import Model
+
+FILE_SHARE = 1.2
+"""A model of which only the file is known is expected to need this many times its size."""
 
 SEARCH_MAX = 20_000
 """Steps of the search for a place for each model; past them they are taken to fit."""
@@ -46,6 +49,17 @@ class _Warm:
     copies: int
     hosts: frozenset[str]
     model: Model
+
+
+def with_sizes(models: dict[str, Model], size_of: Callable[[str], int]) -> dict[str, Model]:
+    """Gives the models, those of which only the file is known with what a file of its size should need."""
+    return {
+        name: model.model_copy(update={"memory_mb": guess})
+        if model.memory_mb is None and model.backend == "llama.cpp" and model.url is None
+        and (guess := int(size_of(model.model) * FILE_SHARE) >> 20)
+        else model
+        for name, model in models.items()
+    }  # fmt: skip
 
 
 def clashes(models: dict[str, Model], host_memory_mb: int) -> Iterator[Clash]:

@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator
 from broker.policy.checks import Finding, fallback_path
 from broker.policy.content import Content, Match, Model, is_loopback
 from broker.policy.lanes import CANDIDATES_MAX, Lane, covers
-from broker.policy.warm_together import Clash, clashes
+from broker.policy.warm_together import Clash, clashes, with_sizes
 
 
 def warnings_of(
-    content: Content, lanes: dict[str, Lane], *, host_memory_mb: int | None, exists: Callable[[str], bool]
+    content: Content,
+    lanes: dict[str, Lane],
+    *,
+    host_memory_mb: int | None,
+    exists: Callable[[str], bool],
+    size_of: Callable[[str], int],
 ) -> list[Finding]:
     """Gives what works but will disappoint."""
     return [
@@ -22,7 +27,7 @@ def warnings_of(
         *_weak_fallbacks(content, lanes),
         *_late_promotions(content, lanes),
         *_idle_downgrade_keys(content, lanes),
-        *_memory(content, lanes, host_memory_mb),
+        *_memory(content, lanes, host_memory_mb, size_of),
         *_weak_rules(content),
     ]
 
@@ -90,27 +95,34 @@ def _idle_downgrade_keys(content: Content, lanes: dict[str, Lane]) -> Iterator[F
             yield ("models", name, "stickyPromotionMs"), "has no effect, because the model has no fallback"
 
 
-def _memory(content: Content, lanes: dict[str, Lane], host_memory_mb: int | None) -> Iterator[Finding]:
+def _memory(
+    content: Content, lanes: dict[str, Lane], host_memory_mb: int | None, size_of: Callable[[str], int]
+) -> Iterator[Finding]:
     if host_memory_mb is None:
         return
+    models = with_sizes(content.models, size_of)
+
+    def words(name: str, mb: int) -> str:
+        return f"{'' if content.models[name].memory_mb else 'about '}{mb} MB"
+
     for name, model in content.models.items():
         fallback = lanes[name].fallback
         other = name if fallback is None else lanes[fallback].model
         if other == name or not _share_a_host(model, content.models[other]):
             continue
-        mine, theirs = model.memory_mb, content.models[other].memory_mb
+        mine, theirs = models[name].memory_mb, models[other].memory_mb
         if mine is not None and theirs is not None and mine + theirs > host_memory_mb:
             yield (
                 fallback_path(content, name),
-                f"'{name}' ({mine} MB) and its fallback '{other}' ({theirs} MB) do not fit together "
-                f"into {host_memory_mb} MB",
+                f"'{name}' ({words(name, mine)}) and its fallback '{other}' ({words(other, theirs)}) do not fit "
+                f"together into {host_memory_mb} MB",
             )
-    for clash in clashes(content.models, host_memory_mb):
-        yield ("models",), _too_warm(clash, host_memory_mb)
+    for clash in clashes(models, host_memory_mb):
+        yield ("models",), _too_warm(clash, host_memory_mb, words)
 
 
-def _too_warm(clash: Clash, host_memory_mb: int) -> str:
-    sizes = ", ".join(f"'{name}' ({f'{n} x ' if n > 1 else ''}{size} MB)" for name, size, n in clash.models)
+def _too_warm(clash: Clash, host_memory_mb: int, words: Callable[[str, int], str]) -> str:
+    sizes = ", ".join(f"'{name}' ({f'{n} x ' if n > 1 else ''}{words(name, size)})" for name, size, n in clash.models)
     there = "a host has" if clash.hosts == 1 else f"{clash.hosts} hosts have"
     each = "" if clash.hosts == 1 else " each"
     when = f" on {clash.when}" if clash.when else " at once"

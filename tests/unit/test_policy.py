@@ -1084,6 +1084,28 @@ def test_the_check_says_in_numbers_which_models_cannot_be_warm_together(
     assert words is None or words in told[0]
 
 
+def test_a_model_of_which_only_the_file_is_known_is_judged_by_its_size() -> None:
+    """Few people write `memoryMb`; a server at a url has a file that is not ours to look at."""
+    rows = [
+        "models:",
+        "  a: { backend: llama.cpp, model: /a.gguf, keepWarm: true, fallback: b }",
+        "  b: { backend: llama.cpp, model: /b.gguf, keepWarm: true, memoryMb: 30 }",
+        "  c: { backend: llama.cpp, model: /a.gguf, keepWarm: true, url: 'http://127.0.0.1:1' }",
+    ]
+
+    def told(file_mb: int) -> list[str]:
+        policy = Policy.parse("\n".join(rows))
+        return policy.warnings(host_memory_mb=60, exists=lambda _: True, size_of=lambda _: file_mb << 20)
+
+    assert told(25) == [], "1.2 times 25 and 30 are 60"
+    assert told(0) == [], "nothing is known of it"
+    assert told(30) == [
+        "line 1: models: the models to keep warm, 'a' (about 36 MB), 'b' (30 MB), do not fit together: they need 66 MB "
+        "at once, and a host has 60 MB; keep exactly one high-value coder warm, and let the others wake on demand",
+        "line 2: models.a.fallback: 'a' (about 36 MB) and its fallback 'b' (30 MB) do not fit together into 60 MB",
+    ]
+
+
 def test_a_model_on_another_machine_takes_no_memory_of_ours() -> None:
     rows = [
         "models:",
