@@ -7,6 +7,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from api.cli_policy import UNREACHABLE, Failed
+from api.listen import DEFAULT_URL
 
 ANSWER_S_MAX = 10.0
 REMEDY = "start `gateway up`, or set GATEWAY_URL to where it listens"
@@ -14,7 +15,7 @@ REMEDY = "start `gateway up`, or set GATEWAY_URL to where it listens"
 
 def gateway_url() -> str:
     """Where the gateway listens, as the environment says."""
-    return os.environ.get("GATEWAY_URL", "http://127.0.0.1:8400").rstrip("/")
+    return os.environ.get("GATEWAY_URL", DEFAULT_URL).rstrip("/")
 
 
 async def ask(method: str, path: str) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from ipaddress import ip_address
 
 from api.state_dir import CannotStart
 
+DEFAULT_URL = "http://127.0.0.1:8400"
+"""Where a gateway is when nobody said anything."""
+
 
 @dataclass(frozen=True)
 class Listen:

@@ -20,7 +20,7 @@ import httpx
 from api.children import Child, Part, Say, keep_alive
 from api.discover import discover
 from api.embedded_redis import EmbeddedRedis
-from api.listen import Listen
+from api.listen import DEFAULT_URL, Listen
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
 from broker.errors import BrokerError, BrokerUnavailable
@@ -233,6 +233,8 @@ class _House:
             self._say(f"          {warning}")
         self._say(f"models    {', '.join(policy.models)}")
         self._say(f"clients   OPENAI_BASE_URL={self._listen.url}/v1 OPENAI_API_KEY={key}")
+        if self._listen.url != DEFAULT_URL:
+            self._say(f"commands  GATEWAY_URL={self._listen.url} gateway status")
 
     async def _tell_when_ready(self) -> None:
         async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:

@@ -56,7 +56,11 @@ def read_settings(kind: type[Settings]) -> Settings:
     try:
         return kind()
     except ValidationError as error:
-        raise SettingsInvalid([_sentence(problem["loc"], problem["msg"]) for problem in error.errors()]) from None
+        raise SettingsInvalid([_sentence(p["loc"], _PLAIN.get(p["type"], p["msg"])) for p in error.errors()]) from None
+
+
+_PLAIN = {"int_parsing": "must be a whole number"}
+"""What pydantic says in more words."""
 
 
 def _sentence(place: tuple[int | str, ...], message: str) -> str:

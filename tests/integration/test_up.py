@@ -145,6 +145,7 @@ async def test_it_says_where_everything_is_and_ends_in_order(tmp_path: Path) -> 
         assert run.says("policy ", "version 1", "neither Ollama nor llama-server was found here", "simulated")
         assert run.says("one warning")
         assert run.says("clients ", "OPENAI_BASE_URL=http://127.0.0.1:")
+        assert run.says("commands ", "GATEWAY_URL=http://127.0.0.1:"), "the port is not the usual one"
         await run.until_said("worker ", "pid")
         await run.until_said("scheduler ", "pid")
         assert run.says("api ", "keys anna:secret")

@@ -204,7 +204,7 @@ def test_init_goes_by_the_memory_that_a_worker_would_have(
     monkeypatch.setenv("GATEWAY_MEMORY_MB", "2048")
     assert "this machine has 2.0G of memory for models" in gateway("init").out
     monkeypatch.setenv("GATEWAY_MEMORY_MB", "much")
-    gateway("init", "other.yaml").complains(2, "GATEWAY_MEMORY_MB")
+    gateway("init", "other.yaml").complains(2, "GATEWAY_MEMORY_MB must be a whole number")
 
 
 def test_init_replaces_nothing_unless_told_to(here: Path, gateway: Gateway) -> None:
