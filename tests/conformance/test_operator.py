@@ -52,7 +52,7 @@ def test_an_operators_morning(tmp_path: Path, gateway: Gateway, monkeypatch: pyt
             next(pieces)  # its model was woken by the request
             block_until(lambda: _model(up, "big")["slots_used"] == 1, what="the heartbeat tells of the slot")
             assert "at work in 1 slot" in said("model", "unload", "big", code=1)
-            assert "takes no more work, but 1" in said("drain", "box", "--wait", "0", code=1)
+            assert "takes no more work, and 1 slot is still at work" in said("drain", "box", "--wait", "0", code=1)
             assert "did you mean box?" in said("drain", "bxo", code=1)
             refused = http.post(f"{up.url}/v1/chat/completions", json={**asked, "stream": False})
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_unavailable")
