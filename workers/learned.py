@@ -45,13 +45,14 @@ class LearnedHere:
             self._known[name] = await hosts.learned_here(self._store, name, self._host)
 
     async def note_load(self, name: str, model: Model, *, load_ms: float, footprint_bytes: int) -> None:
-        """Learns from a load; 0 bytes = the runtime could not tell."""
+        """Learns from a load; 0 bytes = the runtime could not tell, 0 ms = it was in memory already."""
         known = self.of(name, model)
+        mean_ms = known.load_ms + EWMA * (load_ms - known.load_ms) if known.load_ms and load_ms else load_ms
         await self._note(
             name,
             Learned(
                 footprint_bytes=footprint_bytes or known.footprint_bytes,
-                load_ms=round(known.load_ms + EWMA * (load_ms - known.load_ms) if known.load_ms else load_ms, 1),
+                load_ms=round(mean_ms, 1) or known.load_ms,
                 definition=definition_of(model),
             ),
         )
@@ -59,7 +60,7 @@ class LearnedHere:
     async def note_size(self, name: str, model: Model, memory_bytes: int) -> None:
         """Learns that a resident model has grown since its load: buffers and weights that are touched later."""
         known = self.of(name, model)
-        if known.load_ms and memory_bytes > known.footprint_bytes * GREW:
+        if known.definition and memory_bytes > known.footprint_bytes * GREW:
             await self._note(
                 name,
                 Learned(footprint_bytes=memory_bytes, load_ms=known.load_ms, definition=known.definition),

@@ -187,7 +187,7 @@ class Residents:
         waker = self.wakers[name]
         state = await waker.runtime.state()  # asked first: some know only then whether they can be managed
         if state == "loaded" or not waker.ours:
-            yield Claim(name)
+            yield Claim(name, there=state == "loaded")
             return
         await self.footprints.inquire(waker)
         self._judge(waker, await self._room.look())

@@ -25,7 +25,7 @@ log = logging.getLogger("warmlane.wake")
 class Woken:
     """What a wake that succeeded has shown, in ms."""
 
-    load_ms: float
+    load_ms: float  # 0 = it was in memory already
     first_token_ms: float
 
 

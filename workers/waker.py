@@ -264,7 +264,7 @@ class Waker(ModelHere):
 
     async def _woken(self, woken: Woken) -> None:
         self.upkeep.woken()
-        self.last_load_ms = woken.load_ms
+        self.last_load_ms = woken.load_ms or self.last_load_ms
         self.slots.restarted()
         self.slots.offer(self.overlap.slots)
         self._warm_since_s = self._idle_since_s = self._loop.time()

@@ -1,6 +1,7 @@
 """Two models that do not fit together: who goes, who stays, and what the others hear."""
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest_asyncio
 
 from broker import errors
 from broker.lifecycle import State
-from broker.records import ModelOnHost
+from broker.records import ModelFacts, ModelOnHost
 from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import ROOT, World, eventually, simulated, until, words, worker_world
+from tests.support.worker_world import BOUND_S, ROOT, World, eventually, simulated, until, words, worker_world
 from workers import residents, room, waker
 from workers.memory import HostMemory
 from workers.meter import Meter
@@ -21,6 +22,7 @@ from workers.runtimes import ollama
 
 pytestmark = pytest.mark.real
 LIMIT_MB = 1000
+LOAD_S = 0.5
 
 
 @pytest_asyncio.fixture
@@ -372,6 +374,29 @@ async def test_where_a_runtime_cannot_tell_the_policys_figure_counts(
         assert host.residents.footprints.memory().used == 700 << 20, "mute went for it"
 
 
+async def test_a_model_that_is_found_in_memory_teaches_nothing_of_loads(world: World) -> None:
+    """An Ollama keeps its models while our worker restarts. Were the second wake a load, the model would be predicted
+    to come back within milliseconds from then on, and nobody who waits for it would be promoted in time."""
+    async with FakeOllama("qwen:32b").running() as server:
+        await world.apply({"big": {"backend": "ollama", "model": "qwen:32b", "url": server.url, "keepWarm": True}})
+        server.hold_loads()
+        await world.host("gpu1")
+        await asyncio.wait_for(server.load_seen.wait(), BOUND_S)
+        asyncio.get_running_loop().call_later(LOAD_S, server.release_loads)
+        first = await world.until_model("big", "warm")
+        await world.leave("gpu1")
+        assert first.load_ms >= LOAD_S * 900
+
+        for host in ("gpu1", "gpu2"):
+            await world.host(host)
+            again = await world.until_model("big", "warm", host=host)
+            assert again.load_ms == (first.load_ms if host == "gpu1" else 0)
+            await world.fleet.look()
+            assert world.fleet.picture.facts["big"].load_ms == first.load_ms
+            await world.leave(host)
+        assert server.loads_started == ["qwen:32b"]
+
+
 RUNS_OUT = """
 import os, sys
 if os.path.exists(sys.argv[1]):
@@ -403,3 +428,40 @@ async def test_a_load_that_runs_out_of_memory_makes_all_the_room_there_is_and_tr
     assert (record.served_by, record.state) == ("low@gpu1", State.DONE)
     facts = await world.store.hash(world.store.keys.model("low"))
     assert facts.get(b"failures", b"0") == b"0", "not even quarantined for a moment"
+
+
+ALWAYS_OUT = """
+import pathlib, sys
+pathlib.Path(sys.argv[1]).touch()
+sys.exit("ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory")
+"""
+
+
+async def test_a_load_that_runs_out_of_memory_and_then_finds_no_room_has_failed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else took the memory meanwhile. It was tried, so it counts among the five in an hour, and is not asked
+    again every few seconds like one for which there was no room from the start."""
+    tried = tmp_path / "tried"
+    script = tmp_path / "always_out.py"
+    script.write_text(ALWAYS_OUT)
+
+    def limited(self: Meter, occupied: int) -> HostMemory:
+        return HostMemory(LIMIT_MB << 20, (LIMIT_MB << 20) if tried.exists() else occupied, source="limit")
+
+    monkeypatch.setattr(Meter, "limited", limited)
+    monkeypatch.setattr(room, "ROOM_STILL_S", 0.3)
+    monkeypatch.setattr(residents, "WATCH_EVERY_S", 60.0)  # else it is soon called unfit as well
+    command = [sys.executable, str(script), str(tried), "--port", "{port}"]
+    low = {"backend": "llama.cpp", "model": "x", "command": command, "memoryMb": 10}
+    await world.apply({"low": low})
+    await world.host(memory_mb=LIMIT_MB)
+    await world.submit("low")
+
+    async def failed() -> ModelFacts | None:
+        facts = ModelFacts.from_hash(await world.store.hash(world.store.keys.model("low")))
+        return facts if facts.failed_at else None
+
+    facts = await eventually(failed, what="the load counts as failed")
+    assert (facts.failures, len(json.loads(facts.failed_at))) == (1, 1)
+    assert facts.failure.startswith("low needs 10 MB and 0 MB are free")

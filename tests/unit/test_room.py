@@ -11,7 +11,7 @@ import pytest
 from tests.support.jump_loop import passes, run_in_virtual_time
 from workers import room as room_module
 from workers.memory import HostMemory, Resident
-from workers.room import Look, NoRoom, Room
+from workers.room import Claim, Look, NoRoom, Room
 from workers.runtimes.base import LoadFailed
 
 GB = 1 << 30
@@ -320,3 +320,27 @@ async def test_nothing_else_starts_while_a_load_that_ran_out_of_memory_is_tried_
     assert box.evicted == [("a", "new")]
     began = await box.load("a", 5, takes_s=1)
     assert retried.done() and began > 3 + room_module.ROOM_STILL_S + 3
+
+
+@virtual
+async def test_out_of_memory_and_then_no_room_is_no_second_try() -> None:
+    """Somebody else has taken what the first try gave back: the second would only run out of memory again."""
+    box = Box()
+
+    def runs_out(_calls: int) -> bool:
+        box.foreign = 22
+        return True
+
+    runtime = Loads(runs_out)
+    with pytest.raises(NoRoom, match="new needs 5120 MB and 2048 MB are free"):
+        await load(box, runtime)
+    assert runtime.calls == 1
+    assert box.room.loading == []
+
+
+@virtual
+async def test_to_find_a_model_in_memory_is_no_load() -> None:
+    """An Ollama keeps its models while our worker restarts: how soon it answers then says nothing of a load."""
+    runtime = Loads(lambda _: False)
+    assert await Claim("new", there=True).load(runtime, timeout_s=60) == 0  # type: ignore[arg-type]
+    assert runtime.calls == 1, "it is told all the same to keep the model"
