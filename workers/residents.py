@@ -213,9 +213,9 @@ class Residents:
     async def _unload(self, name: str, asker: str) -> bool:
         """Unloads one model for another; False when it is at work again."""
         victim = self.wakers.get(name)
-        if victim is None or not victim.memory_bytes:
+        if victim is None or not victim.memory_bytes or victim.state == "unloading":
             return True
-        if not victim.slots.idle:
+        if victim.state not in ("warm", "degraded") or not victim.slots.idle:
             return False
         log.info("event=evict model=%s for=%s", name, asker)
         await victim.unload(f"made room for {asker}")

@@ -5,20 +5,24 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from broker import errors
 from broker.lifecycle import State
+from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
 from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import BOUND_S, ROOT, World, eventually, simulated, until, words, worker_world
 from workers import residents, room, waker
+from workers.learned import LearnedHere
 from workers.memory import HostMemory
 from workers.meter import Meter
 from workers.runtimes import ollama
+from workers.runtimes.llama_server import LlamaServer
 
 pytestmark = pytest.mark.real
 LIMIT_MB = 1000
@@ -372,6 +376,46 @@ async def test_where_a_runtime_cannot_tell_the_policys_figure_counts(
         assert host.residents.footprints.memory().used == 600 << 20
         assert (await (await world.submit("other")).end()).served_by == "other@gpu1"
         assert host.residents.footprints.memory().used == 700 << 20, "mute went for it"
+
+
+async def test_a_model_that_goes_by_itself_or_is_just_loaded_is_not_unloaded_for_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was chosen to go while it was idle; until its turn to go came it had begun to leave, or was woken anew. A
+    second unload would end under its next wake, and one in the last moment of a wake leaves a model that is warm and
+    not there."""
+    steps: list[str] = []
+    last_moment, goes, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    unload, note_load = LlamaServer.unload, LearnedHere.note_load
+
+    async def slow_unload(self: LlamaServer) -> None:
+        steps.append("unload")
+        goes.set()
+        await go_on.wait()
+        await unload(self)
+
+    async def slow_note(self: LearnedHere, name: str, model: Model, **learned: Any) -> None:
+        last_moment.set()
+        await go_on.wait()
+        await note_load(self, name, model, **learned)
+
+    monkeypatch.setattr(LlamaServer, "unload", slow_unload)
+    monkeypatch.setattr(LearnedHere, "note_load", slow_note)
+    await world.apply({"big": simulated(memoryMb=600)})
+    host = await world.host(memory_mb=LIMIT_MB)
+    await asyncio.wait_for(last_moment.wait(), BOUND_S)
+    assert not await asyncio.wait_for(host.residents._unload("big", "other"), BOUND_S)
+    go_on.set()
+    await world.until_model("big", "warm")
+    assert steps == []
+
+    go_on.clear()
+    leaves = asyncio.create_task(host.residents.wakers["big"].unload_by_hand())
+    await asyncio.wait_for(goes.wait(), BOUND_S)
+    assert await asyncio.wait_for(host.residents._unload("big", "other"), BOUND_S)
+    go_on.set()
+    await leaves
+    assert steps == ["unload"]
 
 
 async def test_a_model_that_is_found_in_memory_teaches_nothing_of_loads(world: World) -> None:
