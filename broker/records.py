@@ -210,6 +210,7 @@ class ModelFacts(_Hash):
     service_ms: float = 0  # mean time that a job holds a slot
     prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
     decode_tps: float = 0  # answer tokens written a second, 0 = not known
+    rates_of: str = ""  # definition of the model whose service time and rates these are
 
 
 @dataclass(frozen=True, kw_only=True)

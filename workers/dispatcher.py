@@ -12,6 +12,7 @@ from broker.policies import Active, PolicyBook
 from broker.records import Claimed, ModelFacts, Waiting
 from broker.store import Store
 from workers.attempt import Attempt, Ended, Limits
+from workers.learned import definition_of
 from workers.picture import LanePicture
 from workers.rates import Answer, Rates
 from workers.stream_client import StreamClient
@@ -136,7 +137,7 @@ class Dispatcher:
     async def tell_learned(self) -> None:
         """Writes down how long jobs held their slots lately, and how fast they were read and written."""
         for name in list(self._unlearned):
-            await hosts.learn(self._store, name, **self._rates[name].told())
+            await hosts.learn(self._store, name, **self._rates[name].told(self._facts(name)))
             self._unlearned.discard(name)
 
     def abandon(self) -> None:
@@ -281,7 +282,7 @@ class Dispatcher:
         if ended.outcome != "done":
             return
         usage = ended.usage or {}
-        rates = self._rates.setdefault(waker.name, self._known(waker.name))
+        rates = self._rates_of(waker)
         rates.note(
             Answer(
                 usage=usage,
@@ -301,9 +302,14 @@ class Dispatcher:
             budget_ms=waker.model.first_token_budget_ms,
         )
 
-    def _known(self, name: str) -> Rates:
-        facts = self._fleet.picture.facts.get(name, ModelFacts())
-        return Rates(facts.service_ms, facts.prefill_tps, facts.decode_tps)
+    def _rates_of(self, waker: Waker) -> Rates:
+        definition, rates = definition_of(waker.model), self._rates.get(waker.name)
+        if rates is None or rates.rates_of != definition:
+            rates = self._rates[waker.name] = Rates.known(self._facts(waker.name), definition)
+        return rates
+
+    def _facts(self, name: str) -> ModelFacts:
+        return self._fleet.picture.facts.get(name, ModelFacts())
 
 
 def _cached_tokens(ended: Ended) -> int:

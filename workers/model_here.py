@@ -74,6 +74,8 @@ class ModelHere:
         self.runtime = runtime
         self.slots = Slots(self.model.max_concurrent)
         self.overlap = Overlap(self.model.max_concurrent)
+        self.readiness = Readiness()
+        self.last_load_ms = 0.0
 
     def told(self, version: int) -> ModelOnHost:
         """What the host says of it."""

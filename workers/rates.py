@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from broker.records import ModelFacts
+
 EWMA = 0.2
 STEP_MAX = 4.0
 """One answer counts as at most so many times faster or slower than what is known."""
@@ -46,9 +48,17 @@ class Answer:
 class Rates:
     """What one host learned of one model since it started, on top of what Redis knew; 0 = nothing yet."""
 
+    rates_of: str  # the model's definition: under its name the policy may have other weights by now
     service_ms: float = 0.0
     prefill_tps: float = 0.0
     decode_tps: float = 0.0
+
+    @classmethod
+    def known(cls, facts: ModelFacts, definition: str) -> "Rates":
+        """Begins with what Redis knows, if that is of the same definition."""
+        if facts.rates_of != definition:
+            return cls(definition)
+        return cls(definition, facts.service_ms, facts.prefill_tps, facts.decode_tps)
 
     def note(self, answer: Answer) -> None:
         """Takes one whole answer in."""
@@ -57,9 +67,11 @@ class Rates:
         self.prefill_tps = learned(self.prefill_tps, prefill_tps(answer))
         self.decode_tps = learned(self.decode_tps, decode_tps(answer))
 
-    def told(self) -> dict[str, float]:
-        """The fields of ModelFacts that are known."""
-        return {name: round(value, 1) for name, value in vars(self).items() if value}
+    def told(self, before: ModelFacts) -> dict[str, float | str]:
+        """The fields of ModelFacts that are known; where Redis has those of another definition, the others too."""
+        numbers = {"service_ms": self.service_ms, "prefill_tps": self.prefill_tps, "decode_tps": self.decode_tps}
+        other = before.rates_of != self.rates_of
+        return {"rates_of": self.rates_of} | {name: round(n, 1) for name, n in numbers.items() if n or other}
 
 
 def learned(known: float, measured: float | None) -> float:

@@ -8,7 +8,7 @@ import pytest_asyncio
 
 from broker.records import ModelFacts
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import World, eventually, simulated, worker_world
+from tests.support.worker_world import World, eventually, simulated, until, worker_world
 
 pytestmark = pytest.mark.real
 
@@ -39,3 +39,28 @@ async def test_rates_are_learned_and_told_and_reading_is_not_slowness(world: Wor
     assert told.state == "warm"
     assert 0 < told.first_token_ewma_ms < 420
     assert told.estimates() == {"c": 20}  # the record estimates no prompt here; the answer is in the cache too
+
+
+async def test_what_was_learned_of_other_weights_is_forgotten(world: World) -> None:
+    """Of the same name the policy may have a faster model by now: no mean of the two is true of either."""
+
+    async def learned(after: ModelFacts, letters: str) -> ModelFacts:
+        for letter in letters:
+            await (await world.submit("big", tokens=20, content=letter * 1_900, session=letter)).end()
+
+        async def facts() -> ModelFacts | None:
+            found = ModelFacts.from_hash(await world.store.hash(world.store.keys.model("big")))
+            return found if found.prefill_tps and found.rates_of != after.rates_of else None
+
+        return await eventually(facts, what="the worker tells what it learned")
+
+    await world.apply({"big": simulated(options={"prefillTps": 1000, "decodeTps": 200})})
+    host = await world.warm_host()
+    before = await learned(ModelFacts(), "ab")
+    assert before.prefill_tps == pytest.approx(1_000, rel=0.01)
+
+    await world.apply({"big": simulated(options={"prefillTps": 3000, "decodeTps": 600})})
+    await until(lambda: host.residents.wakers["big"].model.options["decodeTps"] == 600, what="it is another one")
+    after = await learned(before, "c")
+    assert after.prefill_tps == pytest.approx(3_000, rel=0.05)
+    assert after.service_ms < 0.7 * before.service_ms

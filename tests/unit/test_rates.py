@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from broker.records import ModelFacts
 from workers.rates import Answer, Rates, decode_tps, learned, prefill_ms, prefill_tps
 
 ANSWER = Answer(usage={}, timings={}, first_token_ms=1_000, total_ms=3_000, usual_ms=200)
@@ -73,12 +74,27 @@ def test_one_odd_answer_does_not_turn_a_rate_over(known: float, measured: float 
 
 
 def test_what_was_learned_goes_on_from_what_was_known() -> None:
-    rates = Rates(service_ms=1_000, prefill_tps=500)
+    before = ModelFacts(service_ms=1_000, prefill_tps=500, rates_of="this")
+    rates = Rates.known(before, "this")
     rates.note(
         replace(ANSWER, timings={"prompt_n": 1_000, "prompt_ms": 1_000, "predicted_n": 50, "predicted_ms": 1_000})
     )
-    assert rates.told() == {"service_ms": 1_400, "prefill_tps": 600, "decode_tps": 50}
-    assert Rates(service_ms=3).told() == {"service_ms": 3}, "what is not known overwrites nothing"
+    assert rates.told(before) == {"rates_of": "this", "service_ms": 1_400, "prefill_tps": 600, "decode_tps": 50}
+    assert Rates("this", service_ms=3).told(before) == {"rates_of": "this", "service_ms": 3}, (
+        "what is not known overwrites nothing"
+    )
+
+
+def test_what_was_learned_of_another_definition_is_dropped_and_overwritten() -> None:
+    before = ModelFacts(service_ms=1_000, prefill_tps=500, decode_tps=50, rates_of="other")
+    rates = Rates.known(before, "this")
+    rates.note(replace(ANSWER, timings={"predicted_n": 50, "predicted_ms": 500}))
+    assert rates.told(before) == {
+        "rates_of": "this", "service_ms": ANSWER.total_ms, "prefill_tps": rates.prefill_tps, "decode_tps": 100
+    }  # fmt: skip
+    assert Rates.known(before, "this").told(before) == {
+        "rates_of": "this", "service_ms": 0, "prefill_tps": 0, "decode_tps": 0
+    }  # fmt: skip
 
 
 def test_reading_takes_no_time_at_a_rate_that_nobody_knows() -> None:
