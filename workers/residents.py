@@ -71,6 +71,7 @@ class Residents:
             waited_for=self._waited_for,
             drained=drained,
             facts=self._facts,
+            load_ms=self._load_ms,
             warm_elsewhere=self._warm_elsewhere,
             need=self.footprints.need,
             headroom=lambda: max(0, int(self.footprints.memory().headroom - self._room.spoken_for)),
@@ -204,6 +205,10 @@ class Residents:
             log.info("event=%s model=%s reason=%s", event, waker.name, waker.unfit or "-")
             waker.kick()
             self._changed()
+
+    def _load_ms(self, name: str) -> float:
+        """What a load takes: here, else wherever it was loaded last; 0 = nobody knows."""
+        return self.footprints.learned(name).load_ms or self._facts(name).load_ms
 
     async def _loaded(self, name: str, load_ms: float, footprint_bytes: int) -> None:
         model = self.wakers[name].model

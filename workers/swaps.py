@@ -27,17 +27,20 @@ class Swaps:
         waited_for: Callable[[str], bool],
         drained: Callable[[], bool],
         facts: Callable[[str], ModelFacts],
+        load_ms: Callable[[str], float],
         warm_elsewhere: Callable[[str], bool],
         need: Callable[[Waker], int],
         headroom: Callable[[], int],
     ) -> None:
-        """`waiting` gives the jobs that are known to wait for a model; `need` and `headroom` are bytes, 0 = unknown."""
+        """`waiting` gives the jobs known to wait for a model; `need` and `headroom` are bytes, `load_ms` is what
+        its loads take on this host; 0 = unknown."""
         self._wakers = wakers
         self._now_ms = now_ms
         self._waiting = waiting
         self._waited_for = waited_for
         self._drained = drained
         self._facts = facts
+        self._load_ms = load_ms
         self._warm_elsewhere = warm_elsewhere
         self._need = need
         self._headroom = headroom
@@ -124,7 +127,7 @@ class Swaps:
             need,
             since_ms=min((job.submitted for job in jobs), default=now),
             deadlines=[at for job in jobs for at in self._deadlines(job)],
-            load_ms=facts.load_ms,
+            load_ms=self._load_ms(name),
             waits=waits,
             loading=loading,
         )
@@ -145,6 +148,6 @@ class Swaps:
             busy=not waker.slots.idle,
             waited_for=self._waited_for(waker.name),
             service_ms=facts.service_ms,
-            worth=facts.load_ms * waker.model.weight,
+            worth=self._load_ms(waker.name) * waker.model.weight,
             pinned=facts.pinned,
         )
