@@ -11,13 +11,12 @@ makes room. Nobody's job has a privilege beyond the batch, whatever its session,
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from broker.policy.long_waits import BATCH_MS
 from workers.memory import SAFETY
 
 BATCH_PER_SLOT = 4
-"""So many jobs per slot a resident model may still start once another needs its memory and its minimum stay is over."""
-
-BATCH_MS = 20_000
-"""And no longer than this may it go on starting them."""
+"""So many jobs per slot a resident model may still start once another needs its memory and its minimum stay is over,
+and for no longer than BATCH_MS."""
 
 LAST_CHANCE_MS = 2_000
 """A job that waits for the other model ends the batch when it would otherwise miss its deadline within this."""

@@ -6,8 +6,10 @@ Each finding is the path of the key to change and the words of one sentence; the
 from collections.abc import Callable, Iterator
 
 from broker.policy.checks import Finding, fallback_path
-from broker.policy.content import Content, Match, Model, is_loopback
-from broker.policy.lanes import CANDIDATES_MAX, Lane, covers
+from broker.policy.content import Content, Match, is_loopback
+from broker.policy.document import Path
+from broker.policy.lanes import CANDIDATES_MAX, Lane, covers, home_of
+from broker.policy.long_waits import long_waits, share_a_host
 from broker.policy.warm_together import Clash, clashes, with_sizes
 
 
@@ -108,7 +110,7 @@ def _memory(
     for name, model in content.models.items():
         fallback = lanes[name].fallback
         other = name if fallback is None else lanes[fallback].model
-        if other == name or not _share_a_host(model, content.models[other]):
+        if other == name or not share_a_host(model, content.models[other]):
             continue
         mine, theirs = models[name].memory_mb, models[other].memory_mb
         if mine is not None and theirs is not None and mine + theirs > host_memory_mb:
@@ -119,6 +121,14 @@ def _memory(
             )
     for clash in clashes(models, host_memory_mb):
         yield ("models",), _too_warm(clash, host_memory_mb, words)
+    for wait in long_waits(content.models, lanes.values(), host_memory_mb):
+        yield _max_wait_path(content, wait.lane), wait.sentence(host_memory_mb)
+
+
+def _max_wait_path(content: Content, lane: str) -> Path:
+    if lane in content.lanes and content.lanes[lane].max_wait_ms is not None:
+        return ("lanes", lane, "maxWaitMs")
+    return ("models", home_of(content, lane) or lane, "maxWaitMs")
 
 
 def _too_warm(clash: Clash, host_memory_mb: int, words: Callable[[str, int], str]) -> str:
@@ -160,7 +170,3 @@ def _chain_length(lanes: dict[str, Lane], lane: Lane) -> int:
         lane = lanes[lane.fallback]
         length += 1
     return length
-
-
-def _share_a_host(one: Model, other: Model) -> bool:
-    return one.hosts is None or other.hosts is None or bool(set(one.hosts) & set(other.hosts))

@@ -1005,6 +1005,49 @@ def test_a_long_chain_of_fallbacks_and_a_full_memory_are_warned_about() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("big", "small", "lanes", "where"),
+    [
+        # 60 s of minimum stay, 20 s of a last batch, 42 s of reading 21 GB: a job of `big` waits 120 s
+        ("memoryMb: 21000", "memoryMb: 6500", "", "line 2: models.big.maxWaitMs"),
+        ("memoryMb: 21000, maxWaitMs: 121999", "memoryMb: 6500", "", "line 2: models.big.maxWaitMs"),
+        ("memoryMb: 21000, maxWaitMs: 122000", "memoryMb: 6500", "", None),
+        ("memoryMb: 21000, fallback: small", "memoryMb: 6500, keepWarm: true", "", None),
+        ("memoryMb: 21000", "memoryMb: 6500, minStayMs: 57999", "", None),
+        ("memoryMb: 21000", "memoryMb: 3000", "", None),  # they fit together
+        ("memoryMb: 24001", "memoryMb: 6500", "", None),  # it never fits, which is another trouble
+        ("memoryMb: 21000, hosts: [one]", "memoryMb: 6500, hosts: [two]", "", None),
+        ("", "memoryMb: 6500", "", None),  # nobody knows
+        ("memoryMb: 21000", "", "", None),
+        ("memoryMb: 21000", "memoryMb: 6500, url: 'http://box2:8080'", "", None),
+        # a lane of its own may be given up earlier, and has a fallback or not by itself
+        ("memoryMb: 21000, maxWaitMs: 200000", "memoryMb: 6500", "{soon: {target: big, maxWaitMs: 90000}}",
+         "line 4: lanes.soon.maxWaitMs"),
+        ("memoryMb: 21000, maxWaitMs: 200000", "memoryMb: 6500", "{big.batch: {maxWaitMs: 90000}}", None),
+    ],
+)  # fmt: skip
+def test_who_waits_without_a_fallback_is_not_given_up_before_its_turn(
+    big: str, small: str, lanes: str, where: str | None
+) -> None:
+    rows = [f"  {name}: {{backend: ollama, model: x, {keys}}}" for name, keys in (("big", big), ("small", small))]
+    text = "\n".join(["models:", *rows, *([f"lanes: {lanes}"] if lanes else [])])
+    told = [warning for warning in Policy.parse(text).warnings(host_memory_mb=24_000) if "given up" in warning]
+    assert [warning.split(": a job of")[0] for warning in told] == ([where] if where else [])
+
+
+def test_the_long_wait_without_a_fallback_is_told_in_numbers() -> None:
+    rows = [
+        "  big: {backend: ollama, model: x, memoryMb: 21000}",
+        "  small: {backend: ollama, model: y, memoryMb: 6500}",
+    ]
+    assert Policy.parse("\n".join(["models:", *rows])).warnings(host_memory_mb=24_000) == [
+        "line 2: models.big.maxWaitMs: a job of 'big' may be given up after 120000 ms, before its turn: 'big' (21000 "
+        "MB) and 'small' (6500 MB) do not fit together into 24000 MB, and after minStayMs of 'small' (60000 ms), a "
+        "last batch (20000 ms) and a load from a slow disk (42000 ms) it has waited 122000 ms; give it a fallback or "
+        "a longer maxWaitMs"
+    ]
+
+
 BERLIN_DAY, BERLIN_NIGHT = "Mon-Fri 08:00-19:00 Europe/Berlin", "Mon-Fri 19:00-08:00 Europe/Berlin"
 
 
