@@ -89,10 +89,11 @@ class Dispatcher:
                     break
                 self._picture.spend(job)
                 self._swaps.started(name)
-                new_session = not waker.slots.knows(job.session)
+                session = "" if waker.model.embeddings else job.session  # no vector is made of the one before
+                new_session = not waker.slots.knows(session)
                 slot = waker.slots.take(
                     _user(job),
-                    session=job.session,
+                    session=session,
                     contended=self._picture.anyone_waits(active.lanes_of(name)),
                     now_s=self._loop.time(),
                 )

@@ -19,6 +19,7 @@ from tests.support.fake_provider import FakeProvider
 from tests.support.live_api import LiveApi, RawClient, live_api
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, worker_world
+from workers.slots import KEEP_TOKENS
 
 pytestmark = pytest.mark.real
 
@@ -62,6 +63,27 @@ async def test_vectors_come_as_the_sdk_wants_them(redis_server: RedisServer, tmp
         row = status_table(shown).splitlines()[1].split()
         assert (row[0], row[1], row[3], row[4]) == ("embed-small", "warm", "0/20", "1.4G")
         assert row[2].endswith("ms") and shown.models[0].first_token_ms > 0
+
+
+async def test_vectors_are_counted_and_hold_no_slot_for_their_session(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """Nothing of an input is read again by the next one: no slot is kept for a session, nobody is sent to it, and no
+    token of it is expected in a cache. The tokens are counted like those of any prompt."""
+    async with running(redis_server, tmp_path, MODELS) as (world, api), httpx.AsyncClient(base_url=api.url) as client:
+        body = {"model": "embed-small", "input": ["word " * 60] * 30}
+        for _ in range(2):
+            answer = await client.post("/v1/embeddings", json=body, headers={"X-Session-Affinity": "indexer"})
+            assert answer.status_code == 200
+        tokens = 2 * answer.json()["usage"]["prompt_tokens"]
+        assert tokens > 2 * KEEP_TOKENS
+        slots = world.hosts["gpu1"].residents.wakers["embed-small"].slots
+        assert (slots.told(), slots.estimates(), slots.next_open_s(0)) == ({}, {}, None)
+        await world.fleet.look()
+        assert world.fleet.fresh_tokens("embed-small", session="indexer", tokens=2_000) == 2_000
+        told = (await client.get("/metrics")).text
+        counted = 'gateway_prompt_tokens_total{cached="false",caller="anonymous",model="embed-small"}'
+        assert f"{counted} {tokens:.1f}" in told
 
 
 async def test_a_large_batch_comes_whole(redis_server: RedisServer, tmp_path: Path) -> None:
