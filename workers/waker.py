@@ -269,8 +269,11 @@ class Waker(ModelHere):
         self.slots.offer(self.overlap.slots)
         self._warm_since_s = self._idle_since_s = self._loop.time()
         self.readiness.woke(woken.first_token_ms, budget_ms=self.model.first_token_budget_ms)
-        await self._around.loaded(self.name, woken.load_ms, self.memory_bytes)
-        await self._around.learn(self.name, **hosts.NOT_FAILED, unloaded_until=0)
+        try:
+            await self._around.loaded(self.name, woken.load_ms, self.memory_bytes)
+            await self._around.learn(self.name, **hosts.NOT_FAILED, unloaded_until=0)
+        except errors.BrokerUnavailable as e:  # it is there all the same: called cold, nobody would ever unload it
+            log.warning("event=load_unlearned model=%s reason=%s", self.name, e)
         await self._become(self.readiness.verdict("warm"), self.readiness.words)
         log.info(
             "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s",

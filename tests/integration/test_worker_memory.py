@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from broker import errors
+from broker import errors, hosts, jobs
 from broker.lifecycle import State
 from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
@@ -439,6 +439,39 @@ async def test_a_model_that_is_found_in_memory_teaches_nothing_of_loads(world: W
             assert world.fleet.picture.facts["big"].load_ms == first.load_ms
             await world.leave(host)
         assert server.loads_started == ["qwen:32b"]
+
+
+async def test_a_model_that_loads_while_redis_goes_away_is_warm_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in memory, whoever could write that down. Called cold, nobody would ever unload it again: if nobody asks
+    for it any more, its memory would be lost to all others."""
+    note_load, away = LearnedHere.note_load, asyncio.Event()
+
+    async def nobody_hears(self: LearnedHere, name: str, model: Model, **learned: Any) -> None:
+        if name == "big" and not away.is_set():
+            away.set()
+            await jobs.cancel(world.store, ask.job_id)
+            await hosts.learn(world.store, "big", wanted_until=0)
+            await host._fleet.look()  # else what was known before the outage would still count
+            for job in list(host._picture.waiting(["big"])):
+                host._picture.spend(job)
+            raise errors.BrokerUnavailable("redis is away for a moment")
+        await note_load(self, name, model, **learned)
+
+    monkeypatch.setattr(LearnedHere, "note_load", nobody_hears)
+    await world.apply(
+        {
+            "big": simulated(keepWarm=False, memoryMb=700, minStayMs=0),
+            "other": simulated(keepWarm=False, memoryMb=600, minStayMs=0),
+        }
+    )
+    host = await world.host(memory_mb=LIMIT_MB)
+    ask = await world.submit("big")
+    await asyncio.wait_for(away.wait(), BOUND_S)
+    await world.until_model("big", "warm")
+    assert (await (await world.submit("other")).end()).served_by == "other@gpu1"
+    assert await resident(world) == {"other"}
 
 
 RUNS_OUT = """

@@ -17,7 +17,8 @@ def model(name: str, state: str, **more: Any) -> Any:
     definition = SimpleNamespace(min_stay_ms=0, weight=1.0)
     slots = SimpleNamespace(total=1, idle=True)
     told = SimpleNamespace(
-        name=name, state=state, model=definition, slots=slots, leaving=False, ours=True, resident=state == "warm", makes_room_for="",
+        name=name, state=state, model=definition, slots=slots, leaving=False, ours=True, resident=state == "warm",
+        makes_room_for="",
         memory_bytes=2 * GB if state == "warm" else 0, stayed_ms=90_000.0, told_anew=lambda: None, kick=lambda: None,
     )  # fmt: skip
     vars(told).update(more)
