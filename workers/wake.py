@@ -83,7 +83,7 @@ class Wake:
         """Loads the model until it has answered a probe.
 
         Raises NoRoom if no load was begun because it does not fit now, LockHeld if another holder was seen, NotWoken
-        for any other failure. What is in memory after a failed load is taken out again.
+        for any other failure, BrokerUnavailable where Redis was away before a load began. What is in memory after a failed load is taken out again.
         """
         failed: Exception | None = None
         woken = Woken(0.0, 0.0)
@@ -94,8 +94,10 @@ class Wake:
                 woken = await self._load()
                 keeper.cancel()
                 shown.cancel()
-        except* (RuntimeProblem, OSError, errors.LockHeld) as group_error:  # a timeout is an OSError
-            failed = first_of(group_error)
+        except* (RuntimeProblem, OSError, errors.LockHeld, errors.BrokerUnavailable) as group_error:
+            failed = first_of(group_error)  # a timeout is an OSError
+        if isinstance(failed, errors.BrokerUnavailable):
+            raise failed  # no load had begun: only its beginning asks Redis, and what goes on does not depend on it
         if failed is not None:
             raise await self._failure(failed)
         return woken

@@ -474,6 +474,36 @@ async def test_a_model_that_loads_while_redis_goes_away_is_warm_all_the_same(
     assert await resident(world) == {"other"}
 
 
+async def test_a_redis_that_is_away_as_a_wake_begins_is_no_failure_of_the_model(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier life has learned cannot be read just then: it is tried again, and nobody is set aside for it."""
+    recall, hold, quarantine = LearnedHere.recall, residents.Residents._room_for, waker.Waker._set_aside
+    wakes: list[str] = []
+    set_aside: list[str] = []
+
+    async def away(self: LearnedHere, name: str) -> None:
+        if len(wakes) == 1:
+            raise errors.BrokerUnavailable("redis is away for a moment")
+        await recall(self, name)
+
+    def begins(self: residents.Residents, name: str, demanded: bool) -> Any:
+        wakes.append(name)
+        return hold(self, name, demanded)
+
+    async def noted(self: waker.Waker, words: str, *, tried: bool = True) -> None:
+        set_aside.append(words)
+        await quarantine(self, words, tried=tried)
+
+    monkeypatch.setattr(LearnedHere, "recall", away)
+    monkeypatch.setattr(residents.Residents, "_room_for", begins)
+    monkeypatch.setattr(waker.Waker, "_set_aside", noted)
+    await world.apply({"big": simulated(memoryMb=100)})
+    await world.host(memory_mb=LIMIT_MB)
+    await world.until_model("big", "warm")
+    assert len(wakes) > 1 and set_aside == []
+
+
 RUNS_OUT = """
 import os, sys
 if os.path.exists(sys.argv[1]):
