@@ -60,8 +60,8 @@ class Footprints:
         runtime = model.runtime
         if not runtime.local:
             return 0
-        told = await runtime.memory_bytes() or (model.model.memory_mb or 0) << 20
         gpus = await asyncio.to_thread(self._meter.gpus)
+        told = await runtime.memory_bytes(of_gpus=bool(gpus.total)) or (model.model.memory_mb or 0) << 20
         on_gpu = gpus.held_by(await asyncio.to_thread(runtime.process_ids))
         return occupied_bytes(told, on_gpu, gpus_tell=bool(gpus.total))
 

@@ -657,8 +657,9 @@ async def test_a_size_that_is_the_files_is_not_taken_for_the_memory(
         assert [r.getMessage() for r in caplog.records if "memory_estimated" in r.getMessage()] == [
             "event=memory_estimated model=qwen:32b file_mb=1024 reason=Ollama tells the size of the file"
         ]
-        server.ps_size = server.ps_vram = 2 * GIB
-        assert await runtime.memory_bytes() == 2 * GIB
+        assert await runtime.memory_bytes(of_gpus=True) == int(1.2 * GIB)
+        server.ps_size, server.ps_vram = 3 * GIB, 2 * GIB
+        assert (await runtime.memory_bytes(), await runtime.memory_bytes(of_gpus=True)) == (3 * GIB, 2 * GIB)
 
 
 async def test_ollama_short_of_memory_is_told_apart(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from workers import residents, room, waker
 from workers.learned import LearnedHere
 from workers.memory import HostMemory
 from workers.meter import Meter
+from workers.nvml import GpuReading
 from workers.runtimes import ollama
 from workers.runtimes.llama_server import LlamaServer
 
@@ -364,7 +365,7 @@ async def test_where_a_runtime_cannot_tell_the_policys_figure_counts(
 ) -> None:
     """Else a vLLM that tells nothing would be free, and nobody could ask for its memory."""
 
-    async def tells_nothing(self: ollama.Ollama) -> None:
+    async def tells_nothing(self: ollama.Ollama, *, of_gpus: bool = False) -> None:
         return None
 
     monkeypatch.setattr(ollama.Ollama, "memory_bytes", tells_nothing)
@@ -502,6 +503,21 @@ async def test_a_redis_that_is_away_as_a_wake_begins_is_no_failure_of_the_model(
     await world.host(memory_mb=LIMIT_MB)
     await world.until_model("big", "warm")
     assert len(wakes) > 1 and set_aside == []
+
+
+@pytest.mark.parametrize(("total_gb", "held_gb"), [(24, 22), (0, 31)])
+async def test_of_a_model_that_lies_in_both_memories_the_part_counts_that_is_in_ours(
+    world: World, monkeypatch: pytest.MonkeyPatch, total_gb: int, held_gb: int
+) -> None:
+    """An Ollama puts what the GPUs have no room for into the system's memory. Were all of it said to be on the GPUs,
+    the model could never be loaded a second time: 31 GB do not fit into 24."""
+    monkeypatch.setattr(Meter, "gpus", lambda self: GpuReading(total=total_gb << 30, used=1 << 30))
+    async with FakeOllama("qwen:32b").running() as server:
+        server.ps_size, server.ps_vram = 31 << 30, 22 << 30
+        await world.apply({"big": {"backend": "ollama", "model": "qwen:32b", "url": server.url, "keepWarm": True}})
+        await world.host()
+        told = await world.until_model("big", "warm")
+        assert (told.memory_bytes, told.footprint_bytes) == (held_gb << 30, held_gb << 30)
 
 
 RUNS_OUT = """

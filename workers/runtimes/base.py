@@ -121,8 +121,9 @@ class Runtime(Protocol):
     async def unload(self) -> None:
         """Gives the model's memory back."""
 
-    async def memory_bytes(self) -> int | None:
-        """Tells what the loaded model occupies; None = the runtime can't tell."""
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
+        """Tells what the loaded model occupies, in bytes; None = the runtime can't tell. `of_gpus` = only what of it
+        lies in the GPUs' memory, where the runtime tells that apart."""
 
     async def file_bytes(self) -> int | None:
         """Tells the size of the model's file, without loading it; None = it can't tell."""

@@ -132,7 +132,7 @@ class LlamaRouter:
         except (httpx.HTTPError, TimeoutError, ValueError) as error:
             raise RuntimeUnreachable(f"{self._title}: no router answers at {self._url}: {_words(error)}") from error
 
-    async def memory_bytes(self) -> int | None:
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
         """Adds up the host memory of the model's child, which is found by its command line; None from elsewhere."""
         try:
             entry = await self._entry()

@@ -105,7 +105,7 @@ class LlamaServer:
             return
         await self._child.stop()
 
-    async def memory_bytes(self) -> int | None:
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
         """Adds up the host memory of our server's processes; None for one at a `url`."""
         return await asyncio.to_thread(self._child.memory_bytes) if self._child is not None else None
 

@@ -71,8 +71,8 @@ class LlamaAtUrl:
     async def unload(self) -> None:
         await self._server.unload()
 
-    async def memory_bytes(self) -> int | None:
-        return await self._server.memory_bytes()
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
+        return await self._server.memory_bytes(of_gpus=of_gpus)
 
     async def file_bytes(self) -> int | None:
         return await self._server.file_bytes()

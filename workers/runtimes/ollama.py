@@ -170,16 +170,17 @@ class Ollama:
         except httpx.HTTPError as error:
             raise RuntimeUnreachable(f"{self._title}: Ollama at {self._url} did not unload it: {error!r}") from error
 
-    async def memory_bytes(self) -> int | None:
-        """Gives Ollama's own figure. Where Ollama could not read its runner's log it tells the size of the file, which
-        is too little by the context and the buffers: that is told by its equality, and estimated from."""
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
+        """Gives Ollama's own figures: a model that is too large for the GPUs lies in part in the system's memory. Where
+        Ollama could not read its runner's log it tells the size of the file for both, which is too little by the
+        context and the buffers: that is told by its equality, and estimated from."""
         try:
             running = await self._running()
         except (httpx.HTTPError, TimeoutError, ValueError):
             return None
         size = int(running.get("size") or 0) if running is not None else 0
-        if not size or size != self._file_bytes:
-            return size or None
+        if running is None or not size or size != self._file_bytes:
+            return (int(running.get("size_vram") or 0) if of_gpus and running is not None else size) or None
         if not self._estimate_told:
             self._estimate_told = True
             log.warning(

@@ -68,7 +68,7 @@ class Remote:
     async def unload(self) -> None:
         """There is nothing to give back."""
 
-    async def memory_bytes(self) -> int | None:
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
         return None
 
     async def file_bytes(self) -> int | None:

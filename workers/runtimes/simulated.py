@@ -54,11 +54,11 @@ class Simulated(LlamaServer):
             return None
         return float(stats["loaded_share"])
 
-    async def memory_bytes(self) -> int | None:
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
         """Gives the figure that the policy pretends; the process itself needs next to nothing."""
         if await self.state() != "loaded":
             return None
-        return int(self._memory_mb * 1024 * 1024) if self._memory_mb else await super().memory_bytes()
+        return int(self._memory_mb * 1024 * 1024) if self._memory_mb else await super().memory_bytes(of_gpus=of_gpus)
 
     async def file_bytes(self) -> int | None:
         """There is no file; a Python that pretends takes about this much."""

@@ -144,7 +144,7 @@ class Vllm:
         except (httpx.HTTPError, TimeoutError, ValueError) as error:
             raise RuntimeUnreachable(f"{self._title}: vLLM at {self._url} did not fall asleep: {error!r}") from error
 
-    async def memory_bytes(self) -> int | None:
+    async def memory_bytes(self, *, of_gpus: bool = False) -> int | None:
         """vLLM takes its share of the card at its start and tells nobody what of it is used for what."""
         return None
 
