@@ -242,6 +242,10 @@ class Waker(ModelHere):
             await self._become("waking", "")
             try:
                 await self._wake_under(lock)
+            except asyncio.CancelledError:
+                if self.leaving:  # removed from the policy: some runtimes go on loading without us
+                    await self._clear_up()
+                raise
             finally:
                 self.progress = -1.0
                 if self.state == "waking":

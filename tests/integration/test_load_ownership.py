@@ -17,6 +17,7 @@ from tests.support.fake_ollama import FakeOllama
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_runtime import ScriptedRouter, ScriptedRuntime, ScriptedVllm
 from tests.support.worker_world import World, eventually, simulated, until, worker_world
+from workers import chores
 from workers.runtimes.base import LoadFailed
 from workers.runtimes.llama_server import LlamaServer
 
@@ -145,6 +146,22 @@ async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_sl
         ollama.release_loads()
         assert [(await ask.end()).state for ask in asks] == [State.DONE] * 2
         assert ollama.loads_started == ["one:latest", "two:latest"]
+
+
+async def test_a_model_that_is_removed_while_it_loads_does_not_stay(world: World) -> None:
+    """A router goes on loading without us, and would keep it for ever: nobody here knows of it any more."""
+    async with cold_runtime("llama.cpp") as (double, model):
+        assert isinstance(double, ScriptedRouter)
+        await world.apply({"big": {**model, "keepWarm": True}, "other": simulated()})
+        host = await world.host()
+        await seen(double.load_seen)
+        await world.apply({"other": simulated()})
+        await chores.sweep(world.store, world.book)
+        await until(lambda: "big" not in host.residents.wakers, what="the host knows it no more")
+        await until(lambda: double.states["weights"] == "unloaded", what="the router is told to stop")
+        double.release_loads()
+        await world.until_model("other", "warm")
+        assert double.states["weights"] == "unloaded"
 
 
 async def test_what_cannot_be_unloaded_is_not_called_cold(world: World) -> None:
