@@ -149,9 +149,9 @@ class Upkeep:
 
     async def probe(self, budget_ms: int) -> None:
         """Probes an idle model on one of its slots."""
-        self._slots.take("probe", now_s=self._loop.time())
+        slot = self._slots.take("probe", now_s=self._loop.time())
         clean = True
-        probe = self._runtime.probe(timeout_s=probe_within_s(budget_ms))
+        probe = self._runtime.probe(timeout_s=probe_within_s(budget_ms), slot=slot)
         self._probing = asyncio.create_task(probe, name=f"probe {self._name}")
         try:
             self._readiness.measured(await self._probing, budget_ms=budget_ms)

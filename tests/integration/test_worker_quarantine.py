@@ -67,7 +67,7 @@ class Failing:
     def endpoint(self) -> Endpoint:
         return Endpoint("http://127.0.0.1:1", slots=1)
 
-    async def probe(self, *, timeout_s: float) -> float:
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         return 5.0
 
     async def memory_bytes(self) -> int:

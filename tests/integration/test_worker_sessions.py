@@ -15,13 +15,15 @@ from broker.records import JobRecord, Waiting
 from tests.support.llama_server import llama_command
 from tests.support.redis_server import RedisServer
 from tests.support.tiny_gguf import write_tiny_gguf
-from tests.support.worker_world import World, eventually, simulated, worker_world
+from tests.support.worker_world import World, eventually, simulated, until, worker_world
+from workers import upkeep
 from workers.slots import ROW_MAX, Slots
 
 pytestmark = pytest.mark.real
 
 SESSIONS, TURNS = 6, 12
 PREFIX_WORDS = 1200
+AWAY_S = 1.0
 WINDOW = 8
 """In so many turns of the model, each at most ROW_MAX jobs of one session in a row, every session has had one."""
 
@@ -152,3 +154,28 @@ async def test_a_session_goes_back_to_the_host_that_has_its_prompt(world: World)
         await host.residents._fleet.look()
     later = [await (await world.submit("big", session="s1")).end() for _ in range(8)]
     assert {record.served_by for record in later} == {first.served_by}
+
+
+async def test_a_probe_takes_the_slot_of_nobody_who_may_come_back(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself a llama-server puts a probe where a prompt begins like it, which with one chat template all do.
+    The session there would have its whole prompt read again; another has long been away."""
+    monkeypatch.setattr(upkeep, "PROBE_IDLE_EVERY_S", 0.3)
+    monkeypatch.setattr(upkeep, "CACHED_PROMPT_S", AWAY_S)
+    model = {"backend": "llama.cpp", "model": str(write_tiny_gguf(tmp_path / "tiny.gguf")), "command": llama_command()}
+    await world.apply({"coder": {**model, "maxConcurrent": 2, "contextTokens": 4096, "keepWarm": True}})
+    host = await world.host()
+    await world.until_model("coder", "warm", timeout_s=60)
+    coder = host.residents.wakers["coder"]
+    await (await world.submit("coder", tokens=4, content="no " + prefix(1), session="away")).end(timeout_s=60)
+    left_at = coder._idle_since_s
+    await until(lambda: asyncio.get_running_loop().time() > left_at + AWAY_S, what="it is long away")
+    said = "Hi " + prefix(1)
+    await (await world.submit("coder", tokens=4, content=said, session="stays")).end(timeout_s=60)
+    before = coder.upkeep._probed_at
+    await until(lambda: coder.upkeep._probed_at > before + 0.3 and coder.slots.idle, what="it has been probed")
+
+    again = await (await world.submit("coder", tokens=4, content=said + " now", session="stays")).end(timeout_s=60)
+    usage = json.loads(again.usage)
+    assert usage["cached_tokens"] > 0.9 * usage["prompt_tokens"]

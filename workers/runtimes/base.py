@@ -134,8 +134,9 @@ class Runtime(Protocol):
     def endpoint(self) -> Endpoint:
         """Tells where generations go; on a runtime we start ourselves the port changes with every load."""
 
-    async def probe(self, *, timeout_s: float) -> float:
-        """Asks for one token and returns the ms to its first content; takes a slot, so only on an idle model."""
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
+        """Asks for one token and returns the ms to its first content; takes a slot, so only on an idle model: this one,
+        where the runtime lets slots be named, or it might choose one that has somebody's prompt in its cache."""
 
     async def busy_slots(self) -> int | None:
         """Tells how many generations the runtime itself says are running; None = it can't tell. At most every 2 s."""

@@ -36,7 +36,7 @@ from workers.runtimes.base import (
     probe_chat,
     probe_embedding,
 )
-from workers.runtimes.llama_server import PROGRESS
+from workers.runtimes.llama_server import PROGRESS, probe_in
 from workers.runtimes.process import occupied
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ UNLOAD_POLL_S = 0.25
 NAMES_SHOWN = 8
 WAKE_TIMEOUT_S = 3600.0
 """An upper bound: the limit of the load is usually less, and holds as well."""
-
-PROBE = {"cache_prompt": False}
 
 _STATES: dict[str, State] = {"loaded": "loaded", "loading": "loading", "downloading": "loading"}
 
@@ -160,14 +158,14 @@ class LlamaRouter:
         extra = {} if self._embeddings else PROGRESS
         return Endpoint(self._url, model=self._model, slots=self._slots, query="autoload=false", extra=extra)
 
-    async def probe(self, *, timeout_s: float) -> float:
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token; refuses on a model that the probe itself would load or wake."""
         state = await self.state()
         if state == "unreachable":
             raise RuntimeUnreachable(f"{self._title}: no router answers at {self._url}")
         if state != "loaded":
             raise ProbeFailed(f"{self._title} is not loaded, and a probe must not load it")
-        return await self._ask(self.endpoint(), timeout_s)
+        return await self._ask(self.endpoint(), timeout_s, slot)
 
     async def busy_slots(self) -> int | None:
         """Counts the slots at work; a model that is not loaded has none, and is not asked: asking would load it."""
@@ -203,11 +201,11 @@ class LlamaRouter:
                 except TimeoutError:
                     continue
 
-    async def _ask(self, endpoint: Endpoint, timeout_s: float) -> float:
+    async def _ask(self, endpoint: Endpoint, timeout_s: float, slot: int | None = None) -> float:
         """Asks for one token, or one vector, of the model."""
         if self._embeddings:
             return await probe_embedding(self._client, endpoint, timeout_s=timeout_s)
-        return await probe_chat(self._client, endpoint, timeout_s=timeout_s, extra=PROBE)
+        return await probe_chat(self._client, endpoint, timeout_s=timeout_s, extra=probe_in(slot, self._slots))
 
     async def _wake(self) -> None:
         """Wakes a sleeping model by a generation, the only thing that does; the caller's timeout holds."""

@@ -120,13 +120,14 @@ class LlamaServer:
         extra = {} if self._model.embeddings else PROGRESS
         return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=extra)
 
-    async def probe(self, *, timeout_s: float) -> float:
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token; `cache_prompt` is off so that the probe measures work and not the last probe's leftovers."""
         if self._child is not None and not self._child.running:
             raise RuntimeUnreachable(f"model '{self._name}': {self._child.exit_problem() or 'its server does not run'}")
         if self._model.embeddings:
             return await self._probe_vector(timeout_s)
-        return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s, extra={"cache_prompt": False})
+        extra = probe_in(slot, self._slots)
+        return await probe_chat(self._client, self.endpoint(), timeout_s=timeout_s, extra=extra)
 
     async def _probe_vector(self, timeout_s: float) -> float:
         """Asks for a vector; what a llama-server lacks for it has a remedy, which its own words leave out."""
@@ -220,6 +221,12 @@ class LlamaServer:
 
     async def _is_loaded(self) -> bool:
         return await self.state() == "loaded"
+
+
+def probe_in(slot: int | None, slots: int) -> dict[str, object]:
+    """What a llama-server must be told of a probe; of several free slots it would choose the one whose prompt begins
+    like the probe, as all do with one chat template."""
+    return {"cache_prompt": False, **({"id_slot": slot} if slot is not None and slot < slots else {})}
 
 
 def _size_of(path: Path) -> int | None:

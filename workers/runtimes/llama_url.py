@@ -83,8 +83,8 @@ class LlamaAtUrl:
     def endpoint(self) -> Endpoint:
         return self._server.endpoint()
 
-    async def probe(self, *, timeout_s: float) -> float:
-        return await self._server.probe(timeout_s=timeout_s)
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
+        return await self._server.probe(timeout_s=timeout_s, slot=slot)
 
     async def busy_slots(self) -> int | None:
         return await self._server.busy_slots()

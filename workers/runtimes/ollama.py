@@ -205,7 +205,7 @@ class Ollama:
     def endpoint(self) -> Endpoint:
         return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA)
 
-    async def probe(self, *, timeout_s: float) -> float:
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token, without keep_alive and options; refuses on a model that the probe itself would load."""
         state = await self.state()
         if state == "unreachable":

@@ -89,7 +89,7 @@ class Remote:
             metered=True,
         )
 
-    async def probe(self, *, timeout_s: float) -> float:
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token, or one vector. It is paid for, so only a wake asks for it."""
         probe = probe_embedding if self._model.embeddings else probe_chat
         try:

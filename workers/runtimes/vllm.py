@@ -158,7 +158,7 @@ class Vllm:
     def endpoint(self) -> Endpoint:
         return Endpoint(self._url, model=self._model)
 
-    async def probe(self, *, timeout_s: float) -> float:
+    async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token; refuses on a sleeping server, where it would wait for ever."""
         state = await self.state()
         if state == "unreachable":
