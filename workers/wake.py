@@ -82,9 +82,9 @@ class Wake:
     async def run(self) -> Woken:
         """Loads the model until it has answered a probe.
 
-        Raises NoRoom if no load was begun because it does not fit now, BrokerUnavailable if Redis was away then, LockHeld
-        if another holder was seen, NotWoken for any other failure. What is in memory after a failed load is taken out
-        again.
+        Raises NoRoom if no load was begun because it does not fit now, BrokerUnavailable if Redis was away then,
+        LockHeld if another holder was seen, NotWoken for any other failure. What is in memory after a failed load is
+        taken out again.
         """
         failed: Exception | None = None
         woken = Woken(0.0, 0.0)

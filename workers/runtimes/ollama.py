@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import httpx
 
 from broker.dialects.openai_stream import read_complaint
+from workers.memory import FILE_SHARE
 from workers.runtimes.base import (
     CONNECT_TIMEOUT_S,
     STATE_TIMEOUT_S,
@@ -41,9 +42,6 @@ KEEP_FOR_EVER = -1  # A number: the string "-1" is refused, it lacks a unit.
 UNLOAD_NOW = 0
 UNLOAD_TIMEOUT_S = 30.0
 UNLOAD_POLL_S = 0.25
-FILE_TO_MEMORY = 1.2
-"""What a loaded model takes beyond its file, where the file's size is all there is to go by."""
-
 NOT_FOR_OLLAMA = frozenset(
     {
         *("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "use_mlock", "num_thread", "numa", "low_vram"),
@@ -187,7 +185,7 @@ class Ollama:
                 "event=memory_estimated model=%s file_mb=%d reason=Ollama tells the size of the file", self._model,
                 size >> 20,
             )  # fmt: skip
-        return int(size * FILE_TO_MEMORY)
+        return int(size * FILE_SHARE)
 
     async def file_bytes(self) -> int | None:
         """Gives the size on disk that /api/tags tells."""
