@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import httpx
 
 from broker.dialects.openai_stream import read_complaint
-from workers.memory import FILE_SHARE
+from broker.policy.warm_together import FILE_SHARE
 from workers.runtimes.base import (
     CONNECT_TIMEOUT_S,
     STATE_TIMEOUT_S,
