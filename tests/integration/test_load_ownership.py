@@ -133,14 +133,14 @@ async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_sl
         ollama.hold_loads()
         model = {"backend": "ollama", "url": ollama.url}
         await world.apply(
-            {"first": {**model, "model": "one"}, "second": {**model, "model": "two", "wakeTimeoutMs": 300}}
+            {"first": {**model, "model": "one"}, "second": {**model, "model": "two", "wakeTimeoutMs": 1_000}}
         )
         host = await world.host()
         asks = [await world.submit("first")]
         await seen(ollama.load_seen)
         asks.append(await world.submit("second"))
         await world.until_model("second", "waking")
-        waited_s = asyncio.get_running_loop().time() + 0.6
+        waited_s = asyncio.get_running_loop().time() + 2
         await until(lambda: asyncio.get_running_loop().time() > waited_s, what="its wakeTimeoutMs is over twice")
         assert host.residents.wakers["second"].state == "waking"
         ollama.release_loads()

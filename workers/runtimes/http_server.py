@@ -17,6 +17,8 @@ import httptools
 
 BODY_BYTES_MAX = 64 << 20
 PIPELINED_MAX = 8
+# A connection is accepted in one pass of the loop, has its transport in the next, its protocol in the third.
+PASSES_TO_ACCEPT = 3
 
 Handler = Callable[["Exchange"], Awaitable[None]]
 
@@ -83,10 +85,15 @@ class HttpServer:
     async def listening(self, port: int = 0) -> AsyncIterator[int]:
         """Serves while the block runs and gives the port; leaving it cuts every connection."""
         async with asyncio.TaskGroup() as self.tasks:
-            server = await asyncio.get_running_loop().create_server(lambda: _Connection(self), "127.0.0.1", port)
+            loop = asyncio.get_running_loop()
+            server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", port)
             try:
                 yield server.sockets[0].getsockname()[1]
             finally:
+                # Closed at once, asyncio would forget a client it has just accepted, and leave its connection open.
+                loop.remove_reader(server.sockets[0])
+                for _ in range(PASSES_TO_ACCEPT):
+                    await asyncio.sleep(0)
                 server.close()
                 for connection in list(self.connections):
                     connection.abort()
