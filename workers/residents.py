@@ -194,7 +194,8 @@ class Residents:
         self._judge(waker, await self._room.look())
         if waker.unfit:
             raise NoRoom(waker.unfit)
-        async with self._room.hold(name, self.footprints.need(waker), demanded=demanded) as claim:
+        need = self.footprints.need(waker)
+        async with self._room.hold(name, need, demanded=demanded, waits=waker.waits) as claim:
             yield claim
 
     def _judge(self, waker: Waker, look: Look) -> None:

@@ -66,6 +66,12 @@ class Waker(ModelHere):
         """Has the state looked at now."""
         self._kick.set()
 
+    def waits(self, words: str) -> None:
+        """Says what a wake waits for before its load can begin, "" = for nothing any more."""
+        if self.state == "waking" and self.reason != words:
+            self.reason = words
+            self._around.changed()
+
     def told_anew(self) -> None:
         """Has everybody hear what the host says of it now."""
         self._around.changed()
@@ -254,7 +260,17 @@ class Waker(ModelHere):
     async def _wake_under(self, lock: WakeLock) -> None:
         room = self._around.room_for(self.name, await self._demand.asked_for())
         model, runtime = self.model, self.runtime
-        one = Wake(self._store, lock, model, runtime, room=room, in_memory=self._in_memory, progressed=self._progressed)
+        one = Wake(
+            self._store,
+            lock,
+            model,
+            runtime,
+            room=room,
+            waits=self.waits,
+            begins=self._begins,
+            in_memory=self._in_memory,
+            progressed=self._progressed,
+        )
         try:
             woken = await one.run()
         except errors.LockHeld as e:
@@ -283,6 +299,14 @@ class Waker(ModelHere):
             "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s",
             self.name, woken.load_ms, woken.first_token_ms, self.state,
         )  # fmt: skip
+
+    async def _begins(self) -> None:
+        """Has the time of a load that had to wait count from now."""
+        self.waits("")
+        try:
+            self.since_ms = await self._around.now_ms()
+        except errors.BrokerUnavailable:
+            log.debug("event=load_begins model=%s reason=redis away", self.name)
 
     async def _in_memory(self) -> None:
         self.overlap.told(self.runtime.endpoint().slots)

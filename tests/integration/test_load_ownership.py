@@ -140,12 +140,18 @@ async def test_a_model_in_line_for_ollamas_one_loader_does_not_fail_for_being_sl
         await seen(ollama.load_seen)
         asks.append(await world.submit("second"))
         await world.until_model("second", "waking")
-        waited_s = asyncio.get_running_loop().time() + 2
-        await until(lambda: asyncio.get_running_loop().time() > waited_s, what="its wakeTimeoutMs is over twice")
+        over_s = asyncio.get_running_loop().time() + 1.2
+        await until(lambda: asyncio.get_running_loop().time() > over_s, what="its wakeTimeoutMs is over")
         assert host.residents.wakers["second"].state == "waking"
+
+        async def says_why() -> bool:
+            return (await world.model("second")).reason == "waits for its runtime to end another load"
+
+        await eventually(says_why, what="it says for what it waits")
         ollama.release_loads()
         assert [(await ask.end()).state for ask in asks] == [State.DONE] * 2
         assert ollama.loads_started == ["one:latest", "two:latest"]
+        assert host.residents.wakers["second"].reason == ""
 
 
 async def test_a_model_that_is_removed_while_it_loads_does_not_stay(world: World) -> None:

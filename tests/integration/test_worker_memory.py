@@ -112,6 +112,22 @@ async def test_a_busy_model_never_goes(world: World) -> None:
     assert await resident(world) == {"second"}
 
 
+async def test_nobody_goes_for_a_model_whose_file_is_missing(world: World, tmp_path: Path) -> None:
+    """Its load fails for certain: it is set aside at once, before anybody makes room for it."""
+    missing = {"backend": "llama.cpp", "model": str(tmp_path / "nowhere.gguf"), "memoryMb": 700, "fallback": "first"}
+    await world.apply({"first": simulated(memoryMb=600, minStayMs=0), "missing": missing})
+    await world.scheduler()
+    await world.host(memory_mb=LIMIT_MB)
+    warm_since = (await world.until_model("first", "warm")).since
+
+    record = await (await world.submit("missing")).end()
+
+    told = await world.until_model("missing", "quarantined")
+    assert "there is no GGUF file at" in told.reason
+    assert record.served_by == "first@gpu1"
+    assert (await world.model("first")).since == warm_since, "it was evicted"
+
+
 async def test_two_that_wake_at_once_do_not_both_take_the_same_room(world: World) -> None:
     """Each alone would fit: the room that one load was given is not free for the other while it loads."""
     await world.apply(

@@ -90,10 +90,7 @@ class ChildServer:
         await self.stop_orphan()
         program = _program(argv[0])
         if program is None:
-            raise LoadFailed(
-                f"model '{self._name}': the program '{argv[0]}' was not found; install it, put it on the PATH, or name "
-                "another command or a url in the policy"
-            )
+            raise LoadFailed(self.lacking_program(argv[0]))
         self._mark = secrets.token_hex(8)
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), program, *argv[1:]]
         with self._fresh_log() as log:
@@ -107,6 +104,13 @@ class ChildServer:
             )
         self._stopping = False
         self._write_pidfile(self._process.pid)
+
+    def lacking_program(self, word: str) -> str:
+        """Says that a program is not there, and the remedy; "" = it is."""
+        if _program(word) is not None:
+            return ""
+        words = f"model '{self._name}': the program '{word}' was not found; install it, put it on the PATH, or name"
+        return f"{words} another command or a url in the policy"
 
     async def until_ready(self, ready: Callable[[], Awaitable[bool]], *, timeout_s: float) -> None:
         """Waits until the server says that it is ready; an exit is reported at once, with its last log line."""
