@@ -74,7 +74,8 @@ class Residents:
             load_ms=self._load_ms,
             warm_elsewhere=self._warm_elsewhere,
             need=self.footprints.need,
-            headroom=lambda: max(0, int(self.footprints.memory().headroom - self._room.spoken_for)),
+            headroom=lambda: self.footprints.memory().headroom + self.footprints.taken(self._room.loading),
+            loading=lambda: self._room.loading,
         )
 
     def follow(self, active: Active) -> None:

@@ -115,11 +115,6 @@ class Room:
         """The loads under way, and those that wait for memory."""
         return list(self._claims)
 
-    @property
-    def spoken_for(self) -> float:
-        """Bytes that loads under way, and those in line, were promised or wait for; what they took of it included."""
-        return sum(claim.need * SAFETY for claim in self._claims.values())
-
     @asynccontextmanager
     async def hold(
         self, name: str, need: int, *, demanded: bool, waits: Callable[[str], None] = lambda words: None
