@@ -324,12 +324,16 @@ class Waker(ModelHere):
         await self._become("quarantined", words)
 
     async def _wait_for_room(self, error: NoRoom) -> None:
-        """Tries again soon. Where requests wait, they are sent elsewhere meanwhile; without any, the next one may
-        still ask for an eviction, so the model only stays cold."""
+        """Tries again soon. Where requests wait, they are sent elsewhere meanwhile, unless the model is in line for
+        somebody's memory; without any, the next one may still ask for an eviction, so the model only stays cold."""
         self._no_room_until_s = self._loop.time() + NO_ROOM_PAUSE_S
         log.info("event=no_room model=%s reason=%s", self.name, error)
+        await self._become("cold", str(error))
         if self.unfit or not self._around.waited_for(self.name):
-            await self._become("cold", str(error))
+            return
+        holder, self.room_at = self._around.held_up(self.name)  # another may have begun to load in the same moment
+        if holder:
+            await self._become("cold", holder)
             return
         await self._quarantine.pause(str(error), for_s=NO_ROOM_PAUSE_S)
         await self._become("quarantined", str(error))

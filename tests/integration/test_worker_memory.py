@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -128,8 +129,12 @@ async def test_nobody_goes_for_a_model_whose_file_is_missing(world: World, tmp_p
     assert (await world.model("first")).since == warm_since, "it was evicted"
 
 
-async def test_two_that_wake_at_once_do_not_both_take_the_same_room(world: World) -> None:
-    """Each alone would fit: the room that one load was given is not free for the other while it loads."""
+async def test_two_that_wake_at_once_do_not_both_take_the_same_room(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each alone would fit: the room that one load was given is not free for the other while it loads. That one waits
+    for its turn, and sends nobody away."""
+    caplog.set_level(logging.INFO)
     await world.apply(
         {
             name: simulated(keepWarm=False, memoryMb=600, minStayMs=0, options={"coldStartMs": 500})
@@ -146,6 +151,7 @@ async def test_two_that_wake_at_once_do_not_both_take_the_same_room(world: World
 
     await eventually(over, what="both were served, one after the other")
     assert {task.result().state for task in ends} == {State.DONE}
+    assert "to=quarantined" not in caplog.text
 
 
 async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: World) -> None:
