@@ -40,6 +40,7 @@ async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Worl
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.3)
+    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.2)
 
 
 async def resident(world: World) -> set[str]:
@@ -69,7 +70,7 @@ async def another_look(one: waker.Waker) -> None:
 
 async def test_an_idle_model_goes_after_its_minimum_stay(world: World) -> None:
     """Not before: who has just been loaded is not thrown out for the next one."""
-    stay_ms = 2500
+    stay_ms = 1500
     await world.apply(
         {
             "first": simulated(keepWarm=False, memoryMb=700, minStayMs=stay_ms),
@@ -309,11 +310,8 @@ class Shared(Meter):
         return HostMemory(self.limit_mb << 20, occupied + (self.foreign_mb << 20))  # type: ignore[operator]
 
 
-async def test_a_model_fits_again_when_somebody_else_gives_memory_back(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_model_fits_again_when_somebody_else_gives_memory_back(world: World) -> None:
     """What our own models hold does not make it unfit: they may go. Its waiting requests are served when it fits."""
-    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.1)
     await world.apply(
         {
             "big": simulated(keepWarm=False, memoryMb=600, minStayMs=0, fallback="other"),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from broker import errors, jobs, operator
+from broker import errors, hosts, jobs, operator
 from broker.lifecycle import State
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, simulated, words, worker_world
-from workers import waker
+from workers import residents, waker
 from workers.host import Host
 from workers.runtimes.simulated import Simulated
 
@@ -51,8 +51,10 @@ async def test_unloading_a_cold_keep_warm_model_keeps_it_cold(world: World) -> N
     assert told.last_load_ms > 0 and told.progress == -1
 
 
-async def test_a_busy_model_is_not_unloaded(world: World) -> None:
+async def test_a_busy_model_is_not_unloaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody reads its answer."""
+    monkeypatch.setattr(operator, "BUSY_S_MAX", 0.2)
+    monkeypatch.setattr(hosts, "BEAT_EVERY_S", 0.3)
     await world.apply({"big": simulated(maxConcurrent=2)})
     await world.warm_host()
     await world.runtime("big").break_with(stall_after_tokens=1)
@@ -90,7 +92,8 @@ async def test_a_pinned_model_is_not_unloaded_for_being_idle(world: World) -> No
 
 async def test_a_pinned_model_is_not_evicted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one cannot fit until it is unpinned: its job waits, new ones hear it in numbers."""
-    monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.5)
+    monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.3)
+    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.2)
     await world.apply(
         {
             "big": simulated(keepWarm=False, memoryMb=80, minStayMs=0, coldStartBudgetMs=60_000),
