@@ -235,3 +235,12 @@ async def test_the_sweep_repairs_planted_damage(world: World) -> None:
     assert await lanes.sweep(store, "big.batch") == (0, 0)
     assert not s.marks(await take(store))
     assert await lanes.sweep(store, "small") == (0, 0)
+
+
+async def test_a_load_that_waits_has_not_begun(world: World) -> None:
+    """Else it would be predicted to end at any moment, for as long as it waits for another's."""
+    loading = ModelOnHost(state="waking", since=world.now - 30_000)
+    await world.tell("gpu1", {"big": loading})
+    assert world.fleet.view("big").waking_since == world.now - 30_000
+    await world.tell("gpu1", {"big": replace(loading, reason="waits for its runtime to end another load")})
+    assert world.fleet.view("big").waking_since == 0
