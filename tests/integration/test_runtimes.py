@@ -533,8 +533,10 @@ async def test_ollama_loads_for_ever_and_unloads(tmp_path: Path) -> None:
         assert type(asked["keep_alive"]) is int, "the text '-1' is refused by Ollama"
         assert (await runtime.state(), await runtime.memory_bytes()) == ("loaded", 2 * GIB)
         assert await runtime.busy_slots() is None
+        server.unload_after_s = 0.1
         await runtime.unload()
         assert server.generate_bodies[-1]["keep_alive"] == 0
+        assert server.loaded == {}, "its answer comes before the unload, and no load may start on that memory"
         assert await runtime.state() == "absent"
 
 

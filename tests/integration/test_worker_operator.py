@@ -118,6 +118,19 @@ async def test_a_pinned_model_is_not_evicted(world: World, monkeypatch: pytest.M
     assert (await world.model("big")).state == "cold"
 
 
+async def test_another_goes_instead_of_a_pinned_model(world: World) -> None:
+    """Though nothing is worth less than the pinned one, and nothing was idle for longer."""
+    model = simulated(keepWarm=False, memoryMb=40, minStayMs=0)
+    await world.apply({"pinned": {**model, "weight": 0.001}, "other": model, "third": model})
+    await world.host(memory_mb=100)
+    for name in ("pinned", "other"):
+        await (await world.submit(name)).end()
+    await operator.pin(world.store, "pinned", pinned=True)
+    await world.fleet.look()
+    assert (await (await world.submit("third")).end()).served_by == "third@gpu1"
+    assert [(await world.model(name)).state for name in ("pinned", "other")] == ["warm", "cold"]
+
+
 async def test_a_load_tells_how_far_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it goes on, and no longer."""
 
