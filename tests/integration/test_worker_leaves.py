@@ -14,6 +14,7 @@ from broker.lifecycle import State
 from broker.records import HostRecord
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
+from workers import chores
 
 pytestmark = pytest.mark.real
 SLOW = {"decodeTps": 15}
@@ -137,8 +138,11 @@ async def test_what_a_killed_worker_left_of_a_model_that_nobody_wants_is_cleared
     assert pidfile.exists()
     first.kill()
     await world.apply({"big": simulated(keepWarm=False)})
-    await world.host()
-    await until(lambda: not pidfile.exists(), what="its pidfile is gone")
+    await chores.sweep(world.store, world.book)  # it retires no more, or it would be loaded again
+    host = await world.host()
+    await until(lambda: hasattr(host, "residents") and host.residents.wakers, what="it has begun")
+    assert host.residents.wakers.keys() == {"big"}
+    assert not pidfile.exists()
 
 
 async def test_a_name_belongs_to_one_worker(world: World) -> None:
