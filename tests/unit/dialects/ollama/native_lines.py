@@ -55,6 +55,11 @@ WELL_ENDED = {
     "late content": chat({}) + chat({}) + chat_end(content="all at once"),
     "empty": chat({}) + chat_end(),
     "no last newline": (chat({"content": "a"}) + chat_end())[:-1],
+    "blank lines": b"\n" + chat({"content": "a"}) + b"\n \n" + chat({"content": "b"}) + b"\n" + chat_end(),
+    "two names": chat({"content": "a"})
+    + chat({"content": "b"})[:-15]
+    + b',"model":"other","done":false}\n'
+    + chat_end(),
     "odd order": native({"done": False, "message": {"content": "a"}, "model": "other"})
     + native({"message": {"content": "b"}, "model": "other", "done": False})
     + chat_end(),
@@ -63,6 +68,10 @@ WELL_ENDED = {
 BADLY_ENDED = {
     "silent end": chat({"content": "a a a"}) + chat({"content": " a"}),
     "error line": chat({"content": "Half"}) + native({"error": "an error was encountered while running the model"}),
+    "error in a running line": chat({"content": "a"})
+    + chat({"content": "b"})[:-15]
+    + b',"error":"x","done":false}\n'
+    + chat_end(),
     "early error": native({"error": "model runner has unexpectedly stopped"}),
     "no reason": chat({"content": "a"}) + chat({}, done=True),
     "no JSON": chat({"content": "a"}) + b"proxy error: gone\n" + chat_end(),

@@ -85,6 +85,8 @@ def test_an_odd_name_is_replaced_all_the_same() -> None:
     answer = native([1], model='a[1] "model":"x"')
     taken, _ = read(embed(), answer, native=True)
     assert json.loads(taken)["model"] == "vectors" and json.loads(taken)["embeddings"] == [[1]]
+    taken, _ = read(embed(), b'{"by":{"model":"x"},"model":"y","embeddings":[[1]]}', native=True)
+    assert json.loads(taken) == {"by": {"model": "x"}, "model": "vectors", "embeddings": [[1]]}
 
 
 def test_shorter_vectors_have_length_one_again() -> None:

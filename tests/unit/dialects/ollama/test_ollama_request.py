@@ -219,8 +219,9 @@ def test_tool_calls_and_their_answers_find_each_other() -> None:
         {"role": "tool", "tool_name": "g", "content": "of g"},
         {"role": "tool", "tool_name": "f", "content": "of the first f"},
         {"role": "tool", "content": "of the second"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "mine", **called("h")}]},
+        {"role": "assistant", "content": None, "tool_calls": [called("h"), {"id": "mine", **called("h")}]},
         {"role": "tool", "tool_call_id": "mine", "tool_name": "h", "content": "of h"},
+        {"role": "tool", "tool_name": "odd", "content": "of the last"},
         {"role": "tool", "content": "of nothing"},
     ]
     told = sent(chat(messages=messages))["messages"]
@@ -237,7 +238,7 @@ def test_tool_calls_and_their_answers_find_each_other() -> None:
     answers = [(m["content"], m["tool_call_id"]) for m in told if m["role"] == "tool"]
     assert answers == [
         ("of g", "call_1_1"), ("of the first f", "call_1_0"), ("of the second", "call_1_2"), ("of h", "mine"),
-        ("of nothing", "call_unknown"),
+        ("of the last", "call_5_0"), ("of nothing", "call_unknown"),
     ]  # fmt: skip
 
 

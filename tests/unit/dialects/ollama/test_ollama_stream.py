@@ -38,7 +38,7 @@ def read(reader: Any, stream: bytes, *, step: int = 0) -> bytes:
 
 
 def told(stream: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in stream.split(b"\n") if line]
+    return [json.loads(line) for line in stream.split(b"\n") if line.strip()]
 
 
 def outcome(reader: Any) -> tuple[object, ...]:
@@ -54,7 +54,7 @@ def test_an_ollamas_lines_reach_the_client_with_nothing_changed_but_the_model(ca
     reader = NativeReader("deep-coder")
     taken = read(reader, stream)
     expected = b"".join(
-        json_splice.splice(line, {"model": "deep-coder"}) + b"\n" for line in stream.split(b"\n") if line
+        json_splice.splice(line, {"model": "deep-coder"}) + b"\n" for line in stream.split(b"\n") if line.strip()
     )
     assert taken == expected
     assert reader.succeeded and reader.error is None
@@ -96,6 +96,12 @@ def test_an_error_after_done_is_an_error() -> None:
     taken = read(reader, lines.WELL_ENDED["text"] + lines.native({"error": "late"}))
     assert reader.error == "late" and not reader.succeeded
     assert b'"done":true' not in taken
+
+
+def test_nothing_follows_done() -> None:
+    reader = NativeReader("deep-coder")
+    taken = read(reader, lines.WELL_ENDED["text"] + lines.chat({"content": "late"}) + lines.chat_end())
+    assert taken == read(NativeReader("deep-coder"), lines.WELL_ENDED["text"]) and reader.succeeded
 
 
 def test_nothing_comes_out_before_the_first_content() -> None:
