@@ -30,6 +30,8 @@ SAMPLING: Final = {
 }
 """Options by the name that a chat endpoint knows them by: OpenAI's, else llama-server's."""
 
+_OPENAIS: Final = frozenset({"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"})
+_NOT_OPENAIS: Final = frozenset({*SAMPLING.values(), "repetition_penalty", "chat_template_kwargs"}) - _OPENAIS
 _REFUSED: Final = {
     "raw": "a raw prompt",
     "context": "a context of tokens",
@@ -47,14 +49,21 @@ def to_chat(
     slot: int | None = None,
     drops: Container[str] = frozenset(),
     extra: Mapping[str, object] | None = None,
+    plain: bool = False,
 ) -> bytes:
-    """Writes the chat request; raises BadRequest where only an Ollama could do what is asked."""
+    """Writes the chat request; raises BadRequest where only an Ollama could do what is asked.
+
+    `plain` is for those who refuse a request over a key that is not OpenAI's own.
+    """
     request = asked.request
     if native := ollama_request.only_native(request):
         raise BadRequest(f"{_REFUSED[native]} needs a model that an Ollama serves, and {model} is not one", native)
+    messages = _chat_messages(request["messages"]) if asked.shape == "chat" else _prompt_messages(request)
+    if plain:
+        messages = [{key: told for key, told in message.items() if key != "reasoning_content"} for message in messages]
     chat: dict[str, object] = {
         "model": model,
-        "messages": _chat_messages(request["messages"]) if asked.shape == "chat" else _prompt_messages(request),
+        "messages": messages,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -65,7 +74,9 @@ def to_chat(
         chat["logprobs"] = True
         if request.get("top_logprobs"):
             chat["top_logprobs"] = request["top_logprobs"]
-    chat = {key: value for key, value in chat.items() if key not in drops} | dict(extra or {})
+    left_out = _NOT_OPENAIS if plain else frozenset[str]()
+    chat = {key: value for key, value in chat.items() if key not in drops and key not in left_out}
+    chat |= extra or {}
     if slot is not None:
         chat["id_slot"] = slot
     try:

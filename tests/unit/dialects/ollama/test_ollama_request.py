@@ -286,6 +286,21 @@ def test_a_slot_is_named_and_what_a_runtime_must_not_see_is_left_out() -> None:
     assert told["id_slot"] == 2 and told["cache_prompt"] is True and "top_k" not in told
 
 
+def test_a_provider_hears_nothing_but_openais_own_words() -> None:
+    """It would refuse the whole request over one key that it does not know."""
+    asked = chat(
+        messages=[{"role": "assistant", "content": "a", "thinking": "hm"}],
+        options={"temperature": 0, "top_k": 3, "repeat_penalty": 1.1, "num_predict": 5, "stop": ["x"]},
+        think=False,
+        format="json",
+    )
+    told = sent(asked, plain=True)
+    assert set(told) == {
+        "model", "messages", "stream", "stream_options", "temperature", "max_tokens", "stop", "response_format",
+    }  # fmt: skip
+    assert told["messages"] == [{"role": "assistant", "content": "a"}]
+
+
 def test_logprobs_are_asked_for() -> None:
     told = sent(chat(logprobs=True, top_logprobs=3))
     assert told["logprobs"] is True and told["top_logprobs"] == 3
