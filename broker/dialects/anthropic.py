@@ -46,7 +46,7 @@ class Asked:
     prompt_tokens: int  # an estimate: bytes of text / 4, pictures at a fixed size
     max_tokens: int | None
     session: str
-    needs: frozenset[str]  # of "tools", "images"
+    needs: frozenset[str]  # of "tools", "images", "files"
     request: dict[str, Any] = field(repr=False)
 
 
@@ -81,7 +81,9 @@ def read_messages(body: bytes) -> Asked:
         + (len(messages) + bool(system)) * TOKENS_PER_MESSAGE,
         max_tokens=_max_tokens(request.get("max_tokens")),
         session=session,
-        needs=frozenset(({"tools"} if tools else set()) | ({"images"} if images else set())),
+        needs=frozenset(
+            name for name, needed in (("tools", tools), ("images", images), ("files", _holds_files(messages))) if needed
+        ),
         request=request,
     )
 
@@ -170,6 +172,20 @@ def _check_content(content: object, where: str) -> None:
                 )
             if block.get("content") is not None:
                 _check_content(block["content"], f"{where}[{index}].content")
+
+
+def _holds_files(messages: list[dict[str, Any]]) -> bool:
+    """Whether there are files which no chat request can carry: a PDF, or one that the provider has."""
+    left: list[object] = [message["content"] for message in messages]
+    while left:
+        for block in texts(left.pop()):
+            source = block.get("source") if block["type"] in ("image", "document") else None
+            kind = source.get("type") if isinstance(source, dict) else None
+            if kind == "file" or (kind in _ATTACHED and block["type"] == "document"):
+                return True
+            if block["type"] == "tool_result":
+                left.append(block.get("content"))
+    return False
 
 
 def _max_tokens(value: object) -> int | None:

@@ -211,6 +211,24 @@ def test_documents_of_text_are_read_and_others_refused() -> None:
         chat(messages=[{"role": "user", "content": [file]}])
 
 
+@pytest.mark.parametrize(
+    ("block", "files"),
+    [
+        ({"type": "document", "source": {"type": "base64", "data": "JVBERi"}}, True),
+        ({"type": "document", "source": {"type": "url", "url": "http://x"}}, True),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, True),
+        ({"type": "document", "source": {"type": "text", "data": "words"}}, False),
+        (PICTURE, False),
+    ],
+)
+def test_files_are_seen_at_the_door(block: dict[str, Any], files: bool) -> None:
+    """No model is loaded for a request that its runtime cannot read."""
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [block]}
+    for content in ([block], [result]):
+        asked = anthropic.read_messages(body(messages=[{"role": "user", "content": content}]))
+        assert ("files" in asked.needs) is files
+
+
 def test_the_books_of_claude_code_are_no_prompt() -> None:
     system = [{"type": "text", "text": f"{anthropic.BILLING_LINE} cch=1;"}, {"type": "text", "text": "You code."}]
     assert chat(system=system)["messages"][0] == {"role": "system", "content": "You code."}
