@@ -17,7 +17,7 @@ from tests.support.live_api import LiveApi, RawClient, live_api
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_runtime import ScriptedVllm
 from tests.support.waiting import until
-from tests.support.worker_world import World, eventually, worker_world
+from tests.support.worker_world import World, eventually, simulated, worker_world
 from tests.unit.dialects import runtime_streams as streams
 from workers.runtimes.http_server import Exchange
 
@@ -246,6 +246,32 @@ async def test_a_client_waits_while_its_model_loads(
 
 def text_of(part: Any) -> str:
     return str(part.message.content if hasattr(part, "message") else part.response)
+
+
+async def test_a_name_that_leads_a_caller_nowhere_is_not_offered(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        rules = [{"match": {"lane": "theirs", "caller": "ann"}, "target": "coder"}]
+        await world.apply({"coder": simulated(contextTokens=77)}, routing=rules)
+        async with (
+            live_api(await world._open("api"), keys="ann:s3cret-a,bob:s3cret-b") as api,
+            ollama.AsyncClient(api.url, headers={"authorization": "Bearer s3cret-a"}) as ann,
+            ollama.AsyncClient(api.url, headers={"authorization": "Bearer s3cret-b"}) as bob,
+            client(api) as nobody,
+        ):
+            assert [model.model for model in (await ann.list()).models] == ["coder", "theirs"]
+            assert [model.model for model in (await bob.list()).models] == ["coder"]
+            assert (await ann.show("theirs")).modelinfo == (await ann.show("theirs:latest")).modelinfo
+            for ask in (bob.show("theirs"), bob.chat("theirs")):
+                with pytest.raises(ollama.ResponseError) as unknown:
+                    await ask
+                assert unknown.value.status_code == 404
+            for ask in (nobody.list(), nobody.show("coder"), nobody.ps(), nobody.generate("coder")):
+                with pytest.raises(ollama.ResponseError) as locked:
+                    await ask
+                assert locked.value.status_code == 401
+            raw = await RawClient.open(api)
+            await raw.send("POST", "/api/show", b'{"model":"' + b"x" * 100_000 + b'"}', authorization="Bearer s3cret-a")
+            assert await raw.head() == 413
 
 
 async def test_a_heartbeat_says_how_the_wait_goes(
