@@ -20,6 +20,7 @@ from broker.records import ModelFacts, ModelOnHost
 router = APIRouter(tags=["ollama"])
 
 RESIDENT = ("warm", "degraded")
+SHOW_BYTES_MAX = 64 << 10
 FOR_EVER_MS = 100 * 365 * 86_400_000
 """How much longer a model stays of which the policy says no end."""
 
@@ -40,7 +41,8 @@ async def version(gateway: Gate) -> dict[str, str]:
 async def tags(gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Lists every name that a client may ask for."""
     active = gateway.book.active
-    return ollama_models.tags(_shown(gateway, active, name, caller) for name in active.policy.names())
+    found = (_shown(gateway, active, name, caller) for name in active.policy.names())
+    return ollama_models.tags(shown for shown in found if shown is not None)
 
 
 @router.get("/api/ps")
@@ -59,12 +61,12 @@ async def running(gateway: Gate, _caller: Caller) -> dict[str, Any]:
 @router.post("/api/show")
 async def show(request: Request, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Tells what a model can do, as far as the policy knows."""
-    asked = ollama_models.asked_to_show(await request.body())
+    asked = ollama_models.asked_to_show(await _small_body(request))
     active = gateway.book.active
-    name = known_name(active, asked)
-    if name not in active.policy.names():
+    shown = _shown(gateway, active, known_name(active, asked), caller)
+    if shown is None:
         raise errors.UnknownModel(asked, near_words(asked, active.policy.names(), most=3))
-    return ollama_models.show(_shown(gateway, active, name, caller))
+    return ollama_models.show(shown)
 
 
 def known_name(active: Active, asked: str) -> str:
@@ -74,9 +76,21 @@ def known_name(active: Active, asked: str) -> str:
     return short if asked not in names and short in names else asked
 
 
-def _shown(gateway: Gateway, active: Active, name: str, caller: str) -> Shown:
-    """Describes the model that a short request of this caller would go to."""
-    lane = active.policy.route(name, caller=caller, endpoint=ollama.CHAT, prompt_tokens=0)
+async def _small_body(request: Request) -> bytes:
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > SHOW_BYTES_MAX:
+            raise errors.BodyTooLarge(SHOW_BYTES_MAX)
+    return body
+
+
+def _shown(gateway: Gateway, active: Active, name: str, caller: str) -> Shown | None:
+    """Describes the model that a short request of this caller would go to; None where the name leads it nowhere."""
+    try:
+        lane = active.policy.route(name, caller=caller, endpoint=ollama.CHAT, prompt_tokens=0)
+    except errors.UnknownModel:
+        return None
     return _of_model(gateway, active, name, lane.model)
 
 

@@ -7,6 +7,7 @@ with `done` comes out after a good `end` only.
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,10 @@ _REASONS = {"tool_calls": "stop", "function_call": "stop"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _RUNNING = b',"done":false}'
 _LOWEST_LOGPROB = -9999.0
+_plain_text = re.compile(rb'"(?:[ !#-\[\]-~]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+"').fullmatch
+_find_text = {
+    key: re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode()).search for key in ("content", *_REASONING)
+}
 
 
 def instant(now_ns: int) -> str:
@@ -162,7 +167,11 @@ class NativeReader:
 
 
 class FromChat:
-    """Translates a chat stream: text and reasoning as they come, tool calls whole once all of them are there."""
+    """Translates a chat stream: text and reasoning as they come, tool calls whole once all of them are there.
+
+    Most chunks differ from their neighbour in one string only. The bytes around it are remembered, and a string of
+    plain ASCII goes over into the line as it is.
+    """
 
     def __init__(
         self, served_as: str, *, shape: Shape, waited_ns: int = 0, now_ns: Callable[[], int] = time.time_ns
@@ -179,6 +188,10 @@ class FromChat:
         self._ready: list[bytes] = []
         self._complaint: RuntimeComplaint | None = None
         self._ended = False
+        self._around = b"", b""  # the text of a chunk
+        self._before = self._behind = b""  # the text of its line, after the instant
+        self._start = b'{"model":' + json_splice.encode(served_as) + b',"created_at":"'
+        self._second, self._stamp = -1, b""
 
     @property
     def has_content(self) -> bool:
@@ -238,26 +251,47 @@ class FromChat:
         return taken
 
     def _translate(self, events: bytes) -> None:
+        head, tail = self._around
         for event in events.split(b"\n\n"):
             if not event or self._complaint is not None:
                 continue
+            if head and event.startswith(head) and event.endswith(tail):
+                text = event[len(head) : len(event) - len(tail)]
+                if _plain_text(text):
+                    self._pass_text(text)
+                    continue
             try:
                 chunk = json.loads(event.removeprefix(b"data: "))
-                for choice in chunk["choices"]:
-                    self._read_choice(choice)
+                told = [self._read_choice(choice) for choice in chunk["choices"]]
+                head, tail = self._around = self._learn(event, told[0] if len(told) == 1 else "")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._complaint = RuntimeComplaint("the runtime sent an event that cannot be read", "", None)
 
-    def _read_choice(self, choice: dict[str, Any]) -> None:
+    def _pass_text(self, text: bytes) -> None:
+        now = self._last_content = self._now_ns()
+        seconds, rest = divmod(now, 1_000_000_000)
+        if seconds != self._second:
+            self._second, self._stamp = seconds, self._start + instant(now)[:20].encode()
+        self._ready.append(b"%s%06d%s%s%s" % (self._stamp, rest // 1000, self._before, text, self._behind))
+
+    def _learn(self, event: bytes, key: str) -> tuple[bytes, bytes]:
+        """Gives the bytes around the only text of an event, and prepares those around it in its line."""
+        found = _find_text[key](event) if key else None
+        if found is None or event.count(b'"%s"' % key.encode()) != 1:
+            return b"", b""
+        mark = line(self._shape, "", 0, {"content" if key == "content" else "thinking": "x"})
+        self._before, self._behind = mark[mark.index(b"Z") :].split(b'"x"')
+        return event[: found.start(1)], event[found.end(1) :]
+
+    def _read_choice(self, choice: dict[str, Any]) -> str:
+        """Tells what a choice says; gives the key of its text, if that is all."""
         delta = choice.get("delta") or {}
         said: dict[str, object] = {}
-        for key in ("content", "refusal"):
+        keys = []
+        for key, name in (("content", "content"), ("refusal", "content"), *((key, "thinking") for key in _REASONING)):
             if isinstance(delta.get(key), str) and delta[key]:
-                said["content"] = delta[key]
-        for key in _REASONING:
-            if isinstance(delta.get(key), str) and delta[key]:
-                said["thinking"] = delta[key]
-                break  # some runtimes say it under two names
+                keys.append(key)
+                said.setdefault(name, delta[key])  # some runtimes say their reasoning under two names
         fragments = delta.get("tool_calls") or []
         for fragment in fragments:
             _merge_call(self._calls, fragment)
@@ -270,6 +304,8 @@ class FromChat:
             self._ready.append(line(self._shape, self._served_as, self._now_ns(), said, **more))
         if choice.get("finish_reason"):
             self._tell_calls()
+            return ""
+        return keys[0] if len(keys) == 1 and keys[0] in _find_text and not fragments and not more else ""
 
     def _tell_calls(self) -> None:
         """Tells the calls. One whose arguments are no object is none (the model was cut off, or erred): it is told as

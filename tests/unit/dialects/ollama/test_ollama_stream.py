@@ -345,6 +345,33 @@ def test_every_text_arrives_however_it_was_split(sent: list[bytes], step: int) -
     assert answer["content"].count('"arguments":') >= calls  # they have no name, so they are told as text
 
 
+plain = st.text(st.characters(min_codepoint=0, max_codepoint=0x17F), min_size=1, max_size=6)
+
+
+@given(
+    texts=st.lists(plain, max_size=6),
+    key=st.sampled_from(["content", "reasoning", "reasoning_content"]),
+    shape=st.sampled_from(["chat", "generate"]),
+    runtime=st.sampled_from([llama, vllm, ollama]),
+)
+@settings(deadline=None)
+def test_each_piece_of_text_is_a_line_of_its_own(texts: list[str], key: str, shape: Shape, runtime: Any) -> None:
+    """Also where the bytes go over without being parsed."""
+    stream = b"".join(runtime({key: text}) for text in texts) + runtime({}, "stop")
+    said = [line.get("message", line) for line in told(read(from_chat(shape), stream))]
+    name = "thinking" if key != "content" else "content" if shape == "chat" else "response"
+    assert [line.get(name) for line in said][:-1] == texts
+    assert len(said) == len(texts) + 1
+
+
+def test_a_broken_text_is_a_failure_in_a_running_answer() -> None:
+    for broken in (b'"\n"', b'"\\x"', b'"\\u12"'):
+        stream = llama({"content": "a"}) + llama({"content": "b"}).replace(b'"b"', broken) + llama({}, "stop")
+        reader = from_chat()
+        read(reader, stream)
+        assert not reader.succeeded, broken
+
+
 # Folded.
 
 
