@@ -77,6 +77,10 @@ class Blocks:
             block.pieces.append(arguments)
         self._tell()
 
+    def running(self, kind: str) -> int | None:
+        """Gives the index of the block of this kind that is told as it grows, if that is the only one."""
+        return self._count if len(self._open) == 1 and self._open[0].kind == kind else None
+
     def close(self) -> None:
         """Tells whatever is left: the answer is complete."""
         self._tell(over=True)

@@ -5,6 +5,7 @@ runtime has said how the generation ended.
 """
 
 import json
+import re
 from typing import Any, Final
 
 from broker.dialects import json_splice, sse
@@ -23,8 +24,20 @@ _DELTA: Final = b'event: content_block_delta\ndata: {"type":"content_block_delta
 _TEXTS: Final = ("text", "thinking", "partial_json")
 
 
+_STRING: Final = (
+    rb'"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*"'  # as JSON has it, nothing else
+)
+_is_string = re.compile(_STRING).fullmatch
+_KINDS: Final = {"content": ("text", "text")} | dict.fromkeys(_THOUGHTS, ("thinking", "thinking"))
+_find_string = {key: re.compile(rb'"%s"\s*:\s*(%s)' % (key.encode(), _STRING)).search for key in _KINDS}
+
+
 class TranslatingReader:
-    """Takes a chat stream in and gives Anthropic's events out."""
+    """Takes a chat stream in and gives Anthropic's events out.
+
+    Most chunks differ from their neighbour in one string only. The bytes around it are remembered: between the same
+    bytes a string goes over into the event as it is, unparsed.
+    """
 
     def __init__(self, served_as: str, message_id: str = "") -> None:
         self._chat = ChatReader(served_as, include_usage=True)
@@ -35,6 +48,8 @@ class TranslatingReader:
         self._started = self._ended = False
         self._reason = ""
         self._stopped_by: str | None = None
+        self._unreadable: RuntimeComplaint | None = None
+        self._head = self._tail = self._lead = b""  # around the string in a chunk, and before it in an event
 
     @property
     def has_content(self) -> bool:
@@ -42,15 +57,15 @@ class TranslatingReader:
 
     @property
     def succeeded(self) -> bool:
-        return self._chat.succeeded
+        return self._chat.succeeded and self._unreadable is None
 
     @property
     def complaint(self) -> RuntimeComplaint | None:
-        return self._chat.complaint
+        return self._chat.complaint or self._unreadable
 
     @property
     def error(self) -> str | None:
-        return self._chat.error
+        return self.complaint.message if self.complaint else None
 
     @property
     def usage(self) -> dict[str, int] | None:
@@ -76,7 +91,7 @@ class TranslatingReader:
         self._ended = True
         self._chat.end()
         self._translate()
-        if not self._chat.succeeded:
+        if not self.succeeded:
             return
         self._start({})
         self._blocks.close()
@@ -100,13 +115,47 @@ class TranslatingReader:
 
     def _translate(self) -> None:
         for event in self._chat.take().split(b"\n\n"):
-            if not event:
+            if not event or self._unreadable is not None or self._pass_string(event):
                 continue
-            chunk = json.loads(event.removeprefix(b"data: "))
+            try:
+                chunk = json.loads(event.removeprefix(b"data: ").decode())
+                choices = [choice for choice in chunk["choices"] if isinstance(choice, dict)]
+            except (ValueError, KeyError, TypeError, RecursionError):  # a chunk that chat passes on unparsed
+                self._unreadable = RuntimeComplaint("the runtime sent an event that cannot be read", "", None)
+                return
             self._start(chunk)
-            for choice in chunk["choices"]:
-                if isinstance(choice, dict):
-                    self._read_choice(choice)
+            for choice in choices:
+                self._read_choice(choice)
+            self._learn(event, choices)
+
+    def _pass_string(self, event: bytes) -> bool:
+        """Tells a chunk that is the last one but for its string."""
+        if not (self._head and event.startswith(self._head) and event.endswith(self._tail)):
+            return False
+        text = event[len(self._head) : -len(self._tail)]
+        if not _is_string(text) or not (text.isascii() or _is_utf8(text)):
+            return False
+        if text != b'""':
+            self._ready.append(self._lead + text + b"}}\n\n")
+        return True
+
+    def _learn(self, event: bytes, choices: list[dict[str, Any]]) -> None:
+        """Remembers the bytes around the one string of a chunk that adds to the open block and says nothing else."""
+        self._head = b""
+        delta = choices[0].get("delta") if len(choices) == 1 else None
+        if not isinstance(delta, dict) or choices[0].get("finish_reason"):
+            return
+        said = [key for key, value in delta.items() if value and key != "role"]
+        key = said[0] if len(said) == 1 else ""
+        if key not in _KINDS or event.count(b'"%s"' % key.encode()) != 1:
+            return
+        kind, field = _KINDS[key]
+        index, found = self._blocks.running(kind), _find_string[key](event)
+        if index is None or found is None:
+            return
+        self._head, self._tail = event[: found.start(1)], event[found.end(1) :]
+        start = {"type": "content_block_delta", "index": index, "delta": {"type": f"{kind}_delta", field: ""}}
+        self._lead = _event(start).removesuffix(b'""}}\n\n')
 
     def _start(self, chunk: dict[str, Any]) -> None:
         if self._started:
@@ -263,6 +312,14 @@ class PassingReader:
     def _complain(self, complaint: RuntimeComplaint) -> None:
         if self.complaint is None:  # the first cause counts
             self.complaint = complaint
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _holds_content(told: dict[str, Any]) -> bool:

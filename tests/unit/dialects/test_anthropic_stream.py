@@ -278,6 +278,50 @@ def test_an_overflow_is_known_by_the_body_that_was_recorded() -> None:
     assert read_complaint((GOLDEN / "overflow.error.json").read_bytes()).context_overflow
 
 
+@pytest.mark.parametrize(
+    "texts", [["a", "b", 'say "finish_reason": "stop"', "\\ \n\t \u2028 日本 \U0001f642", "", "}}", "c"]]
+)
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+def test_a_run_of_chunks_says_what_it_says_one_by_one(texts: list[str], key: str) -> None:
+    """Most strings go over unparsed; bytes that only look alike do not."""
+    stream = b"".join(llama({key: text}) for text in texts)
+    stream = stream.replace(b"\\u65e5\\u672c", "日本".encode()) + llama({}, "stop") + DONE
+    blocks = json.loads(fold_messages(translated(stream)))["content"]
+    assert [block["text" if key == "content" else "thinking"] for block in blocks] == ["".join(texts)]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"content": "x", "refusal": "y"},
+        {"content": "x", "reasoning_content": "y"},
+        {"content": None},
+        {"content": "x", **call(0, id="c", name="n", arguments="{}")},
+    ],
+)
+def test_an_odd_chunk_in_a_run_is_read_for_what_it_is(odd: dict[str, Any]) -> None:
+    stream = (
+        llama({"content": "a"}) + llama({"content": "b"}) + llama(odd) + llama({"content": "c"}) + llama({}, "stop")
+    )
+    taken = translated(stream + DONE)
+    hold_to_the_grammar(taken)
+    blocks = json.loads(fold_messages(taken))["content"]
+    said = "".join(block.get("text", "") for block in blocks)
+    assert said == "ab" + (odd["content"] or "") + odd.get("refusal", "") + "c"
+    assert ("".join(block.get("thinking", "") for block in blocks)) == odd.get("reasoning_content", "")
+    assert sum(block["type"] == "tool_use" for block in blocks) == len(odd.get("tool_calls", ()))
+
+
+@pytest.mark.parametrize("broken", [b'"\\x"', b'"a" "b"', b'"\xff"', b"[", b'"a\tb"'])
+def test_a_chunk_that_cannot_be_read_is_a_failure_and_no_crash(broken: bytes) -> None:
+    """Chat passes such chunks on unparsed: its client finds out. Ours would be told half of it as the whole."""
+    run = llama({"content": "a"}) + llama({"content": "b"}) + llama({"content": "c"})
+    stream = run + llama({"content": "d"}).replace(b'"d"', broken) + llama({"content": "e"}) + llama({}, "stop") + DONE
+    taken, reader = read(stream, translating)
+    assert not reader.succeeded and "cannot be read" in (reader.error or "")
+    assert b"message_stop" not in taken and b'"e"' not in taken
+
+
 def test_a_fold_skips_heartbeats_wherever_they_stand() -> None:
     beat = anthropic.heartbeat("waiting\nbehind 2")
     assert beat.count(b"\n\n") == 1
