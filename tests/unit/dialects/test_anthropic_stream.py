@@ -286,7 +286,10 @@ def test_a_run_of_chunks_says_what_it_says_one_by_one(texts: list[str], key: str
     """Most strings go over unparsed; bytes that only look alike do not."""
     stream = b"".join(llama({key: text}) for text in texts)
     stream = stream.replace(b"\\u65e5\\u672c", "日本".encode()) + llama({}, "stop") + DONE
-    blocks = json.loads(fold_messages(translated(stream)))["content"]
+    taken = translated(stream)
+    deltas = [event["delta"] for event in events(taken) if event["type"] == "content_block_delta"]
+    assert len([delta for delta in deltas if delta["type"] != "signature_delta"]) == len(texts) - 1  # "" is no event
+    blocks = json.loads(fold_messages(taken))["content"]
     assert [block["text" if key == "content" else "thinking"] for block in blocks] == ["".join(texts)]
 
 
@@ -310,6 +313,18 @@ def test_an_odd_chunk_in_a_run_is_read_for_what_it_is(odd: dict[str, Any]) -> No
     assert said == "ab" + (odd["content"] or "") + odd.get("refusal", "") + "c"
     assert ("".join(block.get("thinking", "") for block in blocks)) == odd.get("reasoning_content", "")
     assert sum(block["type"] == "tool_use" for block in blocks) == len(odd.get("tool_calls", ()))
+
+
+@pytest.mark.parametrize("odd", [{"content": "x", "refusal": "y"}, {"refusal": "y", "content": "x"}])
+def test_chunks_that_say_two_things_make_no_run(odd: dict[str, str]) -> None:
+    stream = llama(odd) * 3 + llama({}, "stop") + DONE
+    assert json.loads(fold_messages(translated(stream)))["content"][0]["text"] == "xy" * 3
+
+
+def test_a_string_elsewhere_in_a_chunk_is_not_what_it_says() -> None:
+    chunks = [llama({"content": "a"}).replace(b"data: {", b'data: {"x":{"content":"%d"},' % n) for n in range(3)]
+    stream = b"".join(chunks) + llama({}, "stop") + DONE
+    assert json.loads(fold_messages(translated(stream)))["content"][0]["text"] == "aaa"
 
 
 @pytest.mark.parametrize("broken", [b'"\\x"', b'"a" "b"', b'"\xff"', b"[", b'"a\tb"'])
