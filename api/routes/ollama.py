@@ -20,6 +20,9 @@ from broker.records import ModelFacts, ModelOnHost
 router = APIRouter(tags=["ollama"])
 
 RESIDENT = ("warm", "degraded")
+FRESH_S = 0.1
+"""A model that has just loaded is looked for right away."""
+
 SHOW_BYTES_MAX = 64 << 10
 FOR_EVER_MS = 100 * 365 * 86_400_000
 """How much longer a model stays of which the policy says no end."""
@@ -49,6 +52,7 @@ async def tags(gateway: Gate, caller: Caller) -> dict[str, Any]:
 async def running(gateway: Gate, _caller: Caller) -> dict[str, Any]:
     """Lists the models that are loaded, with the memory that they hold on all hosts."""
     active = gateway.book.active
+    await gateway.fleet.look_again(older_than_s=FRESH_S)
     told = []
     for model in active.models():
         loaded = [m for m in gateway.fleet.picture.on_host.get(model, {}).values() if m.state in RESIDENT]
