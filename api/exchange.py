@@ -48,6 +48,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
+        self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
         self.in_band = False
@@ -154,9 +155,9 @@ class Exchange:
             if wrong.code == errors.BodyTooLarge.code:
                 await self._refuse_body(wrong)
             else:
-                await self.answer(wrong.status, [*wrong.headers(), *headers], wrong.body())
+                await self.answer(wrong.status, [*wrong.headers(), *headers], wrong.body(self.path))
         elif self.in_band:
-            await self.write(wrong.event(), last=True)
+            await self.write(wrong.event(self.path), last=True)
         else:
             raise CutConnection(wrong.code)
 
@@ -201,7 +202,7 @@ class Exchange:
 
     async def _refuse_body(self, wrong: Wrong) -> None:
         """Answers before the body is read, and drops what comes for a moment: a reset would take our answer with it."""
-        body = wrong.body()
+        body = wrong.body(self.path)
         size = (b"content-length", str(len(body)).encode())
         await self.start(wrong.status, [*wrong.headers(), size, (b"connection", b"close")])
         await self._send({"type": "http.response.body", "body": body, "more_body": True})

@@ -9,6 +9,7 @@ from ulid import ULID
 
 from api.exchange import Exchange
 from api.gateway import Gateway
+from api.voices import voice_of
 from broker import admission, dispatch, errors, jobs, lanes
 from broker.frames import FrameReader
 from broker.metrics import OTHER
@@ -83,7 +84,7 @@ class Visit:
     def __init__(self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float) -> None:
         self.exchange = exchange
         self.stream = job.stream
-        self.endpoint = job.endpoint
+        self.voice = voice_of(job)
         self.hold_s = hold_s
         self.job_id = job.id
         self.lane = ""

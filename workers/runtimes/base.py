@@ -85,6 +85,9 @@ class Endpoint:
     extra: Mapping[str, object] = field(default_factory=dict)
     """Keys that every request carries."""
 
+    speaks: frozenset[str] = frozenset()
+    """Endpoints of other dialects than OpenAI's that it answers itself."""
+
     def path(self, path: str) -> str:
         """Gives the path of a request, with what the runtime must be told beside its body."""
         return f"{path}?{self.query}" if self.query else path

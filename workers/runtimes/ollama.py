@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import httpx
 
+from broker.dialects import ollama
 from broker.dialects.openai_stream import read_complaint
 from broker.policy.warm_together import FILE_SHARE
 from workers.runtimes.base import (
@@ -49,6 +50,8 @@ NOT_FOR_OLLAMA = frozenset(
     }
 )
 """What makes Ollama load a loaded model again, or changes how long it stays: the policy's business, no client's."""
+
+SPEAKS = frozenset({ollama.CHAT, ollama.GENERATE, ollama.EMBED, ollama.EMBEDDINGS})
 
 BUSY_PAUSE_S = 2.0
 TURN_TIMEOUT_S = 1800.0
@@ -201,7 +204,7 @@ class Ollama:
         return []
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA)
+        return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA, speaks=SPEAKS)
 
     async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token, without keep_alive and options; refuses on a model that the probe itself would load."""

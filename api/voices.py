@@ -1,0 +1,79 @@
+"""How an answer sounds while it is sent: its headers, what is said while the client waits, its end, and the one object
+that a client without a stream gets. One voice for each dialect; the words of errors are in `errors`.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from broker.dialects import ollama, ollama_fold, openai
+from broker.dialects.ollama_request import Shape
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.records import JobRecord
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_AT_ONCE = [
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the answer otherwise
+]
+EVENT_STREAM: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *_AT_ONCE]
+LINES: Headers = [(b"content-type", ollama.CONTENT_TYPE.encode()), *_AT_ONCE]
+
+
+class Voice(Protocol):
+    """What `stream` must know of a dialect."""
+
+    headers: Headers
+    done: bytes
+
+    def heartbeat(self, note: str) -> bytes:
+        """Says "still waiting" in a stream."""
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        """Makes the one object of a stream; raises ValueError where it is none."""
+
+
+class ChatVoice:
+    """OpenAI's chat."""
+
+    headers = EVENT_STREAM
+    done = openai.DONE
+
+    def heartbeat(self, note: str) -> bytes:
+        return openai.heartbeat(note)
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return json.dumps(openai.fold_chat(whole), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+class VectorVoice(ChatVoice):
+    """Vectors in any dialect: they are one object already."""
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return b"".join(whole)
+
+
+class OllamaVoice:
+    """An Ollama's chat and generate."""
+
+    headers = LINES
+    done = ollama.DONE
+
+    def __init__(self, shape: Shape, model: str) -> None:
+        self._shape = shape
+        self._model = model
+
+    def heartbeat(self, note: str) -> bytes:
+        return ollama.heartbeat(self._shape, self._model, note, now_ns=time.time_ns())
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return ollama_fold.fold(whole)
+
+
+def voice_of(job: JobRecord) -> Voice:
+    """Gives the voice in which a job's client is answered."""
+    if job.endpoint in ollama.SHAPES:
+        return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
+    return VectorVoice() if job.endpoint in (EMBEDDINGS, ollama.EMBED, ollama.EMBEDDINGS) else ChatVoice()
