@@ -6,7 +6,7 @@ OpenAI's dialect, which all of them have, and the answer is told in the client's
 
 from typing import Any, Protocol
 
-from broker.dialects import ollama, ollama_embeddings, ollama_request, ollama_translate
+from broker.dialects import ollama, ollama_embeddings, ollama_request, ollama_translate, responses
 from broker.dialects.ollama_embeddings import AskedVectors, VectorReader
 from broker.dialects.ollama_request import Asked
 from broker.dialects.ollama_stream import FromChat, NativeReader
@@ -77,7 +77,9 @@ class Asking:
         """Where the runtime is asked."""
         path = self._job.endpoint
         if not self._native:
-            path = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT}.get(path, EMBEDDINGS if path in _VECTORS else path)
+            path = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT, responses.PATH: CHAT}.get(
+                path, EMBEDDINGS if path in _VECTORS else path
+            )
         return self._to.path(path)
 
     def request(self, slot: int | None) -> bytes:
@@ -90,6 +92,8 @@ class Asking:
             return ollama_translate.to_chat(
                 asked, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered
             )
+        if path == responses.PATH:
+            return responses.ask_chat(self._body, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
         if path in _VECTORS:
             if self._native:
                 return ollama_embeddings.rewrite(self._body, to.model, drops=to.drops, extra=to.extra)
@@ -106,6 +110,8 @@ class Asking:
             if self._native:
                 return NativeReader(job.model)
             return FromChat(job.model, shape=ollama.SHAPES[job.endpoint], waited_ns=waited_ns)
+        if job.endpoint == responses.PATH:
+            return responses.responses_reader(self._body, served_as=job.model, job_id=job.id)
         if job.endpoint in _VECTORS:
             return VectorReader(job.model, asked=self._vectors(), native=self._native, waited_ns=waited_ns)
         if job.endpoint == EMBEDDINGS:

@@ -18,7 +18,6 @@ from broker.dialects.responses_tools import Tools
 from broker.errors import BadRequest
 
 PATH: Final = "/v1/responses"
-CHAT_PATH: Final = "/v1/chat/completions"
 
 BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
@@ -96,9 +95,16 @@ def ask_chat(
     slot: int | None = None,
     drops: Container[str] = frozenset(),
     extra: Mapping[str, object] | None = None,
+    plain: bool = False,
 ) -> bytes:
-    """Writes the chat request for a runtime. `drops` are keys it must not see; `extra` is what it must."""
+    """Writes the chat request for a runtime. `drops` are keys it must not see; `extra` is what it must.
+
+    With `plain` it says nothing that OpenAI's own servers do not know.
+    """
     chat = _chat(_read(body))
+    if plain:
+        for message in chat["messages"]:
+            message.pop("reasoning_content", None)
     chat = {key: value for key, value in chat.items() if key not in drops}
     options = chat.get("options")
     if isinstance(options, dict):

@@ -22,9 +22,9 @@ class ResponsesVoice:
         self._object = ResponseObject(body, job_id=job_id, model=model)
         self._next = 0
 
-    def heartbeat(self) -> bytes:
-        """Says that the client still waits."""
-        return self._opening() or self._say(IN_PROGRESS)
+    def heartbeat(self, note: str) -> bytes:
+        """Says that the client still waits, and in a comment how the wait goes."""
+        return f": warmlane {' '.join(note.split())}\n".encode() + (self._opening() or self._say(IN_PROGRESS))
 
     def passing(self, data: bytes) -> bytes:
         """Counts a worker's events, whole ones as it wrote them, and leaves out an opening that was said before."""

@@ -73,7 +73,7 @@ def events(stream: bytes) -> list[dict[str, Any]]:
     found = []
     for piece in stream.split(b"\n\n"):
         if piece:
-            name, data = piece.split(b"\n")
+            name, data = (line for line in piece.split(b"\n") if not line.startswith(b":"))
             found.append(json.loads(data.removeprefix(b"data: ")))
             assert name == b"event: " + found[-1]["type"].encode()
     return found
@@ -247,7 +247,7 @@ def test_numbers_go_on_across_heartbeats_and_the_end(beats: list[int], case: str
     speaker, sent = voice(), b""
     for index, part in enumerate(parts):
         for _ in range(beats[index] if index < len(beats) else 0):
-            sent += speaker.heartbeat()
+            sent += speaker.heartbeat("behind 2\nothers")
         sent += speaker.passing(part)
     sent += speaker.failed("worker_lost", "gone", status=503, retry_after_s=1)
     found = events(sent)
@@ -263,7 +263,7 @@ def test_numbers_go_on_across_heartbeats_and_the_end(beats: list[int], case: str
 def test_text_that_looks_like_a_number_is_not_counted() -> None:
     stream, _ = read(llama({"content": '\ndata: {"type":"x","sequence_number":99'}) + llama({}, "stop"))
     speaker = voice()
-    sent = speaker.heartbeat() + speaker.passing(stream)
+    sent = speaker.heartbeat("behind 2\nothers") + speaker.passing(stream)
     assert events(sent)[-1]["response"]["output"][0]["content"][0]["text"].endswith('"sequence_number":99')
 
 
