@@ -209,6 +209,23 @@ async def test_what_is_not_kept_is_refused_at_the_door(redis_server: RedisServer
         assert unknown.value.code == "model_not_found"
 
 
+async def test_a_retry_gets_the_same_response(redis_server: RedisServer, tmp_path: Path) -> None:
+    """It attaches to the first one's job, and the object's id is the job's."""
+    async with running(redis_server, tmp_path, coder=simulated()) as (_, api), async_sdk(api.url) as client:
+        first, second = [
+            await client.responses.create(
+                model="coder", input="Hi", max_output_tokens=3, extra_headers={"Idempotency-Key": "one"}
+            )
+            for _ in range(2)
+        ]
+        stream = await client.responses.create(
+            model="coder", input="Hi", max_output_tokens=3, extra_headers={"Idempotency-Key": "two"}, stream=True
+        )
+        events = [event async for event in stream]
+    assert first.id == second.id and first.output_text == second.output_text
+    assert events[0].type == "response.created" and events[0].response.id != first.id
+
+
 async def test_a_hang_up_ends_the_job(redis_server: RedisServer, tmp_path: Path) -> None:
     async with running(redis_server, tmp_path, coder=simulated(options={"decodeTps": 20})) as (world, api):
         raw = await RawClient.open(api)

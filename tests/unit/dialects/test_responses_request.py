@@ -143,6 +143,19 @@ def test_what_the_runtime_must_not_see_and_what_it_must() -> None:
     assert (chat["seed"], chat["options"], chat["id_slot"], chat["keep_alive"]) == (3, {"top_k": 2}, 1, -1)
 
 
+def test_thoughts_go_back_with_their_own_turn_and_to_no_stranger() -> None:
+    """A provider refuses keys that are not OpenAI's own; two turns keep a thought each."""
+    thoughts = [
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": word}]} for word in "ab"
+    ]
+    said = [{"role": "assistant", "content": word} for word in "xy"]
+    made = {"input": [{"role": "user", "content": "Hi"}, thoughts[0], said[0], thoughts[1], said[1]]}
+    _, *turns = asked(**made)["messages"]
+    assert [(turn["reasoning_content"], turn["content"]) for turn in turns] == [("a", "x"), ("b", "y")]
+    plain = json.loads(ask_chat(body(**made), "gpt", plain=True))
+    assert all(message.keys() == {"role", "content"} for message in plain["messages"])
+
+
 def test_a_tool_choice_may_name_a_tool_or_allow_some() -> None:
     tools = CODEX["tools"]
     chosen = asked(tools=tools, tool_choice={"type": "custom", "name": "apply_patch"})

@@ -190,6 +190,21 @@ def test_calls_keep_the_clients_names_and_kinds() -> None:
     assert json.loads(one["arguments"]) == {"path": 'a "b".py'} and two["arguments"] == "{}"
 
 
+def test_arguments_that_come_before_their_name_are_not_lost() -> None:
+    late = llama(call(0, id="c1", arguments='{"a"')) + llama(call(0, name="read", arguments=":1}"))
+    stream, _ = read(late + llama({}, "tool_calls"))
+    deltas = [event["delta"] for event in events(stream) if event["type"].endswith("arguments.delta")]
+    [item] = fold_responses(stream)["output"]
+    assert "".join(deltas) == item["arguments"] == '{"a":1}' and item["name"] == "read"
+
+
+def test_a_choice_that_nobody_asked_for_is_not_mixed_in() -> None:
+    both = json.loads(llama({"content": "other"})[6:])
+    both["choices"][0]["index"] = 1
+    stream, _ = read(llama({"content": "one"}) + b"data: " + json.dumps(both).encode() + b"\n\n" + llama({}, "stop"))
+    assert "other" not in stream.decode()
+
+
 def test_thoughts_are_told_as_a_summary_where_the_client_asked_for_one() -> None:
     """Codex and the AI SDK show summaries only."""
     [thought, _] = fold_responses(read(VLLM_REASONING)[0])["output"]
