@@ -22,7 +22,18 @@ from api.cork import CorkedProtocol
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
-from api.routes import chat, embeddings, health, jobs, models, ollama, ollama_generations, operator, responses
+from api.routes import (
+    anthropic,
+    chat,
+    embeddings,
+    health,
+    jobs,
+    models,
+    ollama,
+    ollama_generations,
+    operator,
+    responses,
+)
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
@@ -47,6 +58,8 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
             chat.ChatCompletions(gateway),
             embeddings.Embeddings(gateway),
             responses.Responses(gateway),
+            anthropic.Messages(gateway),
+            anthropic.CountTokens(gateway),
             ollama_generations.OllamaChat(gateway),
             ollama_generations.OllamaGenerate(gateway),
             ollama_generations.OllamaEmbed(gateway),
@@ -109,7 +122,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
 
 def _response(wrong: told.Wrong, request: Request) -> Response:
-    response = Response(wrong.body(request.url.path), wrong.status)
+    response = Response(wrong.body(request.url.path), wrong.status_at(request.url.path))
     response.raw_headers = [*response.raw_headers, *wrong.headers()]
     return response
 

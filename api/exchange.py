@@ -156,7 +156,7 @@ class Exchange:
             if wrong.code == errors.BodyTooLarge.code:
                 await self._refuse_body(wrong)
             else:
-                await self.answer(wrong.status, [*wrong.headers(), *headers], wrong.body(self.path))
+                await self.answer(wrong.status_at(self.path), [*wrong.headers(), *headers], wrong.body(self.path))
         elif self.in_band:
             await self.write(self.event_of(wrong), last=True)
         else:
@@ -208,7 +208,7 @@ class Exchange:
         """Answers before the body is read, and drops what comes for a moment: a reset would take our answer with it."""
         body = wrong.body(self.path)
         size = (b"content-length", str(len(body)).encode())
-        await self.start(wrong.status, [*wrong.headers(), size, (b"connection", b"close")])
+        await self.start(wrong.status_at(self.path), [*wrong.headers(), size, (b"connection", b"close")])
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         try:
             async with asyncio.timeout(LINGER_S_MAX):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from api.errors import Wrong
-from broker.dialects import ollama, ollama_fold, openai, responses
+from broker.dialects import anthropic, ollama, ollama_fold, openai, responses
+from broker.dialects.anthropic_fold import fold_messages
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
 from broker.dialects.responses_stream import fold_responses
@@ -58,6 +59,19 @@ class VectorVoice(ChatVoice):
         return b"".join(whole)
 
 
+class AnthropicVoice:
+    """Anthropic's messages; a stream's end is `message_stop`, which the runtime's own end brings."""
+
+    headers = EVENT_STREAM
+    done = b""
+
+    def heartbeat(self, note: str) -> bytes:
+        return anthropic.heartbeat(note)
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return fold_messages(b"".join(whole))
+
+
 class OllamaVoice:
     """An Ollama's chat and generate."""
 
@@ -105,4 +119,6 @@ def voice_of(job: JobRecord, body: bytes = b"") -> Voice:
         return CountedVoice(body, job.id, job.asked)
     if job.endpoint in ollama.SHAPES:
         return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
+    if job.endpoint == anthropic.PATH:
+        return AnthropicVoice()
     return VectorVoice() if job.endpoint in (EMBEDDINGS, ollama.EMBED, ollama.EMBEDDINGS) else ChatVoice()

@@ -6,7 +6,9 @@ OpenAI's dialect, which all of them have, and the answer is told in the client's
 
 from typing import Any, Protocol
 
-from broker.dialects import ollama, ollama_embeddings, ollama_request, ollama_translate, responses
+from broker.dialects import anthropic, ollama, ollama_embeddings, ollama_request, ollama_translate, responses
+from broker.dialects.anthropic_stream import PassingReader, TranslatingReader
+from broker.dialects.anthropic_translate import to_chat
 from broker.dialects.ollama_embeddings import AskedVectors, VectorReader
 from broker.dialects.ollama_request import Asked
 from broker.dialects.ollama_stream import FromChat, NativeReader
@@ -18,6 +20,7 @@ from broker.records import JobRecord
 from workers.runtimes.base import Endpoint
 
 CHAT = "/v1/chat/completions"
+_THROUGH_CHAT = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT, anthropic.PATH: CHAT, responses.PATH: CHAT}
 _VECTORS = {ollama.EMBED: ollama_embeddings.read_embed, ollama.EMBEDDINGS: ollama_embeddings.read_embeddings}
 _WORDS = {ollama.CHAT: ollama_request.read_chat, ollama.GENERATE: ollama_request.read_generate}
 
@@ -72,14 +75,19 @@ class Asking:
         self._to = endpoint
         self._native = job.endpoint in endpoint.speaks
 
+    def translate_instead(self) -> bool:
+        """Asks through OpenAI's dialect from now on: this version of the runtime lacks the other. False if it did."""
+        if not self._native or self._job.endpoint not in _THROUGH_CHAT:
+            return False
+        self._native = False
+        return True
+
     @property
     def path(self) -> str:
         """Where the runtime is asked."""
         path = self._job.endpoint
         if not self._native:
-            path = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT, responses.PATH: CHAT}.get(
-                path, EMBEDDINGS if path in _VECTORS else path
-            )
+            path = _THROUGH_CHAT.get(path, EMBEDDINGS if path in _VECTORS else path)
         return self._to.path(path)
 
     def request(self, slot: int | None) -> bytes:
@@ -94,6 +102,11 @@ class Asking:
             )
         if path == responses.PATH:
             return responses.ask_chat(self._body, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
+        if path == anthropic.PATH:
+            if self._native:
+                return anthropic.rewrite_messages(self._body, to.model, drops=to.drops, extra=to.extra)
+            told = anthropic.read_messages(self._body)
+            return to_chat(told, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
         if path in _VECTORS:
             if self._native:
                 return ollama_embeddings.rewrite(self._body, to.model, drops=to.drops, extra=to.extra)
@@ -112,6 +125,8 @@ class Asking:
             return FromChat(job.model, shape=ollama.SHAPES[job.endpoint], waited_ns=waited_ns)
         if job.endpoint == responses.PATH:
             return responses.responses_reader(self._body, served_as=job.model, job_id=job.id)
+        if job.endpoint == anthropic.PATH:
+            return PassingReader(job.model) if self._native else TranslatingReader(job.model, job.id)
         if job.endpoint in _VECTORS:
             return VectorReader(job.model, asked=self._vectors(), native=self._native, waited_ns=waited_ns)
         if job.endpoint == EMBEDDINGS:

@@ -27,6 +27,7 @@ BUFFER_BYTES = 1 << 20
 ERROR_BODY_BYTES = 1 << 16
 LOOK_EVERY_S = 0.5
 BUSY = (429, 503)
+NO_SUCH_PAGE = (404, 405)
 PAUSE_S = 1.0
 PAUSE_MAX_S = 60.0
 """How long a busy runtime is left alone: this long where it does not say, and at most so long where it does."""
@@ -163,6 +164,11 @@ class Attempt:
             if self._exchange.lost is not None and self._exchange.lost.reused and not self._stop:
                 self._exchange = await self._ask(fresh=True)
                 continue
+            if self._lacks_the_dialect():
+                reader = self._reader = self._asking.reader()
+                self._complaint.clear()
+                self._exchange = await self._ask(fresh=False)
+                continue
             data = reader.take()
             if self._stop is not None:
                 if self.delivered:  # what nobody has seen may start again elsewhere
@@ -175,6 +181,13 @@ class Attempt:
             await self._flush(data)
             if over:
                 raise self._failure()
+
+    def _lacks_the_dialect(self) -> bool:
+        """Whether the runtime, asked in the client's dialect, knows no such page: an older version, asked once more."""
+        exchange = self._exchange
+        if exchange is None or not exchange.done or exchange.status not in NO_SUCH_PAGE or self._stop is not None:
+            return False
+        return not read_complaint(bytes(self._complaint)).model_gone and self._asking.translate_instead()
 
     async def _ask(self, *, fresh: bool) -> Exchange:
         try:

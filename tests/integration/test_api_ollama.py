@@ -11,13 +11,14 @@ import ollama
 import pytest
 
 from api import stream as stream_module
+from api.routes import chat as chat_module
 from broker.lifecycle import State
 from tests.support.fake_ollama import FakeOllama
 from tests.support.live_api import LiveApi, RawClient, live_api
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_runtime import ScriptedVllm
 from tests.support.waiting import until
-from tests.support.worker_world import World, eventually, simulated, worker_world
+from tests.support.worker_world import World, eventually, simulated, words, worker_world
 from tests.unit.dialects import runtime_streams as streams
 from workers.runtimes.http_server import Exchange
 
@@ -242,6 +243,45 @@ async def test_a_client_waits_while_its_model_loads(
             await asyncio.wait_for(task, 15)
             assert "".join(map(text_of, parts)) == "Hello from Ollama" and parts[-1].done_reason == "stop"
             assert fake.loads_started == ["qwen:32b"]
+
+
+async def test_a_promoted_job_is_translated_for_the_model_that_takes_it(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """One that only an Ollama can do is not promoted: it waits for its own."""
+    async with FakeOllama("qwen:32b").running() as fake:
+        fake.hold_loads()
+        model = {"backend": "ollama", "model": "qwen:32b", "url": fake.url, "coldStartBudgetMs": 200}
+        models = {"coder": {**model, "fallback": "small"}, "small": simulated(maxConcurrent=2)}
+        async with running(redis_server, tmp_path, **models) as (world, api), client(api) as sdk:
+            await world.scheduler()
+            raw = asyncio.create_task(sdk.generate("coder", "Hi", raw=True))
+            parts = [part async for part in await sdk.chat("coder", ASK, stream=True, options={"num_predict": 3})]
+            assert "".join(map(text_of, parts)) == words(3)
+            assert parts[-1].model == "small" and parts[-1].done_reason == "length"
+            assert not raw.done()
+            fake.release_loads()
+            assert (await asyncio.wait_for(raw, 15)).response == "Hello from Ollama"
+
+
+async def test_a_client_without_a_stream_is_kept_waiting_too(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With spaces before the object, which no client minds."""
+    monkeypatch.setattr(stream_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(chat_module, "WHOLE_HOLD_S", 0.2)
+    async with FakeOllama("qwen:32b").running() as fake:
+        fake.hold_loads()
+        model = {"backend": "ollama", "model": "qwen:32b", "url": fake.url}
+        async with running(redis_server, tmp_path, coder=model) as (_, api):
+            raw = await RawClient.open(api)
+            asked = {"model": "coder", "messages": ASK, "stream": False}
+            await raw.send("POST", "/api/chat", json.dumps(asked).encode())
+            assert await raw.head() == 200 and raw.headers["content-type"] == "application/json"
+            assert [await raw.piece(), await raw.piece()] == [b" ", b" "]
+            fake.release_loads()
+            found = ollama.ChatResponse(**json.loads(await raw.body()))
+            assert found.message.content == "Hello from Ollama" and found.done_reason == "stop"
 
 
 def text_of(part: Any) -> str:

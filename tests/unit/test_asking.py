@@ -12,12 +12,13 @@ from broker.records import JobRecord
 from workers.asking import Asking
 from workers.runtimes.base import Endpoint
 
-NATIVE = frozenset({"/api/chat", "/api/generate", "/api/embed", "/api/embeddings"})
+NATIVE = frozenset({"/v1/messages", "/api/chat", "/api/generate", "/api/embed", "/api/embeddings"})
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/embeddings": {"input": "Hi"},
     "/api/chat": {"messages": [{"role": "user", "content": "Hi"}], "options": {"num_ctx": 9, "top_p": 0.5}},
     "/api/generate": {"prompt": "Hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "top_p": 0.5, "top_k": 3},
     "/api/embed": {"input": "Hi"},
     "/api/embeddings": {"prompt": "Hi"},
 }
@@ -44,6 +45,7 @@ def test_a_runtime_that_speaks_the_dialect_is_asked_in_it(endpoint: str) -> None
     [
         ("/api/chat", "/v1/chat/completions"),
         ("/api/generate", "/v1/chat/completions"),
+        ("/v1/messages", "/v1/chat/completions"),
         ("/api/embed", "/v1/embeddings"),
         ("/api/embeddings", "/v1/embeddings"),
     ],
@@ -56,13 +58,25 @@ def test_any_other_is_asked_in_openais(endpoint: str, path: str) -> None:
     assert ("messages" in told) == (path == "/v1/chat/completions")
 
 
-def test_a_slot_is_named_in_a_translation() -> None:
-    assert json.loads(asking("/api/chat").request(3))["id_slot"] == 3
-    assert "id_slot" not in json.loads(asking("/api/chat", speaks=NATIVE).request(3))
+@pytest.mark.parametrize("endpoint", ["/api/chat", "/v1/messages"])
+def test_a_slot_is_named_in_a_translation(endpoint: str) -> None:
+    assert json.loads(asking(endpoint).request(3))["id_slot"] == 3
+    assert "id_slot" not in json.loads(asking(endpoint, speaks=NATIVE).request(3))
 
 
-def test_a_provider_gets_no_word_that_it_does_not_know() -> None:
-    told = json.loads(asking("/api/chat", metered=True).request(None))
+@pytest.mark.parametrize("endpoint", ["/api/chat", "/v1/messages"])
+def test_a_runtime_that_lacks_the_dialect_after_all_is_asked_in_openais(endpoint: str) -> None:
+    """Once: what chat answers stands."""
+    asked = asking(endpoint, speaks=NATIVE)
+    assert asked.translate_instead() and not asked.translate_instead()
+    assert asked.path == "/v1/chat/completions" and json.loads(asked.request(1))["id_slot"] == 1
+    assert not asking("/v1/chat/completions").translate_instead()
+    assert not asking("/api/embed", speaks=NATIVE).translate_instead()
+
+
+@pytest.mark.parametrize("endpoint", ["/api/chat", "/v1/messages"])
+def test_a_provider_gets_no_word_that_it_does_not_know(endpoint: str) -> None:
+    told = json.loads(asking(endpoint, metered=True).request(None))
     assert told.keys() == {"model", "messages", "stream", "stream_options", "top_p"}
 
 

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import httpx
 
-from broker.dialects import ollama
+from broker.dialects import anthropic, ollama
 from broker.dialects.openai_stream import read_complaint
 from broker.policy.warm_together import FILE_SHARE
 from workers.runtimes.base import (
@@ -51,7 +51,7 @@ NOT_FOR_OLLAMA = frozenset(
 )
 """What makes Ollama load a loaded model again, or changes how long it stays: the policy's business, no client's."""
 
-SPEAKS = frozenset({ollama.CHAT, ollama.GENERATE, ollama.EMBED, ollama.EMBEDDINGS})
+SPEAKS = frozenset({anthropic.PATH, ollama.CHAT, ollama.GENERATE, ollama.EMBED, ollama.EMBEDDINGS})
 
 BUSY_PAUSE_S = 2.0
 TURN_TIMEOUT_S = 1800.0
