@@ -22,7 +22,18 @@ from api.cork import CorkedProtocol
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
-from api.routes import anthropic, chat, embeddings, health, jobs, models, ollama, ollama_generations, operator
+from api.routes import (
+    anthropic,
+    chat,
+    embeddings,
+    health,
+    jobs,
+    models,
+    ollama,
+    ollama_generations,
+    operator,
+    responses,
+)
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
@@ -46,6 +57,7 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
         for route in (
             chat.ChatCompletions(gateway),
             embeddings.Embeddings(gateway),
+            responses.Responses(gateway),
             anthropic.Messages(gateway),
             anthropic.CountTokens(gateway),
             ollama_generations.OllamaChat(gateway),

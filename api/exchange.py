@@ -4,7 +4,7 @@ At most one task beside the request's own watches for the client to hang up. Not
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from api.asgi import Receive, Scope, Send
 from api.errors import Wrong
@@ -51,6 +51,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
+        self.event_of: Callable[[Wrong], bytes] = self._event_of
         self.in_band = False
         self.why: type[Interrupted] | None = None
         self.sending_since = 0.0
@@ -157,9 +158,12 @@ class Exchange:
             else:
                 await self.answer(wrong.status_at(self.path), [*wrong.headers(), *headers], wrong.body(self.path))
         elif self.in_band:
-            await self.write(wrong.event(self.path), last=True)
+            await self.write(self.event_of(wrong), last=True)
         else:
             raise CutConnection(wrong.code)
+
+    def _event_of(self, wrong: Wrong) -> bytes:
+        return wrong.event(self.path)
 
     def _expect(self, until: float) -> None:
         """Sees to it that `next` ends in time. One timer lives on over all frames: a timeout for each would cost more

@@ -9,7 +9,7 @@ import asyncio
 from api import errors as told
 from api.exchange import CutConnection
 from api.visit import Visit
-from api.voices import Voice
+from api.voices import CountedVoice, Voice
 from broker import errors
 from broker.frames import Restarted
 from broker.records import Frame
@@ -48,15 +48,15 @@ async def send_stream(visit: Visit) -> None:
         elif parts and not visit.delivered and not failed:
             await visit.begun(parts[0])
         if last is None:
-            await exchange.write(_joined(parts))
+            await exchange.write(_passed(voice, parts))
             visit.delivered = True
             until = visit.loop.time() + HEARTBEAT_S
         elif not failed:
-            await exchange.write(_joined([*parts, voice.done]), last=True)
+            await exchange.write(_passed(voice, [*parts, voice.done]), last=True)
             return visit.finished()
         else:
             if exchange.started and parts:
-                await exchange.write(_joined(parts))
+                await exchange.write(_passed(voice, parts))
             return await _fail(visit, last)
 
 
@@ -112,8 +112,9 @@ def _ready(visit: Visit, first: Frame) -> tuple[list[bytes], Frame | None]:
     return parts, None
 
 
-def _joined(parts: list[bytes]) -> bytes:
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _passed(voice: Voice, parts: list[bytes]) -> bytes:
+    joined = parts[0] if len(parts) == 1 else b"".join(parts)
+    return voice.passing(joined) if isinstance(voice, CountedVoice) else joined
 
 
 async def _fail(visit: Visit, last: Frame) -> None:

@@ -7,10 +7,13 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from broker.dialects import anthropic, ollama, ollama_fold, openai
+from api.errors import Wrong
+from broker.dialects import anthropic, ollama, ollama_fold, openai, responses
 from broker.dialects.anthropic_fold import fold_messages
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.dialects.responses_stream import fold_responses
+from broker.dialects.responses_voice import ResponsesVoice
 from broker.records import JobRecord
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -86,8 +89,34 @@ class OllamaVoice:
         return ollama_fold.fold(whole)
 
 
-def voice_of(job: JobRecord) -> Voice:
-    """Gives the voice in which a job's client is answered."""
+class CountedVoice:
+    """OpenAI's responses, whose events are counted: all that one client hears goes through one voice."""
+
+    headers = EVENT_STREAM
+    done = b""
+
+    def __init__(self, body: bytes, job_id: str, model: str) -> None:
+        self._voice = ResponsesVoice(body, job_id=job_id, model=model)
+
+    def heartbeat(self, note: str) -> bytes:
+        return self._voice.heartbeat(note)
+
+    def passing(self, data: bytes) -> bytes:
+        """Counts what a worker wrote."""
+        return self._voice.passing(data)
+
+    def failed(self, wrong: Wrong) -> bytes:
+        """Says in the stream what went wrong."""
+        return self._voice.failed(wrong.code, wrong.message, status=wrong.status, retry_after_s=wrong.retry_after_s)
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return json.dumps(fold_responses(b"".join(whole)), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def voice_of(job: JobRecord, body: bytes = b"") -> Voice:
+    """Gives the voice in which a job's client is answered; `body` is what it asked."""
+    if job.endpoint == responses.PATH:
+        return CountedVoice(body, job.id, job.asked)
     if job.endpoint in ollama.SHAPES:
         return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
     if job.endpoint == anthropic.PATH:

@@ -6,7 +6,7 @@ OpenAI's dialect, which all of them have, and the answer is told in the client's
 
 from typing import Any, Protocol
 
-from broker.dialects import anthropic, ollama, ollama_embeddings, ollama_request, ollama_translate
+from broker.dialects import anthropic, ollama, ollama_embeddings, ollama_request, ollama_translate, responses
 from broker.dialects.anthropic_stream import PassingReader, TranslatingReader
 from broker.dialects.anthropic_translate import to_chat
 from broker.dialects.ollama_embeddings import AskedVectors, VectorReader
@@ -20,7 +20,7 @@ from broker.records import JobRecord
 from workers.runtimes.base import Endpoint
 
 CHAT = "/v1/chat/completions"
-_THROUGH_CHAT = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT, anthropic.PATH: CHAT}
+_THROUGH_CHAT = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT, anthropic.PATH: CHAT, responses.PATH: CHAT}
 _VECTORS = {ollama.EMBED: ollama_embeddings.read_embed, ollama.EMBEDDINGS: ollama_embeddings.read_embeddings}
 _WORDS = {ollama.CHAT: ollama_request.read_chat, ollama.GENERATE: ollama_request.read_generate}
 
@@ -100,6 +100,8 @@ class Asking:
             return ollama_translate.to_chat(
                 asked, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered
             )
+        if path == responses.PATH:
+            return responses.ask_chat(self._body, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
         if path == anthropic.PATH:
             if self._native:
                 return anthropic.rewrite_messages(self._body, to.model, drops=to.drops, extra=to.extra)
@@ -121,6 +123,8 @@ class Asking:
             if self._native:
                 return NativeReader(job.model)
             return FromChat(job.model, shape=ollama.SHAPES[job.endpoint], waited_ns=waited_ns)
+        if job.endpoint == responses.PATH:
+            return responses.responses_reader(self._body, served_as=job.model, job_id=job.id)
         if job.endpoint == anthropic.PATH:
             return PassingReader(job.model) if self._native else TranslatingReader(job.model, job.id)
         if job.endpoint in _VECTORS:
