@@ -22,7 +22,18 @@ from api.cork import CorkedProtocol
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
-from api.routes import chat, embeddings, health, jobs, models, operator
+from api.routes import (
+    anthropic,
+    chat,
+    embeddings,
+    health,
+    jobs,
+    models,
+    ollama,
+    ollama_generations,
+    operator,
+    responses,
+)
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
@@ -41,7 +52,20 @@ STOP_MARGIN_S = 1
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
     """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
-    hot = {chat.PATH: chat.ChatCompletions(gateway), embeddings.PATH: embeddings.Embeddings(gateway)}
+    hot = {
+        route.path: route
+        for route in (
+            chat.ChatCompletions(gateway),
+            embeddings.Embeddings(gateway),
+            responses.Responses(gateway),
+            anthropic.Messages(gateway),
+            anthropic.CountTokens(gateway),
+            ollama_generations.OllamaChat(gateway),
+            ollama_generations.OllamaGenerate(gateway),
+            ollama_generations.OllamaEmbed(gateway),
+            ollama_generations.OllamaEmbeddings(gateway),
+        )
+    }
     rest = _rest(gateway, crashed)
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,36 +93,36 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
         redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (operator.router, models.router, jobs.router, health.router):
+    for routes in (operator.router, models.router, jobs.router, ollama.router, health.router):
         rest.include_router(routes)
 
     @rest.exception_handler(errors.BrokerError)
-    async def refused(_request: Request, error: errors.BrokerError) -> Response:
-        return _response(told.wrong(error))
+    async def refused(request: Request, error: errors.BrokerError) -> Response:
+        return _response(told.wrong(error), request)
 
     @rest.exception_handler(404)
     async def not_served(request: Request, _error: Exception) -> Response:
-        return _response(told.Wrong("not_found", f"there is no {request.url.path} here", 404, told.INVALID))
+        return _response(told.Wrong("not_found", f"there is no {request.url.path} here", 404, told.INVALID), request)
 
     @rest.exception_handler(405)
     async def other_method(request: Request, _error: Exception) -> Response:
         words = f"{request.url.path} does not take {request.method}"
-        return _response(told.Wrong("method_not_allowed", words, 405, told.INVALID))
+        return _response(told.Wrong("method_not_allowed", words, 405, told.INVALID), request)
 
     @rest.exception_handler(RequestValidationError)
-    async def malformed(_request: Request, error: RequestValidationError) -> Response:
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return _response(told.wrong(errors.BadRequest(str(first["msg"]), str(first["loc"][-1]))))
+        return _response(told.wrong(errors.BadRequest(str(first["msg"]), str(first["loc"][-1]))), request)
 
     @rest.exception_handler(Exception)
-    async def broke(_request: Request, error: Exception) -> Response:
-        return _response(told.unexpected(error))
+    async def broke(request: Request, error: Exception) -> Response:
+        return _response(told.unexpected(error), request)
 
     return rest
 
 
-def _response(wrong: told.Wrong) -> Response:
-    response = Response(wrong.body(), wrong.status)
+def _response(wrong: told.Wrong, request: Request) -> Response:
+    response = Response(wrong.body(request.url.path), wrong.status_at(request.url.path))
     response.raw_headers = [*response.raw_headers, *wrong.headers()]
     return response
 

@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from broker import errors
-from broker.dialects import openai
+from broker.dialects import anthropic, ollama, openai
 from broker.records import Frame
 
 log = logging.getLogger("warmlane.api")
 
 RETRY_AFTER_S_MAX = 30
 """Clients give up, or sleep for hours, over a longer one."""
+
+OLLAMAS = "/api/"
+"""How the paths of the Ollama dialect begin."""
 
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
@@ -91,15 +94,28 @@ class Wrong:
     param: str | None = None
     retry_after_s: int | None = None
 
-    def body(self) -> bytes:
-        """The error object of the dialect."""
-        told = openai.error_object(
-            self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
-        )
+    def body(self, path: str = "") -> bytes:
+        """The error object in the dialect of the path that was asked."""
+        if path.startswith(OLLAMAS):
+            told = ollama.error_object(self.code, self.message, retry_after_s=self.retry_after_s)
+        elif path.startswith(anthropic.PATH):
+            told = anthropic.error_object(self.code, self.message, status=self.status, retry_after_s=self.retry_after_s)
+        else:
+            told = openai.error_object(
+                self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
+            )
         return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
 
-    def event(self) -> bytes:
+    def status_at(self, path: str) -> int:
+        """The status as the dialect of the path that was asked has it."""
+        return anthropic.own_status(self.status) if path.startswith(anthropic.PATH) else self.status
+
+    def event(self, path: str = "") -> bytes:
         """The same inside a stream whose status has been sent; nothing may follow it."""
+        if path.startswith(OLLAMAS):
+            return ollama.error_event(self.code, self.message, retry_after_s=self.retry_after_s)
+        if path.startswith(anthropic.PATH):
+            return anthropic.error_event(self.code, self.message, status=self.status, retry_after_s=self.retry_after_s)
         return openai.error_event(
             self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
         )

@@ -4,7 +4,7 @@ At most one task beside the request's own watches for the client to hang up. Not
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from api.asgi import Receive, Scope, Send
 from api.errors import Wrong
@@ -48,8 +48,10 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
+        self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
+        self.event_of: Callable[[Wrong], bytes] = self._event_of
         self.in_band = False
         self.why: type[Interrupted] | None = None
         self.sending_since = 0.0
@@ -154,11 +156,14 @@ class Exchange:
             if wrong.code == errors.BodyTooLarge.code:
                 await self._refuse_body(wrong)
             else:
-                await self.answer(wrong.status, [*wrong.headers(), *headers], wrong.body())
+                await self.answer(wrong.status_at(self.path), [*wrong.headers(), *headers], wrong.body(self.path))
         elif self.in_band:
-            await self.write(wrong.event(), last=True)
+            await self.write(self.event_of(wrong), last=True)
         else:
             raise CutConnection(wrong.code)
+
+    def _event_of(self, wrong: Wrong) -> bytes:
+        return wrong.event(self.path)
 
     def _expect(self, until: float) -> None:
         """Sees to it that `next` ends in time. One timer lives on over all frames: a timeout for each would cost more
@@ -201,9 +206,9 @@ class Exchange:
 
     async def _refuse_body(self, wrong: Wrong) -> None:
         """Answers before the body is read, and drops what comes for a moment: a reset would take our answer with it."""
-        body = wrong.body()
+        body = wrong.body(self.path)
         size = (b"content-length", str(len(body)).encode())
-        await self.start(wrong.status, [*wrong.headers(), size, (b"connection", b"close")])
+        await self.start(wrong.status_at(self.path), [*wrong.headers(), size, (b"connection", b"close")])
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         try:
             async with asyncio.timeout(LINGER_S_MAX):

@@ -5,14 +5,12 @@ back for a while, so that what fails early keeps a real one.
 """
 
 import asyncio
-import json
 
 from api import errors as told
 from api.exchange import CutConnection
 from api.visit import Visit
+from api.voices import CountedVoice, Voice
 from broker import errors
-from broker.dialects import openai
-from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
 from broker.frames import Restarted
 from broker.records import Frame
 
@@ -23,24 +21,19 @@ ANSWER_BYTES_MAX = 64 << 20
 FOLD_INLINE_BYTES = 256 << 10
 """A longer answer is folded beside the loop, so that the other streams go on."""
 
-EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the answer otherwise
-]
 JSON = [(b"content-type", b"application/json")]
 
 
 async def send_stream(visit: Visit) -> None:
-    """Sends frames as they come; the end of a failed answer is an error inside the stream and no `[DONE]`."""
-    exchange = visit.exchange
+    """Sends frames as they come; a failed answer ends with an error inside the stream, and never as a good one does."""
+    exchange, voice = visit.exchange, visit.voice
     until = visit.entered_at + visit.hold_s
     while True:
         found = await exchange.next(visit.reader, until=until)
         if found is None:
-            beat = openai.heartbeat(await visit.note())
+            beat = voice.heartbeat(await visit.note())
             if not exchange.started:
-                await exchange.start(200, [*EVENT_STREAM, *visit.waiting_headers()], in_band=True)
+                await exchange.start(200, [*voice.headers, *visit.waiting_headers()], in_band=True)
             await exchange.write(beat)
             until = visit.loop.time() + HEARTBEAT_S
             continue
@@ -51,19 +44,19 @@ async def send_stream(visit: Visit) -> None:
         parts, last = _ready(visit, found)
         failed = last is not None and last.kind != "done"
         if not exchange.started and not failed:
-            await exchange.start(200, [*EVENT_STREAM, *await visit.begun(parts[0] if parts else b"")], in_band=True)
+            await exchange.start(200, [*voice.headers, *await visit.begun(parts[0] if parts else b"")], in_band=True)
         elif parts and not visit.delivered and not failed:
             await visit.begun(parts[0])
         if last is None:
-            await exchange.write(_joined(parts))
+            await exchange.write(_passed(voice, parts))
             visit.delivered = True
             until = visit.loop.time() + HEARTBEAT_S
         elif not failed:
-            await exchange.write(_joined([*parts, openai.DONE]), last=True)
+            await exchange.write(_passed(voice, [*parts, voice.done]), last=True)
             return visit.finished()
         else:
             if exchange.started and parts:
-                await exchange.write(_joined(parts))
+                await exchange.write(_passed(voice, parts))
             return await _fail(visit, last)
 
 
@@ -99,7 +92,7 @@ async def send_whole(visit: Visit) -> None:
             continue
         if last.kind != "done":
             return await _fail(visit, last)
-        body = b"".join(whole) if visit.endpoint == EMBEDDINGS else await _fold(whole, size)
+        body = await _fold(visit.voice, whole, size)
         if exchange.started:
             await exchange.write(body, last=True)
         else:
@@ -119,8 +112,9 @@ def _ready(visit: Visit, first: Frame) -> tuple[list[bytes], Frame | None]:
     return parts, None
 
 
-def _joined(parts: list[bytes]) -> bytes:
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _passed(voice: Voice, parts: list[bytes]) -> bytes:
+    joined = parts[0] if len(parts) == 1 else b"".join(parts)
+    return voice.passing(joined) if isinstance(voice, CountedVoice) else joined
 
 
 async def _fail(visit: Visit, last: Frame) -> None:
@@ -128,11 +122,8 @@ async def _fail(visit: Visit, last: Frame) -> None:
     await visit.exchange.refuse(wrong, visit.waiting_headers())
 
 
-async def _fold(whole: list[bytes], size: int) -> bytes:
-    def fold() -> bytes:
-        return json.dumps(openai.fold_chat(whole), separators=(",", ":"), ensure_ascii=False).encode()
-
+async def _fold(voice: Voice, whole: list[bytes], size: int) -> bytes:
     try:
-        return fold() if size <= FOLD_INLINE_BYTES else await asyncio.to_thread(fold)
+        return voice.fold(whole) if size <= FOLD_INLINE_BYTES else await asyncio.to_thread(voice.fold, whole)
     except ValueError:
         raise errors.RuntimeFailed("the answer could not be put together from its stream") from None

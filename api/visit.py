@@ -9,6 +9,7 @@ from ulid import ULID
 
 from api.exchange import Exchange
 from api.gateway import Gateway
+from api.voices import CountedVoice, voice_of
 from broker import admission, dispatch, errors, jobs, lanes
 from broker.frames import FrameReader
 from broker.metrics import OTHER
@@ -85,7 +86,7 @@ class Visit:
     def __init__(self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float) -> None:
         self.exchange = exchange
         self.stream = job.stream
-        self.endpoint = job.endpoint
+        self.voice = voice_of(job)
         self.hold_s = hold_s
         self.job_id = job.id
         self.lane = ""
@@ -119,6 +120,10 @@ class Visit:
         self.lane = admitted.lane
         if admitted.attached:
             await self._join(admitted.job_id)
+        if not self._anew:  # else the client may have heard this voice already
+            self.voice = voice_of(replace(self._job, id=self.job_id), body)
+            if isinstance(self.voice, CountedVoice):
+                self.exchange.event_of = self.voice.failed
         gateway.readers.add(self._name, self.job_id, sees=self.stream)
         gateway.metrics.submitted(self.lane, attached=admitted.attached)
 

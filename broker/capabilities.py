@@ -7,7 +7,8 @@ from broker import errors
 from broker.policy import Model
 from broker.records import JobRecord
 
-EMBEDDING_ENDPOINTS = frozenset({"/v1/embeddings", "/api/embed"})
+SPEAK_ANTHROPIC = frozenset({"ollama", "vllm"})
+EMBEDDING_ENDPOINTS = frozenset({"/v1/embeddings", "/api/embed", "/api/embeddings"})
 
 
 def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
@@ -16,6 +17,12 @@ def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
     if wants_vectors != model.embeddings:
         gives = "vectors and no text" if model.embeddings else "text and no vectors"
         return errors.WrongEndpoint(f"{name} gives {gives}, so it does not serve {job.endpoint}")
+    if "native" in job.needs.split() and model.backend != "ollama":
+        return errors.WrongEndpoint(
+            f"{name} is not served by an Ollama, which alone knows raw prompts, suffixes, templates and contexts"
+        )
+    if "files" in job.needs.split() and model.backend not in SPEAK_ANTHROPIC:
+        return errors.WrongEndpoint(f"{name} reads text and pictures, and no documents or files by their id")
     if model.trust == "remote" and job.zone != "remote":
         return errors.TrustZoneRefused(
             f"{name} is a remote model, and the request does not allow that it leaves (X-Gateway-Allow-Remote: true)"

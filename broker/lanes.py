@@ -212,6 +212,7 @@ async def claim(
         entry=waiting.entry,
         state=State.CLAIMED,
         attempt=int(attempt),
+        submitted_at=waiting.submitted,
         model=lane.model,
         owner=host,
         boot=boot,

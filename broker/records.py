@@ -104,6 +104,7 @@ class JobRecord(_Hash):
     endpoint: str = "/v1/chat/completions"
     mode: str = "sync"
     stream: bool = False
+    needs: str = ""  # what only some models can do, in words with spaces between them: "native"
     include_usage: bool = False
     choices: int = 1
     tokens: int = 0  # estimated prompt tokens

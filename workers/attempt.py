@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker import errors, jobs
-from broker.dialects.openai import ChatReader, read_complaint, rewrite_chat
-from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
-from broker.dialects.openai_embeddings import EmbeddingReader, rewrite_embeddings
+from broker.dialects.openai_stream import read_complaint
 from broker.jobs import Holding
-from broker.records import Claimed, JobRecord
+from broker.records import Claimed
 from broker.store import Store
+from workers.asking import Asking
 from workers.runtimes.base import KEY_REFUSED, Endpoint, refusal_words, without_key
 from workers.stream_client import Exchange, StreamClient, UpstreamLost
 
@@ -28,6 +27,7 @@ BUFFER_BYTES = 1 << 20
 ERROR_BODY_BYTES = 1 << 16
 LOOK_EVERY_S = 0.5
 BUSY = (429, 503)
+NO_SUCH_PAGE = (404, 405)
 PAUSE_S = 1.0
 PAUSE_MAX_S = 60.0
 """How long a busy runtime is left alone: this long where it does not say, and at most so long where it does."""
@@ -85,13 +85,13 @@ class Attempt:
         self.held = Holding(self.job.id, self.job.lane, claimed.attempt, self.job.boot)
         self._store = store
         self._client = client
-        self._body = claimed.body
         self._endpoint = endpoint
         self._limits = limits
         self._served_by = served_by
         self._slot = slot if slot is not None and slot < endpoint.slots else None
         self._on_refusal = on_refusal  # before the job is anybody's again, or the next slot would take it
-        self._reader = _reader_for(self.job)
+        self._asking = Asking(self.job, claimed.body, endpoint)
+        self._reader = self._asking.reader()
         self._exchange: Exchange | None = None
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -137,6 +137,7 @@ class Attempt:
             log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
             outcome = "stopped"
         except errors.BrokerError as e:
+            blameless = isinstance(e, errors.Refused)  # this runtime cannot do what is asked, and was not asked
             outcome = await self._fail(e)
         finally:
             self._timer.cancel()
@@ -149,7 +150,7 @@ class Attempt:
             first_token_ms=self._first_token_s * 1000,
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
-            timings=self._reader.timings if isinstance(self._reader, ChatReader) else None,
+            timings=self._reader.timings,
         )
 
     async def _stream(self) -> None:
@@ -162,6 +163,11 @@ class Attempt:
             self._news.clear()
             if self._exchange.lost is not None and self._exchange.lost.reused and not self._stop:
                 self._exchange = await self._ask(fresh=True)
+                continue
+            if self._lacks_the_dialect():
+                reader = self._reader = self._asking.reader()
+                self._complaint.clear()
+                self._exchange = await self._ask(fresh=False)
                 continue
             data = reader.take()
             if self._stop is not None:
@@ -176,12 +182,19 @@ class Attempt:
             if over:
                 raise self._failure()
 
+    def _lacks_the_dialect(self) -> bool:
+        """Whether the runtime, asked in the client's dialect, knows no such page: an older version, asked once more."""
+        exchange = self._exchange
+        if exchange is None or not exchange.done or exchange.status not in NO_SUCH_PAGE or self._stop is not None:
+            return False
+        return not read_complaint(bytes(self._complaint)).model_gone and self._asking.translate_instead()
+
     async def _ask(self, *, fresh: bool) -> Exchange:
         try:
             return await self._client.post(
                 self._endpoint.base_url,
-                self._endpoint.path(self.job.endpoint),
-                self._request(),
+                self._asking.path,
+                self._asking.request(self._slot),
                 headers=self._endpoint.headers,
                 on_data=self._on_data,
                 on_news=self._news.set,
@@ -189,12 +202,6 @@ class Attempt:
             )
         except UpstreamLost as e:
             raise errors.RuntimeFailed(str(e)) from None
-
-    def _request(self) -> bytes:
-        to = self._endpoint
-        if isinstance(self._reader, EmbeddingReader):
-            return rewrite_embeddings(self._body, to.model, drops=to.drops, extra=to.extra)
-        return rewrite_chat(self._body, to.model, slot=self._slot, drops=to.drops, extra=to.extra)
 
     def _on_data(self, data: bytes) -> None:
         exchange = self._exchange
@@ -288,7 +295,7 @@ class Attempt:
 
     def _how_far(self) -> str:
         """Tells a long prompt from a runtime that does nothing, where the runtime says how much of it has been read."""
-        read = self._reader.prompt_read if isinstance(self._reader, ChatReader) else None
+        read = self._reader.prompt_read
         return f"; the runtime has read {read[0]:,} of {read[1]:,} prompt tokens" if read is not None else ""
 
     def _failure(self) -> errors.BrokerError:
@@ -354,12 +361,6 @@ class Attempt:
             "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
         )
         return "released" if where == "queued" else "failed"
-
-
-def _reader_for(job: JobRecord) -> ChatReader | EmbeddingReader:
-    if job.endpoint == EMBEDDINGS:
-        return EmbeddingReader(job.model)
-    return ChatReader(job.model, job.include_usage, job.choices)
 
 
 def _may_start_again(error: errors.BrokerError) -> bool:

@@ -8,7 +8,7 @@ from api import errors as told
 from api.asgi import Receive, Scope, Send
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
-from api.stream import WHOLE_HOLD_S, send_stream, send_whole
+from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
 from api.visit import Visit, Wishes
 from broker import errors
 from broker.dialects import openai
@@ -55,6 +55,8 @@ class ChatCompletions:
         body = await exchange.read_body()
         wishes = Wishes.of(exchange)
         job = self._job(body, wishes, caller)
+        if isinstance(job, bytes):
+            return await exchange.answer(200, JSON, job)
         visit = Visit(
             gateway,
             exchange,
@@ -94,8 +96,8 @@ class ChatCompletions:
                 raise
             await send(visit)
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord:
-        """Reads the request and writes the job that it asks for; raises BadRequest."""
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+        """Reads the request and writes the job that it asks for, or the answer where it needs none; raises Refused."""
         facts = openai.read_chat(body)
         policy = self._gateway.book.active.policy
         return JobRecord(

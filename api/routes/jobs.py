@@ -12,7 +12,8 @@ from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
 from api.exchange import Exchange, Interrupted
 from api.gateway import Gateway
-from api.stream import EVENT_STREAM, HEARTBEAT_S
+from api.stream import HEARTBEAT_S
+from api.voices import EVENT_STREAM
 from broker import errors, jobs, lanes
 from broker.frames import FrameReader, Restarted
 from broker.lifecycle import ENDED

@@ -71,6 +71,8 @@ class EmbeddingReader:
     def __init__(self, served_as: str) -> None:
         self.has_content = False
         self.usage: dict[str, int] | None = None
+        self.timings: dict[str, Any] | None = None  # no runtime tells any of vectors
+        self.prompt_read: tuple[int, int] | None = None
         self.complaint: RuntimeComplaint | None = None
         self._served_as = served_as
         self._body = bytearray()

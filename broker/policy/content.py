@@ -27,6 +27,7 @@ ENDPOINTS = (
     "/api/chat",
     "/api/generate",
     "/api/embed",
+    "/api/embeddings",
 )
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")

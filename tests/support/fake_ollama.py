@@ -6,6 +6,7 @@ as long as a test says: `hold_loads()` makes them wait for `release_loads()`.
 """
 
 import asyncio
+import json
 from typing import Any
 
 from tests.support.scripted_runtime import ScriptedRuntime
@@ -27,8 +28,11 @@ class FakeOllama(ScriptedRuntime):
         self.loads_started: list[str] = []
         self.loads_aborted: list[str] = []
         self.generate_bodies: list[dict[str, Any]] = []
+        self.native_bodies: list[dict[str, Any]] = []  # of /api/chat
+        self.tool_calls: list[dict[str, Any]] = []  # what the native endpoints call after their words
         self.only_embeds: set[str] = set()  # full names of the models that refuse to generate
         self.ps_size, self.ps_vram = 2 * GIB, GIB
+        self.unload_after_s = 0.0  # how long it holds a model that it was told to drop, after its answer
         self.busy_answers = 0  # so many loads are refused before one is taken in: the line of loads is full
         self.load_error: tuple[int, str] | None = None
         self.abort_seen = asyncio.Event()
@@ -54,7 +58,9 @@ class FakeOllama(ScriptedRuntime):
                 await exchange.answer({"version": "0.33.0"})
             case "POST", "/api/generate":
                 await self._generate(exchange, exchange.json())
-            case "POST", "/api/embed":
+            case "POST", "/api/chat":
+                await self._native(exchange, exchange.json())
+            case "POST", "/api/embed" | "/api/embeddings":
                 await self._embed(exchange, exchange.json())
             case "POST", "/v1/embeddings":
                 await self._vectors(exchange, exchange.json())
@@ -85,7 +91,10 @@ class FakeOllama(ScriptedRuntime):
             await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
         elif keep_alive == 0:
             await exchange.answer(_done(name, "unload"))
-            self.loaded.pop(name, None)  # After the answer, as Ollama does: before it asks what the model can do.
+            if self.unload_after_s:
+                asyncio.get_running_loop().call_later(self.unload_after_s, self.loaded.pop, name, None)
+            else:
+                self.loaded.pop(name, None)  # After the answer, as Ollama does: before it asks what the model can do.
         elif name in self.only_embeds:
             await exchange.answer({"error": f'"{body["model"]}" does not support generate'}, status=400)
         elif self.busy_answers:
@@ -93,7 +102,43 @@ class FakeOllama(ScriptedRuntime):
             text = "server busy, please try again.  maximum pending requests exceeded"
             await exchange.answer({"error": text}, status=503)
         elif await self._load(exchange, name, keep_alive):
-            await exchange.answer(_done(name, "load"))
+            if body.get("prompt"):
+                await self._lines(exchange, body)
+            else:
+                await exchange.answer(_done(name, "load"))
+
+    async def _native(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        """Its own chat endpoint, which loads like any other."""
+        self.native_bodies.append(body)
+        name = _full(body["model"])
+        if name not in self.digests:
+            await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
+        elif body.get("options", {}).keys() & {"num_ctx", "num_gpu"}:
+            await exchange.answer({"error": "this double takes no reload"}, status=500)
+        elif await self._load(exchange, name, body.get("keep_alive", 300)):
+            await self._lines(exchange, body)
+
+    async def _lines(self, exchange: Exchange, body: dict[str, Any]) -> None:
+        """Says a few words as lines, or falls into a trap of its own: an error line, or an end without `done`."""
+        self.active += 1
+        try:
+            await exchange.begin("application/x-ndjson")
+            await exchange.write(_line(body, ""))
+            if self.mute:
+                await asyncio.get_running_loop().create_future()
+            for word in ("Hello", " from", " Ollama"):
+                await exchange.write(_line(body, word))
+                if self.trap == "error line":
+                    await exchange.write(b'{"error":"an error was encountered while running the model"}\n')
+                if self.trap:
+                    return await exchange.end()
+            for call in self.tool_calls:
+                await exchange.write(_line(body, "", tool_calls=[call]))
+            figures = {"prompt_eval_count": 11, "eval_count": 3, "total_duration": 9, "load_duration": 1}
+            await exchange.write(_line(body, "", done=True, done_reason="stop", **figures))
+            await exchange.end()
+        finally:
+            self.active -= 1
 
     async def _load(self, exchange: Exchange, name: str, keep_alive: Any) -> bool:
         """Loads one model at a time, as Ollama does; the load dies with the connection that asked for it."""
@@ -121,7 +166,11 @@ class FakeOllama(ScriptedRuntime):
         if name not in self.digests:
             await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
         elif await self._load(exchange, name, body.get("keep_alive", 300)):
-            await exchange.answer({"model": body["model"], "embeddings": [[0.5, 1.0]] if body["input"] else []})
+            if exchange.path == "/api/embeddings":
+                return await exchange.answer({"embedding": [0.5, 1.0] if body.get("prompt") else []})
+            given = body.get("input") or []
+            vectors = [[0.5, 1.0]] * (1 if isinstance(given, str) else len(given))
+            await exchange.answer({"model": body["model"], "embeddings": vectors, "prompt_eval_count": 2})
 
     async def _vectors(self, exchange: Exchange, body: dict[str, Any]) -> None:
         """Its OpenAI face: texts only, and a load like any other where the model is away."""
@@ -143,6 +192,16 @@ class FakeOllama(ScriptedRuntime):
             await exchange.answer({"error": error}, status=404)
         elif name in self.loaded or await self._load(exchange, name, 300):
             await self._chat(exchange)
+
+
+def _line(body: dict[str, Any], text: str, *, tool_calls: Any = None, done: bool = False, **more: Any) -> bytes:
+    """One line in the order of keys that Go writes."""
+    told: dict[str, Any] = {"model": body["model"], "created_at": "2026-08-04T08:52:19.385406455Z"}
+    if "messages" in body:
+        told["message"] = {"role": "assistant", "content": text} | ({"tool_calls": tool_calls} if tool_calls else {})
+    else:
+        told["response"] = text
+    return json.dumps({**told, "done": done, **more}, separators=(",", ":")).encode() + b"\n"
 
 
 def _full(name: str) -> str:

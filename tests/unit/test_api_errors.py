@@ -46,6 +46,37 @@ def test_a_refusal_in_the_words_of_the_dialect() -> None:
     assert b"retry_after_s" in wrong.event() and b"[DONE]" not in wrong.event()
 
 
+@pytest.mark.parametrize("kind", leaves(), ids=lambda kind: kind.__name__)
+def test_every_error_has_words_for_clients_of_ollama(kind: type[errors.BrokerError]) -> None:
+    """They take `error` for a text; what is beside it is for whoever knows us."""
+    wrong = told.Wrong(kind.code, "it is so", told.ROWS[kind].status, "x", retry_after_s=told.ROWS[kind].retry_after_s)
+    body = json.loads(wrong.body("/api/chat"))
+    assert isinstance(body["error"], str) and body["error"].endswith("it is so") and body["code"] == kind.code
+    assert body.get("retry_after_s") == told.ROWS[kind].retry_after_s
+    assert json.loads(wrong.event("/api/generate")) == body and wrong.event("/api/generate").endswith(b"}\n")
+
+
+@pytest.mark.parametrize("kind", leaves(), ids=lambda kind: kind.__name__)
+def test_every_error_has_words_for_clients_of_anthropic(kind: type[errors.BrokerError]) -> None:
+    """What waiting cures is an overload to them; a status of ours that they do not know would not be tried again."""
+    row = told.ROWS[kind]
+    wrong = told.Wrong(kind.code, "it is so", row.status, "x", retry_after_s=row.retry_after_s)
+    body = json.loads(wrong.body("/v1/messages"))
+    assert body["type"] == "error" and body["error"]["message"] == "it is so" and body["error"]["code"] == kind.code
+    assert body["error"].get("retry_after_s") == row.retry_after_s
+    status = wrong.status_at("/v1/messages/count_tokens")
+    assert status == {503: 529, 502: 500}.get(row.status, row.status)
+    assert (body["error"]["type"] == "overloaded_error") == (row.status == 503)
+    assert (
+        wrong.event("/v1/messages")
+        == b"event: error\ndata: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    )
+
+
+def test_a_client_of_ollama_finds_the_words_it_looks_for() -> None:
+    assert "not found" in json.loads(told.wrong(errors.UnknownModel("x")).body("/api/show"))["error"]
+
+
 @pytest.mark.parametrize(("asked", "given"), [(0, 1), (12, 12), (900, 30)])
 def test_retry_after_stays_within_what_clients_accept(asked: int, given: int) -> None:
     """Clients do not retry at all, or sleep for hours, over a long one."""

@@ -36,6 +36,9 @@ def model(**keys: Any) -> Model:
             {"embeddings": True, "contextTokens": 100},
             errors.ContextTooLong,
         ),
+        ({"endpoint": "/v1/messages", "needs": "files tools"}, {}, errors.WrongEndpoint),
+        ({"endpoint": "/v1/messages", "needs": "files"}, {"backend": "vllm", "url": "http://127.0.0.1:1"}, None),
+        ({"endpoint": "/v1/messages", "needs": "tools images"}, {}, None),
         ({"endpoint": VECTORS, "zone": "local"}, {"trust": "remote"}, errors.WrongEndpoint),  # no header would help
     ],
 )

@@ -640,7 +640,7 @@ RULES = [
     (
         "{ match: { endpoint: /v1/chat }, target: deep }",
         "[0].match.endpoint: is no endpoint of the gateway, use one of /v1/chat/completions, /v1/completions, "
-        "/v1/embeddings, /v1/responses, /v1/messages, /api/chat, /api/generate, /api/embed",
+        "/v1/embeddings, /v1/responses, /v1/messages, /api/chat, /api/generate, /api/embed, /api/embeddings",
     ),
     ("{ match: { caller: '' }, target: deep }", "[0].match.caller: must be 1 to 1024 characters on one line"),
     (

@@ -85,6 +85,9 @@ class Endpoint:
     extra: Mapping[str, object] = field(default_factory=dict)
     """Keys that every request carries."""
 
+    speaks: frozenset[str] = frozenset()
+    """Endpoints of other dialects than OpenAI's that it answers itself."""
+
     def path(self, path: str) -> str:
         """Gives the path of a request, with what the runtime must be told beside its body."""
         return f"{path}?{self.query}" if self.query else path
@@ -107,6 +110,10 @@ class Runtime(Protocol):
 
     async def state(self) -> State:
         """Tells where the model is, within 2 s; never loads it and never wakes it."""
+
+    async def lacks(self) -> str:
+        """Says in a sentence what is not there without which a load must fail, such as its file, "" = nothing that we
+        could tell without asking for the load; takes no time, so that nobody makes room for such a load."""
 
     def turn(self) -> AbstractAsyncContextManager[None]:
         """Waits until the runtime would start on a load at once; to be held while it loads. Ollama loads one model at

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import httpx
 
+from broker.dialects import anthropic, ollama
 from broker.dialects.openai_stream import read_complaint
 from broker.policy.warm_together import FILE_SHARE
 from workers.runtimes.base import (
@@ -50,6 +51,8 @@ NOT_FOR_OLLAMA = frozenset(
 )
 """What makes Ollama load a loaded model again, or changes how long it stays: the policy's business, no client's."""
 
+SPEAKS = frozenset({anthropic.PATH, ollama.CHAT, ollama.GENERATE, ollama.EMBED, ollama.EMBEDDINGS})
+
 BUSY_PAUSE_S = 2.0
 TURN_TIMEOUT_S = 1800.0
 """How long one load may wait for others of the same Ollama, each of which has a limit of its own."""
@@ -84,6 +87,10 @@ class Ollama:
     @property
     def manageable(self) -> bool:
         return True
+
+    async def lacks(self) -> str:
+        """Ollama is asked for the load: it says itself what it does not have."""
+        return ""
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -201,7 +208,7 @@ class Ollama:
         return []
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA)
+        return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA, speaks=SPEAKS)
 
     async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token, without keep_alive and options; refuses on a model that the probe itself would load."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from broker.dialects import anthropic
 from broker.dialects.openai_stream import read_complaint
 from workers.runtimes.base import (
     CONNECT_TIMEOUT_S,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from broker.policy import Model
 
 log = logging.getLogger(__name__)
+
+SPEAKS = frozenset({anthropic.PATH})
 
 REFUSED_WAIT_S = 10.0
 POLL_S = 0.25
@@ -85,6 +88,9 @@ class Vllm:
     @property
     def manageable(self) -> bool:
         return self._sleeps is True
+
+    async def lacks(self) -> str:
+        return ""
 
     def turn(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
@@ -156,7 +162,7 @@ class Vllm:
         return []
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(self._url, model=self._model)
+        return Endpoint(self._url, model=self._model, speaks=SPEAKS)
 
     async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token; refuses on a sleeping server, where it would wait for ever."""

@@ -1,0 +1,48 @@
+"""POST /v1/messages and /v1/messages/count_tokens: what clients of the Anthropic dialect ask for."""
+
+from ulid import ULID
+
+from api.routes.chat import ChatCompletions
+from api.visit import Wishes
+from broker.dialects import anthropic, json_splice
+from broker.records import JobRecord
+
+
+class Messages(ChatCompletions):
+    """The endpoint."""
+
+    path = anthropic.PATH
+
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+        asked = anthropic.read_messages(body)
+        policy = self._gateway.book.active.policy
+        return JobRecord(
+            id=str(ULID()),
+            asked=wishes.lane or asked.model,
+            caller=caller,
+            session=wishes.session or asked.session,
+            zone=wishes.zone,
+            stream=asked.stream,
+            include_usage=True,
+            needs=" ".join(sorted(asked.needs)),
+            tokens=asked.prompt_tokens,
+            max_tokens=asked.max_tokens or 0,
+            grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
+            keep_ms=policy.keep_ms,
+            endpoint=self.path,
+        )
+
+
+class CountTokens(ChatCompletions):
+    """The endpoint. It is answered with our estimate at once: a count enters no lane and wakes no model."""
+
+    path = anthropic.COUNT_PATH
+
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+        asked = anthropic.read_messages(body)
+        name = wishes.lane or asked.model
+        # raises UnknownModel
+        self._gateway.book.active.policy.route(
+            name, caller=caller, endpoint=anthropic.PATH, prompt_tokens=asked.prompt_tokens
+        )
+        return json_splice.encode(anthropic.token_count(asked))

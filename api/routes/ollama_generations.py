@@ -1,0 +1,93 @@
+"""POST /api/chat, /api/generate, /api/embed and /api/embeddings: generations for clients of the Ollama dialect."""
+
+import time
+
+from ulid import ULID
+
+from api.routes.chat import ChatCompletions
+from api.routes.embeddings import KEEP_MS_MAX
+from api.routes.ollama import known_name
+from api.visit import Wishes
+from broker.dialects import ollama, ollama_embeddings, ollama_request
+from broker.dialects.ollama_embeddings import AskedVectors
+from broker.dialects.ollama_request import Asked
+from broker.records import JobRecord
+
+
+class OllamaChat(ChatCompletions):
+    """The endpoint. A request without a message is answered at once: it wants a model loaded or unloaded."""
+
+    path = ollama.CHAT
+
+    def _read(self, body: bytes) -> Asked:
+        return ollama_request.read_chat(body)
+
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+        asked = self._read(body)
+        active = self._gateway.book.active
+        name = wishes.lane or known_name(active, asked.model)
+        if asked.empty:
+            active.policy.route(name, caller=caller, endpoint=self.path, prompt_tokens=0)  # raises UnknownModel
+            return ollama.nothing(asked, now_ns=time.time_ns())
+        return JobRecord(
+            id=str(ULID()),
+            asked=name,
+            caller=caller,
+            session=wishes.session or asked.session,
+            zone=wishes.zone,
+            stream=asked.stream,
+            include_usage=True,
+            needs=" ".join(sorted(asked.needs)),
+            tokens=asked.prompt_tokens,
+            max_tokens=asked.max_tokens or 0,
+            grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
+            keep_ms=active.policy.keep_ms,
+            endpoint=self.path,
+        )
+
+
+class OllamaGenerate(OllamaChat):
+    """The endpoint."""
+
+    path = ollama.GENERATE
+
+    def _read(self, body: bytes) -> Asked:
+        return ollama_request.read_generate(body)
+
+
+class OllamaEmbed(ChatCompletions):
+    """The endpoint."""
+
+    path = ollama.EMBED
+
+    def _read(self, body: bytes) -> AskedVectors:
+        return ollama_embeddings.read_embed(body)
+
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+        asked = self._read(body)
+        active = self._gateway.book.active
+        name = wishes.lane or known_name(active, asked.model)
+        if asked.empty:
+            active.policy.route(name, caller=caller, endpoint=self.path, prompt_tokens=0)  # raises UnknownModel
+            return ollama_embeddings.nothing(asked)
+        return JobRecord(
+            id=str(ULID()),
+            asked=name,
+            caller=caller,
+            session=wishes.session,
+            zone=wishes.zone,
+            tokens=asked.prompt_tokens,
+            longest=asked.longest_tokens,
+            grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
+            keep_ms=min(active.policy.keep_ms, KEEP_MS_MAX),
+            endpoint=self.path,
+        )
+
+
+class OllamaEmbeddings(OllamaEmbed):
+    """The older endpoint, which takes one text."""
+
+    path = ollama.EMBEDDINGS
+
+    def _read(self, body: bytes) -> AskedVectors:
+        return ollama_embeddings.read_embeddings(body)

@@ -1,0 +1,124 @@
+"""How an answer sounds while it is sent: its headers, what is said while the client waits, its end, and the one object
+that a client without a stream gets. One voice for each dialect; the words of errors are in `errors`.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from api.errors import Wrong
+from broker.dialects import anthropic, ollama, ollama_fold, openai, responses
+from broker.dialects.anthropic_fold import fold_messages
+from broker.dialects.ollama_request import Shape
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
+from broker.dialects.responses_stream import fold_responses
+from broker.dialects.responses_voice import ResponsesVoice
+from broker.records import JobRecord
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_AT_ONCE = [
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the answer otherwise
+]
+EVENT_STREAM: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *_AT_ONCE]
+LINES: Headers = [(b"content-type", ollama.CONTENT_TYPE.encode()), *_AT_ONCE]
+
+
+class Voice(Protocol):
+    """What `stream` must know of a dialect."""
+
+    headers: Headers
+    done: bytes
+
+    def heartbeat(self, note: str) -> bytes:
+        """Says "still waiting" in a stream."""
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        """Makes the one object of a stream; raises ValueError where it is none."""
+
+
+class ChatVoice:
+    """OpenAI's chat."""
+
+    headers = EVENT_STREAM
+    done = openai.DONE
+
+    def heartbeat(self, note: str) -> bytes:
+        return openai.heartbeat(note)
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return json.dumps(openai.fold_chat(whole), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+class VectorVoice(ChatVoice):
+    """Vectors in any dialect: they are one object already."""
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return b"".join(whole)
+
+
+class AnthropicVoice:
+    """Anthropic's messages; a stream's end is `message_stop`, which the runtime's own end brings."""
+
+    headers = EVENT_STREAM
+    done = b""
+
+    def heartbeat(self, note: str) -> bytes:
+        return anthropic.heartbeat(note)
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return fold_messages(b"".join(whole))
+
+
+class OllamaVoice:
+    """An Ollama's chat and generate."""
+
+    headers = LINES
+    done = ollama.DONE
+
+    def __init__(self, shape: Shape, model: str) -> None:
+        self._shape = shape
+        self._model = model
+
+    def heartbeat(self, note: str) -> bytes:
+        return ollama.heartbeat(self._shape, self._model, note, now_ns=time.time_ns())
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return ollama_fold.fold(whole)
+
+
+class CountedVoice:
+    """OpenAI's responses, whose events are counted: all that one client hears goes through one voice."""
+
+    headers = EVENT_STREAM
+    done = b""
+
+    def __init__(self, body: bytes, job_id: str, model: str) -> None:
+        self._voice = ResponsesVoice(body, job_id=job_id, model=model)
+
+    def heartbeat(self, note: str) -> bytes:
+        return self._voice.heartbeat(note)
+
+    def passing(self, data: bytes) -> bytes:
+        """Counts what a worker wrote."""
+        return self._voice.passing(data)
+
+    def failed(self, wrong: Wrong) -> bytes:
+        """Says in the stream what went wrong."""
+        return self._voice.failed(wrong.code, wrong.message, status=wrong.status, retry_after_s=wrong.retry_after_s)
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        return json.dumps(fold_responses(b"".join(whole)), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def voice_of(job: JobRecord, body: bytes = b"") -> Voice:
+    """Gives the voice in which a job's client is answered; `body` is what it asked."""
+    if job.endpoint == responses.PATH:
+        return CountedVoice(body, job.id, job.asked)
+    if job.endpoint in ollama.SHAPES:
+        return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
+    if job.endpoint == anthropic.PATH:
+        return AnthropicVoice()
+    return VectorVoice() if job.endpoint in (EMBEDDINGS, ollama.EMBED, ollama.EMBEDDINGS) else ChatVoice()
