@@ -25,6 +25,7 @@ from api.listen import Listen
 from api.routes import (
     anthropic,
     chat,
+    completions,
     embeddings,
     health,
     jobs,
@@ -56,6 +57,7 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
         route.path: route
         for route in (
             chat.ChatCompletions(gateway),
+            completions.Completions(gateway),
             embeddings.Embeddings(gateway),
             responses.Responses(gateway),
             anthropic.Messages(gateway),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from api.errors import Wrong
-from broker.dialects import anthropic, ollama, ollama_fold, openai, responses
+from broker.dialects import anthropic, ollama, ollama_fold, openai, openai_completions, responses
 from broker.dialects.anthropic_fold import fold_messages
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
@@ -50,6 +50,14 @@ class ChatVoice:
 
     def fold(self, whole: list[bytes]) -> bytes:
         return json.dumps(openai.fold_chat(whole), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+class CompletionVoice(ChatVoice):
+    """OpenAI's older completions."""
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        answer = openai_completions.fold_completion(b"".join(whole))
+        return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 class VectorVoice(ChatVoice):
@@ -121,4 +129,6 @@ def voice_of(job: JobRecord, body: bytes = b"") -> Voice:
         return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
     if job.endpoint == anthropic.PATH:
         return AnthropicVoice()
+    if job.endpoint == openai_completions.PATH:
+        return CompletionVoice()
     return VectorVoice() if job.endpoint in (EMBEDDINGS, ollama.EMBED, ollama.EMBEDDINGS) else ChatVoice()

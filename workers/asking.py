@@ -6,7 +6,15 @@ OpenAI's dialect, which all of them have, and the answer is told in the client's
 
 from typing import Any, Protocol
 
-from broker.dialects import anthropic, ollama, ollama_embeddings, ollama_request, ollama_translate, responses
+from broker.dialects import (
+    anthropic,
+    ollama,
+    ollama_embeddings,
+    ollama_request,
+    ollama_translate,
+    openai_completions,
+    responses,
+)
 from broker.dialects.anthropic_stream import PassingReader, TranslatingReader
 from broker.dialects.anthropic_translate import to_chat
 from broker.dialects.ollama_embeddings import AskedVectors, VectorReader
@@ -131,6 +139,9 @@ class Asking:
             return VectorReader(job.model, asked=self._vectors(), native=self._native, waited_ns=waited_ns)
         if job.endpoint == EMBEDDINGS:
             return EmbeddingReader(job.model)
+        if job.endpoint == openai_completions.PATH:
+            prompts = openai_completions.read_completion(self._body).prompts if job.choices > 1 else 1
+            return openai_completions.CompletionReader(job.model, job.include_usage, job.choices, prompts=prompts)
         return ChatReader(job.model, job.include_usage, job.choices)
 
     def _vectors(self) -> AskedVectors:
