@@ -159,3 +159,10 @@ def test_a_wrong_request_is_told_where(wrong: dict[str, Any], param: str) -> Non
     with pytest.raises(BadRequest) as caught:
         read_completion(asked(**wrong))
     assert caught.value.param == param
+
+
+def test_a_count_of_all_choices_replaces_those_of_each() -> None:
+    every = {"prompt_tokens": 7, "completion_tokens": 3}
+    said = b'data: {"id":"c-1","model":"weights","choices":[],"usage":' + json.dumps(every).encode() + b"}\n\n"
+    reader = read(TWO + said, n=2, prompts=2)
+    assert reader.usage == every and fold_completion(reader.take())["usage"] == every
