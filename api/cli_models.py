@@ -166,7 +166,7 @@ def _warm_outcome(model: ModelStatus, waited_s: float) -> str | None:
 
 
 def _progress(model: ModelStatus) -> str:
-    return f"{model.name} is waking {loading(model)}" if model.state == "waking" else f"{model.name} is {model.state}"
+    return f"{model.name} is waking: {loading(model)}" if model.state == "waking" else f"{model.name} is {model.state}"
 
 
 async def _wish(name: str, verb: str) -> dict[str, Any]:

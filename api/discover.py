@@ -15,6 +15,7 @@ import httpx
 
 OLLAMA_URL = "http://127.0.0.1:11434"
 LLAMA_SERVER_URL = "http://127.0.0.1:8080"
+VLLM_URL = "http://127.0.0.1:8000"
 ANSWER_S_MAX = 0.5
 MODELS_MAX = 20
 """More models than this aren't taken from one runtime: write a policy and choose."""
@@ -68,12 +69,15 @@ async def discover(environ: Mapping[str, str]) -> MadeUpPolicy:
 
 
 async def look_around(environ: Mapping[str, str]) -> list[FoundRuntime]:
-    """Asks the usual ports; GATEWAY_OLLAMA_URL and GATEWAY_LLAMA_SERVER_URL point it elsewhere."""
+    """Asks the usual ports; GATEWAY_OLLAMA_URL, GATEWAY_LLAMA_SERVER_URL and GATEWAY_VLLM_URL point it elsewhere."""
     ollama_url = environ.get("GATEWAY_OLLAMA_URL") or OLLAMA_URL
     llama_server_url = environ.get("GATEWAY_LLAMA_SERVER_URL") or LLAMA_SERVER_URL
+    vllm_url = environ.get("GATEWAY_VLLM_URL") or VLLM_URL
     # Found by a plain connection: a proxy of the environment has nothing to do with runtimes on this machine.
     async with httpx.AsyncClient(timeout=ANSWER_S_MAX, trust_env=False) as client:
-        answers = await asyncio.gather(_ollama(client, ollama_url), _llama_server(client, llama_server_url))
+        answers = await asyncio.gather(
+            _ollama(client, ollama_url), _llama_server(client, llama_server_url), _vllm(client, vllm_url)
+        )
     return [runtime for runtime in answers if runtime is not None]
 
 
@@ -82,7 +86,7 @@ def make_policy(found: list[FoundRuntime]) -> MadeUpPolicy:
     offered = [(runtime, model) for runtime in found for model in runtime.models if is_usable(model.name)]
     if not offered:
         empty = " and ".join(f"{runtime.title} at {runtime.url} has no model yet" for runtime in found)
-        why = empty or "neither Ollama nor llama-server was found here"
+        why = empty or "no Ollama, llama-server or vLLM was found here"
         return MadeUpPolicy(SIMULATED, f"{why}, so answers come from a simulated model")
     names = [model.name for _, model in offered]
     keys = keys_of(names)
@@ -135,6 +139,13 @@ async def _llama_server(client: httpx.AsyncClient, url: str) -> FoundRuntime | N
         size = meta.get("size") if isinstance(meta, dict) else None
         models.append(FoundModel(entry["id"], size if isinstance(size, int) else 0))
     return FoundRuntime("llama.cpp", "llama-server", url, models) if models else None
+
+
+async def _vllm(client: httpx.AsyncClient, url: str) -> FoundRuntime | None:
+    entries = _entries(await _json(client, f"{url}/v1/models"), "data")
+    # Port 8000 is anybody's; vLLM signs its list. What has a parent is an adapter of the model.
+    ours = [e for e in entries if e.get("owned_by") == "vllm" and isinstance(e.get("id"), str) and not e.get("parent")]
+    return FoundRuntime("vllm", "vLLM", url, [FoundModel(entry["id"]) for entry in ours]) if ours else None
 
 
 async def _json(client: httpx.AsyncClient, url: str) -> dict[str, Any]:

@@ -164,8 +164,8 @@ _TAIL = [
     "#       target: the-small-model",
 ]
 _NOTHING = (
-    "nothing to serve was found, so the policy holds a simulated model; start Ollama or llama-server, or name a folder "
-    "of GGUF files with --gguf-dir"
+    "nothing to serve was found, so the policy holds a simulated model; start Ollama, llama-server or vLLM, or name a "
+    "folder of GGUF files with --gguf-dir"
 )
 _SIMULATED = "\n".join(
     [

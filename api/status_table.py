@@ -61,6 +61,8 @@ def _more(model: ModelStatus) -> tuple[str, ...]:
 def loading(model: ModelStatus) -> str:
     """Says how far a load is: by the runtime's own figures where it has some, else by how long it takes as a rule."""
     after = duration(model.state_ms)
+    if model.reason:  # it waits: no load has begun
+        return f"{model.reason}, for {after}"
     if model.progress >= 0:
         return f"{_bar(model.progress)} {model.progress:.0%} after {after}"
     if model.load_ms:

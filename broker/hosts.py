@@ -122,7 +122,7 @@ class Picture:
             prefill_tps=facts.prefill_tps,
             reason=reason,
             room_at=min((m.room_at for m in hosts.values()), default=0),
-            waking_since=next((m.since for m in hosts.values() if m.state == "waking"), 0),
+            waking_since=next((m.since for m in hosts.values() if m.state == "waking" and not m.reason), 0),
         )
 
     def sessions_elsewhere(self, model: str, host: str) -> frozenset[str]:

@@ -31,6 +31,7 @@ class Footprints:
         self._facts = facts
         self._meter = Meter(memory_mb)
         self._memory = HostMemory(0, 0)
+        self._taken: Mapping[str, int] = {}  # as `_memory` was read, of it by loads under way
         self._file_sizes: dict[str, tuple[Runtime, float, int]] = {}  # until when a size holds
         self._occupied_before: dict[str, int] = {}
         self._left: list[tuple[float, int]] = []  # until when, size: unloaded models whose memory may be on its way
@@ -50,8 +51,12 @@ class Footprints:
             return Look(limited)
         runtimes = {name: model.runtime for name, model in self._models.items() if model.runtime.local}
         look = await asyncio.to_thread(self._read, runtimes, set(loading))
-        self._memory = look.memory
+        self._memory, self._taken = look.memory, look.taken
         return look
+
+    def taken(self, loading: Collection[str]) -> int:
+        """What these loads under way had taken when memory was last read."""
+        return sum(self._taken.get(name, 0) for name in loading)
 
     async def occupied(self, name: str) -> int:
         """Measures what a loaded model takes of this host's memory; where nobody can tell, `memoryMb` is believed; 0 =

@@ -32,6 +32,7 @@ from workers.dispatcher import Dispatcher
 from workers.errands import Errands
 from workers.picture import LanePicture, Tails
 from workers.residents import Residents
+from workers.runtimes import process
 from workers.settings import WorkerSettings
 
 log = logging.getLogger("warmlane.host")
@@ -79,6 +80,7 @@ class Host:
         self._started_at = await self._store.now_ms()
         await self._book.reload()
         before = await hosts.read(self._store, self.name)
+        await asyncio.to_thread(process.stop_orphans, self._settings.state_dir)  # before anything is measured or loaded
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._furnish(tasks)

@@ -74,7 +74,8 @@ class Residents:
             load_ms=self._load_ms,
             warm_elsewhere=self._warm_elsewhere,
             need=self.footprints.need,
-            headroom=lambda: max(0, int(self.footprints.memory().headroom - self._room.spoken_for)),
+            headroom=lambda: self.footprints.memory().headroom + self.footprints.taken(self._room.loading),
+            loading=lambda: self._room.loading,
         )
 
     def follow(self, active: Active) -> None:
@@ -194,7 +195,8 @@ class Residents:
         self._judge(waker, await self._room.look())
         if waker.unfit:
             raise NoRoom(waker.unfit)
-        async with self._room.hold(name, self.footprints.need(waker), demanded=demanded) as claim:
+        need = self.footprints.need(waker)
+        async with self._room.hold(name, need, demanded=demanded, waits=waker.waits) as claim:
             yield claim
 
     def _judge(self, waker: Waker, look: Look) -> None:

@@ -59,6 +59,7 @@ class Claim:
     expected: int = 0  # headroom once all of these is back
     room: "Room | None" = None  # None = its memory is no concern of this host
     there: bool = False  # it is in memory already
+    waits: Callable[[str], None] = lambda words: None  # hears what it waits for, "" = for nothing any more
 
     def owed(self, look: Look) -> float:
         """What it has yet to take of its promise."""
@@ -71,6 +72,7 @@ class Claim:
     def grant(self) -> None:
         """Lets the load begin."""
         self.granted, self.going = True, {}
+        self.waits("")
 
     async def load(self, runtime: Runtime, *, timeout_s: float) -> float:
         """Loads, and once more after making all the room there is if memory ran out; gives the ms of the load, 0 = it
@@ -113,19 +115,17 @@ class Room:
         """The loads under way, and those that wait for memory."""
         return list(self._claims)
 
-    @property
-    def spoken_for(self) -> float:
-        """Bytes that loads under way, and those in line, were promised or wait for; what they took of it included."""
-        return sum(claim.need * SAFETY for claim in self._claims.values())
-
     @asynccontextmanager
-    async def hold(self, name: str, need: int, *, demanded: bool) -> AsyncIterator[Claim]:
-        """Makes room for a load and keeps it until the load is over; raises NoRoom. `demanded` = a request waits.
+    async def hold(
+        self, name: str, need: int, *, demanded: bool, waits: Callable[[str], None] = lambda words: None
+    ) -> AsyncIterator[Claim]:
+        """Makes room for a load and keeps it until the load is over; raises NoRoom. `demanded` = a request waits;
+        `waits` hears for what the load has to wait, "" when it may begin.
 
         A load of unknown size (`need` 0) goes on alone: it waits until no other load is under way, and the others wait
         for it. Idle models stay: only if memory runs out they go.
         """
-        claim = Claim(name, need, demanded, alone=not need, room=self)
+        claim = Claim(name, need, demanded, alone=not need, room=self, waits=waits)
         try:
             await self._let_in(claim)
             yield claim
@@ -152,6 +152,7 @@ class Room:
         It needs more than was predicted, nobody knows how much: what went may not come back before it is over.
         """
         claim.alone = True
+        claim.waits("ran out of memory, and waits for that of the others")
         for resident in may_go(self._able(claim)):
             claim.going[resident.name] = resident.footprint
             await self._unload(resident.name, claim.name)
@@ -178,6 +179,7 @@ class Room:
             if not going and self._is_there(claim, look):
                 claim.grant()
                 return
+            claim.waits(f"waits for the memory of {', '.join(going)}" if going else "waits for memory to come back")
             gone = [await self._unload(name, claim.name) for name in going]
             if all(gone) and await self._is_back(claim):
                 return
@@ -188,15 +190,19 @@ class Room:
         """Waits while a load of unknown size is under way, or, for such a load, any; TURN_WAIT_S at most."""
         try:
             async with asyncio.timeout(TURN_WAIT_S):
-                while self._must_wait(claim):
+                while others := self._must_wait(claim):
+                    unknown = "it needs beside it" if claim.alone else "that needs"
+                    claim.waits(f"waits for {', '.join(others)} to load: nobody knows how much memory {unknown}")
                     await self._ended.wait()
         except TimeoutError:
-            others = ", ".join(name for name in self._claims if name != claim.name)
-            raise NoRoom(f"{claim.name} waits for the load of {others}: nobody knows what both will need") from None
+            others = self._must_wait(claim)
+            words = f"{claim.name} waits for the load of {', '.join(others)}"
+            raise NoRoom(f"{words}: nobody knows what both will need") from None
 
-    def _must_wait(self, claim: Claim) -> bool:
+    def _must_wait(self, claim: Claim) -> list[str]:
+        """For whose loads it must wait before it may ask for memory."""
         others = [c for c in self._claims.values() if c is not claim]
-        return bool(others) and (claim.alone or any(c.alone for c in others))
+        return [c.name for c in others if claim.alone or c.alone]
 
     async def _is_back(self, claim: Claim, *, settle: bool = False) -> bool:
         """Waits until two looks in a row show room (a single one may catch a moment), or no more comes back; then the

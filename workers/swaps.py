@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 from broker.policies import Active
 from broker.records import ModelFacts, Waiting
+from workers.memory import SAFETY
 from workers.turns import Asker, Seat, Turn, held_up_by, room_in_ms, started, take_turns
 from workers.waker import Waker
 
@@ -31,9 +33,11 @@ class Swaps:
         warm_elsewhere: Callable[[str], bool],
         need: Callable[[Waker], int],
         headroom: Callable[[], int],
+        loading: Callable[[], Collection[str]],
     ) -> None:
         """`waiting` gives the jobs known to wait for a model; `need` and `headroom` are bytes, `load_ms` is what
-        its loads take on this host; 0 = unknown."""
+        its loads take on this host; 0 = unknown. `headroom` leaves out what models under way, whose names `loading`
+        gives, have taken: they are asked what they need."""
         self._wakers = wakers
         self._now_ms = now_ms
         self._waiting = waiting
@@ -44,6 +48,7 @@ class Swaps:
         self._warm_elsewhere = warm_elsewhere
         self._need = need
         self._headroom = headroom
+        self._loading = loading
         self._active: Active | None = None
         self._turns: dict[str, Turn] = {}
         self._seats: list[Seat] = []
@@ -65,7 +70,12 @@ class Swaps:
         askers = [asker for asker in map(self._asker, list(self._wakers.values())) if asker is not None]
         if not askers and not self._turns:
             return
-        self._seats = [self._seat(w) for w in self._wakers.values() if w.resident and not w.leaving and w.ours]
+        there = [w for w in self._wakers.values() if w.ours and not w.leaving]
+        under_way = [w for w in there if w.state == "waking" and w.name in self._loading()]
+        self._seats = [self._seat(w) for w in there if w.resident] + [self._seat_to_be(w) for w in under_way]
+        for waker in under_way:  # what it agreed to in an earlier stay is done
+            if (turn := self._turns.get(waker.name)) is not None and turn.begun_ms:
+                del self._turns[waker.name]
         headroom, now_ms = self._headroom(), self._now_ms()
         self._turns = take_turns(self._turns, self._seats, askers, headroom=headroom, now_ms=now_ms)
         self._tell(askers)
@@ -151,3 +161,9 @@ class Swaps:
             worth=self._load_ms(waker.name) * waker.model.weight,
             pinned=facts.pinned,
         )
+
+    def _seat_to_be(self, waker: Waker) -> Seat:
+        """A load under way: whoever needs its memory gets it after its minimum stay, and is not sent away meanwhile."""
+        left_ms = max(1.0, self._load_ms(waker.name) - (self._now_ms() - waker.since_ms))
+        footprint = int(self._need(waker) * SAFETY)
+        return replace(self._seat(waker), footprint=footprint, stayed_ms=-left_ms, busy=True)

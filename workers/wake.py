@@ -20,6 +20,9 @@ from workers.runtimes.base import LoadFailed, Runtime, RuntimeProblem
 
 log = logging.getLogger("warmlane.wake")
 
+TELL_TURN_S = 1.0
+"""A turn that takes longer than this is told: somebody else's load goes on."""
+
 
 @dataclass(frozen=True)
 class Woken:
@@ -65,16 +68,21 @@ class Wake:
         runtime: Runtime,
         *,
         room: AbstractAsyncContextManager[Claim],
+        waits: Callable[[str], None],
+        begins: Callable[[], Awaitable[None]],
         in_memory: Callable[[], Awaitable[None]],
         progressed: Callable[[float], None],
     ) -> None:
-        """`in_memory` is called once it has answered, while its room is still kept: it notes what it occupies."""
+        """`waits` hears of a turn that takes long; `begins` is called when the load may begin; `in_memory` is called
+        once it has answered, while its room is still kept: it notes what it occupies."""
         self._store = store
         self._lock = lock
         self._name = lock.model
         self._model = model
         self._runtime = runtime
         self._room = room
+        self._waits = waits
+        self._begins = begins
         self._in_memory = in_memory
         self._progressed = progressed
         self._began = self._reached = False
@@ -105,14 +113,29 @@ class Wake:
 
     async def _load(self) -> Woken:
         timeout_s = self._model.wake_timeout_ms / 1000
-        async with self._runtime.turn(), asyncio.timeout(timeout_s), self._room as room:
+        if lacking := await self._runtime.lacks():
+            self._began = self._reached = True  # as good as tried: its pauses grow
+            raise LoadFailed(lacking)
+        async with self._turn(), self._room as room, asyncio.timeout(timeout_s):  # what it waits for has its own limits
             self._began, self._reached = True, await self._runtime.state() != "unreachable"
+            await self._begins()
             load_ms = await room.load(self._runtime, timeout_s=timeout_s)
             first_ms = await self._probe()
             if first_ms > self._model.first_token_budget_ms:  # the first answer after a load may be slow
                 first_ms = await self._probe()
             await self._in_memory()
             return Woken(load_ms, first_ms)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        words = "waits for its runtime to end another load"
+        late = asyncio.get_running_loop().call_later(TELL_TURN_S, self._waits, words)
+        try:
+            async with self._runtime.turn():
+                late.cancel()
+                yield
+        finally:
+            late.cancel()
 
     async def _probe(self) -> float:
         return await self._runtime.probe(timeout_s=probe_within_s(self._model.first_token_budget_ms))

@@ -66,6 +66,12 @@ class Waker(ModelHere):
         """Has the state looked at now."""
         self._kick.set()
 
+    def waits(self, words: str) -> None:
+        """Says what a wake waits for before its load can begin, "" = for nothing any more."""
+        if self.state == "waking" and self.reason != words:
+            self.reason = words
+            self._around.changed()
+
     def told_anew(self) -> None:
         """Has everybody hear what the host says of it now."""
         self._around.changed()
@@ -254,7 +260,17 @@ class Waker(ModelHere):
     async def _wake_under(self, lock: WakeLock) -> None:
         room = self._around.room_for(self.name, await self._demand.asked_for())
         model, runtime = self.model, self.runtime
-        one = Wake(self._store, lock, model, runtime, room=room, in_memory=self._in_memory, progressed=self._progressed)
+        one = Wake(
+            self._store,
+            lock,
+            model,
+            runtime,
+            room=room,
+            waits=self.waits,
+            begins=self._begins,
+            in_memory=self._in_memory,
+            progressed=self._progressed,
+        )
         try:
             woken = await one.run()
         except errors.LockHeld as e:
@@ -284,6 +300,14 @@ class Waker(ModelHere):
             self.name, woken.load_ms, woken.first_token_ms, self.state,
         )  # fmt: skip
 
+    async def _begins(self) -> None:
+        """Has the time of a load that had to wait count from now."""
+        self.waits("")
+        try:
+            self.since_ms = await self._around.now_ms()
+        except errors.BrokerUnavailable:
+            log.debug("event=load_begins model=%s reason=redis away", self.name)
+
     async def _in_memory(self) -> None:
         self.overlap.told(self.runtime.endpoint().slots)
         self.memory_bytes = await self._around.occupied(self.name)
@@ -300,12 +324,16 @@ class Waker(ModelHere):
         await self._become("quarantined", words)
 
     async def _wait_for_room(self, error: NoRoom) -> None:
-        """Tries again soon. Where requests wait, they are sent elsewhere meanwhile; without any, the next one may
-        still ask for an eviction, so the model only stays cold."""
+        """Tries again soon. Where requests wait, they are sent elsewhere meanwhile, unless the model is in line for
+        somebody's memory; without any, the next one may still ask for an eviction, so the model only stays cold."""
         self._no_room_until_s = self._loop.time() + NO_ROOM_PAUSE_S
         log.info("event=no_room model=%s reason=%s", self.name, error)
+        await self._become("cold", str(error))
         if self.unfit or not self._around.waited_for(self.name):
-            await self._become("cold", str(error))
+            return
+        holder, self.room_at = self._around.held_up(self.name)  # another may have begun to load in the same moment
+        if holder:
+            await self._become("cold", holder)
             return
         await self._quarantine.pause(str(error), for_s=NO_ROOM_PAUSE_S)
         await self._become("quarantined", str(error))

@@ -64,7 +64,7 @@ async def test_a_running_ollama_is_found_and_loaded_on_our_own_connection(tmp_pa
 def test_with_nothing_found_it_is_simulated_and_says_so(tmp_path: Path) -> None:
     """In the output, in the status and in every answer."""
     with house(tmp_path / "data") as up:
-        assert up.says("policy ", "neither Ollama nor llama-server was found here", "simulated model")
+        assert up.says("policy ", "no Ollama, llama-server or vLLM was found here", "simulated model")
         assert up.says("models ", "simulated")
         with sdk(up.url) as client:
             answer = client.chat.completions.create(model="simulated", messages=user("hi"), max_tokens=3)

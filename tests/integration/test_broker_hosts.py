@@ -235,3 +235,25 @@ async def test_the_sweep_repairs_planted_damage(world: World) -> None:
     assert await lanes.sweep(store, "big.batch") == (0, 0)
     assert not s.marks(await take(store))
     assert await lanes.sweep(store, "small") == (0, 0)
+
+
+async def test_a_load_that_waits_has_not_begun(world: World) -> None:
+    """Else it would be predicted to end at any moment, for as long as it waits for another's."""
+    loading = ModelOnHost(state="waking", since=world.now - 30_000)
+    await world.tell("gpu1", {"big": loading})
+    assert world.fleet.view("big").waking_since == world.now - 30_000
+    await world.tell("gpu1", {"big": replace(loading, reason="waits for its runtime to end another load")})
+    assert world.fleet.view("big").waking_since == 0
+
+
+async def test_a_quarantine_holds_on_every_host(world: World) -> None:
+    """Also where nobody has tried the model since: who asks for it there is told at once."""
+    await world.tell("gpu1", {"big": ModelOnHost(state="cold")})
+    assert world.fleet.view("big").availability == "cold"
+    await hosts.learn(world.store, "big", quarantined_until=world.now + 5_000, failure="its file is broken")
+    await world.fleet.look()
+    view = world.fleet.view("big")
+    assert (view.availability, view.reason) == ("unavailable", "its file is broken")
+    world.now += 5_001
+    await world.fleet.look()
+    assert world.fleet.view("big").availability == "cold"

@@ -71,7 +71,7 @@ class Watched:
 
     def _holder(self, pid: int) -> str | None:
         try:
-            if pid not in self._known:
+            if not self._known.get(pid):  # one that is just being started still has its parent's command line, or none
                 words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
                 self._known[pid] = next((self._files[word] for word in words if word in self._files), "")
             return self._known[pid] or None if Path(f"/proc/{pid}/statm").read_text().split()[0] != "0" else None

@@ -21,7 +21,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 from workers.runtimes import llama_server, ollama, process, runtime_for
 from workers.runtimes.base import Endpoint, LoadFailed, ProbeFailed, Runtime, RuntimeUnreachable, client_for, probe_chat
 from workers.runtimes.http_server import Exchange, HttpServer
-from workers.runtimes.process import ChildServer
+from workers.runtimes.process import ChildServer, stop_orphans
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUND_S = 15.0
@@ -303,7 +303,7 @@ async def test_the_log_starts_afresh_and_stays_bounded(tmp_path: Path, monkeypat
 WORKER = """
 import asyncio, sys
 from pathlib import Path
-from workers.runtimes.process import ChildServer
+from workers.runtimes.process import ChildServer, stop_orphans
 async def main():
     child = ChildServer("m", state_dir=Path(sys.argv[1]))
     await child.start(sys.argv[2:])
@@ -343,8 +343,10 @@ async def test_a_child_dies_with_its_killed_worker(tmp_path: Path) -> None:
     await until(lambda: is_gone(pid))
 
 
-async def test_an_orphan_of_a_killed_worker_is_stopped_before_the_next_start(tmp_path: Path) -> None:
-    """The kernel kills the wrapper script with the worker, but not the server behind the script."""
+@pytest.mark.parametrize("loads_again", [True, False])
+async def test_an_orphan_of_a_killed_worker_is_stopped(tmp_path: Path, loads_again: bool) -> None:
+    """The kernel kills the wrapper script with the worker, but not the server behind the script. The next worker does,
+    also where nobody asks for that model again."""
     started = tmp_path / "server.pid"
     script = (
         f"{sys.executable} -c 'import time; time.sleep(60)' & echo $! > {started}.new; mv {started}.new {started}; wait"
@@ -353,30 +355,39 @@ async def test_an_orphan_of_a_killed_worker_is_stopped_before_the_next_start(tmp
         await until(started.exists)
     orphan = int(started.read_text())
     assert psutil.pid_exists(orphan)
-    child = ChildServer("m", state_dir=tmp_path)
-    await child.start([sys.executable, "-c", "import time; time.sleep(60)"])
+    if loads_again:
+        child = ChildServer("m", state_dir=tmp_path)
+        await child.start([sys.executable, "-c", "import time; time.sleep(60)"])
+        assert child.running
+        await child.stop()
+    else:
+        await asyncio.to_thread(stop_orphans, tmp_path)
+        assert not (tmp_path / "m.pid").exists()
+        assert started.exists(), "a file that is not ours stays"
     assert is_gone(orphan)
-    assert child.running
-    await child.stop()
 
 
 async def test_the_child_of_a_living_worker_is_not_taken_for_an_orphan(tmp_path: Path) -> None:
     child = ChildServer("m", state_dir=tmp_path)
     async with worker_with_child(tmp_path, sys.executable, "-c", "import time; time.sleep(60)") as worker:
+        await asyncio.to_thread(stop_orphans, tmp_path)
         with pytest.raises(LoadFailed, match=rf"is run by another worker \(pid {worker.pid}\)"):
             await child.start([sys.executable, "-c", "pass"])
         assert psutil.pid_exists(pidfile_of(tmp_path)["pid"])
 
 
-async def test_a_pidfile_that_names_a_stranger_harms_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loads_again", [True, False])
+async def test_a_pidfile_that_names_a_stranger_harms_nobody(tmp_path: Path, loads_again: bool) -> None:
     """Process numbers are used again: the file of an earlier life may name anyone."""
     stranger = await asyncio.create_subprocess_exec(
         sys.executable, "-c", "import time; time.sleep(60)", start_new_session=True
     )
     record = {"pid": stranger.pid, "created": 0.0, "mark": "gone", "owner": 2**22 - 1, "owner_created": 0.0}
     (tmp_path / "m.pid").write_text(json.dumps(record))
-    child = ChildServer("m", state_dir=tmp_path)
-    await child.stop_orphan()
+    if loads_again:
+        await ChildServer("m", state_dir=tmp_path).stop_orphan()
+    else:
+        await asyncio.to_thread(stop_orphans, tmp_path)
     assert stranger.returncode is None and psutil.pid_exists(stranger.pid)
     assert not (tmp_path / "m.pid").exists()
     stranger.kill()
@@ -522,8 +533,10 @@ async def test_ollama_loads_for_ever_and_unloads(tmp_path: Path) -> None:
         assert type(asked["keep_alive"]) is int, "the text '-1' is refused by Ollama"
         assert (await runtime.state(), await runtime.memory_bytes()) == ("loaded", 2 * GIB)
         assert await runtime.busy_slots() is None
+        server.unload_after_s = 0.1
         await runtime.unload()
         assert server.generate_bodies[-1]["keep_alive"] == 0
+        assert server.loaded == {}, "its answer comes before the unload, and no load may start on that memory"
         assert await runtime.state() == "absent"
 
 

@@ -126,6 +126,7 @@ def nothing_to_discover() -> dict[str, str]:
         "GATEWAY_KEYS": "for:the-api-only",
         "GATEWAY_OLLAMA_URL": nowhere,
         "GATEWAY_LLAMA_SERVER_URL": nowhere,
+        "GATEWAY_VLLM_URL": nowhere,
     }
 
 
@@ -142,7 +143,7 @@ async def test_it_says_where_everything_is_and_ends_in_order(tmp_path: Path) -> 
     async with running(tmp_path, options={"keys": "anna:secret"}) as run:
         assert run.says("listens on http://127.0.0.1:", str(tmp_path))
         assert run.says("redis ", "redis.sock")
-        assert run.says("policy ", "version 1", "neither Ollama nor llama-server was found here", "simulated")
+        assert run.says("policy ", "version 1", "no Ollama, llama-server or vLLM was found here", "simulated")
         assert run.says("one warning")
         assert run.says("clients ", "OPENAI_BASE_URL=http://127.0.0.1:")
         assert run.says("commands ", "GATEWAY_URL=http://127.0.0.1:"), "the port is not the usual one"

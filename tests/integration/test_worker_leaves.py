@@ -13,7 +13,8 @@ from broker import hosts
 from broker.lifecycle import State
 from broker.records import HostRecord
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import World, eventually, simulated, words, worker_world
+from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
+from workers import chores
 
 pytestmark = pytest.mark.real
 SLOW = {"decodeTps": 15}
@@ -126,6 +127,22 @@ async def test_a_restarted_worker_deals_with_its_earlier_life_at_once(world: Wor
     assert unseen.text == words(9)
     again.terminate()
     assert await again.exit() == 0
+
+
+async def test_what_a_killed_worker_left_of_a_model_that_nobody_wants_is_cleared_away(world: World) -> None:
+    """Its server went with it, but its pidfile would stay for as long as the model is not loaded again."""
+    await world.apply({"old": simulated(), "big": simulated(keepWarm=False)})
+    first = world.process("workers.host")
+    await world.until_model("old", "warm")
+    pidfile = world.state_dir() / "old.pid"
+    assert pidfile.exists()
+    first.kill()
+    await world.apply({"big": simulated(keepWarm=False)})
+    await chores.sweep(world.store, world.book)  # it retires no more, or it would be loaded again
+    host = await world.host()
+    await until(lambda: hasattr(host, "residents") and host.residents.wakers, what="it has begun")
+    assert host.residents.wakers.keys() == {"big"}
+    assert not pidfile.exists()
 
 
 async def test_a_name_belongs_to_one_worker(world: World) -> None:

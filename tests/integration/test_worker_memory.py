@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,6 +40,7 @@ async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Worl
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.3)
+    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.2)
 
 
 async def resident(world: World) -> set[str]:
@@ -68,7 +70,7 @@ async def another_look(one: waker.Waker) -> None:
 
 async def test_an_idle_model_goes_after_its_minimum_stay(world: World) -> None:
     """Not before: who has just been loaded is not thrown out for the next one."""
-    stay_ms = 2500
+    stay_ms = 1500
     await world.apply(
         {
             "first": simulated(keepWarm=False, memoryMb=700, minStayMs=stay_ms),
@@ -112,8 +114,28 @@ async def test_a_busy_model_never_goes(world: World) -> None:
     assert await resident(world) == {"second"}
 
 
-async def test_two_that_wake_at_once_do_not_both_take_the_same_room(world: World) -> None:
-    """Each alone would fit: the room that one load was given is not free for the other while it loads."""
+async def test_nobody_goes_for_a_model_whose_file_is_missing(world: World, tmp_path: Path) -> None:
+    """Its load fails for certain: it is set aside at once, before anybody makes room for it."""
+    missing = {"backend": "llama.cpp", "model": str(tmp_path / "nowhere.gguf"), "memoryMb": 700, "fallback": "first"}
+    await world.apply({"first": simulated(memoryMb=600, minStayMs=0), "missing": missing})
+    await world.scheduler()
+    await world.host(memory_mb=LIMIT_MB)
+    warm_since = (await world.until_model("first", "warm")).since
+
+    record = await (await world.submit("missing")).end()
+
+    told = await world.until_model("missing", "quarantined")
+    assert "there is no GGUF file at" in told.reason
+    assert record.served_by == "first@gpu1"
+    assert (await world.model("first")).since == warm_since, "it was evicted"
+
+
+async def test_two_that_wake_at_once_do_not_both_take_the_same_room(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each alone would fit: the room that one load was given is not free for the other while it loads. That one waits
+    for its turn, and sends nobody away."""
+    caplog.set_level(logging.INFO)
     await world.apply(
         {
             name: simulated(keepWarm=False, memoryMb=600, minStayMs=0, options={"coldStartMs": 500})
@@ -130,6 +152,7 @@ async def test_two_that_wake_at_once_do_not_both_take_the_same_room(world: World
 
     await eventually(over, what="both were served, one after the other")
     assert {task.result().state for task in ends} == {State.DONE}
+    assert "to=quarantined" not in caplog.text
 
 
 async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: World) -> None:
@@ -287,11 +310,8 @@ class Shared(Meter):
         return HostMemory(self.limit_mb << 20, occupied + (self.foreign_mb << 20))  # type: ignore[operator]
 
 
-async def test_a_model_fits_again_when_somebody_else_gives_memory_back(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_model_fits_again_when_somebody_else_gives_memory_back(world: World) -> None:
     """What our own models hold does not make it unfit: they may go. Its waiting requests are served when it fits."""
-    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.1)
     await world.apply(
         {
             "big": simulated(keepWarm=False, memoryMb=600, minStayMs=0, fallback="other"),

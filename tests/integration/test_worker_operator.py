@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from broker import errors, jobs, operator
+from broker import errors, hosts, jobs, operator
 from broker.lifecycle import State
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, simulated, words, worker_world
-from workers import waker
+from workers import residents, waker
 from workers.host import Host
 from workers.runtimes.simulated import Simulated
 
@@ -51,8 +51,10 @@ async def test_unloading_a_cold_keep_warm_model_keeps_it_cold(world: World) -> N
     assert told.last_load_ms > 0 and told.progress == -1
 
 
-async def test_a_busy_model_is_not_unloaded(world: World) -> None:
+async def test_a_busy_model_is_not_unloaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody reads its answer."""
+    monkeypatch.setattr(operator, "BUSY_S_MAX", 0.2)
+    monkeypatch.setattr(hosts, "BEAT_EVERY_S", 0.3)
     await world.apply({"big": simulated(maxConcurrent=2)})
     await world.warm_host()
     await world.runtime("big").break_with(stall_after_tokens=1)
@@ -90,7 +92,8 @@ async def test_a_pinned_model_is_not_unloaded_for_being_idle(world: World) -> No
 
 async def test_a_pinned_model_is_not_evicted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one cannot fit until it is unpinned: its job waits, new ones hear it in numbers."""
-    monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.5)
+    monkeypatch.setattr(waker, "NO_ROOM_PAUSE_S", 0.3)
+    monkeypatch.setattr(residents, "WATCH_EVERY_S", 0.2)
     await world.apply(
         {
             "big": simulated(keepWarm=False, memoryMb=80, minStayMs=0, coldStartBudgetMs=60_000),
@@ -113,6 +116,19 @@ async def test_a_pinned_model_is_not_evicted(world: World, monkeypatch: pytest.M
     await operator.pin(world.store, "big", pinned=False)
     assert (await waiting.end(timeout_s=30)).state is State.DONE
     assert (await world.model("big")).state == "cold"
+
+
+async def test_another_goes_instead_of_a_pinned_model(world: World) -> None:
+    """Though nothing is worth less than the pinned one, and nothing was idle for longer."""
+    model = simulated(keepWarm=False, memoryMb=40, minStayMs=0)
+    await world.apply({"pinned": {**model, "weight": 0.001}, "other": model, "third": model})
+    await world.host(memory_mb=100)
+    for name in ("pinned", "other"):
+        await (await world.submit(name)).end()
+    await operator.pin(world.store, "pinned", pinned=True)
+    await world.fleet.look()
+    assert (await (await world.submit("third")).end()).served_by == "third@gpu1"
+    assert [(await world.model(name)).state for name in ("pinned", "other")] == ["warm", "cold"]
 
 
 async def test_a_load_tells_how_far_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,9 @@ class Failing:
     async def turn(self) -> AsyncIterator[None]:
         yield
 
+    async def lacks(self) -> str:
+        return ""
+
     async def load(self, *, timeout_s: float) -> None:
         if not self.repaired:
             self.loads.append(self.world.now)

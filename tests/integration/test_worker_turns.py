@@ -1,7 +1,6 @@
 """Two models that cannot be in memory together, with a real worker, under load that does not end."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,12 +8,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from broker import errors, jobs
+from broker import jobs
 from broker.lifecycle import State
 from broker.records import JobRecord
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, worker_world
-from workers import turns
+from workers import picture, turns
 
 pytestmark = pytest.mark.real
 LIMIT_MB = 1000
@@ -38,13 +37,12 @@ def models(load_log: Path, **more: object) -> dict[str, dict[str, object]]:
 
 @asynccontextmanager
 async def steady(world: World, model: str, clients: int = 3, **fields: object) -> AsyncIterator[list[JobRecord]]:
-    """Clients that ask again as soon as they are served; gives the records of what they got."""
+    """Clients that ask again as soon as they are served, and are never refused; gives the records of what they got."""
     served: list[JobRecord] = []
 
     async def client(number: int) -> None:
         while True:
-            with contextlib.suppress(errors.Refused):
-                served.append(await (await world.submit(model, tokens=10, **fields)).end(timeout_s=60))
+            served.append(await (await world.submit(model, tokens=10, **fields)).end(timeout_s=60))
 
     tasks = [asyncio.create_task(client(n)) for n in range(clients)]
     try:
@@ -123,7 +121,32 @@ async def test_while_it_makes_room_it_says_so_and_takes_nobody_on(world: World, 
     assert (await waits.end()).served_by == "chat@gpu1"
 
 
-async def test_it_goes_on_when_nobody_waits_any_more(world: World, tmp_path: Path) -> None:
+async def test_who_waits_while_the_other_loads_is_not_refused(world: World, tmp_path: Path) -> None:
+    """A load takes a minute or two: who asked for the other model meanwhile was called quarantined and sent away, and
+    without a fallback that was a 503 for every client of it, once in each turn."""
+    known = models(tmp_path / "loads", minStayMs=0)
+    known["coder"]["options"] = {"coldStartMs": 1_500}
+    await world.apply(known)
+    await world.host(memory_mb=LIMIT_MB)
+    first = await world.submit("coder")
+    await world.until_model("coder", "waking")
+    waits = [await world.submit("chat")]
+
+    async def says_why() -> bool:
+        told = await world.model("chat")
+        return (told.state, told.reason) == ("cold", "waits for the memory of coder") and told.room_at > 0
+
+    await eventually(says_why, what="chat says whose memory it waits for")
+    waits.append(await world.submit("chat"))
+    assert (await world.model("coder")).state == "waking"
+    assert (await first.end()).served_by == "coder@gpu1"
+    assert [(await ask.end()).served_by for ask in waits] == ["chat@gpu1"] * 2
+
+
+async def test_it_goes_on_when_nobody_waits_any_more(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture, "RESYNC_EVERY_S", 0.3)  # only then a job is missed that left its lane unserved
     await world.apply(models(tmp_path / "loads", minStayMs=0))
     host = await world.host(memory_mb=LIMIT_MB)
     await (await world.submit("chat")).end()

@@ -32,6 +32,7 @@ class FakeOllama(ScriptedRuntime):
         self.tool_calls: list[dict[str, Any]] = []  # what the native endpoints call after their words
         self.only_embeds: set[str] = set()  # full names of the models that refuse to generate
         self.ps_size, self.ps_vram = 2 * GIB, GIB
+        self.unload_after_s = 0.0  # how long it holds a model that it was told to drop, after its answer
         self.busy_answers = 0  # so many loads are refused before one is taken in: the line of loads is full
         self.load_error: tuple[int, str] | None = None
         self.abort_seen = asyncio.Event()
@@ -90,7 +91,10 @@ class FakeOllama(ScriptedRuntime):
             await exchange.answer({"error": f"model '{body['model']}' not found"}, status=404)
         elif keep_alive == 0:
             await exchange.answer(_done(name, "unload"))
-            self.loaded.pop(name, None)  # After the answer, as Ollama does: before it asks what the model can do.
+            if self.unload_after_s:
+                asyncio.get_running_loop().call_later(self.unload_after_s, self.loaded.pop, name, None)
+            else:
+                self.loaded.pop(name, None)  # After the answer, as Ollama does: before it asks what the model can do.
         elif name in self.only_embeds:
             await exchange.answer({"error": f'"{body["model"]}" does not support generate'}, status=400)
         elif self.busy_answers:

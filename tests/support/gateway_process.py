@@ -33,7 +33,7 @@ def gateway_program() -> str:
 def environment(**settings: str) -> dict[str, str]:
     """The environment of a person who has set nothing: no settings of this shell, no runtime of this machine."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("GATEWAY_", "PYTHONPATH"))}
-    found = {"GATEWAY_OLLAMA_URL": _NOWHERE, "GATEWAY_LLAMA_SERVER_URL": _NOWHERE}
+    found = {"GATEWAY_OLLAMA_URL": _NOWHERE, "GATEWAY_LLAMA_SERVER_URL": _NOWHERE, "GATEWAY_VLLM_URL": _NOWHERE}
     return {**ours, **found, **settings}
 
 

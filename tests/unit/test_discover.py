@@ -11,10 +11,11 @@ from broker.policy import Policy
 
 OLLAMA = "http://ollama"
 LLAMA = "http://llama"
+VLLM = "http://vllm"
 
 
 async def found(answers: dict[str, tuple[int, Any]]) -> list[FoundRuntime | None]:
-    """Asks both runtimes; an address without an answer refuses the connection."""
+    """Asks all runtimes; an address without an answer refuses the connection."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         if (given := answers.get(str(request.url))) is None:
@@ -23,7 +24,11 @@ async def found(answers: dict[str, tuple[int, Any]]) -> list[FoundRuntime | None
         return httpx.Response(status, json=body) if not isinstance(body, str) else httpx.Response(status, text=body)
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
-        return [await discover._ollama(client, OLLAMA), await discover._llama_server(client, LLAMA)]
+        return [
+            await discover._ollama(client, OLLAMA),
+            await discover._llama_server(client, LLAMA),
+            await discover._vllm(client, VLLM),
+        ]
 
 
 async def test_ollama_offers_what_lies_on_this_machine() -> None:
@@ -35,7 +40,9 @@ async def test_ollama_offers_what_lies_on_this_machine() -> None:
             {"name": "nomic-embed-text:latest", "size": 274_000_000, "details": {"family": "nomic-bert"}},
         ]
     }
-    ollama, _ = await found({f"{OLLAMA}/api/version": (200, {"version": "0.12.3"}), f"{OLLAMA}/api/tags": (200, tags)})
+    ollama, _, _ = await found(
+        {f"{OLLAMA}/api/version": (200, {"version": "0.12.3"}), f"{OLLAMA}/api/tags": (200, tags)}
+    )
     assert ollama is not None
     assert ollama.models == [
         FoundModel("qwen2.5-coder:32b", 19_000_000_000),
@@ -46,27 +53,45 @@ async def test_ollama_offers_what_lies_on_this_machine() -> None:
 async def test_llama_server_is_told_from_other_programs_on_its_port() -> None:
     listed = {"data": [{"id": "/models/a.gguf", "owned_by": "llamacpp", "meta": {"size": 4_000}}]}
     health = (200, {"status": "ok"})
-    _, llama = await found({f"{LLAMA}/health": health, f"{LLAMA}/v1/models": (200, listed)})
+    _, llama, _ = await found({f"{LLAMA}/health": health, f"{LLAMA}/v1/models": (200, listed)})
     assert llama is not None
     assert llama.models == [FoundModel("/models/a.gguf", 4_000)]
 
     vllm = {"data": [{"id": "a", "owned_by": "vllm"}]}
-    assert await found({f"{LLAMA}/health": health, f"{LLAMA}/v1/models": (200, vllm)}) == [None, None]
-    assert await found({f"{LLAMA}/health": (200, "<html>fine</html>")}) == [None, None]
-    assert await found({f"{LLAMA}/health": (200, ["ok"]), f"{OLLAMA}/api/version": (404, "")}) == [None, None]
+    assert await found({f"{LLAMA}/health": health, f"{LLAMA}/v1/models": (200, vllm)}) == [None, None, None]
+    assert await found({f"{LLAMA}/health": (200, "<html>fine</html>")}) == [None, None, None]
+    assert await found({f"{LLAMA}/health": (200, ["ok"]), f"{OLLAMA}/api/version": (404, "")}) == [None, None, None]
 
 
 async def test_a_llama_server_that_still_loads_is_found() -> None:
     loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
-    _, llama = await found({f"{LLAMA}/health": (503, loading)})
+    _, llama, _ = await found({f"{LLAMA}/health": (503, loading)})
     assert llama is not None
     assert llama.models == [FoundModel("llama-server")]
 
 
+async def test_vllm_offers_its_model_and_none_of_its_adapters() -> None:
+    """Many programs live on port 8000 too; vLLM signs its list. A LoRA adapter is served beside its model, by vLLM."""
+    listed = {
+        "data": [
+            {"id": "Qwen/Coder", "owned_by": "vllm", "parent": None},
+            {"id": "sql", "owned_by": "vllm", "parent": "Qwen/Coder"},
+        ]
+    }
+    _, _, vllm = await found({f"{VLLM}/v1/models": (200, listed)})
+    assert vllm == FoundRuntime("vllm", "vLLM", VLLM, [FoundModel("Qwen/Coder")])
+    policy = Policy.parse(make_policy([vllm]).text)
+    assert [(m.backend, m.url, m.model) for m in policy.models.values()] == [("vllm", VLLM, "Qwen/Coder")]
+    other = {"data": [{"id": "a", "owned_by": "llamacpp"}]}
+    assert await found({f"{VLLM}/v1/models": (200, other)}) == [None, None, None]
+
+
 async def test_with_nothing_there_it_says_that_it_simulates() -> None:
     nowhere = "http://127.0.0.1:1"
-    made = await discover.discover({"GATEWAY_OLLAMA_URL": nowhere, "GATEWAY_LLAMA_SERVER_URL": nowhere})
-    assert made.sentence == "neither Ollama nor llama-server was found here, so answers come from a simulated model"
+    made = await discover.discover(
+        {"GATEWAY_OLLAMA_URL": nowhere, "GATEWAY_LLAMA_SERVER_URL": nowhere, "GATEWAY_VLLM_URL": nowhere}
+    )
+    assert made.sentence == "no Ollama, llama-server or vLLM was found here, so answers come from a simulated model"
     policy = Policy.parse(made.text)
     assert {name: model.backend for name, model in policy.models.items()} == {"simulated": "simulated"}
 

@@ -166,7 +166,7 @@ def test_no_more_files_than_a_person_can_choose_from(tmp_path: Path) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder to work in, on a machine on which nothing runs."""
-    for name in ("GATEWAY_OLLAMA_URL", "GATEWAY_LLAMA_SERVER_URL"):
+    for name in ("GATEWAY_OLLAMA_URL", "GATEWAY_LLAMA_SERVER_URL", "GATEWAY_VLLM_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(cli_init, "USUAL_FOLDERS", ())
     monkeypatch.chdir(tmp_path)

@@ -254,6 +254,32 @@ async def test_a_load_of_unknown_size_goes_on_alone() -> None:
 
 
 @virtual
+async def test_whoever_waits_says_for_what() -> None:
+    """Else `status` tells of a load that goes on and on, where none has begun."""
+    box, told = Box(idle=20), dict[str, list[str]]()
+
+    async def load(name: str, need: float, takes_s: float = 5) -> None:
+        said = told.setdefault(name, [])
+        async with box.room.hold(name, int(need * GB), demanded=True, waits=said.append):
+            assert said[-1] == "", "it loads, and said that it waits"
+            await passes(takes_s)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(load("first", 3))
+        await passes(1)
+        tasks.create_task(load("unknown", 0))
+        await passes(5)
+        tasks.create_task(load("second", 2))
+    await load("big", 10)
+    assert told == {
+        "first": [""],
+        "unknown": ["waits for first to load: nobody knows how much memory it needs beside it", ""],
+        "second": ["waits for unknown to load: nobody knows how much memory that needs", ""],
+        "big": ["waits for the memory of idle", ""],
+    }
+
+
+@virtual
 async def test_nobody_waits_for_ever_for_a_load_of_unknown_size() -> None:
     """Its own time must not run out, or it would count as its failure."""
     box = Box()

@@ -137,7 +137,7 @@ def test_the_wide_table_adds_slots_the_last_load_and_the_cached_share() -> None:
 def test_a_load_shows_how_far_it_is() -> None:
     """By the runtime's own figures, else by how long it takes as a rule, else only for how long it has gone on."""
 
-    def line(**known: float) -> str:
+    def line(**known: float | str) -> str:
         waking = ModelStatus(name="big", state="waking", **known)  # type: ignore[arg-type]
         return status_table(Snapshot(models=(waking,), hosts=(HOST,))).splitlines()[-1]
 
@@ -150,6 +150,8 @@ def test_a_load_shows_how_far_it_is() -> None:
         "a bar is never full before it is over"
     )
     assert line(state_ms=4_000) == "note: big is waking: for 4s"
+    waits = line(state_ms=39_000, load_ms=30_000, reason="waits for the memory of small")
+    assert waits == "note: big is waking: waits for the memory of small, for 39s", "no load has begun"
 
 
 def test_what_an_operator_did_and_what_ends_by_itself_is_told() -> None:

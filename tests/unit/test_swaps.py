@@ -8,6 +8,7 @@ import pytest
 from broker.records import ModelFacts, Waiting
 from tests.support.jump_loop import run_in_virtual_time
 from workers.swaps import Swaps
+from workers.turns import Turn
 
 NOW_MS = 1_000_000
 GB = 1 << 30
@@ -18,7 +19,7 @@ def model(name: str, state: str, **more: Any) -> Any:
     slots = SimpleNamespace(total=1, idle=True)
     told = SimpleNamespace(
         name=name, state=state, model=definition, slots=slots, leaving=False, ours=True, resident=state == "warm",
-        makes_room_for="",
+        makes_room_for="", since_ms=0,
         memory_bytes=2 * GB if state == "warm" else 0, stayed_ms=90_000.0, told_anew=lambda: None, kick=lambda: None,
     )  # fmt: skip
     vars(told).update(more)
@@ -44,8 +45,47 @@ def test_how_long_a_load_takes_is_what_it_takes_here(here_ms: float, makes_room:
             warm_elsewhere=lambda name: False,
             need=lambda waker: GB,
             headroom=lambda: 0,
+            loading=lambda: [],
         )
         swaps.look()
         return swaps.makes_room("warm", "cold")
 
     assert run_in_virtual_time(decided(), at_most_s=1) is makes_room
+
+
+@pytest.mark.parametrize(
+    ("headroom_gb", "under_way", "told"),
+    [
+        (3.1, ["loads"], ("waits for the memory of loads", NOW_MS + 20_000 + 60_000)),  # 10 of its 30 s are over
+        (3.2, ["loads"], ("", 0)),  # it fits beside
+        (3.1, [], ("", 0)),  # it waits for its runtime, and nobody knows yet whose memory it gets
+    ],
+)
+def test_who_needs_the_memory_of_a_load_under_way_is_in_line(
+    headroom_gb: float, under_way: list[str], told: tuple[str, int]
+) -> None:
+    """What the load has taken already makes no difference: it gets what it needs, and the other its minimum stay
+    later, though it was told to make room once before."""
+
+    async def held_up() -> tuple[str, int]:
+        loads = model("loads", "waking", since_ms=NOW_MS - 10_000)
+        loads.model.min_stay_ms = 60_000
+        swaps = Swaps(
+            {"loads": loads, "cold": model("cold", "cold")},
+            now_ms=lambda: NOW_MS,
+            waiting=lambda name: [],
+            waited_for=lambda name: True,
+            drained=lambda: False,
+            facts=lambda name: ModelFacts(),
+            load_ms=lambda name: 30_000,
+            warm_elsewhere=lambda name: False,
+            need=lambda waker: 2 * GB if waker.name == "loads" else GB,
+            headroom=lambda: int(headroom_gb * GB),
+            loading=lambda: under_way,
+        )
+        swaps._turns["loads"] = Turn("cold", begun_ms=1, over=True)
+        found = swaps.held_up("cold")
+        assert loads.makes_room_for == ""
+        return found
+
+    assert run_in_virtual_time(held_up(), at_most_s=1) == told

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from workers import turns
-from workers.memory import Resident, evictions
+from workers.memory import SAFETY, Resident, evictions
 from workers.turns import Asker, Seat, Turn, Wish, held_up_by, may_take, take_turns
 
 GB = 1 << 30
@@ -50,6 +50,7 @@ class Box:
         self.models = {m.name: m for m in models}
         self.now = 1_000_000
         self.turns: dict[str, Turn] = {}
+        self._decided_by: list[str] = []
         self._with_turns = with_turns
         self._rng = random.Random(seed)
         for m in models:
@@ -63,16 +64,22 @@ class Box:
                 m.running = [at for at in m.running if at > self.now]
                 if m.state == "waking" and m.warm_at <= self.now:
                     m.state, m.idle_at = "warm", self.now
-            if self._with_turns:
-                self.turns = take_turns(
-                    self.turns, self._seats(), self._askers(), headroom=self._headroom(), now_ms=self.now
-                )
+            self._decide()
             for m in self.models.values():
                 self._claim(m)
             for m in self.models.values():
                 self._wake(m)
             assert self._headroom() >= 0
             self.now += TICK_MS
+
+    def _decide(self) -> None:
+        if self._with_turns:
+            headroom = self._headroom() + sum(m.footprint for m in self.models.values() if m.state == "waking")
+            self.turns = take_turns(self.turns, self._seats(), self._askers(), headroom=headroom, now_ms=self.now)
+        self._decided_by = self._states()
+
+    def _states(self) -> list[str]:
+        return [m.state for m in self.models.values()]
 
     def _arrive(self, m: Sim) -> None:
         while m.next_at <= self.now:
@@ -94,8 +101,13 @@ class Box:
                 self.turns[m.name] = turns.started(turn)
 
     def _wake(self, m: Sim) -> None:
-        if m.state != "cold" or not m.line or held_up_by(m.name, list(self._seats()), self.turns):
+        if m.state != "cold" or not m.line:
             return
+        if self._decided_by != self._states():  # another has just gone, or begun to load
+            self._decide()
+        if held_up_by(m.name, list(self._seats()), self.turns):
+            return
+        assert not self._with_turns or self._fits_by_turns(m), "it would be called unfit, and its requests be refused"
         others = [
             Resident(
                 o.name, o.footprint, o.load_ms, 1.0, self._idle_ms(o), self.now - o.warm_at, MIN_STAY_MS,
@@ -114,6 +126,10 @@ class Box:
         m.state, m.warm_at = "waking", self.now + m.load_ms
         m.loaded.append(self.now)
 
+    def _fits_by_turns(self, m: Sim) -> bool:
+        loading = [o.name for o in self.models.values() if o.state == "waking"]
+        return not loading or m.footprint * SAFETY <= self._headroom()
+
     def _may_take(self, mine: Sim, theirs: Sim) -> bool:
         turn = self.turns.get(theirs.name)
         if turn is not None and turn.over and turn.to == mine.name:
@@ -129,10 +145,11 @@ class Box:
 
     def _seats(self) -> Iterator[Seat]:
         for m in self.models.values():
-            if m.state == "warm":
+            waking = m.state == "waking"
+            if waking or m.state == "warm":
                 yield Seat(
-                    m.name, m.footprint, self.now - m.warm_at, MIN_STAY_MS, m.slots, busy=bool(m.running),
-                    waited_for=bool(m.line), service_ms=m.service_ms, worth=m.load_ms,
+                    m.name, round(m.footprint * (SAFETY if waking else 1)), self.now - m.warm_at, MIN_STAY_MS, m.slots,
+                    busy=waking or bool(m.running), waited_for=bool(m.line), service_ms=m.service_ms, worth=m.load_ms,
                 )  # fmt: skip
 
     def _askers(self) -> Iterator[Asker]:

@@ -111,6 +111,10 @@ class Runtime(Protocol):
     async def state(self) -> State:
         """Tells where the model is, within 2 s; never loads it and never wakes it."""
 
+    async def lacks(self) -> str:
+        """Says in a sentence what is not there without which a load must fail, such as its file, "" = nothing that we
+        could tell without asking for the load; takes no time, so that nobody makes room for such a load."""
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         """Waits until the runtime would start on a load at once; to be held while it loads. Ollama loads one model at
         a time, and what it keeps in line has not begun: its time must not run yet."""

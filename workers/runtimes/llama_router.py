@@ -81,6 +81,10 @@ class LlamaRouter:
     def manageable(self) -> bool:
         return True
 
+    async def lacks(self) -> str:
+        """The router is asked for the load: it says itself what it does not have."""
+        return ""
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 

@@ -68,6 +68,13 @@ class LlamaServer:
         """Whether the process is ours; one that somebody else started has nothing that loads or unloads."""
         return self._child is not None
 
+    async def lacks(self) -> str:
+        """Names weights or a program that are not there; of one at a `url` both are somebody else's."""
+        if self._child is None:
+            return ""
+        argv = self._command(port=0)
+        return self._lacking_file(argv) or self._child.lacking_program(argv[0])
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
@@ -180,11 +187,12 @@ class LlamaServer:
     def _environment(self) -> Mapping[str, str]:
         return {}
 
-    def _check_files(self, argv: Sequence[str]) -> None:
-        """Refuses weights that are named by path and not there (a name for `-hf` is none of our business)."""
+    def _lacking_file(self, argv: Sequence[str]) -> str:
+        """Names weights that are named by path and not there (a name for `-hf` is none of our business)."""
         for flag, value in pairwise(argv):
             if flag in ("-m", "--model") and value == self._file() and not Path(value).is_file():
-                raise LoadFailed(f"model '{self._name}': there is no GGUF file at {value}")
+                return f"model '{self._name}': there is no GGUF file at {value}"
+        return ""
 
     def _file(self) -> str:
         return str(Path(self._model.model).expanduser()) if self._model.model.startswith("~") else self._model.model
@@ -192,7 +200,8 @@ class LlamaServer:
     async def _start(self, child: ChildServer, timeout_s: float) -> None:
         port = httpx.URL(self._url).port or 80 if self._url else free_port()
         argv = self._command(port)
-        self._check_files(argv)
+        if missing := self._lacking_file(argv):
+            raise LoadFailed(missing)
         self._base_url = self._url or f"http://127.0.0.1:{port}"
         self._loaded_once = False
         try:

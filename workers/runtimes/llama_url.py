@@ -42,6 +42,9 @@ class LlamaAtUrl:
     def manageable(self) -> bool:
         return self._server.manageable
 
+    async def lacks(self) -> str:
+        return await self._server.lacks()
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         return self._server.turn()
 

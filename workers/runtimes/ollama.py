@@ -88,6 +88,10 @@ class Ollama:
     def manageable(self) -> bool:
         return True
 
+    async def lacks(self) -> str:
+        """Ollama is asked for the load: it says itself what it does not have."""
+        return ""
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Waits for the loads of this Ollama that this worker has under way; it does them strictly one by one."""

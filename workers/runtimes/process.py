@@ -1,8 +1,8 @@
 """Runs a runtime's server as a child of ours: started without a shell, watched while it loads, never left behind.
 
 Three nets keep a server from outliving its worker. `close` stops it. If the worker is killed, the kernel does
-(PR_SET_PDEATHSIG, Linux). What still slips through, say the child of a wrapper script, is found by its pidfile before
-the next start.
+(PR_SET_PDEATHSIG, Linux). What still slips through, say the child of a wrapper script, is found by its pidfile when
+the next worker starts, or before the model's next start.
 
 The death signal is set by a tiny launcher that then becomes the server (exec keeps it), 10 ms per start, and not by
 `preexec_fn`: that runs Python between fork and exec, where another thread's lock can hang it, and it gives up vfork,
@@ -13,6 +13,7 @@ must run in the event loop's own thread, never in an executor.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -28,6 +29,8 @@ from typing import IO, Any
 import psutil
 
 from workers.runtimes.base import LoadFailed, looks_like_oom
+
+log = logging.getLogger("warmlane.process")
 
 TERM_GRACE_S = 5.0
 POLL_S = 0.05
@@ -90,10 +93,7 @@ class ChildServer:
         await self.stop_orphan()
         program = _program(argv[0])
         if program is None:
-            raise LoadFailed(
-                f"model '{self._name}': the program '{argv[0]}' was not found; install it, put it on the PATH, or name "
-                "another command or a url in the policy"
-            )
+            raise LoadFailed(self.lacking_program(argv[0]))
         self._mark = secrets.token_hex(8)
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), program, *argv[1:]]
         with self._fresh_log() as log:
@@ -107,6 +107,13 @@ class ChildServer:
             )
         self._stopping = False
         self._write_pidfile(self._process.pid)
+
+    def lacking_program(self, word: str) -> str:
+        """Says that a program is not there, and the remedy; "" = it is."""
+        if _program(word) is not None:
+            return ""
+        words = f"model '{self._name}': the program '{word}' was not found; install it, put it on the PATH, or name"
+        return f"{words} another command or a url in the policy"
 
     async def until_ready(self, ready: Callable[[], Awaitable[bool]], *, timeout_s: float) -> None:
         """Waits until the server says that it is ready; an exit is reported at once, with its last log line."""
@@ -146,7 +153,7 @@ class ChildServer:
 
     async def stop_orphan(self) -> None:
         """Stops the server that a killed worker left running; refuses to touch one whose worker lives."""
-        left = await asyncio.to_thread(self._read_pidfile)
+        left = await asyncio.to_thread(_read, self._pidfile)
         if left is None:
             return
         owner = _process_of(left["owner"], left["owner_created"])
@@ -232,14 +239,27 @@ class ChildServer:
         draft.write_text(json.dumps(record))
         draft.replace(self._pidfile)
 
-    def _read_pidfile(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads(self._pidfile.read_text())
-            int(record["pid"]), float(record["created"]), str(record["mark"])
-            int(record["owner"]), float(record["owner_created"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return dict(record)
+
+def stop_orphans(state_dir: Path) -> None:
+    """Stops every server that killed workers left running, with its pidfile: its model may never be loaded again. Those
+    of a living worker stay, and so does a file that is none of ours. May take seconds: call it in a thread."""
+    for pidfile in state_dir.glob("*.pid"):
+        left = _read(pidfile)
+        if left is None or _process_of(left["owner"], left["owner_created"]) is not None:
+            continue
+        log.info("event=left_behind pidfile=%s pid=%d", pidfile, left["pid"])
+        _kill_session(left["pid"], left["mark"], left["created"])
+        pidfile.unlink(missing_ok=True)
+
+
+def _read(pidfile: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(pidfile.read_text())
+        int(record["pid"]), float(record["created"]), str(record["mark"])
+        int(record["owner"]), float(record["owner_created"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(record)
 
 
 def _program(word: str) -> str | None:

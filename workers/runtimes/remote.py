@@ -50,6 +50,9 @@ class Remote:
     def manageable(self) -> bool:
         return False
 
+    async def lacks(self) -> str:
+        return ""
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 

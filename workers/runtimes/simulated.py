@@ -73,8 +73,9 @@ class Simulated(LlamaServer):
                 command += [f"--{flag}", str(value)]
         return command
 
-    def _check_files(self, argv: Sequence[str]) -> None:
+    def _lacking_file(self, argv: Sequence[str]) -> str:
         """A simulated model has no file."""
+        return ""
 
     def _environment(self) -> Mapping[str, str]:
         """Leads the child to this very package, in a checkout that nobody installed and from any directory."""

@@ -86,6 +86,9 @@ class Vllm:
     def manageable(self) -> bool:
         return self._sleeps is True
 
+    async def lacks(self) -> str:
+        return ""
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
