@@ -4,7 +4,7 @@ that a client without a stream gets. One voice for each dialect; the words of er
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from api.errors import Wrong
@@ -123,12 +123,38 @@ class CountedVoice:
 
 def voice_of(job: JobRecord, body: bytes = b"") -> Voice:
     """Gives the voice in which a job's client is answered; `body` is what it asked."""
-    if job.endpoint == responses.PATH:
-        return CountedVoice(body, job.id, job.asked)
-    if job.endpoint in ollama.SHAPES:
-        return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
-    if job.endpoint == anthropic.PATH:
-        return AnthropicVoice()
-    if job.endpoint == openai_completions.PATH:
-        return CompletionVoice()
-    return VectorVoice() if job.endpoint in (EMBEDDINGS, ollama.EMBED, ollama.EMBEDDINGS) else ChatVoice()
+    return _VOICES.get(job.endpoint, _chat)(job, body)
+
+
+def _chat(_job: JobRecord, _body: bytes) -> Voice:
+    return ChatVoice()
+
+
+def _vectors(_job: JobRecord, _body: bytes) -> Voice:
+    return VectorVoice()
+
+
+def _completions(_job: JobRecord, _body: bytes) -> Voice:
+    return CompletionVoice()
+
+
+def _messages(_job: JobRecord, _body: bytes) -> Voice:
+    return AnthropicVoice()
+
+
+def _responses(job: JobRecord, body: bytes) -> Voice:
+    return CountedVoice(body, job.id, job.asked)
+
+
+def _ollamas(job: JobRecord, _body: bytes) -> Voice:
+    return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
+
+
+_VOICES: Mapping[str, Callable[[JobRecord, bytes], Voice]] = {
+    openai_completions.PATH: _completions,
+    EMBEDDINGS: _vectors,
+    responses.PATH: _responses,
+    anthropic.PATH: _messages,
+    **dict.fromkeys(ollama.SHAPES, _ollamas),
+    **dict.fromkeys((ollama.EMBED, ollama.EMBEDDINGS), _vectors),
+}

@@ -14,6 +14,7 @@ from typing import Any
 
 from broker.dialects import json_splice
 from broker.dialects.ndjson import LineCutter
+from broker.dialects.ollama_pieces import arguments_of, logprobs_of, merge_call
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
 from broker.dialects.sse import MAX_EVENT_BYTES
@@ -22,7 +23,6 @@ from broker.errors import BadRequest
 _REASONS = {"tool_calls": "stop", "function_call": "stop"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _RUNNING = b',"done":false}'
-_LOWEST_LOGPROB = -9999.0
 _plain_text = re.compile(rb'"(?:[ !#-\[\]-~]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+"').fullmatch
 _find_text = {
     key: re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode()).search for key in ("content", *_REASONING)
@@ -294,8 +294,8 @@ class FromChat:
                 said.setdefault(name, delta[key])  # some runtimes say their reasoning under two names
         fragments = delta.get("tool_calls") or []
         for fragment in fragments:
-            _merge_call(self._calls, fragment)
-        more = {"logprobs": found} if (found := _logprobs(choice.get("logprobs"))) else {}
+            merge_call(self._calls, fragment)
+        more = {"logprobs": found} if (found := logprobs_of(choice.get("logprobs"))) else {}
         if said or fragments:
             self._last_content = self._now_ns()
             self._first_content = self._first_content or self._last_content
@@ -314,7 +314,7 @@ class FromChat:
         whole: list[dict[str, object]] = []
         text: list[str] = []
         for call in calls:
-            name, arguments = call["name"], _arguments(call["arguments"])
+            name, arguments = call["name"], arguments_of(call["arguments"])
             if arguments is None or not name:
                 text.append(f'{{"name":{json.dumps(name, ensure_ascii=False)},"arguments":{call["arguments"]}')
                 continue
@@ -350,55 +350,6 @@ def _says_something(said: dict[str, Any]) -> bool:
     if isinstance(message, dict) and any(message.get(key) for key in ("content", "thinking", "tool_calls", "images")):
         return True
     return any(said.get(key) for key in ("response", "thinking", "tool_calls", "image"))
-
-
-def _merge_call(calls: list[dict[str, Any]], fragment: dict[str, Any]) -> None:
-    """Finds the call that a fragment continues; a second id with a name at the same index is a call of its own."""
-    index = fragment.get("index", len(calls))
-    function = fragment.get("function") or {}
-    call = next((known for known in reversed(calls) if known["index"] == index), None)
-    if call is None or (function.get("name") and fragment.get("id") not in (None, "", call["id"])):
-        call = {"index": index, "id": "", "name": "", "arguments": ""}
-        calls.append(call)
-    call["id"] = fragment.get("id") or call["id"]
-    call["name"] = function.get("name") or call["name"]
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        call["arguments"] += arguments
-    elif isinstance(arguments, dict):  # a runtime that tells them as an Ollama does
-        call["arguments"] = json.dumps(arguments)
-
-
-def _arguments(text: str) -> dict[str, Any] | None:
-    if not text.strip():
-        return {}
-    try:
-        found = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(word)
-
-
-def _logprobs(told: object) -> list[dict[str, object]]:
-    content = told.get("content") if isinstance(told, dict) else None
-    found: list[dict[str, object]] = []
-    for entry in content or []:
-        kept = _logprob(entry)
-        if entry.get("top_logprobs"):
-            kept["top_logprobs"] = [_logprob(other) for other in entry["top_logprobs"]]
-        found.append(kept)
-    return found
-
-
-def _logprob(entry: dict[str, Any]) -> dict[str, object]:
-    value = entry.get("logprob")
-    finite = isinstance(value, int | float) and math.isfinite(value)
-    kept = {key: entry[key] for key in ("token", "bytes") if entry.get(key) is not None}
-    return {**kept, "logprob": value if finite else _LOWEST_LOGPROB}
 
 
 def _in_ns(told_ms: object, seen_ns: int) -> int:
