@@ -63,9 +63,9 @@ def test_vectors(client: Client, drive: Drive, up: House) -> None:
 @pytest.mark.parametrize("client", rows("tools"))
 def test_a_tool_is_called_once_and_whole(client: Client, drive: Drive, up: House) -> None:
     seen = drive(client).run("tools", up.url, "thinker", max_tokens=50)
+    assert not seen.of("error"), seen.events
     [call] = seen.of("tool")
     assert (call["name"], call["arguments"]) == ("weather", {"city": "Berlin"})
-    assert not seen.of("error")
 
 
 @pytest.mark.parametrize("client", rows("reasoning"))
