@@ -63,7 +63,7 @@ def test_a_clients_block_prints_an_answer(name: str, up: House, drive: Drive, tm
         text = text.rstrip() + " --message hi --no-git --yes-always --no-check-update --no-stream --chat-mode ask\n"
         more = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "AIDER_ANALYTICS": "false"}
         said = run(["bash", "-c", text], cwd=tmp_path, **more)
-        assert "Error" not in said and "Tokens:" in said
+        assert "litellm." not in said and "Tokens:" in said, said  # what it cannot look up on the network is no matter
     elif language == "python":
         (tmp_path / "block.py").write_text(text)
         assert run([str(environments.python_of(name)), "block.py"], cwd=tmp_path).strip()
