@@ -60,10 +60,14 @@ def test_a_clients_block_prints_an_answer(name: str, up: House, drive: Drive, tm
     language, text = BLOCKS[name][0], block(name, up)
     if language == "bash":
         programs = environments.python_of(name).parent
-        text = text.rstrip() + " --message hi --no-git --yes-always --no-check-update --no-stream --chat-mode ask\n"
+        # Asked without a limit, random weights talk until their context is full.
+        text = (
+            text.rstrip().replace("/coder", "/pretend")
+            + " --message hi --no-git --yes-always --no-check-update --no-stream --chat-mode ask\n"
+        )
         more = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "AIDER_ANALYTICS": "false"}
         said = run(["bash", "-c", text], cwd=tmp_path, **more)
-        assert "litellm." not in said and "Tokens:" in said, said  # what it cannot look up on the network is no matter
+        assert "simulated 1 2" in said
     elif language == "python":
         (tmp_path / "block.py").write_text(text)
         assert run([str(environments.python_of(name)), "block.py"], cwd=tmp_path).strip()
