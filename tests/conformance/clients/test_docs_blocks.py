@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from tests.conformance.clients import environments
 from tests.conformance.clients.conftest import Drive
 from tests.conformance.clients.table import CLIENTS
+from tests.support.clients import user
 from tests.support.gateway_process import House
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -35,6 +37,7 @@ EDITORS = {
         for model in entry["available_models"]
     ],
 }
+AGENTS = ("claude-code", "codex")
 
 
 def block(name: str, up: House) -> str:
@@ -44,7 +47,7 @@ def block(name: str, up: House) -> str:
 
 
 def test_every_block_of_the_page_has_a_test() -> None:
-    assert BLOCKS.keys() == {"curl", *EDITORS, *(client.name for client in CLIENTS)}
+    assert BLOCKS.keys() == {"curl", *EDITORS, *AGENTS, *(client.name for client in CLIENTS)}
     assert PAGE.count("\n```") == 2 * len(BLOCKS)
 
 
@@ -85,6 +88,29 @@ def test_an_editors_settings_lead_to_a_model(name: str, up: House) -> None:
     asked = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     answer = httpx.post(f"{url}/chat/completions", json=asked, timeout=30).raise_for_status().json()
     assert answer["choices"][0]["finish_reason"]
+
+
+def test_codex_is_led_to_a_model_that_answers_as_it_needs(up: House) -> None:
+    """It goes on only after `response.completed`."""
+    told = tomllib.loads(block("codex", up))
+    provider = told["model_providers"][told["model_provider"]]
+    assert provider["wire_api"] == "responses"
+    asked = {"model": told["model"], "input": "hi", "stream": True, "store": False, "max_output_tokens": 2}
+    said = httpx.post(f"{provider['base_url']}/responses", json=asked, timeout=30).raise_for_status().text
+    assert "event: response.created" in said and re.search("event: response.(completed|incomplete)", said)
+
+
+def test_claude_code_is_led_to_a_model_that_answers_as_it_needs(up: House) -> None:
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", block("claude-code", up), re.MULTILINE))
+    assert exported["ANTHROPIC_MODEL"] == exported["ANTHROPIC_DEFAULT_HAIKU_MODEL"]
+    asked = {"model": exported["ANTHROPIC_MODEL"], "messages": user("hi"), "max_tokens": 2, "stream": True}
+    said = httpx.post(
+        f"{exported['ANTHROPIC_BASE_URL']}/v1/messages?beta=true",
+        json=asked,
+        headers={"authorization": f"Bearer {exported['ANTHROPIC_AUTH_TOKEN']}", "anthropic-version": "2023-06-01"},
+        timeout=30,
+    ).raise_for_status()
+    assert said.text.startswith("event: message_start") and "event: message_stop" in said.text
 
 
 def run(command: list[str], *, cwd: Path | None = None, **more: str) -> str:
