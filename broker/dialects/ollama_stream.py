@@ -18,6 +18,7 @@ from broker.dialects.ollama_pieces import arguments_of, logprobs_of, merge_call
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
 from broker.dialects.sse import MAX_EVENT_BYTES
+from broker.dialects.through_chat import ThroughChat
 from broker.errors import BadRequest
 
 _REASONS = {"tool_calls": "stop", "function_call": "stop"}
@@ -166,7 +167,7 @@ class NativeReader:
             self.complaint = RuntimeComplaint(sentence, "", None)
 
 
-class FromChat:
+class FromChat(ThroughChat):
     """Translates a chat stream: text and reasoning as they come, tool calls whole once all of them are there.
 
     Most chunks differ from their neighbour in one string only. The bytes around it are remembered, and a string of
@@ -176,7 +177,7 @@ class FromChat:
     def __init__(
         self, served_as: str, *, shape: Shape, waited_ns: int = 0, now_ns: Callable[[], int] = time.time_ns
     ) -> None:
-        self._chat = ChatReader(served_as, include_usage=False)
+        super().__init__(ChatReader(served_as, include_usage=False))
         self._served_as = served_as
         self._shape = shape
         self._waited_ns = waited_ns
@@ -186,47 +187,11 @@ class FromChat:
         self._calls: list[dict[str, Any]] = []
         self._spoke = False
         self._ready: list[bytes] = []
-        self._complaint: RuntimeComplaint | None = None
         self._ended = False
         self._around = b"", b""  # the text of a chunk
         self._before = self._behind = b""  # the text of its line, after the instant
         self._start = b'{"model":' + json_splice.encode(served_as) + b',"created_at":"'
         self._second, self._stamp = -1, b""
-
-    @property
-    def has_content(self) -> bool:
-        """Whether text, reasoning or a tool call has come."""
-        return self._chat.has_content
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether there is a finish reason and nothing went wrong."""
-        return self._complaint is None and self._chat.succeeded
-
-    @property
-    def complaint(self) -> RuntimeComplaint | None:
-        """What the runtime said went wrong."""
-        return self._complaint or self._chat.complaint
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, in the runtime's words or ours, or None."""
-        return self.complaint.message if self.complaint else None
-
-    @property
-    def usage(self) -> dict[str, int] | None:
-        """The tokens that the runtime counted."""
-        return self._chat.usage
-
-    @property
-    def timings(self) -> dict[str, Any] | None:
-        """The runtime's own timings."""
-        return self._chat.timings
-
-    @property
-    def prompt_read(self) -> tuple[int, int] | None:
-        """Prompt tokens read so far, and of how many."""
-        return self._chat.prompt_read
 
     def feed(self, data: bytes) -> None:
         """Reads what came from the network."""
@@ -253,7 +218,7 @@ class FromChat:
     def _translate(self, events: bytes) -> None:
         head, tail = self._around
         for event in events.split(b"\n\n"):
-            if not event or self._complaint is not None:
+            if not event or self._broken is not None:
                 continue
             if head and event.startswith(head) and event.endswith(tail):
                 text = event[len(head) : len(event) - len(tail)]
@@ -265,7 +230,7 @@ class FromChat:
                 told = [self._read_choice(choice) for choice in chunk["choices"]]
                 head, tail = self._around = self._learn(event, told[0] if len(told) == 1 else "")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self._complaint = RuntimeComplaint("the runtime sent an event that cannot be read", "", None)
+                self._breaks()
 
     def _pass_text(self, text: bytes) -> None:
         now = self._last_content = self._now_ns()
