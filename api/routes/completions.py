@@ -1,7 +1,5 @@
 """POST /v1/completions: as a chat request goes, for editors that finish text and hold no talk."""
 
-from ulid import ULID
-
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
 from broker.dialects import openai_completions
@@ -15,20 +13,15 @@ class Completions(ChatCompletions):
 
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
         facts = openai_completions.read_completion(body)
-        policy = self._gateway.book.active.policy
-        return JobRecord(
-            id=str(ULID()),
+        return self._job_of(
+            wishes,
+            caller,
             asked=wishes.lane or facts.model,
-            caller=caller,
-            session=wishes.session or facts.session,
-            zone=wishes.zone,
+            session=facts.session,
             stream=facts.stream,
             include_usage=facts.include_usage,
             choices=facts.choices,
             tokens=facts.prompt_tokens,
             longest=facts.longest_tokens if facts.prompts > 1 else 0,
             max_tokens=facts.max_tokens or 0,
-            grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
-            keep_ms=policy.keep_ms,
-            endpoint=self.path,
         )
