@@ -19,12 +19,14 @@ from fastapi.responses import Response
 from api import errors as told
 from api.asgi import App, Receive, Scope, Send
 from api.cork import CorkedProtocol
+from api.cors import Cors
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
 from api.routes import (
     anthropic,
     chat,
+    completions,
     embeddings,
     health,
     jobs,
@@ -56,6 +58,7 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
         route.path: route
         for route in (
             chat.ChatCompletions(gateway),
+            completions.Completions(gateway),
             embeddings.Embeddings(gateway),
             responses.Responses(gateway),
             anthropic.Messages(gateway),
@@ -73,7 +76,7 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
         route = hot.get(scope["path"]) if scope["type"] == "http" else None
         await (route or rest)(scope, receive, send)
 
-    return door
+    return Cors(door, gateway.origins) if gateway.origins else door
 
 
 def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
@@ -191,7 +194,8 @@ async def serve(settings: ApiSettings) -> int:
         for sentence in await store.unfit_settings():
             log.warning("event=unfit_redis reason=%s", sentence)
         server = Server(
-            Gateway(store, keys, version=version(), api_id=api_id), stop_after_s=settings.stop_after_ms / 1000
+            Gateway(store, keys, version=version(), api_id=api_id, origins=settings.origins),
+            stop_after_s=settings.stop_after_ms / 1000,
         )
         log.info("event=listening url=%s api=%s", place.url, api_id)
         collector.settle()

@@ -35,10 +35,13 @@ def new_api_id() -> str:
 class Gateway:
     """A holder; what happens, happens in its parts."""
 
-    def __init__(self, store: Store, keys: Keys, *, version: str, api_id: str = "") -> None:
+    def __init__(
+        self, store: Store, keys: Keys, *, version: str, api_id: str = "", origins: frozenset[str] = frozenset()
+    ) -> None:
         self.store = store
         self.keys = keys
         self.version = version
+        self.origins = origins
         self.book = PolicyBook(store)
         self.fleet = Fleet(store, self.book)
         self.hub = Hub(store, name=api_id or new_api_id())

@@ -25,6 +25,10 @@ QUICK_S = 0.05
 """An answer that began within this is not worth a look into the job's record for its headers."""
 RECORD_S_MAX = 0.25
 
+PATIENCE_SHARE = 0.8
+"""The part of an SDK's read timeout after which a fallback is tried: it has to answer within the rest."""
+
+_SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
@@ -66,7 +70,7 @@ class Wishes:
             lane=header(b"x-gateway-lane"),
             session=session,
             zone="remote" if leave == "true" else "local",
-            promote_within_ms=int(within) if within else None,
+            promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
             idempotency_key=key,
             keep=on_disconnect == "keep",
             may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
@@ -313,6 +317,15 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
     if left_ms is not None and left_ms < 86_400_000:
         words += f", about {max(1, round(left_ms / 1000))} s to the first token"
     return words
+
+
+def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:
+    """How soon the first token is wanted: as the client says, and before its SDK hangs up. What an SDK says of itself
+    may be anything, such as the 600 s that nobody chose or no number at all; then it says nothing."""
+    found = [int(within_ms)] if within_ms else []
+    if _SECONDS.fullmatch(read_timeout_s) and float(read_timeout_s) > 0:
+        found.append(max(1, round(float(read_timeout_s) * 1000 * PATIENCE_SHARE)))
+    return min(found, default=None)
 
 
 def _is_sdk(exchange: Exchange) -> bool:

@@ -4,11 +4,11 @@ that a client without a stream gets. One voice for each dialect; the words of er
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from api.errors import Wrong
-from broker.dialects import anthropic, ollama, ollama_fold, openai, responses
+from broker.dialects import anthropic, ollama, ollama_fold, openai, openai_completions, responses
 from broker.dialects.anthropic_fold import fold_messages
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
@@ -50,6 +50,14 @@ class ChatVoice:
 
     def fold(self, whole: list[bytes]) -> bytes:
         return json.dumps(openai.fold_chat(whole), separators=(",", ":"), ensure_ascii=False).encode()
+
+
+class CompletionVoice(ChatVoice):
+    """OpenAI's older completions."""
+
+    def fold(self, whole: list[bytes]) -> bytes:
+        answer = openai_completions.fold_completion(b"".join(whole))
+        return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 class VectorVoice(ChatVoice):
@@ -115,10 +123,38 @@ class CountedVoice:
 
 def voice_of(job: JobRecord, body: bytes = b"") -> Voice:
     """Gives the voice in which a job's client is answered; `body` is what it asked."""
-    if job.endpoint == responses.PATH:
-        return CountedVoice(body, job.id, job.asked)
-    if job.endpoint in ollama.SHAPES:
-        return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
-    if job.endpoint == anthropic.PATH:
-        return AnthropicVoice()
-    return VectorVoice() if job.endpoint in (EMBEDDINGS, ollama.EMBED, ollama.EMBEDDINGS) else ChatVoice()
+    return _VOICES.get(job.endpoint, _chat)(job, body)
+
+
+def _chat(_job: JobRecord, _body: bytes) -> Voice:
+    return ChatVoice()
+
+
+def _vectors(_job: JobRecord, _body: bytes) -> Voice:
+    return VectorVoice()
+
+
+def _completions(_job: JobRecord, _body: bytes) -> Voice:
+    return CompletionVoice()
+
+
+def _messages(_job: JobRecord, _body: bytes) -> Voice:
+    return AnthropicVoice()
+
+
+def _responses(job: JobRecord, body: bytes) -> Voice:
+    return CountedVoice(body, job.id, job.asked)
+
+
+def _ollamas(job: JobRecord, _body: bytes) -> Voice:
+    return OllamaVoice(ollama.SHAPES[job.endpoint], job.asked)
+
+
+_VOICES: Mapping[str, Callable[[JobRecord, bytes], Voice]] = {
+    openai_completions.PATH: _completions,
+    EMBEDDINGS: _vectors,
+    responses.PATH: _responses,
+    anthropic.PATH: _messages,
+    **dict.fromkeys(ollama.SHAPES, _ollamas),
+    **dict.fromkeys((ollama.EMBED, ollama.EMBEDDINGS), _vectors),
+}

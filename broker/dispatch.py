@@ -69,19 +69,23 @@ def choose(
         return None
     expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
     reserved = total >= 2 and free == 1 and expected
+    urgent_until = now_ms + (service_ms or UNKNOWN_SERVICE_MS)
+    kept = open_slots is not None and open_slots < 1
     best: Waiting | None = None
     best_rank: tuple[float, ...] = ()
+    # A worker looks at hundreds of jobs for each that it takes: most are passed over after two or three comparisons.
     for job in waiting:
         batch = job.priority == "batch"
         if batch and reserved:
             continue
-        slack = job.promote_at - now_ms
-        urgent = job.promote_at > 0 and slack < (service_ms or UNKNOWN_SERVICE_MS)
-        known = job.session in cached
+        urgent = 0 < job.promote_at < urgent_until
+        known = bool(cached) and job.session in cached
         if not known and not urgent:
-            if open_slots is not None and open_slots < 1:
+            if kept:
                 continue
-            if job.session in elsewhere and now_ms - job.submitted < AFFINITY_MS:
+            if best is not None and batch >= best_rank[0] and job.submitted > best.submitted:
+                continue  # younger than one that is at least of its kind
+            if elsewhere and job.session in elsewhere and now_ms - job.submitted < AFFINITY_MS:
                 continue
         rank = (batch, not urgent, job.promote_at if urgent else 0, not known, job.submitted)
         if best is None or rank < best_rank or (rank == best_rank and job.job < best.job):

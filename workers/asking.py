@@ -1,12 +1,23 @@
 """How a job is asked of a runtime: at which path, with which body, and who reads the answer.
 
 A runtime that speaks the client's dialect gets its bytes; any other is asked through the chat or the embeddings of
-OpenAI's dialect, which all of them have, and the answer is told in the client's words.
+OpenAI's dialect, which all of them have, and the answer is told in the client's words. An endpoint is a row of `OWN`,
+of `THROUGH`, or of both.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from broker.dialects import anthropic, ollama, ollama_embeddings, ollama_request, ollama_translate, responses
+from broker.dialects import (
+    anthropic,
+    ollama,
+    ollama_embeddings,
+    ollama_request,
+    ollama_translate,
+    openai_completions,
+    responses,
+)
 from broker.dialects.anthropic_stream import PassingReader, TranslatingReader
 from broker.dialects.anthropic_translate import to_chat
 from broker.dialects.ollama_embeddings import AskedVectors, VectorReader
@@ -20,9 +31,6 @@ from broker.records import JobRecord
 from workers.runtimes.base import Endpoint
 
 CHAT = "/v1/chat/completions"
-_THROUGH_CHAT = {ollama.CHAT: CHAT, ollama.GENERATE: CHAT, anthropic.PATH: CHAT, responses.PATH: CHAT}
-_VECTORS = {ollama.EMBED: ollama_embeddings.read_embed, ollama.EMBEDDINGS: ollama_embeddings.read_embeddings}
-_WORDS = {ollama.CHAT: ollama_request.read_chat, ollama.GENERATE: ollama_request.read_generate}
 
 
 class AnswerReader(Protocol):
@@ -73,65 +81,143 @@ class Asking:
         self._job = job
         self._body = body
         self._to = endpoint
-        self._native = job.endpoint in endpoint.speaks
+        path = job.endpoint
+        own = path not in THROUGH or (path in OWN and path in endpoint.speaks)
+        # what a newer api lets in and we do not know is asked as it is: the runtime says what it thinks of it
+        self._way = OWN.get(path, OWN[CHAT]) if own else THROUGH[path]
 
     def translate_instead(self) -> bool:
-        """Asks through OpenAI's dialect from now on: this version of the runtime lacks the other. False if it did."""
-        if not self._native or self._job.endpoint not in _THROUGH_CHAT:
+        """Asks through chat from now on: this version of the runtime lacks the other. False if that is no help."""
+        other = THROUGH.get(self._job.endpoint)
+        if other is None or other is self._way or other.path != CHAT:
             return False
-        self._native = False
+        self._way = other
         return True
 
     @property
     def path(self) -> str:
         """Where the runtime is asked."""
-        path = self._job.endpoint
-        if not self._native:
-            path = _THROUGH_CHAT.get(path, EMBEDDINGS if path in _VECTORS else path)
-        return self._to.path(path)
+        return self._to.path(self._way.path)
 
     def request(self, slot: int | None) -> bytes:
         """What it is asked; `slot` is the one that has the session's prompt in its cache."""
-        to, path = self._to, self._job.endpoint
-        if path in _WORDS:
-            if self._native:
-                return ollama_request.rewrite(self._body, to.model, drops=to.drops, extra=to.extra)
-            asked: Asked = _WORDS[path](self._body)
-            return ollama_translate.to_chat(
-                asked, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered
-            )
-        if path == responses.PATH:
-            return responses.ask_chat(self._body, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
-        if path == anthropic.PATH:
-            if self._native:
-                return anthropic.rewrite_messages(self._body, to.model, drops=to.drops, extra=to.extra)
-            told = anthropic.read_messages(self._body)
-            return to_chat(told, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
-        if path in _VECTORS:
-            if self._native:
-                return ollama_embeddings.rewrite(self._body, to.model, drops=to.drops, extra=to.extra)
-            return ollama_embeddings.to_openai(self._vectors(), to.model, drops=to.drops, extra=to.extra)
-        if path == EMBEDDINGS:
-            return rewrite_embeddings(self._body, to.model, drops=to.drops, extra=to.extra)
-        return rewrite_chat(self._body, to.model, slot=slot, drops=to.drops, extra=to.extra)
+        return self._way.request(self._body, self._to, slot)
 
     def reader(self) -> AnswerReader:
         """Who reads the answer."""
-        job = self._job
-        waited_ns = max(0, job.claimed_at - job.submitted_at) * 1_000_000 if job.submitted_at else 0
-        if job.endpoint in ollama.SHAPES:
-            if self._native:
-                return NativeReader(job.model)
-            return FromChat(job.model, shape=ollama.SHAPES[job.endpoint], waited_ns=waited_ns)
-        if job.endpoint == responses.PATH:
-            return responses.responses_reader(self._body, served_as=job.model, job_id=job.id)
-        if job.endpoint == anthropic.PATH:
-            return PassingReader(job.model) if self._native else TranslatingReader(job.model, job.id)
-        if job.endpoint in _VECTORS:
-            return VectorReader(job.model, asked=self._vectors(), native=self._native, waited_ns=waited_ns)
-        if job.endpoint == EMBEDDINGS:
-            return EmbeddingReader(job.model)
-        return ChatReader(job.model, job.include_usage, job.choices)
+        return self._way.reader(self._job, self._body)
 
-    def _vectors(self) -> AskedVectors:
-        return _VECTORS[self._job.endpoint](self._body)
+
+@dataclass(frozen=True)
+class Way:
+    """One way to the answers of an endpoint. `request` takes what the client sent, and the slot to name."""
+
+    path: str
+    request: Callable[[bytes, Endpoint, int | None], bytes]
+    reader: Callable[[JobRecord, bytes], AnswerReader]
+
+
+def _chat(body: bytes, to: Endpoint, slot: int | None) -> bytes:
+    return rewrite_chat(body, to.model, slot=slot, drops=to.drops, extra=to.extra)
+
+
+def _chat_reader(job: JobRecord, _body: bytes) -> AnswerReader:
+    return ChatReader(job.model, job.include_usage, job.choices)
+
+
+def _completions_reader(job: JobRecord, body: bytes) -> AnswerReader:
+    prompts = openai_completions.read_completion(body).prompts if job.choices > 1 else 1
+    return openai_completions.CompletionReader(job.model, job.include_usage, job.choices, prompts=prompts)
+
+
+def _vectors(body: bytes, to: Endpoint, _slot: int | None) -> bytes:
+    return rewrite_embeddings(body, to.model, drops=to.drops, extra=to.extra)
+
+
+def _vectors_reader(job: JobRecord, _body: bytes) -> AnswerReader:
+    return EmbeddingReader(job.model)
+
+
+def _responses(body: bytes, to: Endpoint, slot: int | None) -> bytes:
+    return responses.ask_chat(body, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
+
+
+def _responses_reader(job: JobRecord, body: bytes) -> AnswerReader:
+    return responses.responses_reader(body, served_as=job.model, job_id=job.id)
+
+
+def _messages(body: bytes, to: Endpoint, _slot: int | None) -> bytes:
+    return anthropic.rewrite_messages(body, to.model, drops=to.drops, extra=to.extra)
+
+
+def _messages_reader(job: JobRecord, _body: bytes) -> AnswerReader:
+    return PassingReader(job.model)
+
+
+def _messages_as_chat(body: bytes, to: Endpoint, slot: int | None) -> bytes:
+    asked = anthropic.read_messages(body)
+    return to_chat(asked, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
+
+
+def _chat_as_messages(job: JobRecord, _body: bytes) -> AnswerReader:
+    return TranslatingReader(job.model, job.id)
+
+
+def _ollamas(body: bytes, to: Endpoint, _slot: int | None) -> bytes:
+    return ollama_request.rewrite(body, to.model, drops=to.drops, extra=to.extra)
+
+
+def _ollamas_reader(job: JobRecord, _body: bytes) -> AnswerReader:
+    return NativeReader(job.model)
+
+
+def _ollamas_through_chat(path: str, read: Callable[[bytes], Asked]) -> Way:
+    def as_chat(body: bytes, to: Endpoint, slot: int | None) -> bytes:
+        asked = read(body)
+        return ollama_translate.to_chat(asked, to.model, slot=slot, drops=to.drops, extra=to.extra, plain=to.metered)
+
+    def from_chat(job: JobRecord, _body: bytes) -> AnswerReader:
+        return FromChat(job.model, shape=ollama.SHAPES[path], waited_ns=_waited_ns(job))
+
+    return Way(CHAT, as_chat, from_chat)
+
+
+def _ollamas_vectors(path: str, read: Callable[[bytes], AskedVectors], *, native: bool) -> Way:
+    def request(body: bytes, to: Endpoint, _slot: int | None) -> bytes:
+        if native:
+            return ollama_embeddings.rewrite(body, to.model, drops=to.drops, extra=to.extra)
+        return ollama_embeddings.to_openai(read(body), to.model, drops=to.drops, extra=to.extra)
+
+    def reader(job: JobRecord, body: bytes) -> AnswerReader:
+        return VectorReader(job.model, asked=read(body), native=native, waited_ns=_waited_ns(job))
+
+    return Way(path if native else EMBEDDINGS, request, reader)
+
+
+def _waited_ns(job: JobRecord) -> int:
+    """An Ollama's load duration holds its own queue: so does ours."""
+    return max(0, job.claimed_at - job.submitted_at) * 1_000_000 if job.submitted_at else 0
+
+
+OWN: Mapping[str, Way] = {
+    CHAT: Way(CHAT, _chat, _chat_reader),
+    openai_completions.PATH: Way(openai_completions.PATH, _chat, _completions_reader),
+    EMBEDDINGS: Way(EMBEDDINGS, _vectors, _vectors_reader),
+    anthropic.PATH: Way(anthropic.PATH, _messages, _messages_reader),
+    ollama.CHAT: Way(ollama.CHAT, _ollamas, _ollamas_reader),
+    ollama.GENERATE: Way(ollama.GENERATE, _ollamas, _ollamas_reader),
+    ollama.EMBED: _ollamas_vectors(ollama.EMBED, ollama_embeddings.read_embed, native=True),
+    ollama.EMBEDDINGS: _ollamas_vectors(ollama.EMBEDDINGS, ollama_embeddings.read_embeddings, native=True),
+}
+"""In the client's own dialect. OpenAI's chat, completions and embeddings are spoken by every runtime, the others where
+`Endpoint.speaks` names them."""
+
+THROUGH: Mapping[str, Way] = {
+    responses.PATH: Way(CHAT, _responses, _responses_reader),
+    anthropic.PATH: Way(CHAT, _messages_as_chat, _chat_as_messages),
+    ollama.CHAT: _ollamas_through_chat(ollama.CHAT, ollama_request.read_chat),
+    ollama.GENERATE: _ollamas_through_chat(ollama.GENERATE, ollama_request.read_generate),
+    ollama.EMBED: _ollamas_vectors(ollama.EMBED, ollama_embeddings.read_embed, native=False),
+    ollama.EMBEDDINGS: _ollamas_vectors(ollama.EMBEDDINGS, ollama_embeddings.read_embeddings, native=False),
+}
+"""Through OpenAI's dialect, and told in the client's words."""

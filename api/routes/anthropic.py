@@ -1,7 +1,5 @@
 """POST /v1/messages and /v1/messages/count_tokens: what clients of the Anthropic dialect ask for."""
 
-from ulid import ULID
-
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
 from broker.dialects import anthropic, json_splice
@@ -15,21 +13,16 @@ class Messages(ChatCompletions):
 
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
         asked = anthropic.read_messages(body)
-        policy = self._gateway.book.active.policy
-        return JobRecord(
-            id=str(ULID()),
+        return self._job_of(
+            wishes,
+            caller,
             asked=wishes.lane or asked.model,
-            caller=caller,
-            session=wishes.session or asked.session,
-            zone=wishes.zone,
+            session=asked.session,
             stream=asked.stream,
             include_usage=True,
             needs=" ".join(sorted(asked.needs)),
             tokens=asked.prompt_tokens,
             max_tokens=asked.max_tokens or 0,
-            grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
-            keep_ms=policy.keep_ms,
-            endpoint=self.path,
         )
 
 

@@ -1,6 +1,8 @@
 """POST /v1/chat/completions: the hot route, in plain ASGI and without models of the body."""
 
 import logging
+import sys
+from typing import Any
 
 from ulid import ULID
 
@@ -23,6 +25,8 @@ class ChatCompletions:
     """The endpoint. Each request is one exchange, and from its admission on one visit to a job."""
 
     path = PATH
+    keep_ms_max = sys.maxsize
+    """An ended job can be read for `keepMs` of the policy, and no longer than this."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -99,19 +103,29 @@ class ChatCompletions:
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
         """Reads the request and writes the job that it asks for, or the answer where it needs none; raises Refused."""
         facts = openai.read_chat(body)
-        policy = self._gateway.book.active.policy
-        return JobRecord(
-            id=str(ULID()),
+        return self._job_of(
+            wishes,
+            caller,
             asked=wishes.lane or facts.model,
-            caller=caller,
-            session=wishes.session or facts.session,
-            zone=wishes.zone,
+            session=facts.session,
             stream=facts.stream,
             include_usage=facts.include_usage,
             choices=facts.n,
             tokens=facts.prompt_tokens,
             max_tokens=facts.max_tokens or 0,
+        )
+
+    def _job_of(self, wishes: Wishes, caller: str, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
+        """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it."""
+        policy = self._gateway.book.active.policy
+        return JobRecord(
+            id=str(ULID()),
+            asked=asked,
+            caller=caller,
+            session=wishes.session or session,
+            zone=wishes.zone,
             grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
-            keep_ms=policy.keep_ms,
+            keep_ms=min(policy.keep_ms, self.keep_ms_max),
             endpoint=self.path,
+            **facts,
         )

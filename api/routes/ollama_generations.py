@@ -2,8 +2,6 @@
 
 import time
 
-from ulid import ULID
-
 from api.routes.chat import ChatCompletions
 from api.routes.embeddings import KEEP_MS_MAX
 from api.routes.ollama import known_name
@@ -29,20 +27,16 @@ class OllamaChat(ChatCompletions):
         if asked.empty:
             active.policy.route(name, caller=caller, endpoint=self.path, prompt_tokens=0)  # raises UnknownModel
             return ollama.nothing(asked, now_ns=time.time_ns())
-        return JobRecord(
-            id=str(ULID()),
+        return self._job_of(
+            wishes,
+            caller,
             asked=name,
-            caller=caller,
-            session=wishes.session or asked.session,
-            zone=wishes.zone,
+            session=asked.session,
             stream=asked.stream,
             include_usage=True,
             needs=" ".join(sorted(asked.needs)),
             tokens=asked.prompt_tokens,
             max_tokens=asked.max_tokens or 0,
-            grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
-            keep_ms=active.policy.keep_ms,
-            endpoint=self.path,
         )
 
 
@@ -59,6 +53,7 @@ class OllamaEmbed(ChatCompletions):
     """The endpoint."""
 
     path = ollama.EMBED
+    keep_ms_max = KEEP_MS_MAX
 
     def _read(self, body: bytes) -> AskedVectors:
         return ollama_embeddings.read_embed(body)
@@ -70,18 +65,7 @@ class OllamaEmbed(ChatCompletions):
         if asked.empty:
             active.policy.route(name, caller=caller, endpoint=self.path, prompt_tokens=0)  # raises UnknownModel
             return ollama_embeddings.nothing(asked)
-        return JobRecord(
-            id=str(ULID()),
-            asked=name,
-            caller=caller,
-            session=wishes.session,
-            zone=wishes.zone,
-            tokens=asked.prompt_tokens,
-            longest=asked.longest_tokens,
-            grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
-            keep_ms=min(active.policy.keep_ms, KEEP_MS_MAX),
-            endpoint=self.path,
-        )
+        return self._job_of(wishes, caller, asked=name, tokens=asked.prompt_tokens, longest=asked.longest_tokens)
 
 
 class OllamaEmbeddings(OllamaEmbed):

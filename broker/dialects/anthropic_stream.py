@@ -11,6 +11,7 @@ from typing import Any, Final
 from broker.dialects import json_splice, sse
 from broker.dialects.anthropic_blocks import Blocks
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
+from broker.dialects.through_chat import ThroughChat
 
 _REASONS: Final = {
     "stop": "end_turn",
@@ -32,7 +33,7 @@ _KINDS: Final = {"content": ("text", "text")} | dict.fromkeys(_THOUGHTS, ("think
 _find_string = {key: re.compile(rb'"%s"\s*:\s*(%s)' % (key.encode(), _STRING)).search for key in _KINDS}
 
 
-class TranslatingReader:
+class TranslatingReader(ThroughChat):
     """Takes a chat stream in and gives Anthropic's events out.
 
     Most chunks differ from their neighbour in one string only. The bytes around it are remembered: between the same
@@ -40,7 +41,7 @@ class TranslatingReader:
     """
 
     def __init__(self, served_as: str, message_id: str = "") -> None:
-        self._chat = ChatReader(served_as, include_usage=True)
+        super().__init__(ChatReader(served_as, include_usage=True))
         self._served_as = served_as
         self._message_id = message_id
         self._ready: list[bytes] = []
@@ -48,36 +49,7 @@ class TranslatingReader:
         self._started = self._ended = False
         self._reason = ""
         self._stopped_by: str | None = None
-        self._unreadable: RuntimeComplaint | None = None
         self._head = self._tail = self._lead = b""  # around the string in a chunk, and before it in an event
-
-    @property
-    def has_content(self) -> bool:
-        return self._chat.has_content
-
-    @property
-    def succeeded(self) -> bool:
-        return self._chat.succeeded and self._unreadable is None
-
-    @property
-    def complaint(self) -> RuntimeComplaint | None:
-        return self._chat.complaint or self._unreadable
-
-    @property
-    def error(self) -> str | None:
-        return self.complaint.message if self.complaint else None
-
-    @property
-    def usage(self) -> dict[str, int] | None:
-        return self._chat.usage
-
-    @property
-    def timings(self) -> dict[str, Any] | None:
-        return self._chat.timings
-
-    @property
-    def prompt_read(self) -> tuple[int, int] | None:
-        return self._chat.prompt_read
 
     def feed(self, data: bytes) -> None:
         """Reads what came from the network."""
@@ -115,13 +87,13 @@ class TranslatingReader:
 
     def _translate(self) -> None:
         for event in self._chat.take().split(b"\n\n"):
-            if not event or self._unreadable is not None or self._pass_string(event):
+            if not event or self._broken is not None or self._pass_string(event):
                 continue
             try:
                 chunk = json.loads(event.removeprefix(b"data: ").decode())
                 choices = [choice for choice in chunk["choices"] if isinstance(choice, dict)]
             except (ValueError, KeyError, TypeError, RecursionError):  # a chunk that chat passes on unparsed
-                self._unreadable = RuntimeComplaint("the runtime sent an event that cannot be read", "", None)
+                self._breaks()
                 return
             self._start(chunk)
             for choice in choices:

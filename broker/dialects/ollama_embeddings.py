@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.dialects import json_splice
-from broker.dialects.openai_stream import RuntimeComplaint, read_complaint
+from broker.dialects.openai_stream import read_complaint
+from broker.dialects.vectors import WholeAnswer
 from broker.errors import BadRequest
-
-ANSWER_BYTES_MAX = 64 << 20
-PIECE_BYTES = 256 << 10
-"""The answer goes out in pieces of this size: Redis hangs up on a subscriber that is behind by some megabytes."""
 
 BYTES_PER_TOKEN = 4
 KEEP_FOR_EVER: Final = -1
@@ -87,7 +84,7 @@ def to_openai(
     return json_splice.encode({key: value for key, value in wanted.items() if key not in drops} | dict(extra or {}))
 
 
-class VectorReader:
+class VectorReader(WholeAnswer):
     """Takes a runtime's bytes in and gives the client's out, once all of them proved to be vectors.
 
     Success is as many vectors as inputs: neither a 200 nor a clean end is.
@@ -102,40 +99,13 @@ class VectorReader:
         waited_ns: int = 0,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self.has_content = False
-        self.usage: dict[str, int] | None = None
-        self.timings: dict[str, Any] | None = None
-        self.complaint: RuntimeComplaint | None = None
-        self.prompt_read: tuple[int, int] | None = None
+        super().__init__()
         self._served_as = served_as
         self._asked = asked
         self._native = native
         self._waited_ns = waited_ns
         self._now_ns = now_ns
         self._began = now_ns()
-        self._body = bytearray()
-        self._answer = b""
-        self._given = 0
-        self._ended = False
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, in the runtime's words or ours, or None."""
-        return self.complaint.message if self.complaint else None
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the whole answer is there and holds vectors."""
-        return self.has_content
-
-    def feed(self, data: bytes) -> None:
-        """Reads what came from the network."""
-        if self.complaint is not None or self._ended:
-            return
-        self._body += data
-        if len(self._body) > ANSWER_BYTES_MAX:
-            self._body.clear()
-            self._fail(f"the runtime's answer is longer than {ANSWER_BYTES_MAX >> 20} MiB; send fewer inputs at once")
 
     def end(self) -> None:
         """Tells that the runtime closed the answer; afterwards it has either succeeded or an error."""
@@ -166,12 +136,6 @@ class VectorReader:
         except ValueError:
             return self._fail("the runtime's answer holds a vector that is none")
         self.has_content = True
-
-    def take(self) -> bytes:
-        """Gives the next PIECE_BYTES at most of the client's bytes; nothing before the end, or where all is taken."""
-        piece = self._answer[self._given : self._given + PIECE_BYTES]
-        self._given += len(piece)
-        return piece
 
     def _vectors(self, body: bytes) -> tuple[list[bytes], bytes]:
         """Gives the insides of the vectors, and the answer with each one's number in its place."""
@@ -222,9 +186,6 @@ class VectorReader:
         rows = b"],[".join(vectors)
         head = b'{"model":' + json_splice.encode(self._served_as) + b',"embeddings":[[' + rows + b"]],"
         return head + json_splice.encode(figures)[1:]
-
-    def _fail(self, sentence: str) -> None:
-        self.complaint = RuntimeComplaint(sentence, "", None)
 
 
 def _place(entry: dict[str, Any]) -> int:

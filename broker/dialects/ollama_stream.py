@@ -14,15 +14,16 @@ from typing import Any
 
 from broker.dialects import json_splice
 from broker.dialects.ndjson import LineCutter
+from broker.dialects.ollama_pieces import arguments_of, logprobs_of, merge_call
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
 from broker.dialects.sse import MAX_EVENT_BYTES
+from broker.dialects.through_chat import ThroughChat
 from broker.errors import BadRequest
 
 _REASONS = {"tool_calls": "stop", "function_call": "stop"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _RUNNING = b',"done":false}'
-_LOWEST_LOGPROB = -9999.0
 _plain_text = re.compile(rb'"(?:[ !#-\[\]-~]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+"').fullmatch
 _find_text = {
     key: re.compile(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % key.encode()).search for key in ("content", *_REASONING)
@@ -166,7 +167,7 @@ class NativeReader:
             self.complaint = RuntimeComplaint(sentence, "", None)
 
 
-class FromChat:
+class FromChat(ThroughChat):
     """Translates a chat stream: text and reasoning as they come, tool calls whole once all of them are there.
 
     Most chunks differ from their neighbour in one string only. The bytes around it are remembered, and a string of
@@ -176,7 +177,7 @@ class FromChat:
     def __init__(
         self, served_as: str, *, shape: Shape, waited_ns: int = 0, now_ns: Callable[[], int] = time.time_ns
     ) -> None:
-        self._chat = ChatReader(served_as, include_usage=False)
+        super().__init__(ChatReader(served_as, include_usage=False))
         self._served_as = served_as
         self._shape = shape
         self._waited_ns = waited_ns
@@ -186,47 +187,11 @@ class FromChat:
         self._calls: list[dict[str, Any]] = []
         self._spoke = False
         self._ready: list[bytes] = []
-        self._complaint: RuntimeComplaint | None = None
         self._ended = False
         self._around = b"", b""  # the text of a chunk
         self._before = self._behind = b""  # the text of its line, after the instant
         self._start = b'{"model":' + json_splice.encode(served_as) + b',"created_at":"'
         self._second, self._stamp = -1, b""
-
-    @property
-    def has_content(self) -> bool:
-        """Whether text, reasoning or a tool call has come."""
-        return self._chat.has_content
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether there is a finish reason and nothing went wrong."""
-        return self._complaint is None and self._chat.succeeded
-
-    @property
-    def complaint(self) -> RuntimeComplaint | None:
-        """What the runtime said went wrong."""
-        return self._complaint or self._chat.complaint
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, in the runtime's words or ours, or None."""
-        return self.complaint.message if self.complaint else None
-
-    @property
-    def usage(self) -> dict[str, int] | None:
-        """The tokens that the runtime counted."""
-        return self._chat.usage
-
-    @property
-    def timings(self) -> dict[str, Any] | None:
-        """The runtime's own timings."""
-        return self._chat.timings
-
-    @property
-    def prompt_read(self) -> tuple[int, int] | None:
-        """Prompt tokens read so far, and of how many."""
-        return self._chat.prompt_read
 
     def feed(self, data: bytes) -> None:
         """Reads what came from the network."""
@@ -253,7 +218,7 @@ class FromChat:
     def _translate(self, events: bytes) -> None:
         head, tail = self._around
         for event in events.split(b"\n\n"):
-            if not event or self._complaint is not None:
+            if not event or self._broken is not None:
                 continue
             if head and event.startswith(head) and event.endswith(tail):
                 text = event[len(head) : len(event) - len(tail)]
@@ -265,7 +230,7 @@ class FromChat:
                 told = [self._read_choice(choice) for choice in chunk["choices"]]
                 head, tail = self._around = self._learn(event, told[0] if len(told) == 1 else "")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                self._complaint = RuntimeComplaint("the runtime sent an event that cannot be read", "", None)
+                self._breaks()
 
     def _pass_text(self, text: bytes) -> None:
         now = self._last_content = self._now_ns()
@@ -294,8 +259,8 @@ class FromChat:
                 said.setdefault(name, delta[key])  # some runtimes say their reasoning under two names
         fragments = delta.get("tool_calls") or []
         for fragment in fragments:
-            _merge_call(self._calls, fragment)
-        more = {"logprobs": found} if (found := _logprobs(choice.get("logprobs"))) else {}
+            merge_call(self._calls, fragment)
+        more = {"logprobs": found} if (found := logprobs_of(choice.get("logprobs"))) else {}
         if said or fragments:
             self._last_content = self._now_ns()
             self._first_content = self._first_content or self._last_content
@@ -314,7 +279,7 @@ class FromChat:
         whole: list[dict[str, object]] = []
         text: list[str] = []
         for call in calls:
-            name, arguments = call["name"], _arguments(call["arguments"])
+            name, arguments = call["name"], arguments_of(call["arguments"])
             if arguments is None or not name:
                 text.append(f'{{"name":{json.dumps(name, ensure_ascii=False)},"arguments":{call["arguments"]}')
                 continue
@@ -350,55 +315,6 @@ def _says_something(said: dict[str, Any]) -> bool:
     if isinstance(message, dict) and any(message.get(key) for key in ("content", "thinking", "tool_calls", "images")):
         return True
     return any(said.get(key) for key in ("response", "thinking", "tool_calls", "image"))
-
-
-def _merge_call(calls: list[dict[str, Any]], fragment: dict[str, Any]) -> None:
-    """Finds the call that a fragment continues; a second id with a name at the same index is a call of its own."""
-    index = fragment.get("index", len(calls))
-    function = fragment.get("function") or {}
-    call = next((known for known in reversed(calls) if known["index"] == index), None)
-    if call is None or (function.get("name") and fragment.get("id") not in (None, "", call["id"])):
-        call = {"index": index, "id": "", "name": "", "arguments": ""}
-        calls.append(call)
-    call["id"] = fragment.get("id") or call["id"]
-    call["name"] = function.get("name") or call["name"]
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        call["arguments"] += arguments
-    elif isinstance(arguments, dict):  # a runtime that tells them as an Ollama does
-        call["arguments"] = json.dumps(arguments)
-
-
-def _arguments(text: str) -> dict[str, Any] | None:
-    if not text.strip():
-        return {}
-    try:
-        found = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(word)
-
-
-def _logprobs(told: object) -> list[dict[str, object]]:
-    content = told.get("content") if isinstance(told, dict) else None
-    found: list[dict[str, object]] = []
-    for entry in content or []:
-        kept = _logprob(entry)
-        if entry.get("top_logprobs"):
-            kept["top_logprobs"] = [_logprob(other) for other in entry["top_logprobs"]]
-        found.append(kept)
-    return found
-
-
-def _logprob(entry: dict[str, Any]) -> dict[str, object]:
-    value = entry.get("logprob")
-    finite = isinstance(value, int | float) and math.isfinite(value)
-    kept = {key: entry[key] for key in ("token", "bytes") if entry.get(key) is not None}
-    return {**kept, "logprob": value if finite else _LOWEST_LOGPROB}
 
 
 def _in_ns(told_ms: object, seen_ns: int) -> int:

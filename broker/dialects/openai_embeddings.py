@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.dialects import json_splice
-from broker.dialects.openai_stream import RuntimeComplaint, read_complaint
+from broker.dialects.openai_stream import read_complaint
+from broker.dialects.vectors import WholeAnswer
 from broker.errors import BadRequest
 
 PATH: Final = "/v1/embeddings"
-
-ANSWER_BYTES_MAX = 64 << 20
-PIECE_BYTES = 256 << 10
-"""The answer goes out in pieces of this size: Redis hangs up on a subscriber that is behind by some megabytes."""
 
 BYTES_PER_TOKEN = 4
 
@@ -62,42 +59,15 @@ def rewrite_embeddings(
     return json_splice.splice(kept, {"model": model, **(extra or {})})
 
 
-class EmbeddingReader:
+class EmbeddingReader(WholeAnswer):
     """Takes a runtime's bytes in and gives the client's bytes out, once all of them proved to be vectors.
 
     Success is a `data` list whose every entry has an embedding: neither a 200 nor a clean end is.
     """
 
     def __init__(self, served_as: str) -> None:
-        self.has_content = False
-        self.usage: dict[str, int] | None = None
-        self.timings: dict[str, Any] | None = None  # no runtime tells any of vectors
-        self.prompt_read: tuple[int, int] | None = None
-        self.complaint: RuntimeComplaint | None = None
+        super().__init__()
         self._served_as = served_as
-        self._body = bytearray()
-        self._answer = b""
-        self._given = 0
-        self._ended = False
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, in the runtime's words or ours, or None."""
-        return self.complaint.message if self.complaint else None
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the whole answer is there and holds vectors."""
-        return self.has_content
-
-    def feed(self, data: bytes) -> None:
-        """Reads what came from the network."""
-        if self.complaint is not None or self._ended:
-            return
-        self._body += data
-        if len(self._body) > ANSWER_BYTES_MAX:
-            self._body.clear()
-            self._fail(f"the runtime's answer is longer than {ANSWER_BYTES_MAX >> 20} MiB; send fewer inputs at once")
 
     def end(self) -> None:
         """Tells that the runtime closed the answer; afterwards it has either succeeded or an error."""
@@ -124,19 +94,10 @@ class EmbeddingReader:
         self.has_content = True
         return None
 
-    def take(self) -> bytes:
-        """Gives the next PIECE_BYTES at most of the client's bytes; nothing before the end, or where all is taken."""
-        piece = self._answer[self._given : self._given + PIECE_BYTES]
-        self._given += len(piece)
-        return piece
-
     def _note_usage(self, usage: object) -> None:
         tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if isinstance(tokens, int):
             self.usage = {"prompt_tokens": tokens, "completion_tokens": 0}
-
-    def _fail(self, sentence: str) -> None:
-        self.complaint = RuntimeComplaint(sentence, "", None)
 
 
 def _without_vectors(body: bytes) -> bytes:

@@ -106,7 +106,7 @@ class _Fold:
                 if key == "delta":
                     _merge_delta(choice["message"], value or {})
                 elif key == "logprobs":
-                    choice["logprobs"] = _extended(choice.get("logprobs"), value)
+                    choice["logprobs"] = extended(choice.get("logprobs"), value)
                 elif isinstance(value, list) and isinstance(choice.get(key), list):
                     choice[key] = choice[key] + value
                 elif value is not None or key not in choice:
@@ -157,7 +157,7 @@ def _merge_function(known: dict[str, Any], piece: dict[str, Any]) -> None:
             known[key] = value
 
 
-def _extended(known: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
+def extended(known: dict[str, Any] | None, more: dict[str, Any] | None) -> dict[str, Any] | None:
     """Joins the lists of two logprobs objects."""
     if known is None or more is None:
         return more if known is None else known

@@ -171,7 +171,7 @@ class ChatReader:
         name, data, stray = sse.read_event(event)
         if stray:
             return self._complain(read_complaint(stray))
-        if data is None or data.strip() in (b"", b"[DONE]"):
+        if data is None or self._is_empty(data.strip()):
             return None
         payload = data.replace(b"\n", b" ")
         try:
@@ -189,7 +189,7 @@ class ChatReader:
         content = finished = False
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
-                content |= _holds_content(choice.get("delta"))
+                content |= self._has_content(choice)
                 finished |= self._read_finish(choice)
         progress = chunk.get("prompt_progress")
         if isinstance(progress, dict):
@@ -224,6 +224,13 @@ class ChatReader:
                 self._old_name, self._new_name, self._null = old, new, null.group()
         self._ready.append(b"data: " + renamed + b"\n\n")
         return None
+
+    def _has_content(self, choice: dict[str, Any]) -> bool:
+        delta = choice.get("delta")
+        return isinstance(delta, dict) and any(delta.get(key) for key in _CONTENT_KEYS)
+
+    def _is_empty(self, data: bytes) -> bool:
+        return data in (b"", b"[DONE]")
 
     def _read_finish(self, choice: dict[str, Any]) -> bool:
         index = choice.get("index", 0)
@@ -265,10 +272,6 @@ class ChatReader:
 def _end_of_event(blob: bytes, at: int) -> int:
     end = blob.find(b"\n\n", at)
     return end + 2 if end >= 0 else len(blob)
-
-
-def _holds_content(delta: object) -> bool:
-    return isinstance(delta, dict) and any(delta.get(key) for key in _CONTENT_KEYS)
 
 
 def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> dict[str, int]:

@@ -9,23 +9,24 @@ import json
 from typing import Any, Final
 
 from broker.dialects import sse
-from broker.dialects.openai_stream import ChatReader, RuntimeComplaint
+from broker.dialects.openai_stream import ChatReader
 from broker.dialects.responses_object import CREATED, IN_PROGRESS, ResponseObject, event
 from broker.dialects.responses_tools import Tools
+from broker.dialects.through_chat import ThroughChat
 
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 _CUT_SHORT: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _FINAL: Final = (b"event: response.completed\n", b"event: response.incomplete\n")
 
 
-class ResponsesReader:
+class ResponsesReader(ThroughChat):
     """Takes a runtime's bytes in, however they were split, and gives the client's events out.
 
     It numbers the events from 0, `response.created` first. As with chat, nothing comes out before the first content.
     """
 
     def __init__(self, served_as: str, *, body: bytes, job_id: str, tools: Tools) -> None:
-        self._chat = ChatReader(served_as, True)
+        super().__init__(ChatReader(served_as, include_usage=True))
         self._object = ResponseObject(body, job_id=job_id, model=served_as)
         self._tools = tools
         self._job_id = job_id
@@ -37,42 +38,6 @@ class ResponsesReader:
         self._finish = ""
         self._reasoning_tokens = 0
         self._closed = False
-        self._broken: RuntimeComplaint | None = None  # what chat passed on unread turned out to be no JSON
-
-    @property
-    def has_content(self) -> bool:
-        """Whether the runtime has said anything of the answer."""
-        return self._chat.has_content
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the runtime finished the answer and nothing went wrong."""
-        return self._broken is None and self._chat.succeeded
-
-    @property
-    def complaint(self) -> RuntimeComplaint | None:
-        """What the runtime said went wrong."""
-        return self._broken or self._chat.complaint
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, in the runtime's words or ours, or None."""
-        return self.complaint.message if self.complaint else None
-
-    @property
-    def usage(self) -> dict[str, int] | None:
-        """The figures that are counted."""
-        return self._chat.usage
-
-    @property
-    def timings(self) -> dict[str, Any] | None:
-        """The runtime's own times."""
-        return self._chat.timings
-
-    @property
-    def prompt_read(self) -> tuple[int, int] | None:
-        """How much of the prompt has been read, where the runtime says so."""
-        return self._chat.prompt_read
 
     def feed(self, data: bytes) -> None:
         """Reads what came from the network."""
@@ -103,7 +68,7 @@ class ResponsesReader:
             except (ValueError, RecursionError):
                 chunk = None
             if not isinstance(chunk, dict):
-                self._broken = RuntimeComplaint("the runtime sent an event that is not a JSON object", "", None)
+                self._breaks()
                 continue
             self._read_chunk(chunk)
 

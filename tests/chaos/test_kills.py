@@ -54,6 +54,7 @@ async def test_a_part_is_killed_under_load(part: str, tmp_path: Path) -> None:
     lives = 1 + (KILLS if part == "worker" else 0)
     for model in ("big", "small"):
         assert 1 <= loads(log, model) <= lives, f"{loads(log, model)} loads of {model} in {lives} lives"
+    assert bool(ledger.uncounted) is (part == "redis"), "the witness knows when Redis was another one"
     if part == "scheduler":
         assert storm.outcomes.keys() <= {"served", "refused lane_full"}, storm.outcomes
     if part in ("scheduler", "redis"):

@@ -88,6 +88,28 @@ async def test_a_deadline_of_the_client_tightens_the_promotion(scene: Scene) -> 
     assert job.promote_at - job.submitted_at == 1500
 
 
+@pytest.mark.parametrize(
+    ("headers", "within_ms"),
+    [
+        ({"x_stainless_read_timeout": "2.5"}, 2000),
+        ({"x_stainless_read_timeout": "2.5", "x_slo_ttft_ms": "1500"}, 1500),
+        ({"x_stainless_read_timeout": "1", "x_slo_ttft_ms": "1500"}, 800),
+        ({"x_stainless_read_timeout": "600"}, 60_000),
+        ({"x_stainless_read_timeout": "None"}, 60_000),
+        ({"x_stainless_read_timeout": "0"}, 60_000),
+    ],
+)
+async def test_the_patience_of_an_sdk_tightens_it_too(scene: Scene, headers: dict[str, str], within_ms: int) -> None:
+    """A fallback has a fifth of the read timeout left; the 600 s that nobody chose change nothing."""
+    client = await RawClient.open(scene.api)
+    await client.chat("hello", **headers)
+    assert await client.head() == 200
+    await client.body()
+    client.close()
+    job = await scene.job()
+    assert job.promote_at - job.submitted_at == within_ms
+
+
 async def test_an_answer_names_the_model_to_which_its_lane_was_led_meanwhile(scene: Scene) -> None:
     """A policy may lead a lane to another model while a job waits in it: headers, chunks and record name that one."""
     side = POLICY + "lanes:\n  side:\n    fallback: null\n    target: "

@@ -81,9 +81,11 @@ class LiveApi:
 
 
 @asynccontextmanager
-async def live_api(store: Store, *, keys: str = "", stop_after_s: float = 0.0) -> AsyncIterator[LiveApi]:
+async def live_api(
+    store: Store, *, keys: str = "", stop_after_s: float = 0.0, origins: str = ""
+) -> AsyncIterator[LiveApi]:
     """Runs it for the length of the block; raw clients hang up with it."""
-    gateway = Gateway(store, Keys.parse(keys), version="1.2.3")
+    gateway = Gateway(store, Keys.parse(keys), version="1.2.3", origins=frozenset(origins.split()))
     server = QuietServer(gateway, stop_after_s=stop_after_s)
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")

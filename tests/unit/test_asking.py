@@ -15,6 +15,7 @@ from workers.runtimes.base import Endpoint
 NATIVE = frozenset({"/v1/messages", "/api/chat", "/api/generate", "/api/embed", "/api/embeddings"})
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
     "/v1/embeddings": {"input": "Hi"},
     "/api/chat": {"messages": [{"role": "user", "content": "Hi"}], "options": {"num_ctx": 9, "top_p": 0.5}},
     "/api/generate": {"prompt": "Hi"},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from broker.dialects import openai_embeddings
+from broker.dialects import vectors as whole
 from broker.lifecycle import State
 from tests.support.broker_world import fake_world
 from tests.unit.test_attempt import Answer, Bench, refuses, runtime
@@ -93,7 +93,7 @@ async def test_vectors_are_asked_for_and_told_as_they_come(bench: Bench) -> None
 
 async def test_a_large_answer_is_logged_in_pieces(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one frame it would be more than Redis lets a subscriber lag behind."""
-    monkeypatch.setattr(openai_embeddings, "PIECE_BYTES", 64)
+    monkeypatch.setattr(whole, "PIECE_BYTES", 64)
     assert (await vectors(bench, answers_with(GOOD))).outcome == "done"
 
     pieces = [data for kind, data in await bench.log() if kind == "content"]

@@ -104,7 +104,7 @@ def test_the_slot_that_is_kept_for_people(
 
 JOBS = st.builds(
     job, st.text("abcdef", min_size=1, max_size=3), age_ms=st.integers(0, 50),
-    slack_ms=st.none() | st.integers(-9, 2_000), batch=st.booleans(),
+    slack_ms=st.none() | st.integers(-9, 2_000), batch=st.booleans(), session=st.sampled_from(["", "s", "t"]),
 )  # fmt: skip
 
 
@@ -119,6 +119,38 @@ def test_the_choice_depends_on_the_facts_only(waiting: list[Waiting], rng: objec
     assert (found is None) == (not waiting)
     if found is not None and found.priority == "batch":
         assert all(j.priority == "batch" for j in waiting)
+
+
+@given(
+    st.lists(JOBS, unique_by=lambda j: j.job), st.sampled_from([None, 0, 1]), st.frozensets(st.sampled_from("st")),
+    st.frozensets(st.sampled_from("st")),
+)  # fmt: skip
+def test_the_choice_is_the_first_of_all_in_order(
+    waiting: list[Waiting], open_slots: int | None, cached: frozenset[str], elsewhere: frozenset[str]
+) -> None:
+    """Whatever is passed over quickly would not have been first."""
+
+    def urgent(job: Waiting) -> bool:
+        return job.promote_at > 0 and job.promote_at - NOW < 1_000
+
+    def may_go(job: Waiting) -> bool:
+        return job.session in cached or urgent(job) or (open_slots != 0 and job.session not in elsewhere)
+
+    def order(job: Waiting) -> tuple[object, ...]:
+        when = job.promote_at if urgent(job) else 0
+        return (job.priority == "batch", not urgent(job), when, job.session not in cached, job.submitted, job.job)
+
+    found = choose(
+        waiting,
+        free=1,
+        total=1,
+        now_ms=NOW,
+        service_ms=1_000,
+        open_slots=open_slots,
+        cached=cached,
+        elsewhere=elsewhere,
+    )
+    assert found == min(filter(may_go, waiting), key=order, default=None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.dialects import openai_embeddings as dialect
+from broker.dialects import vectors as whole
 from broker.dialects.openai_embeddings import EmbeddingReader, read_embeddings, rewrite_embeddings
 from broker.errors import BadRequest
 
@@ -137,10 +137,10 @@ def test_a_large_answer_comes_in_pieces_and_one_too_large_not_at_all(monkeypatch
     sent = answer(*[[0.123456789] * 1024] * 128)
     reader = read(sent)
     pieces = list(iter(reader.take, b""))
-    assert max(map(len, pieces)) == dialect.PIECE_BYTES
+    assert max(map(len, pieces)) == whole.PIECE_BYTES
     assert len(pieces) > 5
     assert json.loads(b"".join(pieces))["data"] == json.loads(sent)["data"]
-    monkeypatch.setattr(dialect, "ANSWER_BYTES_MAX", len(sent) - 1)
+    monkeypatch.setattr(whole, "ANSWER_BYTES_MAX", len(sent) - 1)
     assert "send fewer inputs" in str(read(sent).error)
 
 

@@ -176,7 +176,7 @@ def test_what_is_no_json_in_the_middle_of_an_answer_is_a_failure() -> None:
     good = llama({"content": "a"})
     bad = good.replace(b'{"content":"a"}', b'{"content":a}')
     _, made = read(good + good + bad + llama({}, "stop"))
-    assert not made.succeeded and made.error == "the runtime sent an event that is not a JSON object"
+    assert not made.succeeded and made.error == "the runtime sent an event that cannot be read"
 
 
 def test_calls_keep_the_clients_names_and_kinds() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.dialects import ollama_embeddings
+from broker.dialects import vectors as whole
 from broker.dialects.ollama_embeddings import AskedVectors, VectorReader
 from broker.errors import BadRequest
 
@@ -41,7 +42,7 @@ def read(asked: AskedVectors, answer: bytes, *, native: bool = False, step: int 
     reader.end()
     taken = b""
     while piece := reader.take():
-        assert len(piece) <= ollama_embeddings.PIECE_BYTES
+        assert len(piece) <= whole.PIECE_BYTES
         taken += piece
     return taken, reader
 
@@ -131,7 +132,7 @@ def test_numbers_that_are_none_are_a_failure() -> None:
 
 
 def test_an_answer_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ollama_embeddings, "ANSWER_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(whole, "ANSWER_BYTES_MAX", 1 << 20)
     _, reader = read(embed(), b"x" * (2 << 20), step=1 << 19)
     assert reader.error == "the runtime's answer is longer than 1 MiB; send fewer inputs at once"
 

@@ -1,0 +1,27 @@
+"""POST /v1/completions: as a chat request goes, for editors that finish text and hold no talk."""
+
+from api.routes.chat import ChatCompletions
+from api.visit import Wishes
+from broker.dialects import openai_completions
+from broker.records import JobRecord
+
+
+class Completions(ChatCompletions):
+    """The endpoint."""
+
+    path = openai_completions.PATH
+
+    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+        facts = openai_completions.read_completion(body)
+        return self._job_of(
+            wishes,
+            caller,
+            asked=wishes.lane or facts.model,
+            session=facts.session,
+            stream=facts.stream,
+            include_usage=facts.include_usage,
+            choices=facts.choices,
+            tokens=facts.prompt_tokens,
+            longest=facts.longest_tokens if facts.prompts > 1 else 0,
+            max_tokens=facts.max_tokens or 0,
+        )

@@ -1,0 +1,43 @@
+// Drives the stock @anthropic-ai/sdk.
+import Anthropic from "@anthropic-ai/sdk";
+import { WEATHER, serve, user } from "./lines.mjs";
+
+const TOOL = { name: WEATHER.name, description: WEATHER.description, input_schema: WEATHER.parameters };
+const client = (order) => new Anthropic({ baseURL: order.url, apiKey: "any" });
+const words = (order) => ({ model: order.model, messages: user(order), max_tokens: order.max_tokens });
+const textOf = (answer) => answer.content.map((block) => (block.type === "text" ? block.text : "")).join("");
+
+async function* chat(order) {
+  const answer = await client(order).messages.create(words(order));
+  yield {
+    saw: "answer",
+    text: textOf(answer),
+    finish: answer.stop_reason,
+    model: answer.model,
+    tokens: answer.usage.output_tokens,
+  };
+}
+
+async function* stream(order) {
+  const more = order.do === "tools" ? { tools: [TOOL] } : {};
+  const events = client(order).messages.stream({ ...words(order), ...more });
+  let left = order.hang_up_after ?? -1;
+  for await (const event of events) {
+    if (event.type !== "content_block_delta") continue;
+    if (event.delta.type === "thinking_delta") yield { saw: "thought", text: event.delta.thinking };
+    if (event.delta.type !== "text_delta") continue;
+    yield { saw: "piece", text: event.delta.text };
+    left -= 1;
+    if (left === 0) {
+      events.controller.abort();
+      return;
+    }
+  }
+  const answer = await events.finalMessage();
+  for (const block of answer.content) {
+    if (block.type === "tool_use") yield { saw: "tool", name: block.name, arguments: block.input };
+  }
+  yield { saw: "answer", text: textOf(answer), finish: answer.stop_reason };
+}
+
+await serve({ chat, stream, tools: stream, reasoning: stream });
