@@ -97,6 +97,12 @@ FAULTS = [
         'to == "done"',
     ),
     Fault(
+        "two retries get the same ended answer",
+        ("rejoin",),
+        r"redis\.call\(\"ZREM\", KEYS\[1\], member\)\n",
+        "\n",
+    ),
+    Fault(
         "a new request ends a job of its session that is read",
         ("submit",),
         r"grace >= 0 and redis\.call\(\"ZCOUNT\", readers.*\) == 0 then",

@@ -155,6 +155,13 @@ class Verbs(RuleBasedStateMachine):
             raise NothingFits
         return known[pick // 4 % len(known)]
 
+    def pick_of(self, job_id: str, *fitting: State) -> int:
+        """The pick that gives just this job."""
+        for pick in range(0, 4 * len(self.ids), 4):
+            if self.some_job(pick, *fitting).id == job_id:
+                return pick
+        raise NothingFits
+
     def some_hold(self, pick: int, *fitting: State) -> tuple[Holding, JobRecord]:
         """Half the time a hold that holds, in one of the states that fit; else a stale one, or any."""
         records = [(held, self.now.jobs[held.job_id]) for held in self.held]
@@ -570,6 +577,26 @@ class Verbs(RuleBasedStateMachine):
         """Its first try waits, perhaps beside one that is just the same; it hangs up, and comes back."""
         sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
         self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again, *again])
+
+    @rule(
+        first=DRAWN["submit"], claim=DRAWN["claim"], heard=st.booleans(),
+        again=st.lists(st.sampled_from(["api1/r2", "api2/r1"]), min_size=1, max_size=2),
+    )  # fmt: skip
+    def an_answer_ends_between_two_tries(
+        self, first: dict[str, Any], claim: dict[str, Any], heard: bool, again: list[str]
+    ) -> None:
+        """An SDK's answer comes to its end, with its client there or gone; then its retries come."""
+        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
+        with suppress(NothingFits):
+            self.submit(**first | sdk)
+            job_id = self.ids[-1]
+            if not heard:
+                self.detach(self.pick_of(job_id), "api1/r1")
+            self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED)})
+            self.first_token(0)
+            self.end(0, finish=True, ahead=1, logged=False)
+            for reader in again:
+                self.rejoin(self.pick_of(job_id), reader, b"")
 
     @rule(steps=several("attach", "detach", "cancel", "rejoin"))
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
