@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from broker import jobs
 from broker.lifecycle import State
 from tests.support.live_api import SDK, RawClient, Scene, chat_body, until_true
 from tests.support.waiting import until
@@ -141,8 +142,9 @@ async def test_a_new_request_of_the_session_ends_what_it_left_behind(scene: Scen
     await clients[2].chat("hello", x_session_affinity="tab")
 
     async def over() -> bool:
-        job = await scene.job(job_id)
-        return not job.live or job.abandon_at < before.abandon_at
+        return (await scene.job(job_id)).abandon_at < before.abandon_at
 
     await until_true(over, what="the abandoned job's grace is over", timeout_s=1)
+    await jobs.cancel(scene.store, job_id, if_abandoned=True)  # as the scheduler does, to which it is due now
+    assert (await scene.job(job_id)).state is State.CANCELLED
     assert (await scene.job(scene.worker.seen[1].id)).live

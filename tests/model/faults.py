@@ -87,8 +87,8 @@ FAULTS = [
     Fault(
         "a retry takes a job that has a reader",
         ("rejoin",),
-        r"f\[1\] and \(ours or .*\) then",
-        "f[1] then",
+        r"f\[1\] and not ended and \(ours or .*\) then",
+        "f[1] and not ended then",
     ),
     Fault(
         "an answer that was heard is handed out again",
@@ -99,8 +99,8 @@ FAULTS = [
     Fault(
         "two retries get the same ended answer",
         ("rejoin",),
-        r"redis\.call\(\"ZREM\", KEYS\[1\], member\)\n",
-        "\n",
+        r"ended and \(fetched_by == .*\) then",
+        "ended then",
     ),
     Fault(
         "a new request ends a job of its session that is read",

@@ -87,7 +87,7 @@ class Verbs(RuleBasedStateMachine):
         self.bodies: dict[str, bytes] = {}
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
-        self.unheard: set[str] = set()
+        self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
 
     def wait(self, coming: Awaitable[Any]) -> Any:
         return self.loop.run_until_complete(coming)  # type: ignore[arg-type]
@@ -113,10 +113,9 @@ class Verbs(RuleBasedStateMachine):
         except errors.BrokerError as e:
             refusal = e
         self.now = after = self.wait(take(self.world.store))
-        self.unheard |= {
-            i for i, job in after.jobs.items()
-            if job.state is State.DONE and before.jobs[i].live and not self.heard(before, i)
-        }  # fmt: skip
+        for i, job in after.jobs.items():
+            if job.state is State.DONE and before.jobs[i].live and not self.heard(before, i):
+                self.unheard[i] = ""
         broken = []
         changed = before.marks(after)
         if refusal is not None and changed:
@@ -269,23 +268,27 @@ class Verbs(RuleBasedStateMachine):
             if job.retries and (job.session, job.zone, self.bodies[job.id]) == (like.session, like.zone, body)
             and (
                 (job.live and (not self.heard(self.now, job.id) or reader in self.now.readers(job.id)))
-                or (job.id in self.unheard and now < job.ended_at + 60_000)
+                or (self.unheard.get(job.id) in ("", reader) and now < job.ended_at + 60_000)
             )
         }  # fmt: skip
+        fetched_before = {i for i in fitting if self.unheard.get(i) == reader}
         again = replace(like, id=self.world.new_id())
         got = self.act(
-            "rejoin", lambda: lanes.rejoin(self.world.store, again, body, reader=reader), marks=bool(fitting)
+            "rejoin",
+            lambda: lanes.rejoin(self.world.store, again, body, reader=reader),
+            marks=bool(fitting - fetched_before),
         )
         if (got is None) != (not fitting) or (got is not None and got.job_id not in fitting):
             raise Broken(f"a retry got {got and got.job_id}, left behind were {sorted(fitting)}")
         if got is None:
             return
         job = self.now.jobs[got.job_id]
-        if job.live:
+        if not job.live:
+            self.unheard[job.id] = reader
+        else:
             if self.now.readers(job.id).get(reader) != now + lanes.READER_LEASE_MS:
                 raise Broken(f"a retry was led to {job.id} and does not read it")
             self.seen[job.id] |= job.stream and job.mode == "sync"
-        self.unheard.discard(job.id)
 
     @takes(pick=picks, lane=st.sampled_from(LANES))
     def submit_again(self, pick: int, lane: str) -> None:

@@ -102,7 +102,7 @@ class Snapshot:
         """Which jobs a retry with this fingerprint may find in its index, and until when."""
         index, fingerprint = index_and_fingerprint.split(" ")
         members = dict(self.keys[index].value) if index in self.keys else {}
-        split = [(*member.split("/"), until) for member, until in members.items()]
+        split = [(*member.split("/")[:2], until) for member, until in members.items()]
         return [(job, until) for mark, job, until in split if mark == fingerprint]
 
     def marks(self, other: "Snapshot") -> list[str]:

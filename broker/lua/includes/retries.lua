@@ -1,4 +1,5 @@
--- The index of the jobs that an SDK's retry may still come back to: members `<fingerprint>/<id>`, and for each the instant
+-- The index of the jobs that an SDK's retry may still come back to: members `<fingerprint>/<id>`, with `/<reader>` behind
+-- one whose answer a retry has fetched, and for each the instant
 -- until which it may, "+inf" while the job lives. The key goes when its last member has.
 local RETRY_MS = 60000
 -- Notes a job that has come in.
