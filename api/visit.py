@@ -45,6 +45,7 @@ class Wishes:
     idempotency_key: str = ""
     keep: bool = False
     may_retry: bool = False
+    is_retry: bool = False
 
     @classmethod
     def of(cls, exchange: Exchange) -> "Wishes":
@@ -73,6 +74,7 @@ class Wishes:
             idempotency_key=key,
             keep=on_disconnect == "keep",
             may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
+            is_retry=not key and header(b"x-stainless-retry-count").strip("0").isdecimal(),
         )
 
     def grace_ms(self, disconnect_grace_ms: int) -> int:
@@ -247,6 +249,8 @@ class Visit:
                     body,
                     reader=self._name,
                     idempotency_key=wishes.idempotency_key,
+                    may_retry=wishes.may_retry,
+                    is_retry=wishes.is_retry,
                     promote_within_ms=wishes.promote_within_ms,
                 )
             except errors.BrokerUnavailable:
@@ -275,7 +279,7 @@ class Visit:
                 g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self.stream
             )  # fmt: skip
         except errors.NoSuchJob:
-            gone = errors.ModelUnavailable("the earlier job of this Idempotency-Key is just gone", retry_after_s=1)
+            gone = errors.ModelUnavailable("the earlier job of this request is just gone", retry_after_s=1)
             raise gone from None
         self.reader.look()
 

@@ -37,11 +37,14 @@ async def admit(
     *,
     reader: str = "",
     idempotency_key: str = "",
+    may_retry: bool = False,
+    is_retry: bool = False,
     promote_within_ms: int | None = None,
 ) -> Admitted:
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
 
-    `job.asked` is what the client wrote. A full lane spills to its fallback; a lane that no live host can serve, whose
+    `job.asked` is what the client wrote. `may_retry`: its SDK may send the request again; `is_retry`: it does so now.
+    A full lane spills to its fallback; a lane that no live host can serve, whose
     model cannot hold the prompt, or that leads out of the job's trust zone is passed over.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
@@ -50,12 +53,24 @@ async def admit(
         )
         if found is not None:
             return Admitted(found, "", attached=True)
+    elif is_retry and reader:
+        left = await lanes.rejoin(store, job, body, reader=reader)
+        if left is not None:
+            return Admitted(left.job_id, left.lane, attached=True)
     looked = False
     for _ in range(STALE_TRIES):
         active = book.active
         try:
             return await _admit(
-                store, active, fleet, job, body, reader=reader, key=idempotency_key, promote_within_ms=promote_within_ms
+                store,
+                active,
+                fleet,
+                job,
+                body,
+                reader=reader,
+                key=idempotency_key,
+                may_retry=may_retry,
+                promote_within_ms=promote_within_ms,
             )
         except errors.StalePolicy:
             await book.reload()
@@ -75,6 +90,7 @@ async def _admit(
     *,
     reader: str,
     key: str,
+    may_retry: bool,
     promote_within_ms: int | None,
 ) -> Admitted:
     asked = active.policy.route(
@@ -99,6 +115,7 @@ async def _admit(
                     asked=asked,
                     reader=reader,
                     idempotency_key=key,
+                    retried=may_retry,
                     promote_within_ms=promote_within_ms,
                 )
                 return Admitted(found.job_id, found.lane, found.attached)

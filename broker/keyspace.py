@@ -81,6 +81,13 @@ TABLE: tuple[Family, ...] = (
         "host -> last heartbeat; the index of the keys above",
     ),
     Family("idem:<caller>:<key>", "string", "the job's keep time", False, "job id and body hash"),
+    Family(
+        "retries:<caller>:<session>",
+        "zset",
+        "60 s after the end of its last job",
+        False,
+        "`<fingerprint>/<id>` of jobs that an SDK's retry may come back to, `/<reader>` behind one that was fetched -> until when",
+    ),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
@@ -169,6 +176,10 @@ class Keyspace:
         """String that binds a caller's Idempotency-Key to a job."""
         return f"{self._prefix}idem:{caller}:{key}"
 
+    def retries(self, caller: str, session: str) -> str:
+        """Zset of the jobs of a session that an SDK's retry may come back to."""
+        return f"{self._prefix}retries:{caller}:{session}"
+
     def usage(self, day: str) -> str:
         """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""
         return f"{self._prefix}usage:{day}"
@@ -192,7 +203,9 @@ class Keyspace:
             return None
         for family in TABLE:
             pattern = re.escape(family.pattern)
-            pattern = re.sub(r"<(lane|id|model|host|key|caller|day|api)>", lambda m: _NAMES[m.group(1)], pattern)
+            pattern = re.sub(
+                r"<(lane|id|model|host|key|caller|day|api|session)>", lambda m: _NAMES[m.group(1)], pattern
+            )
             if family.type != "channel" and re.fullmatch(pattern, name):
                 return family
         return None
@@ -204,6 +217,7 @@ _NAMES = {
     "model": r"[^:]+",
     "host": r"[^:]+",
     "key": r".+",
+    "session": r".+",
     "caller": r"[^:]+",
     "day": r"[0-9-]+",
     "api": r"[^:]+",

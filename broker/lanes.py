@@ -41,6 +41,7 @@ async def submit(
     asked: Lane | None = None,
     reader: str = "",
     idempotency_key: str = "",
+    retried: bool = False,
     wanted: bool = True,
     promote_within_ms: int | None = None,
     give_up_within_ms: int | None = None,
@@ -49,7 +50,8 @@ async def submit(
 
     `asked` is the lane that the request asked for, where this one is its fallback; raises DowngradesCapped where too
     many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
-    connection, attached in the same script, so that the job never lives without the one who waits for it.
+    connection, attached in the same script, so that the job never lives without the one who waits for it. `retried`:
+    its SDK may try again, and its retry may then `rejoin` it.
     """
     if lane.retiring:
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
@@ -60,6 +62,10 @@ async def submit(
     record["asked_model"] = asked.model
     if idem:
         record["idem"] = idem
+    fingerprint = hash_of(job.endpoint, body, job.zone, job.asked) if retried and not idem else ""
+    index = keys.retries(job.caller, job.session or fingerprint or "-")
+    if fingerprint:
+        record["retries"] = f"{index} {fingerprint}"
     if reader and job.stream and job.mode == "sync":
         record["seen"] = 1
     fields = [x for name, value in record.items() if name not in _SET_BY_SCRIPT for x in (name, value)]
@@ -81,6 +87,7 @@ async def submit(
             keys.model(lane.model),
             keys.downgrades(asked.model),
             keys.sticky(asked.model),
+            index,
             *hosts,
             *siblings,
         ],
@@ -102,6 +109,7 @@ async def submit(
             WANTED_FOR_MS if wanted else 0,
             first_token_within_ms(asked, promote_within_ms),
             *downgrades.rules(active, asked.model, lane),
+            fingerprint,
             *fields,
         ],
     )
@@ -131,9 +139,33 @@ async def find_by_key(
     return str(job_id)
 
 
-def hash_of(endpoint: str, body: bytes, zone: str = "local") -> str:
-    """What makes two requests the same to an Idempotency-Key: one that may not leave joins none that may."""
-    return hashlib.sha256(f"{endpoint}\n{zone}\n".encode() + body).hexdigest()[:32]
+async def rejoin(store: Store, job: JobRecord, body: bytes, *, reader: str) -> Submitted | None:
+    """Finds the job that an SDK's first try left behind, and makes `reader` its reader; None where there is none.
+
+    Only a job that has no reader, of the same caller, session, endpoint, lane and body, that lives or ended unheard a
+    moment ago. Two retries at once never get the same one.
+    """
+    keys = store.keys
+    fingerprint = hash_of(job.endpoint, body, job.zone, job.asked)
+    found = await store.run(
+        "rejoin",
+        [keys.retries(job.caller, job.session or fingerprint), keys.due],
+        [
+            store.now_arg(),
+            fingerprint,
+            reader,
+            READER_LEASE_MS,
+            keys.job(""),
+            keys.readers(""),
+        ],
+    )
+    return Submitted(found[0].decode(), found[1].decode(), attached=True) if found else None
+
+
+def hash_of(endpoint: str, body: bytes, zone: str = "local", asked: str = "") -> str:
+    """What makes two requests the same: one that may not leave joins none that may. An SDK's retry also asks for the
+    same lane; an Idempotency-Key says enough without."""
+    return hashlib.sha256(f"{endpoint}\n{zone}\n{asked}\n".encode() + body).hexdigest()[:32]
 
 
 async def claim(

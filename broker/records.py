@@ -122,6 +122,7 @@ class JobRecord(_Hash):
     grace_ms: int = -1  # how long it outlives its last reader, -1 = it does not depend on readers
     keep_ms: int = 600_000
     idem: str = ""  # key that binds an Idempotency-Key to it
+    retries: str = ""  # key of the index and fingerprint by which an SDK's retry finds it, "" = none does
     submitted_at: int = 0
     not_before: int = 0
     queued_at: int = 0
@@ -147,7 +148,18 @@ class JobRecord(_Hash):
 
     def public(self) -> dict[str, Any]:
         """What a client may see of its job."""
-        hidden = {"apis", "boot", "idem", "last_seq", "usage", "grace_ms", "keep_ms", "entry", "asked_number"}
+        hidden = {
+            "apis",
+            "boot",
+            "idem",
+            "retries",
+            "last_seq",
+            "usage",
+            "grace_ms",
+            "keep_ms",
+            "entry",
+            "asked_number",
+        }
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         out["usage"] = json.loads(self.usage) if self.usage else None
         out["error"] = {"code": self.error, "message": self.error_message} if self.error else None

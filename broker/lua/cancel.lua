@@ -11,6 +11,7 @@
 --- @include publish
 --- @include enter
 --- @include usage
+--- @include retries
 --- @include close
 local now, id = now_ms(ARGV[1]), ARGV[2]
 local f = read_job(KEYS[1])

@@ -2,7 +2,8 @@
 --   KEYS[1] lane           KEYS[2] job       KEYS[3] request   KEYS[4] due      KEYS[5] readers
 --   KEYS[6] idem           KEYS[7] policy    KEYS[8] model
 --   KEYS[9] downgrades     KEYS[10] sticky   both of the model asked for
---   KEYS[11 ..] the model's hashes on its hosts, then all lanes of the model
+--   KEYS[11] retries       of the job's session
+--   KEYS[12 ..] the model's hashes on its hosts, then all lanes of the model
 --   ARGV[1] now            ARGV[2] id        ARGV[3] group     ARGV[4] policy_version
 --   ARGV[5] max_queue      ARGV[6] promote_after_ms, 0 = never ARGV[7] give_up_after_ms, counted from its start
 --   ARGV[8] not_before     0 = now           ARGV[9] body      ARGV[10] body_hash
@@ -12,7 +13,9 @@
 --   ARGV[16] first_token_within_ms, counted from its start, 0 = nobody judges it
 --   ARGV[17] max_share     of downgrades, 1 = no cap           ARGV[18] window     ARGV[19] binding_from
 --   ARGV[20] sticky_ms     0 = its session does not stay on a fallback
---   ARGV[21 ..] fields of the job hash, name and value in turn
+--   ARGV[21] fingerprint   by which an SDK's retry finds the job, "" = it does not
+--   ARGV[22 ..] fields of the job hash, name and value in turn
+-- Jobs of the same session that nobody reads any more and that asked for something else end: their grace is over.
 -- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key.
 -- Errors: STALEPOLICY, IDEMMISMATCH, LANEFULL, DOWNGRADES.
 --- @include now_ms
@@ -22,6 +25,7 @@
 --- @include enter
 --- @include want
 --- @include downgrade
+--- @include retries
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
@@ -39,12 +43,12 @@ if ARGV[11] == "1" then
   end
 end
 if not_before <= now then
-  if not has_room(KEYS[1], group, tonumber(ARGV[5]), 11, 10 + hosts, 11 + hosts, #KEYS) then
+  if not has_room(KEYS[1], group, tonumber(ARGV[5]), 12, 11 + hosts, 12 + hosts, #KEYS) then
     return redis.error_reply("LANEFULL " .. KEYS[1])
   end
 end
 local named, fields = {}, {}
-for i = 21, #ARGV, 2 do
+for i = 22, #ARGV, 2 do
   named[ARGV[i]] = ARGV[i + 1]
   fields[#fields + 1] = ARGV[i]
   fields[#fields + 1] = ARGV[i + 1]
@@ -54,6 +58,20 @@ if downgrade and max_share < 1 and not may_downgrade(KEYS[9], nil, max_share, wi
   return redis.error_reply("DOWNGRADES " .. named.asked_model)
 end
 
+if named.session ~= "" and ARGV[12] ~= "" then
+  local own = -#id - 1
+  local job_prefix, readers_prefix = string.sub(KEYS[2], 1, own), string.sub(KEYS[5], 1, own)
+  for _, member in ipairs(redis.call("ZRANGEBYSCORE", KEYS[11], "+inf", "+inf")) do
+    local fingerprint, other = string.match(member, "^([^/]+)/(.+)$")
+    local job, readers = job_prefix .. other, readers_prefix .. other
+    local grace = tonumber(redis.call("HGET", job, "grace_ms") or -1)
+    if fingerprint ~= ARGV[21] and grace >= 0 and redis.call("ZCOUNT", readers, "(" .. ms(now), "+inf") == 0 then
+      redis.call("DEL", readers)
+      redis.call("HSET", job, "abandon_at", ms(now))
+      schedule(KEYS[4], job, other)
+    end
+  end
+end
 local give_up_at = math.max(now, not_before) + tonumber(ARGV[7])
 local promote_at = tonumber(ARGV[6]) > 0 and math.min(now + tonumber(ARGV[6]), give_up_at) or 0
 local abandon_at = 0
@@ -92,5 +110,6 @@ set("state", state)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
+if ARGV[21] ~= "" then note_retries(KEYS[11], now, ARGV[21], id) end
 if not_before <= now then want(KEYS[8], now, tonumber(ARGV[15])) end
 return { state, entry }

@@ -81,8 +81,32 @@ FAULTS = [
     Fault(
         "attach sets seen for a stream:false waiter",
         ("attach",),
-        r"if ARGV\[5\] == \"1\" then (redis\.call\(\"HSET\", KEYS\[1\], \"seen\")",
+        r"if sees == \"1\" then (redis\.call\(\"HSET\", job, \"seen\")",
         r"if true then \1",
+    ),
+    Fault(
+        "a retry takes a job that has a reader",
+        ("rejoin",),
+        r"f\[1\] and not ended and \(ours or .*\) then",
+        "f[1] and not ended then",
+    ),
+    Fault(
+        "an answer that was heard is handed out again",
+        ("end",),
+        r"to == \"done\" and not heard",
+        'to == "done"',
+    ),
+    Fault(
+        "two retries get the same ended answer",
+        ("rejoin",),
+        r"ended and \(fetched_by == .*\) then",
+        "ended then",
+    ),
+    Fault(
+        "a new request ends a job of its session that is read",
+        ("submit",),
+        r"grace >= 0 and redis\.call\(\"ZCOUNT\", readers.*\) == 0 then",
+        "grace >= 0 then",
     ),
 ]
 

@@ -25,7 +25,7 @@ from broker.records import JobRecord, ModelOnHost, Waiting
 from broker.store import Store
 from tests.model.faults import FAULTS, Fault, planted
 from tests.support.broker_world import LONG_MS, POLICY, World, fake_redis, new_namespace, policy_with
-from tests.support.invariants import bound, may_downgrade, missteps, take, violations
+from tests.support.invariants import Snapshot, bound, may_downgrade, missteps, take, violations
 
 CAPPED = policy_with(("weights-big\n", "weights-big\n    maxDowngradeShare: 0.67\n    stickyPromotionMs: 600000\n"))
 POLICIES = [
@@ -87,6 +87,7 @@ class Verbs(RuleBasedStateMachine):
         self.bodies: dict[str, bytes] = {}
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
+        self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
 
     def wait(self, coming: Awaitable[Any]) -> Any:
         return self.loop.run_until_complete(coming)  # type: ignore[arg-type]
@@ -112,6 +113,9 @@ class Verbs(RuleBasedStateMachine):
         except errors.BrokerError as e:
             refusal = e
         self.now = after = self.wait(take(self.world.store))
+        for i, job in after.jobs.items():
+            if job.state is State.DONE and before.jobs[i].live and not self.heard(before, i):
+                self.unheard[i] = ""
         broken = []
         changed = before.marks(after)
         if refusal is not None and changed:
@@ -124,6 +128,10 @@ class Verbs(RuleBasedStateMachine):
         if broken:
             raise Broken("; ".join(broken))
         return result
+
+    def heard(self, s: Snapshot, job_id: str) -> bool:
+        """Whether somebody whose lease runs reads this job."""
+        return any(until > self.world.now for until in s.readers(job_id).values())
 
     @invariant()
     def what_was_said_is_in_the_log(self) -> None:
@@ -145,6 +153,13 @@ class Verbs(RuleBasedStateMachine):
         if not known:
             raise NothingFits
         return known[pick // 4 % len(known)]
+
+    def pick_of(self, job_id: str, *fitting: State) -> int:
+        """The pick that gives just this job."""
+        for pick in range(0, 4 * len(self.ids), 4):
+            if self.some_job(pick, *fitting).id == job_id:
+                return pick
+        raise NothingFits
 
     def some_hold(self, pick: int, *fitting: State) -> tuple[Holding, JobRecord]:
         """Half the time a hold that holds, in one of the states that fit; else a stale one, or any."""
@@ -173,10 +188,11 @@ class Verbs(RuleBasedStateMachine):
         reader=st.booleans(), later=st.sampled_from([0, 0, 0, 1_500]), key=st.sampled_from(["", "", "a", "b"]),
         body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), stale=st.sampled_from([False] * 5 + [True]),
         spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
+        retried=st.booleans(),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
-        remote: bool, stale: bool, spills: bool, session: str,
+        remote: bool, stale: bool, spills: bool, session: str, retried: bool,
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -201,6 +217,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.LaneFull
         elif not twin and into.model != asked.model and not may_downgrade(self.now, active, asked.model, None):
             expected = errors.DowngradesCapped
+        before = self.now
         got = self.act(
             f"submit into {lane}",
             lambda: lanes.submit(
@@ -212,6 +229,7 @@ class Verbs(RuleBasedStateMachine):
                 body,
                 reader="api1/r1" if reader else "",
                 idempotency_key=key,
+                retried=retried,
                 asked=asked,
             ),
             expected,
@@ -221,9 +239,56 @@ class Verbs(RuleBasedStateMachine):
             return
         assert got.job_id == (twin or record.id) and got.attached == bool(twin)
         if not twin:
+            self.ends_the_abandoned(before, record.id, reader=reader)
+        if not twin:
             self.ids.append(record.id)
             self.bodies[record.id] = body
             self.seen[record.id] = sync and stream and reader
+
+    def ends_the_abandoned(self, before: Snapshot, new: str, *, reader: bool) -> None:
+        """A new request of a session ends those of its jobs that nobody reads and that asked for something else."""
+        asked, now = self.now.jobs[new], self.world.now
+        for job_id, was in before.jobs.items():
+            ends = (
+                reader and asked.session != "" and was.session == asked.session and was.retries != "" and was.live
+                and was.grace_ms >= 0 and was.retries != asked.retries and not self.heard(before, job_id)
+            )  # fmt: skip
+            if self.now.jobs[job_id].abandon_at != (now if ends else was.abandon_at):
+                raise Broken(f"job {job_id} should{'' if ends else ' not'} end with the new request of its session")
+
+    @takes(
+        pick=picks, reader=st.sampled_from(["api1/r1", "api1/r2", "api2/r1"]), other=st.sampled_from([b"", b"", b"z"])
+    )
+    def rejoin(self, pick: int, reader: str, other: bytes) -> None:
+        """An SDK tries again: only what was left behind is taken up, by one of them."""
+        like, now = self.some_job(pick), self.world.now
+        body = other or self.bodies[like.id]
+        fitting = {
+            job.id for job in self.now.jobs.values()
+            if job.retries and (job.session, job.zone, self.bodies[job.id]) == (like.session, like.zone, body)
+            and (
+                (job.live and (not self.heard(self.now, job.id) or reader in self.now.readers(job.id)))
+                or (self.unheard.get(job.id) in ("", reader) and now < job.ended_at + 60_000)
+            )
+        }  # fmt: skip
+        fetched_before = {i for i in fitting if self.unheard.get(i) == reader}
+        again = replace(like, id=self.world.new_id())
+        got = self.act(
+            "rejoin",
+            lambda: lanes.rejoin(self.world.store, again, body, reader=reader),
+            marks=bool(fitting - fetched_before),
+        )
+        if (got is None) != (not fitting) or (got is not None and got.job_id not in fitting):
+            raise Broken(f"a retry got {got and got.job_id}, left behind were {sorted(fitting)}")
+        if got is None:
+            return
+        job = self.now.jobs[got.job_id]
+        if not job.live:
+            self.unheard[job.id] = reader
+        else:
+            if self.now.readers(job.id).get(reader) != now + lanes.READER_LEASE_MS:
+                raise Broken(f"a retry was led to {job.id} and does not read it")
+            self.seen[job.id] |= job.stream and job.mode == "sync"
 
     @takes(pick=picks, lane=st.sampled_from(LANES))
     def submit_again(self, pick: int, lane: str) -> None:
@@ -503,7 +568,40 @@ class Verbs(RuleBasedStateMachine):
     def clients_ask(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
-    @rule(steps=several("attach", "detach", "cancel"))
+    @rule(
+        first=DRAWN["submit"], second=DRAWN["submit"],
+        between=several("detach", "detach", "claim", "first_token", "end", "end"),
+        again=several("rejoin", "rejoin", "submit"),
+    )  # fmt: skip
+    def an_sdk_tries_again(
+        self, first: dict[str, Any], second: dict[str, Any], between: list[tuple[str, dict[str, Any]]],
+        again: list[tuple[str, dict[str, Any]]],
+    ) -> None:  # fmt: skip
+        """Its first try waits, perhaps beside one that is just the same; it hangs up, and comes back."""
+        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
+        self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again, *again])
+
+    @rule(
+        first=DRAWN["submit"], claim=DRAWN["claim"], heard=st.booleans(),
+        again=st.lists(st.sampled_from(["api1/r2", "api2/r1"]), min_size=1, max_size=2),
+    )  # fmt: skip
+    def an_answer_ends_between_two_tries(
+        self, first: dict[str, Any], claim: dict[str, Any], heard: bool, again: list[str]
+    ) -> None:
+        """An SDK's answer comes to its end, with its client there or gone; then its retries come."""
+        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
+        with suppress(NothingFits):
+            self.submit(**first | sdk)
+            job_id = self.ids[-1]
+            if not heard:
+                self.detach(self.pick_of(job_id), "api1/r1")
+            self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED)})
+            self.first_token(0)
+            self.end(0, finish=True, ahead=1, logged=False)
+            for reader in again:
+                self.rejoin(self.pick_of(job_id), reader, b"")
+
+    @rule(steps=several("attach", "detach", "cancel", "rejoin"))
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 

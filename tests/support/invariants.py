@@ -4,6 +4,7 @@
 `undone(before, after)` and `missteps(before, after)` compare two pictures: any two, and two with one verb between them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -96,6 +97,13 @@ class Snapshot:
         """The job that an Idempotency-Key leads to, "" if none."""
         key = self.keys.get(name)
         return key.value.decode().split(" ")[0] if key else ""
+
+    def retries(self, index_and_fingerprint: str) -> list[tuple[str, float]]:
+        """Which jobs a retry with this fingerprint may find in its index, and until when."""
+        index, fingerprint = index_and_fingerprint.split(" ")
+        members = dict(self.keys[index].value) if index in self.keys else {}
+        split = [(*member.split("/")[:2], until) for member, until in members.items()]
+        return [(job, until) for mark, job, until in split if mark == fingerprint]
 
     def marks(self, other: "Snapshot") -> list[str]:
         """The names of the keys that differ."""
@@ -276,6 +284,8 @@ def _live(s: Snapshot, job: JobRecord) -> list[str]:
         found.append(f"promise 3: live job {job.id} has no lasting request body")
     if job.idem and s.idem(job.idem) != job.id:
         found.append(f"live job {job.id} lost its Idempotency-Key")
+    if job.retries and dict(s.retries(job.retries)).get(job.id) != math.inf:
+        found.append(f"live job {job.id} is not in its index of retries for as long as it lives")
     readers = s.readers(job.id)
     if job.grace_ms >= 0 and readers and job.abandon_at < max(readers.values()) + job.grace_ms:
         found.append(f"job {job.id} counts as abandoned before its last reader's lease and grace end")
@@ -381,6 +391,14 @@ def _keys(s: Snapshot) -> list[str]:
                 found.append(f"promise 9: {name} has no job")
         elif family.pattern in _MUST_EXPIRE and not key.expires:
             found.append(f"promise 9: {name} never expires")
+        elif family.pattern.startswith("retries:"):
+            endless = [str(m) for m, until in dict(key.value).items() if until == math.inf]
+            if bool(endless) == key.expires:
+                found.append(f"promise 9: {name} expires={key.expires} with the live members {endless}")
+            for member in endless:
+                job = s.jobs.get(member.partition("/")[2])
+                if job is None or not job.live:
+                    found.append(f"promise 9: {name} keeps {member}, which has ended, for ever")
         elif family.pattern.startswith("idem:"):
             job = s.jobs.get(s.idem(name))
             if job is None or job.live == key.expires:
@@ -499,12 +517,16 @@ _TYPES = {family.pattern: family.type.encode() for family in TABLE}
 _STAYS = {"lane:<lane>", "due", "readers:<id>", "hosts", "policy", "model:<model>", "wake:<model>:epoch", "dead"}
 
 
+def _score(told: float) -> float:
+    return told if math.isinf(told) else int(told)
+
+
 def _value(kind: str, raw: Any) -> Any:
     match kind:
         case "hash":
             return {raw[i]: raw[i + 1] for i in range(0, len(raw), 2)}
         case "zset":
-            return tuple((raw[i].decode(), int(float(raw[i + 1]))) for i in range(0, len(raw), 2))
+            return tuple((raw[i].decode(), _score(float(raw[i + 1]))) for i in range(0, len(raw), 2))
         case "stream":
             entries = tuple((entry.decode(), tuple(values)) for entry, values in raw[0])
             groups = tuple(

@@ -131,6 +131,7 @@ async def call_everything(world: World) -> None:
     await jobs.detach(store, held.job_id, reader="api1/r2")
     await jobs.end(store, held, "finish", seq=3, data=b"3")
     await jobs.cancel(store, await world.submit())
+    await lanes.rejoin(store, await world.job(held.job_id), b"x", reader="api1/r3")
     await jobs.release(store, await world.claim(await world.submit()), loss=True, max_losses=3, error=refused)
     late = await world.submit()
     await world.claim(late)
@@ -159,6 +160,7 @@ ROWS = {
     "request": "job:<id>:request", "frames": "job:<id>:frames", "readers": "readers:<id>",
     "idem": "idem:<caller>:<key>", "model": "model:<model>", "host": "host:<host>",
     "downgrades": "downgrades:<model>", "sticky": "sticky:<model>",
+    "retries": "retries:<caller>:<session>",
     "learned": "learned:<model>:<host>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 -- What `close` must know of a job, and what those who end it ask for besides, by name.
 local function read_job(job)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
-    "caller", "model", "seen", "lease_until", "boot", "asked_model", "first_token_at", "first_token_by" }
+    "caller", "model", "seen", "lease_until", "boot", "asked_model", "first_token_at", "first_token_by", "retries" }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
@@ -31,6 +31,11 @@ local function close(k, p, f, now, id, to, ending)
   end
   if code ~= "" then
     for _, x in ipairs({ "error", code, "error_message", message }) do set[#set + 1] = x end
+  end
+  if f.retries and f.retries ~= "" then
+    local index, fingerprint = string.match(f.retries, "^(%S+) (%S+)$")
+    local heard = redis.call("ZCOUNT", k.readers, "(" .. ms(now), "+inf") > 0
+    settle_retries(index, now, fingerprint, id, to == "done" and not heard)
   end
   redis.call("HSET", k.job, unpack(set))
   redis.call("PEXPIRE", k.job, f.keep_ms)

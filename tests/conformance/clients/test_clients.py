@@ -140,6 +140,20 @@ async def test_a_full_lane_is_tried_again_when_it_said_so(client: Client, drive:
     assert (await runtime.stats())["requests_finished"] == before + 1
 
 
+@pytest.mark.parametrize("client", rows("come back"))
+async def test_a_try_that_took_too_long_for_the_client_is_come_back_to(
+    client: Client, drive: Drive, up: House, wire: Wire
+) -> None:
+    """Its own timeout ends the first try: the next gets what that one began, and the runtime generates once."""
+    runtime = up.runtime("pretend")
+    before = (await runtime.stats())["requests_started"]
+    more = {"timeout_s": 1.5, "prompt": f"{client.name} is in a hurry"}
+    seen = await asyncio.to_thread(drive(client).run, "chat", wire.url, "pretend", max_tokens=200, **more)
+    assert seen.answer["text"] == words(200)
+    assert len(wire.requests(client.path)) > 1
+    assert (await runtime.stats())["requests_started"] == before + 1
+
+
 @contextmanager
 def held(up: House, model: str) -> Iterator[None]:
     """A stream that holds a slot or a place in the lane until the block ends."""

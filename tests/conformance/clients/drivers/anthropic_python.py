@@ -7,7 +7,8 @@ TOOL = {"name": WEATHER["name"], "description": WEATHER["description"], "input_s
 
 
 def _client(order: Order) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=order["url"], api_key="any")
+    more = {"timeout": order["timeout_s"]} if "timeout_s" in order else {}
+    return anthropic.Anthropic(base_url=order["url"], api_key="any", **more)
 
 
 def chat(order: Order) -> Seen:

@@ -2,7 +2,8 @@
 import OpenAI from "openai";
 import { SCHEMA, WEATHER, serve, user } from "./lines.mjs";
 
-const client = (order) => new OpenAI({ baseURL: `${order.url}/v1`, apiKey: "any" });
+const limits = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
+const client = (order) => new OpenAI({ baseURL: `${order.url}/v1`, apiKey: "any", ...limits(order) });
 const words = (order) => ({ model: order.model, messages: user(order), max_tokens: order.max_tokens });
 
 async function* chat(order) {

@@ -7,7 +7,8 @@ from lines import SCHEMA, WEATHER, Order, Seen, serve, user
 
 
 def _client(order: Order) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{order['url']}/v1", api_key="any")
+    more = {"timeout": order["timeout_s"]} if "timeout_s" in order else {}
+    return openai.OpenAI(base_url=f"{order['url']}/v1", api_key="any", **more)
 
 
 def chat(order: Order) -> Seen:
