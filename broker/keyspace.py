@@ -86,7 +86,7 @@ TABLE: tuple[Family, ...] = (
         "zset",
         "60 s after the end of its last job",
         False,
-        "`<fingerprint>/<id>` of jobs that an SDK's retry may come back to, `/<reader>` behind one that was fetched -> until when",
+        "`<fingerprint>/<id>[/<reader that fetched it>]` of jobs that an SDK's retry may come back to -> until when",
     ),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
