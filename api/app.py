@@ -30,6 +30,7 @@ from api.routes import (
     embeddings,
     health,
     jobs,
+    keys,
     models,
     ollama,
     ollama_generations,
@@ -41,6 +42,7 @@ from api.state_dir import CannotStart
 from api.version import version
 from broker import collector, errors
 from broker.callers import Keys
+from broker.keybook import KeyBook
 from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
 
@@ -96,7 +98,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
         redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (operator.router, models.router, jobs.router, ollama.router, health.router):
+    for routes in (keys.router, operator.router, models.router, jobs.router, ollama.router, health.router):
         rest.include_router(routes)
 
     @rest.exception_handler(errors.BrokerError)
@@ -176,14 +178,13 @@ class Server(uvicorn.Server):
 
 async def serve(settings: ApiSettings) -> int:
     """Runs the api until it is told to stop; gives the exit code."""
-    keys = Keys.parse(settings.keys.get_secret_value())
+    api_id = new_api_id()
     try:
-        place = Listen.on(settings.host, settings.port, open_to_others=bool(keys))
+        place = Listen.on(settings.host, settings.port)
         listener = _bind(place)
     except CannotStart as problem:
         print(problem, file=sys.stderr)
         return CANNOT_LISTEN
-    api_id = new_api_id()
     try:
         store = await Store.open(settings.redis_url, namespace=settings.namespace, name=api_id)
     except errors.BrokerUnavailable as problem:
@@ -191,6 +192,12 @@ async def serve(settings: ApiSettings) -> int:
         print(_sentence(str(problem)), file=sys.stderr)
         return NO_REDIS
     try:
+        keys = KeyBook(store, Keys.parse(settings.keys.get_secret_value()), anonymous=place.is_loopback)
+        await keys.reload()
+        if not keys and not place.is_loopback:
+            listener.close()
+            print(place.needs_keys, file=sys.stderr)
+            return CANNOT_LISTEN
         for sentence in await store.unfit_settings():
             log.warning("event=unfit_redis reason=%s", sentence)
         server = Server(

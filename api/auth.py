@@ -1,10 +1,12 @@
-"""Whose request it is, for the endpoints that FastAPI serves."""
+"""Whose request it is and what it may, for the endpoints that FastAPI serves."""
 
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from api.gateway import Gateway
+from broker import callers, errors
+from broker.policy import Lane
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -16,10 +18,29 @@ def gateway_of(request: Request) -> Gateway:
 Gate = Annotated[Gateway, Depends(gateway_of)]
 
 
-def caller_of(request: Request, gateway: Gate) -> str:
+def caller_of(request: Request, gateway: Gate) -> callers.Caller:
     """The caller by the key that the request carries; raises Unauthorized."""
     headers = request.headers
     return gateway.keys.caller_of(headers.get("authorization"), headers.get("x-api-key"))
 
 
-Caller = Annotated[str, Depends(caller_of)]
+Caller = Annotated[callers.Caller, Depends(caller_of)]
+
+
+def lane_of(gateway: Gateway, caller: callers.Caller, name: str, *, endpoint: str, prompt_tokens: int = 0) -> Lane:
+    """The lane that a name leads this caller to; raises UnknownModel, and LaneForbidden where its key opens no such."""
+    lane = gateway.book.active.policy.route(name, caller=caller.name, endpoint=endpoint, prompt_tokens=prompt_tokens)
+    if not caller.rights.may_ask_for(name, lane.name):
+        opens = ", ".join(caller.rights.lanes)
+        raise errors.LaneForbidden(f"the key of {caller.name} is for {opens}, not for {name[: errors.NAME_SHOWN]!r}")
+    return lane
+
+
+def admin_of(caller: Caller) -> callers.Caller:
+    """The same, where only an administrator may; raises AdminOnly."""
+    if not caller.rights.admin:
+        raise errors.AdminOnly(f"the key of {caller.name} has no administrator's rights")
+    return caller
+
+
+Admin = Annotated[callers.Caller, Depends(admin_of)]

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from api.cli_doctor import doctor
 from api.cli_init import init
+from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
 from api.client import ask
@@ -39,6 +40,7 @@ job_app = typer.Typer(help="Look at a job, or cancel it.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
 app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
+app.add_typer(key_app, name="key")
 app.command()(init)
 app.command()(doctor)
 app.command()(drain)

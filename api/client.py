@@ -18,14 +18,14 @@ def gateway_url() -> str:
     return os.environ.get("GATEWAY_URL", DEFAULT_URL).rstrip("/")
 
 
-async def ask(method: str, path: str) -> dict[str, Any]:
+async def ask(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """Gives what the gateway answers within ANSWER_S_MAX; whatever it refuses becomes its own sentence."""
     url = gateway_url()
     key = os.environ.get("GATEWAY_KEY", "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         async with httpx.AsyncClient(timeout=ANSWER_S_MAX, headers=headers, trust_env=not _is_loopback(url)) as client:
-            response = await client.request(method, url + path)
+            response = await client.request(method, url + path, json=body)
         told = response.json()
     except (httpx.HTTPError, httpx.InvalidURL) as problem:
         why = str(problem) or "no answer"

@@ -25,6 +25,7 @@ VALKEY_FLOOR = (8, 0)
 START_S_MAX = 120.0
 """How long a server may take until it answers; a big append-only file is read in this time."""
 POLL_S = 0.02
+FOLDER = "redis"
 LOG_BYTES_MAX = 10_000_000
 """A longer log of earlier runs is put aside when the server starts."""
 MEMORY_SHARE_MAX = 0.25
@@ -98,8 +99,13 @@ class EmbeddedRedis:
 
     name = "redis"
 
+    @staticmethod
+    def was_in(directory: Path) -> bool:
+        """Whether one has run there before, and may have kept something."""
+        return (directory / FOLDER).exists()
+
     def __init__(self, directory: Path, environ: Mapping[str, str]) -> None:
-        self._directory = directory / "redis"
+        self._directory = directory / FOLDER
         self._environ = environ
         self._lock_path = directory / "redis.lock"
         self._address: Address | None = None

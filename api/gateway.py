@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 
 from api.exchange import Exchange, Stalled, Stopping
 from broker import errors
-from broker.callers import Keys
 from broker.due import Due
 from broker.frames import Hub
 from broker.hosts import Fleet
+from broker.keybook import KeyBook
 from broker.metrics import Metrics
 from broker.policies import PolicyBook
 from broker.readers import Readers
@@ -36,7 +36,7 @@ class Gateway:
     """A holder; what happens, happens in its parts."""
 
     def __init__(
-        self, store: Store, keys: Keys, *, version: str, api_id: str = "", origins: frozenset[str] = frozenset()
+        self, store: Store, keys: KeyBook, *, version: str, api_id: str = "", origins: frozenset[str] = frozenset()
     ) -> None:
         self.store = store
         self.keys = keys
@@ -61,6 +61,7 @@ class Gateway:
     async def running(self) -> AsyncIterator[None]:
         """Runs the parts that run by themselves. If one of them breaks, an ExceptionGroup ends the whole."""
         try:
+            await self.keys.reload()
             await self.book.reload()
             if self.book.present:
                 await self.fleet.look()
@@ -69,6 +70,7 @@ class Gateway:
         async with asyncio.TaskGroup() as tasks:
             parts = [
                 tasks.create_task(self.book.follow(), name="policy"),
+                tasks.create_task(self.keys.follow(), name="keys"),
                 tasks.create_task(self.fleet.follow(), name="fleet"),
                 tasks.create_task(self.hub.run(), name="hub"),
                 tasks.create_task(self.readers.keep(), name="readers"),

@@ -18,18 +18,17 @@ class Listen:
 
     host: str
     port: int
+    is_loopback: bool = True
 
     @classmethod
-    def on(cls, host: str, port: int, *, open_to_others: bool) -> "Listen":
+    def on(cls, host: str, port: int) -> "Listen":
         """Tries the place out; raises CannotStart. Port 0 takes any free one."""
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            if not open_to_others and not ip_address(address[0]).is_loopback:
-                raise CannotStart(f"Without GATEWAY_KEYS only this machine may call; {host} would let others in.")
             with closing(socket.socket(family)) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
-                return cls(host, probe.getsockname()[1])
+                return cls(host, probe.getsockname()[1], is_loopback=ip_address(address[0]).is_loopback)
         except socket.gaierror as error:
             raise CannotStart(f"{host} is no address of this machine: {error.strerror}.") from error
         except OverflowError as error:
@@ -38,6 +37,14 @@ class Listen:
             if error.errno == errno.EADDRINUSE:
                 raise CannotStart(f"Port {port} of {host} is in use; choose another with --port.") from error
             raise CannotStart(f"Port {port} of {host} can't be used: {error.strerror}.") from error
+
+    @property
+    def needs_keys(self) -> str:
+        """Why it may not listen here while there is no key."""
+        return (
+            f"Without a key only this machine may call; {self.host} would let others in: make one with "
+            "`gateway key new NAME --admin` while it listens on 127.0.0.1, or set GATEWAY_KEYS."
+        )
 
     @property
     def bind(self) -> str:

@@ -24,7 +24,9 @@ from api.listen import DEFAULT_URL, Listen
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
 from broker.errors import BrokerError, BrokerUnavailable
+from broker.keybook import KeyBook
 from broker.policy import Policy
+from broker.store import Store
 
 READY_S_MAX = 30.0
 """How long `up` waits for the api before it says that something is wrong."""
@@ -122,7 +124,10 @@ async def up(
     try:
         directory = state_dir(options.data_dir, environ)
         with only_one_up(directory), stop_requests() as requests:
-            listen = Listen.on(options.host, options.port, open_to_others=bool(options.keys))
+            listen = Listen.on(options.host, options.port)
+            may_have_keys = options.keys or options.redis_url or EmbeddedRedis.was_in(directory)
+            if not listen.is_loopback and not may_have_keys:
+                raise CannotStart(listen.needs_keys)
             house = _House(options, listen, directory, requests, environ=environ, say=say)
             return await house.run(apply_policy, make_parts)
     except BrokerUnavailable as problem:
@@ -196,6 +201,9 @@ class _House:
             self._parts.append(redis)
             await redis.start()
             redis_url, which = redis.url, str(redis)
+        named = await has_keys(redis_url, options.namespace)
+        if not options.keys and not named and not self._listen.is_loopback:
+            raise CannotStart(self._listen.needs_keys)
         if text is None:
             made = await discover(self._environ)
             policy = await apply_policy(redis_url, options.namespace, made.text, made_up=True)
@@ -203,7 +211,7 @@ class _House:
         else:
             policy = await apply_policy(redis_url, options.namespace, text, made_up=False)
             origin = f"from {options.policy_path}"
-        self._introduce(which, "the one that was applied before" if policy.kept else origin, policy)
+        self._introduce(which, "the one that was applied before" if policy.kept else origin, policy, named=named)
         for part in make_parts(self._child_env(redis_url), keys=options.keys, say=self._say):
             self._parts.append(part)
             await part.start()
@@ -223,9 +231,9 @@ class _House:
             self._say(f"{part.name} did not end cleanly")
         return clean
 
-    def _introduce(self, redis: str, origin: str, policy: AppliedPolicy) -> None:
+    def _introduce(self, redis: str, origin: str, policy: AppliedPolicy, *, named: bool) -> None:
         version = _version()
-        key = "one of GATEWAY_KEYS" if self._options.keys else "any"
+        key = "one of `gateway key new`" if named else "one of GATEWAY_KEYS" if self._options.keys else "any"
         self._say(f"warmlane  {version} listens on {self._listen.url}, its data is in {self._directory}")
         self._say(f"redis     {redis}")
         self._say(f"policy    version {policy.version}, {origin}")
@@ -260,6 +268,17 @@ class _House:
         if self._options.host_name:
             env["GATEWAY_HOST_NAME"] = self._options.host_name
         return env
+
+
+async def has_keys(redis_url: str, namespace: str) -> bool:
+    """Whether named callers have keys there."""
+    store = await Store.open(redis_url, namespace=namespace)
+    try:
+        book = KeyBook(store)
+        await book.reload()
+        return bool(book)
+    finally:
+        await store.close()
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:

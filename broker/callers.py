@@ -1,20 +1,133 @@
-"""Callers: the named keys that may use the gateway. Keys are kept as hashes and compared in constant time."""
+"""Callers: the named keys that may use the gateway, and what each of them may. Pure: no Redis here, no clock.
+
+A key is `wl_<id>_<secret>`. Its id is no secret: by it the key is looked up, so that the time an answer takes says
+nothing about the others. The secret is 256 random bits and is kept as one SHA-256: there is nothing to guess that a
+slow hash would protect. Keys of GATEWAY_KEYS are whatever a person chose, and all of them are compared each time.
+"""
 
 import hashlib
 import hmac
+import json
 import re
+import secrets
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from broker.errors import Unauthorized
 
 ANONYMOUS = "anonymous"
 """Who calls where no keys are set: then the api listens to this machine only."""
 
+PRESENTED_MAX = 512
+"""Characters of a presented key that are looked at."""
+
+SECRET_BYTES = 32
+ID_CHARACTERS = "abcdefghijkmnpqrstuvwxyz23456789"
+ID_LENGTH = 8
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_KEY = re.compile(rf"wl_([{ID_CHARACTERS}]{{{ID_LENGTH}}})_([A-Za-z0-9_-]{{43}})")
+_NOBODYS = bytes(32)
+
+
+@dataclass(frozen=True)
+class Rights:
+    """What a caller may. The default is everything but administration: a limit of 0 is none.
+
+    `lanes`: the names it may ask for, empty = all. `priority`: the most urgent that its work may be. `remote`: its
+    requests may leave the machine if they say so; those for `remote_lanes` need not say so. `admin`: policy, models,
+    hosts, keys and other callers' jobs.
+    """
+
+    lanes: tuple[str, ...] = ()
+    priority: Literal["interactive", "batch"] = "interactive"
+    max_waiting: int = 0
+    max_running: int = 0
+    tokens_per_day: int = 0
+    remote: bool = False
+    remote_lanes: tuple[str, ...] = ()
+    admin: bool = False
+
+    def to_json(self) -> str:
+        """Writes it as Redis keeps it."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Rights":
+        """Reads it; fields of a newer version are left out. Raises ValueError."""
+        return _RIGHTS.validate_json(text)
+
+    def may_ask_for(self, name: str, lane: str = "") -> bool:
+        """Whether it may ask for this name, or for the lane that the name leads to."""
+        return not self.lanes or name in self.lanes or lane in self.lanes
+
+    def may_leave(self, name: str, *, asked: bool) -> bool:
+        """Whether a request for this name may leave the machine; `asked`: the request itself says that it may."""
+        return self.remote and (asked or name in self.remote_lanes)
+
+
+EVERYTHING = Rights(remote=True, admin=True)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Somebody who calls."""
+
+    name: str
+    rights: Rights = EVERYTHING
+
+
+NOBODY_IN_PARTICULAR = Caller(ANONYMOUS)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it is kept: never the secret. Instants in ms; `expires_at` 0 = it does not."""
+
+    id: str
+    caller: str
+    digest: str
+    created_at: int = 0
+    created_by: str = ""
+    expires_at: int = 0
+
+    def to_json(self) -> str:
+        """Writes it as Redis keeps it."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Key":
+        """Reads it; fields of a newer version are left out. Raises ValueError."""
+        return _KEYS.validate_json(text)
+
+    def holds_at(self, now_ms: int) -> bool:
+        """Whether it is good at this instant."""
+        return not 0 < self.expires_at <= now_ms
+
+
+_RIGHTS, _KEYS = TypeAdapter(Rights), TypeAdapter(Key)
+
+
+def make_key(caller: str, *, now_ms: int, by: str, expires_at: int = 0) -> tuple[Key, str]:
+    """Makes a key; gives it as it is kept, and as its owner sees it this once."""
+    key_id = "".join(secrets.choice(ID_CHARACTERS) for _ in range(ID_LENGTH))
+    shown = f"wl_{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+    return Key(key_id, caller, _hash(shown).hex(), now_ms, by, expires_at), shown
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for what cannot name a caller."""
+    if not _NAME.fullmatch(name):
+        raise ValueError("a name is 1 to 64 letters, digits, '.', '_' and '-', and begins with a letter or digit")
+    if name == ANONYMOUS:
+        raise ValueError(f"{ANONYMOUS} is who calls without a key")
 
 
 class Keys:
-    """The keys of one api process."""
+    """The keys of GATEWAY_KEYS: they may everything, because who sets the environment may."""
 
     def __init__(self, hashes: Mapping[str, bytes]) -> None:
         self._hashes = dict(hashes)
@@ -43,24 +156,86 @@ class Keys:
     @property
     def names(self) -> list[str]:
         """The callers that there are."""
-        return list(self._hashes) or [ANONYMOUS]
+        return list(self._hashes)
 
-    def caller_of(self, authorization: str | None, x_api_key: str | None = None) -> str:
-        """Says whose key a request carries, as `Authorization: Bearer …` or `x-api-key`; raises Unauthorized."""
-        if not self._hashes:
-            return ANONYMOUS
+    def caller_of(self, digest: bytes) -> str:
+        """Says whose secret has this digest, "" for nobody's. All are compared, so that the time says nothing."""
+        found = ""
+        for name, known in self._hashes.items():
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """Every key that opens this gateway, as of one moment. `anonymous`: without any key everybody may call."""
+
+    environment: Keys = field(default_factory=lambda: Keys({}))
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    rights: Mapping[str, Rights] = field(default_factory=dict)
+    anonymous: bool = True
+
+    def __bool__(self) -> bool:
+        return bool(self.environment) or bool(self.keys)
+
+    @property
+    def names(self) -> list[str]:
+        """The callers that there are."""
+        return [*self.environment.names, *self.rights] or [ANONYMOUS]
+
+    def caller_of(self, authorization: str | None, x_api_key: str | None = None, *, now_ms: int) -> Caller:
+        """Says whose key a request carries, as `Authorization: Bearer …` or `x-api-key`; raises Unauthorized.
+
+        A key that is wrong, revoked, expired, cut short or of another gateway is answered with the same words.
+        """
+        if self.anonymous and not self:
+            return NOBODY_IN_PARTICULAR
         scheme, _, token = (authorization or "").partition(" ")
         presented = token.strip() if scheme.lower() == "bearer" else ""
         presented = presented or (x_api_key or "").strip()
         if not presented:
             raise Unauthorized("this gateway needs a key: send `Authorization: Bearer <key>`")
-        found, digest = "", _hash(presented)
-        for name, known in self._hashes.items():  # all of them, so that the time says nothing
-            if hmac.compare_digest(known, digest):
-                found = name
-        if not found:
-            raise Unauthorized("this key is not one of this gateway's")
-        return found
+        if len(presented) > PRESENTED_MAX:
+            presented = ""
+        digest = _hash(presented)
+        parts = _KEY.fullmatch(presented)
+        key = self.keys.get(parts.group(1)) if parts else None
+        fits = hmac.compare_digest(bytes.fromhex(key.digest) if key else _NOBODYS, digest)
+        name = self.environment.caller_of(digest)
+        if name:
+            return Caller(name)
+        if key is not None and fits and key.holds_at(now_ms) and key.caller in self.rights:
+            return Caller(key.caller, self.rights[key.caller])
+        raise Unauthorized("this key is not one of this gateway's")
+
+    def admins_without(self, *key_ids: str, now_ms: int) -> list[str]:
+        """The ids of the keys of administrators that would be left without these."""
+        return [
+            key.id
+            for key in self.keys.values()
+            if key.id not in key_ids and key.holds_at(now_ms) and self.rights.get(key.caller, Rights()).admin
+        ]
+
+    def listing(self) -> list[dict[str, Any]]:
+        """Lists every caller with its rights and keys; no secrets, no digests."""
+        named = [
+            {
+                "name": name,
+                "rights": asdict(rights),
+                "keys": [
+                    {name: value for name, value in asdict(key).items() if name not in ("digest", "caller")}
+                    for key in self.keys.values()
+                    if key.caller == name
+                ],
+            }
+            for name, rights in sorted(self.rights.items())
+        ]
+        set_outside = [
+            {"name": name, "rights": asdict(EVERYTHING), "keys": [], "from": "GATEWAY_KEYS"}
+            for name in self.environment.names
+        ]
+        return set_outside + named
 
 
 def _hash(secret: str) -> bytes:

@@ -9,12 +9,15 @@ BrokerError
 │   ├── UnknownModel            model_not_found           suggestions
 │   ├── UnknownLane             lane_not_found            suggestions
 │   ├── UnknownHost             host_not_found            suggestions
+│   ├── UnknownCaller           caller_not_found          suggestions
 │   ├── WishRefused             wish_refused              what an operator asked for cannot be done now
 │   ├── WrongEndpoint           wrong_endpoint
 │   ├── ContextTooLong          context_length_exceeded
 │   ├── BadRequest              invalid_request           param
 │   ├── BodyTooLarge            body_too_large            limit_bytes
 │   ├── Unauthorized            invalid_api_key
+│   ├── LaneForbidden           lane_forbidden            the key may not ask for this
+│   ├── AdminOnly               admin_only                the key has no administrator's rights
 │   ├── NoSuchJob               job_not_found
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   └── PolicyInvalid           policy_invalid            problems
@@ -124,6 +127,18 @@ class UnknownHost(Refused):
         self.suggestions = suggestions or []
 
 
+class UnknownCaller(Refused):
+    """No caller with a key has this name."""
+
+    code = "caller_not_found"
+
+    def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
+        hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
+        super().__init__(f"no caller is called {asked[:NAME_SHOWN]!r}{hint}")
+        self.asked = asked
+        self.suggestions = suggestions or []
+
+
 class WishRefused(Refused):
     """What an operator asked for cannot be done as things are."""
 
@@ -166,6 +181,18 @@ class Unauthorized(Refused):
     """No key, or not one of ours."""
 
     code = "invalid_api_key"
+
+
+class LaneForbidden(Refused):
+    """The caller's key does not open this lane."""
+
+    code = "lane_forbidden"
+
+
+class AdminOnly(Refused):
+    """Only an administrator's key may do this."""
+
+    code = "admin_only"
 
 
 class NoSuchJob(Refused):

@@ -90,6 +90,7 @@ TABLE: tuple[Family, ...] = (
     ),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
+    Family("callers", "hash", "always", True, "revision; callers: their rights, the hashes of their keys"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
     Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload"),
@@ -179,6 +180,11 @@ class Keyspace:
     def retries(self, caller: str, session: str) -> str:
         """Zset of the jobs of a session that an SDK's retry may come back to."""
         return f"{self._prefix}retries:{caller}:{session}"
+
+    @property
+    def callers(self) -> str:
+        """Hash of the callers and their keys: `revision`, `caller:<name>`, `key:<id>`."""
+        return f"{self._prefix}callers"
 
     def usage(self, day: str) -> str:
         """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""

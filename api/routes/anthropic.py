@@ -1,7 +1,9 @@
 """POST /v1/messages and /v1/messages/count_tokens: what clients of the Anthropic dialect ask for."""
 
+from api.auth import lane_of
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
+from broker.callers import Caller
 from broker.dialects import anthropic, json_splice
 from broker.records import JobRecord
 
@@ -11,7 +13,7 @@ class Messages(ChatCompletions):
 
     path = anthropic.PATH
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         asked = anthropic.read_messages(body)
         return self._job_of(
             wishes,
@@ -31,11 +33,8 @@ class CountTokens(ChatCompletions):
 
     path = anthropic.COUNT_PATH
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         asked = anthropic.read_messages(body)
         name = wishes.lane or asked.model
-        # raises UnknownModel
-        self._gateway.book.active.policy.route(
-            name, caller=caller, endpoint=anthropic.PATH, prompt_tokens=asked.prompt_tokens
-        )
+        lane_of(self._gateway, caller, name, endpoint=anthropic.PATH, prompt_tokens=asked.prompt_tokens)
         return json_splice.encode(anthropic.token_count(asked))

@@ -8,11 +8,13 @@ from ulid import ULID
 
 from api import errors as told
 from api.asgi import Receive, Scope, Send
+from api.auth import lane_of
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
 from api.visit import Visit, Wishes
 from broker import errors
+from broker.callers import Caller
 from broker.dialects import openai
 from broker.records import JobRecord
 
@@ -100,7 +102,7 @@ class ChatCompletions:
                 raise
             await send(visit)
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         """Reads the request and writes the job that it asks for, or the answer where it needs none; raises Refused."""
         facts = openai.read_chat(body)
         return self._job_of(
@@ -115,15 +117,22 @@ class ChatCompletions:
             max_tokens=facts.max_tokens or 0,
         )
 
-    def _job_of(self, wishes: Wishes, caller: str, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
-        """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it."""
-        policy = self._gateway.book.active.policy
+    def _job_of(self, wishes: Wishes, caller: Caller, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
+        """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it.
+
+        Raises LaneForbidden.
+        """
+        policy, rights = self._gateway.book.active.policy, caller.rights
+        if rights.lanes:
+            tokens = facts.get("longest") or facts.get("tokens", 0)
+            lane_of(self._gateway, caller, asked, endpoint=self.path, prompt_tokens=tokens)
         return JobRecord(
             id=str(ULID()),
             asked=asked,
-            caller=caller,
+            caller=caller.name,
+            priority=rights.priority,
             session=wishes.session or session,
-            zone=wishes.zone,
+            zone="remote" if rights.may_leave(asked, asked=wishes.zone == "remote") else "local",
             grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
             keep_ms=min(policy.keep_ms, self.keep_ms_max),
             endpoint=self.path,

@@ -2,6 +2,7 @@
 
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
+from broker.callers import Caller
 from broker.dialects import openai_completions
 from broker.records import JobRecord
 
@@ -11,7 +12,7 @@ class Completions(ChatCompletions):
 
     path = openai_completions.PATH
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         facts = openai_completions.read_completion(body)
         return self._job_of(
             wishes,

@@ -2,6 +2,7 @@
 
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
+from broker.callers import Caller
 from broker.dialects import openai_embeddings
 from broker.records import JobRecord
 
@@ -17,7 +18,7 @@ class Embeddings(ChatCompletions):
     path = PATH
     keep_ms_max = KEEP_MS_MAX
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord:
         facts = openai_embeddings.read_embeddings(body)
         return self._job_of(
             wishes,

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from api.auth import Caller, Gate
+from api.auth import Caller, Gate, lane_of
 from api.gateway import Gateway
-from broker import errors
+from broker import callers, errors
 from broker.dialects import ollama, ollama_models, ollama_stream
 from broker.dialects.ollama_models import Shown
 from broker.policies import Active
@@ -89,11 +89,11 @@ async def _small_body(request: Request) -> bytes:
     return body
 
 
-def _shown(gateway: Gateway, active: Active, name: str, caller: str) -> Shown | None:
+def _shown(gateway: Gateway, active: Active, name: str, caller: callers.Caller) -> Shown | None:
     """Describes the model that a short request of this caller would go to; None where the name leads it nowhere."""
     try:
-        lane = active.policy.route(name, caller=caller, endpoint=ollama.CHAT, prompt_tokens=0)
-    except errors.UnknownModel:
+        lane = lane_of(gateway, caller, name, endpoint=ollama.CHAT)
+    except (errors.UnknownModel, errors.LaneForbidden):
         return None
     return _of_model(gateway, active, name, lane.model)
 

@@ -2,10 +2,12 @@
 
 import time
 
+from api.auth import lane_of
 from api.routes.chat import ChatCompletions
 from api.routes.embeddings import KEEP_MS_MAX
 from api.routes.ollama import known_name
 from api.visit import Wishes
+from broker.callers import Caller
 from broker.dialects import ollama, ollama_embeddings, ollama_request
 from broker.dialects.ollama_embeddings import AskedVectors
 from broker.dialects.ollama_request import Asked
@@ -20,12 +22,11 @@ class OllamaChat(ChatCompletions):
     def _read(self, body: bytes) -> Asked:
         return ollama_request.read_chat(body)
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         asked = self._read(body)
-        active = self._gateway.book.active
-        name = wishes.lane or known_name(active, asked.model)
+        name = wishes.lane or known_name(self._gateway.book.active, asked.model)
         if asked.empty:
-            active.policy.route(name, caller=caller, endpoint=self.path, prompt_tokens=0)  # raises UnknownModel
+            lane_of(self._gateway, caller, name, endpoint=self.path)
             return ollama.nothing(asked, now_ns=time.time_ns())
         return self._job_of(
             wishes,
@@ -58,12 +59,11 @@ class OllamaEmbed(ChatCompletions):
     def _read(self, body: bytes) -> AskedVectors:
         return ollama_embeddings.read_embed(body)
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         asked = self._read(body)
-        active = self._gateway.book.active
-        name = wishes.lane or known_name(active, asked.model)
+        name = wishes.lane or known_name(self._gateway.book.active, asked.model)
         if asked.empty:
-            active.policy.route(name, caller=caller, endpoint=self.path, prompt_tokens=0)  # raises UnknownModel
+            lane_of(self._gateway, caller, name, endpoint=self.path)
             return ollama_embeddings.nothing(asked)
         return self._job_of(wishes, caller, asked=name, tokens=asked.prompt_tokens, longest=asked.longest_tokens)
 

@@ -1,13 +1,10 @@
-"""What an operator asks for: POST /v1/models/<name>/<verb> and /v1/hosts/<host>/<verb>.
-
-Any caller may, until keys have rights of their own; without keys the api listens on loopback only.
-"""
+"""What an operator asks for: POST /v1/models/<name>/<verb> and /v1/hosts/<host>/<verb>; an administrator's key may."""
 
 from typing import Any
 
 from fastapi import APIRouter
 
-from api.auth import Caller, Gate
+from api.auth import Admin, Gate
 from api.gateway import Gateway
 from broker import errors, operator
 from broker.policy.sentences import near_words
@@ -20,7 +17,7 @@ HOST_VERBS = ("drain", "undrain")
 
 
 @router.post("/v1/models/{name:path}/{verb}")
-async def ask_of_model(name: str, verb: str, gateway: Gate, _caller: Caller) -> dict[str, Any]:
+async def ask_of_model(name: str, verb: str, gateway: Gate, _admin: Admin) -> dict[str, Any]:
     """Does it, or begins it; gives the model's status as it is then."""
     _known_verb(verb, MODEL_VERBS)
     store, active = gateway.store, gateway.book.active
@@ -38,7 +35,7 @@ async def ask_of_model(name: str, verb: str, gateway: Gate, _caller: Caller) -> 
 
 
 @router.post("/v1/hosts/{host}/{verb}")
-async def ask_of_host(host: str, verb: str, gateway: Gate, _caller: Caller) -> dict[str, Any]:
+async def ask_of_host(host: str, verb: str, gateway: Gate, _admin: Admin) -> dict[str, Any]:
     """Does it once the host's worker shows that it heard; gives the host's status as it is then."""
     _known_verb(verb, HOST_VERBS)
     await operator.drain(gateway.store, gateway.fleet, host, drained=verb == "drain")

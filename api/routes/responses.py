@@ -2,6 +2,7 @@
 
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
+from broker.callers import Caller
 from broker.dialects import responses
 from broker.records import JobRecord
 
@@ -11,7 +12,7 @@ class Responses(ChatCompletions):
 
     path = responses.PATH
 
-    def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
+    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         facts = responses.read_responses(body)
         return self._job_of(
             wishes,

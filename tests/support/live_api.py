@@ -17,6 +17,7 @@ from api.app import Server
 from api.gateway import Gateway
 from broker import errors, jobs
 from broker.callers import Keys
+from broker.keybook import KeyBook
 from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.records import JobRecord
@@ -85,7 +86,7 @@ async def live_api(
     store: Store, *, keys: str = "", stop_after_s: float = 0.0, origins: str = ""
 ) -> AsyncIterator[LiveApi]:
     """Runs it for the length of the block; raw clients hang up with it."""
-    gateway = Gateway(store, Keys.parse(keys), version="1.2.3", origins=frozenset(origins.split()))
+    gateway = Gateway(store, KeyBook(store, Keys.parse(keys)), version="1.2.3", origins=frozenset(origins.split()))
     server = QuietServer(gateway, stop_after_s=stop_after_s)
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")

@@ -344,7 +344,9 @@ def test_an_api_that_cannot_start_says_why(
         port = str(taken.getsockname()[1])
         cases = {
             (2, "in use"): ApiProcess(tmp_path, "--port", port, GATEWAY_REDIS_URL=redis_server.url),
-            (2, "Without GATEWAY_KEYS"): ApiProcess(tmp_path, "--host", "0.0.0.0", "--port", "0"),
+            (2, "Without a key"): ApiProcess(
+                tmp_path, "--host", "0.0.0.0", "--port", "0", GATEWAY_REDIS_URL=redis_server.url
+            ),
             (2, "GATEWAY_KEYS holds pairs"): ApiProcess(tmp_path, "--port", "0", GATEWAY_KEYS="hunter2"),
             (3, "Redis does not answer"): ApiProcess(tmp_path, "--port", "0", GATEWAY_REDIS_URL="redis://127.0.0.1:9"),
         }

@@ -8,6 +8,8 @@ import pytest
 from lupa import lua51
 
 from broker import errors, hosts, jobs, lanes, operator, scripts, wake
+from broker.callers import EVERYTHING
+from broker.keybook import KeyBook
 from broker.lifecycle import LIVE, Event, as_lua, next_state
 from broker.records import HostRecord, Learned, ModelOnHost
 from broker.store import Store, refusal
@@ -16,7 +18,7 @@ from tests.support.broker_world import START, World, fake_world
 # what these verbs' headers call `X[n ..]`: any number of further names
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
-    "policy_apply": ("ARGV",),
+    "policy_apply": ("ARGV",), "keys_change": ("ARGV",),
     "wish": ("ARGV",),
 }  # fmt: skip
 
@@ -152,6 +154,7 @@ async def call_everything(world: World) -> None:
     assert lock is not None
     await wake.drop(store, lock)
     await operator.pin(store, "big", pinned=True)
+    await KeyBook(store).new("ann", EVERYTHING, by="anonymous")
 
 
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself

@@ -1,0 +1,143 @@
+"""`gateway key`: callers and their keys. The commands ask the gateway, with an administrator's GATEWAY_KEY."""
+
+import asyncio
+import json
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import typer
+
+from api.cli_policy import USAGE, AsJson, Failed
+from api.client import ask, part
+
+key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=True)
+
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The caller's name.", show_default=False)]
+
+
+@key_app.command("new")
+def key_new(
+    name: Name,
+    lanes: Annotated[str, typer.Option(help="Names it may ask for, with commas.  [default: all]")] = "",
+    priority: Annotated[
+        Literal["interactive", "batch"], typer.Option(help="The most urgent that its work may be.")
+    ] = "interactive",
+    max_waiting: Annotated[int, typer.Option(help="Jobs that may wait at once; 0 = no limit.", min=0)] = 0,
+    max_running: Annotated[int, typer.Option(help="Jobs that may run at once; 0 = no limit.", min=0)] = 0,
+    tokens_per_day: Annotated[str, typer.Option(help="Like 500k or 2m; 0 = no limit.")] = "0",
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Its requests may leave the machine if they ask to.")
+    ] = False,
+    remote_lanes: Annotated[
+        str, typer.Option(help="Names for which they need not ask, with commas; with --remote.")
+    ] = "",
+    admin: Annotated[bool, typer.Option("--admin", help="May change models, hosts, keys; sees all jobs.")] = False,
+    expires: Annotated[str, typer.Option(help="How long it is good, like 90d or 12h.  [default: always]")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Makes a caller and prints its key, this once."""
+    if remote_lanes and not remote:
+        raise Failed("--remote-lanes without --remote would open nothing: add --remote.", USAGE)
+    asked = {
+        "name": name,
+        "lanes": _names(lanes),
+        "priority": priority,
+        "maxWaiting": max_waiting,
+        "maxRunning": max_running,
+        "tokensPerDay": _count(tokens_per_day),
+        "remote": remote,
+        "remoteLanes": _names(remote_lanes),
+        "admin": admin,
+        "expiresInS": _seconds(expires) if expires else 0,
+    }
+    _show_new(asyncio.run(ask("POST", "/v1/keys", asked)), as_json=as_json)
+
+
+@key_app.command("list")
+def key_list(as_json: AsJson = False) -> None:
+    """Lists callers, what they may, and when their keys end."""
+    told = asyncio.run(ask("GET", "/v1/keys"))
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    if not told["data"]:
+        print("no keys: everybody on the gateway's own machine may call, and nobody else")
+        return
+    rows = [("CALLER", "MAY", "KEYS")]
+    for caller in told["data"]:
+        keys = ", ".join(f"{key['id']}{_until(key)}" for key in caller["keys"]) or "in GATEWAY_KEYS"
+        rows.append((caller["name"], _rights(caller["rights"]), keys))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for caller, may, keys in rows:
+        print(f"{caller:<{widths[0]}}  {may:<{widths[1]}}  {keys}")
+
+
+@key_app.command("rotate")
+def key_rotate(
+    name: Name,
+    keep_old: Annotated[str, typer.Option(help="How long the old key stays good, like 24h.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Gives a caller a new key with the same rights, and prints it, this once."""
+    asked = {"keepOldS": _seconds(keep_old)} if keep_old else None
+    _show_new(asyncio.run(ask("POST", f"/v1/keys/{part(name)}/rotate", asked)), as_json=as_json)
+
+
+@key_app.command("revoke")
+def key_revoke(name: Name) -> None:
+    """Takes a caller's keys away, everywhere within a second. What runs of it goes on to its end."""
+    told = asyncio.run(ask("DELETE", f"/v1/keys/{part(name)}"))
+    print(f"{told['name']} may not call any more ({', '.join(told['revoked'])})")
+
+
+def _show_new(told: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    print(told["key"])
+    end = f", and ends {_instant(told['expires_at'])}" if told["expires_at"] else ""
+    typer.echo(f"This is the key of {told['name']}; it is shown this once{end}.", err=True)
+
+
+def _rights(rights: dict[str, Any]) -> str:
+    said = [f"ask for {', '.join(rights['lanes'])}" if rights["lanes"] else "ask for everything"]
+    if rights["priority"] == "batch":
+        said.append("as batch only")
+    limits = {"max_waiting": "waiting", "max_running": "running", "tokens_per_day": "tokens a day"}
+    said += [f"{rights[name]:,} {words}" for name, words in limits.items() if rights[name]]
+    if rights["remote"]:
+        always = f" (always for {', '.join(rights['remote_lanes'])})" if rights["remote_lanes"] else ""
+        said.append(f"leave the machine{always}")
+    if rights["admin"]:
+        said.append("administer")
+    return ", ".join(said)
+
+
+def _until(key: dict[str, Any]) -> str:
+    return f" until {_instant(key['expires_at'])}" if key["expires_at"] else ""
+
+
+def _instant(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seconds(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,6})([smhdw])", text.strip().lower())
+    if found is None or not int(found.group(1)):
+        raise Failed(f"{text[:40]!r} is no length of time: write it like 90d, 12h or 30m.", USAGE)
+    return int(found.group(1)) * _UNITS[found.group(2)]
+
+
+def _count(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmg]?)", text.strip().lower())
+    if found is None:
+        raise Failed(f"{text[:40]!r} is no number of tokens: write it like 500k or 2m.", USAGE)
+    return round(float(found.group(1)) * _SIZES[found.group(2)])
