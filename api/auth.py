@@ -1,5 +1,6 @@
 """Whose request it is and what it may, for the endpoints that FastAPI serves."""
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -15,13 +16,28 @@ def gateway_of(request: Request) -> Gateway:
     return gateway
 
 
+_CARRY_KEYS = frozenset({b"authorization", b"x-api-key"})
+
 Gate = Annotated[Gateway, Depends(gateway_of)]
+
+
+def who_calls(gateway: Gateway, headers: Iterable[tuple[bytes, bytes]]) -> callers.Caller:
+    """The caller by the key that the headers carry; raises Unauthorized.
+
+    A header that comes twice is no key: whoever stands before us may have looked at the other one.
+    """
+    found: dict[bytes, str] = {}
+    for name, value in headers:
+        if name in _CARRY_KEYS:
+            if name in found:
+                raise errors.Unauthorized(callers.NOT_OURS)
+            found[name] = value.decode("latin-1").strip()
+    return gateway.keys.caller_of(found.get(b"authorization"), found.get(b"x-api-key"))
 
 
 def caller_of(request: Request, gateway: Gate) -> callers.Caller:
     """The caller by the key that the request carries; raises Unauthorized."""
-    headers = request.headers
-    return gateway.keys.caller_of(headers.get("authorization"), headers.get("x-api-key"))
+    return who_calls(gateway, request.scope["headers"])
 
 
 Caller = Annotated[callers.Caller, Depends(caller_of)]

@@ -8,7 +8,7 @@ from ulid import ULID
 
 from api import errors as told
 from api.asgi import Receive, Scope, Send
-from api.auth import lane_of
+from api.auth import lane_of, who_calls
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
@@ -57,7 +57,7 @@ class ChatCompletions:
         if exchange.method != "POST":
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
-        caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        caller = who_calls(gateway, exchange.raw_headers)
         body = await exchange.read_body()
         wishes = Wishes.of(exchange)
         job = self._job(body, wishes, caller)

@@ -257,3 +257,16 @@ async def test_no_secret_is_in_redis(guarded: Scene, store: Store) -> None:
 
 def _asked(said: str) -> Any:
     return json.loads(chat_body(said, stream=False))
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions"])
+@pytest.mark.parametrize("name", ["authorization", "x-api-key"])
+async def test_a_key_that_comes_twice_is_none(guarded: Scene, path: str, name: str) -> None:
+    """The hot route and the others read the same one: neither."""
+    word = {"authorization": "Bearer ", "x-api-key": ""}[name]
+    for first, second in (("of-all", "wrong"), ("wrong", "of-all"), ("of-all", "of-all")):
+        headers = [(name, f"{word}{first}"), (name, f"{word}{second}"), ("content-type", "application/json")]
+        async with httpx.AsyncClient(base_url=guarded.api.url, headers=headers) as client:
+            body = chat_body("hello", stream=False)
+            answer = await (client.get(path) if path == "/v1/models" else client.post(path, content=body))
+        assert error(answer) == (401, "invalid_api_key")
