@@ -113,7 +113,8 @@ class Due:
         if not self._leases_count():
             return Looked("not_due")
         active = self._book.active
-        go_on = await continuing.judge(self._store, active, job)
+        within_ms = continuing.within_ms(active, job.lane) if job.seen else None
+        go_on = await continuing.judge(self._store, job, within_ms=within_ms)
         again = await lanes.recover(self._store, job, max_losses=active.policy.max_losses, go_on=go_on)
         log.warning(
             "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
