@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from broker import downgrades, errors
 from broker.hosts import Fleet
-from broker.jobs import closing_keys, prefixes
+from broker.jobs import GoOn, closing_keys, prefixes
 from broker.keyspace import GROUP
 from broker.lifecycle import State
 from broker.policies import Active
@@ -308,13 +308,17 @@ async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
     await store.run("expire", closing_keys(store, job.id, job.lane), args)
 
 
-async def recover(store: Store, job: JobRecord, *, max_losses: int, host: str = "", boot: str = "") -> bool:
-    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue.
+async def recover(
+    store: Store, job: JobRecord, *, max_losses: int, host: str = "", boot: str = "", go_on: GoOn | None = None
+) -> bool:
+    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue, and Moved
+    when frames came since `go_on` was judged.
 
     A worker that has its name for itself passes `host` and `boot`: jobs of its earlier lives need no lease to end.
     """
     message = f"the worker on {job.owner or 'its host'} went away while it served this request"
     args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.attempt, max_losses, message, host, boot]
+    args += GoOn.args(go_on)
     reply = await store.run("recover", closing_keys(store, job.id, job.lane), args)
     return bool(reply[0] == b"queued")
 
@@ -383,6 +387,8 @@ _TOLD_BY_CLAIM = (
     "priority",
     "session",
     "tokens",
+    "continues",
+    "last_seq",
 )
 
 _SET_BY_SCRIPT = frozenset(
