@@ -642,7 +642,7 @@ class Verbs(RuleBasedStateMachine):
             if not heard:
                 self.detach(self.pick_of(job_id), "api1/r1")
             self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED)})
-            self.first_token(0)
+            self.first_token(0, ahead=1)
             self.end(0, finish=True, ahead=1, logged=False)
             for reader in again:
                 self.rejoin(self.pick_of(job_id), reader, b"")
