@@ -153,7 +153,7 @@ def _whole(value: object) -> Answer:
 _USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
 _END = _event({"id": "c", "object": "chunk", "created": 1, "model": "weights", "choices": [], "usage": _USAGE})
 _STREAM = "text/event-stream"
-_MESSAGE = {
+_MESSAGE: Final[dict[str, Any]] = {
     "id": "m", "type": "message", "role": "assistant", "content": [], "model": "weights", "stop_reason": None,
     "stop_sequence": None, "usage": {"input_tokens": 5, "output_tokens": 0},
 }  # fmt: skip
