@@ -120,7 +120,7 @@ def test_a_malformed_request_is_a_bad_one(shared_house: House) -> None:
         assert caught.value.code == "invalid_request"
         with pytest.raises(openai.BadRequestError) as too_long:
             client.chat.completions.create(model="tiny", messages=user("word " * 3000), max_tokens=5)
-        assert too_long.value.code == "context_length_exceeded"
+        assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "messages")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -186,6 +186,8 @@ class ScriptedLlamaServer(ScriptedRuntime):
                 await exchange.answer({"models": [{"name": "weights"}], "object": "list", "data": [entry]})
             case "POST", "/v1/chat/completions":
                 await self._chat(exchange)
+            case "POST", "/v1/embeddings":
+                await self._embed(exchange)
             case _:
                 await _refuse(exchange, 404, "File Not Found", "not_found_error")
 
