@@ -309,14 +309,8 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
         return f"{job.model} on {job.owner} is generating"
     if job.owner:
         return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
-    view = gateway.fleet.view(job.lane)
-    ahead = await gateway.places.ahead(job.lane, job.entry)
-    words = f"waiting in lane {job.lane} behind {ahead}, {job.model} is {view.availability}"
-    fresh = gateway.fleet.fresh_tokens(job.model, session=job.session, tokens=job.tokens)
-    left_ms = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now, fresh_tokens=fresh)
-    if left_ms is not None and left_ms < 86_400_000:
-        words += f", about {max(1, round(left_ms / 1000))} s to the first token"
-    return words
+    wait = await gateway.waits.of(job)
+    return wait.words() if wait is not None else f"the job is {job.state.value}"
 
 
 def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:
