@@ -1,13 +1,20 @@
 """What a client can see of its wait while it lasts: in the heartbeats, and at its job."""
 
+import asyncio
+import math
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
+from api.exchange import Exchange
+from api.visit import Visit, Wishes
 from broker import waits
 from broker.lifecycle import State
-from tests.support.live_api import RawClient, Scene, until_true
+from broker.store import Store
+from tests.support.broker_world import fake_redis, new_namespace
+from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(40)
@@ -103,3 +110,60 @@ async def test_a_cancelled_job_waits_no_more(scene: Scene) -> None:
         told = (await http.delete(f"/v1/jobs/{job_id}")).json()
     assert (told["state"], told["wait"]) == ("cancelled", None)
     client.close()
+
+
+# --- the patience of SDKs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_sdk_with_little_patience_hears_of_its_wait_in_time(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its read timeout is shorter than our hold and than the pause between two heartbeats; it counts anew with each
+    byte, so that what comes within it is enough. It neither gives up nor asks twice."""
+    notes: list[str] = []
+    real_note = Visit.note
+
+    async def noted(visit: Visit) -> str:
+        notes.append(await real_note(visit))
+        return notes[-1]
+
+    monkeypatch.setattr(Visit, "note", noted)
+    store = Store.fake(fake_redis(), namespace=new_namespace())
+    async with live_scene(store, policy=POLICY.replace("headerHoldMs: 400", "headerHoldMs: 5000")) as scene:
+        await scene.beat(big="waking", small="waking")
+        async with scene.client(timeout=1.5) as client:
+            asked: dict[str, Any] = {"model": "big", "messages": [{"role": "user", "content": "hello"}]}
+            answer = asyncio.create_task(said(client, stream=stream, **asked))
+            await until(lambda: len(notes) == 2 or answer.done(), what="two heartbeats")
+            await scene.beat()
+            assert await asyncio.wait_for(answer, 5) == "Hello world"
+        assert len(scene.worker.seen) == 1
+    await store.close()
+
+
+async def said(client: openai.AsyncOpenAI, *, stream: bool, **asked: Any) -> str:
+    answer: Any = await client.chat.completions.create(**asked, stream=stream)
+    if not stream:
+        return str(answer.choices[0].message.content)
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+
+@pytest.mark.parametrize(
+    ("headers", "hold_s"),
+    [
+        ({}, math.inf),
+        ({"x-stainless-read-timeout": "600"}, 480),
+        ({"x-stainless-read-timeout": "5"}, 4),
+        ({"x-stainless-timeout": "5"}, 4),  # Node's
+        ({"x-stainless-timeout": "0"}, math.inf),  # Node's of less than a second
+        ({"x-stainless-timeout": "NOT_GIVEN", "x-stainless-read-timeout": "2.5"}, 2),  # Anthropic's for Python
+        ({"x-stainless-read-timeout": "0.01"}, 0.5),  # nobody is served at any price
+    ],
+)
+async def test_how_long_a_client_is_to_hear_nothing(headers: dict[str, str], hold_s: float) -> None:
+    exchange = Exchange(
+        {"method": "POST", "path": "/", "headers": [(k.encode(), v.encode()) for k, v in headers.items()]},
+        *(None, None),  # type: ignore[arg-type]
+    )
+    assert Wishes.of(exchange).patience_s == hold_s
