@@ -132,10 +132,12 @@ class Visit:
         self.lane = admitted.lane
         if admitted.attached:
             await self._join(admitted.job_id)
-        if not self._anew:  # else the client may have heard this voice already
+        if not self.exchange.started:  # else the client has heard this voice already
             self.voice = voice_of(replace(self._job, id=self.job_id), body)
             if isinstance(self.voice, CountedVoice):
                 self.exchange.event_of = self.voice.failed
+        elif isinstance(self.voice, CountedVoice):
+            self.voice.taken_over(self.job_id)
         gateway.readers.add(self._name, self.job_id, sees=self.stream)
         gateway.metrics.submitted(self.lane, attached=admitted.attached)
 
