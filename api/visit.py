@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,9 @@ QUICK_S = 0.05
 RECORD_S_MAX = 0.25
 
 PATIENCE_SHARE = 0.8
-"""The part of an SDK's read timeout after which a fallback is tried: it has to answer within the rest."""
+"""The part of an SDK's read timeout after which a fallback is tried: it has to answer within the rest. It is also the
+longest silence that the client has to bear, for its timeout counts anew with each byte."""
+PATIENCE_S_MIN = 0.5
 
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -42,6 +45,7 @@ class Wishes:
     session: str = ""
     zone: str = "local"
     promote_within_ms: int | None = None
+    patience_s: float = math.inf  # how long the client is to hear nothing
     idempotency_key: str = ""
     keep: bool = False
     may_retry: bool = False
@@ -71,6 +75,7 @@ class Wishes:
             session=session,
             zone="remote" if leave == "true" else "local",
             promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
+            patience_s=_patience_s(header(b"x-stainless-read-timeout"), header(b"x-stainless-timeout")),
             idempotency_key=key,
             keep=on_disconnect == "keep",
             may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
@@ -87,11 +92,14 @@ class Wishes:
 class Visit:
     """A client at a job."""
 
-    def __init__(self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float) -> None:
+    def __init__(
+        self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float, patience_s: float = math.inf
+    ) -> None:
         self.exchange = exchange
         self.stream = job.stream
         self.voice = voice_of(job)
-        self.hold_s = hold_s
+        self.hold_s = min(hold_s, patience_s)
+        self.patience_s = patience_s
         self.job_id = job.id
         self.lane = ""
         self.delivered = False
@@ -124,10 +132,12 @@ class Visit:
         self.lane = admitted.lane
         if admitted.attached:
             await self._join(admitted.job_id)
-        if not self._anew:  # else the client may have heard this voice already
+        if not self.exchange.started:  # else the client has heard this voice already
             self.voice = voice_of(replace(self._job, id=self.job_id), body)
             if isinstance(self.voice, CountedVoice):
                 self.exchange.event_of = self.voice.failed
+        elif isinstance(self.voice, CountedVoice):
+            self.voice.taken_over(self.job_id)
         gateway.readers.add(self._name, self.job_id, sees=self.stream)
         gateway.metrics.submitted(self.lane, attached=admitted.attached)
 
@@ -309,23 +319,28 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
         return f"{job.model} on {job.owner} is generating"
     if job.owner:
         return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
-    view = gateway.fleet.view(job.lane)
-    ahead = await gateway.places.ahead(job.lane, job.entry)
-    words = f"waiting in lane {job.lane} behind {ahead}, {job.model} is {view.availability}"
-    fresh = gateway.fleet.fresh_tokens(job.model, session=job.session, tokens=job.tokens)
-    left_ms = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now, fresh_tokens=fresh)
-    if left_ms is not None and left_ms < 86_400_000:
-        words += f", about {max(1, round(left_ms / 1000))} s to the first token"
-    return words
+    wait = await gateway.waits.of(job)
+    return wait.words() if wait is not None else f"the job is {job.state.value}"
 
 
 def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:
     """How soon the first token is wanted: as the client says, and before its SDK hangs up. What an SDK says of itself
     may be anything, such as the 600 s that nobody chose or no number at all; then it says nothing."""
     found = [int(within_ms)] if within_ms else []
-    if _SECONDS.fullmatch(read_timeout_s) and float(read_timeout_s) > 0:
-        found.append(max(1, round(float(read_timeout_s) * 1000 * PATIENCE_SHARE)))
+    if timeout_s := _seconds(read_timeout_s):
+        found.append(max(1, round(timeout_s * 1000 * PATIENCE_SHARE)))
     return min(found, default=None)
+
+
+def _patience_s(*timeouts_s: str) -> float:
+    """How long a client is to hear nothing: Python's SDKs hang up after so long without a byte, Node's when no headers
+    came within theirs."""
+    found = [seconds for text in timeouts_s if (seconds := _seconds(text))]
+    return max(PATIENCE_S_MIN, min(found) * PATIENCE_SHARE) if found else math.inf
+
+
+def _seconds(text: str) -> float:
+    return float(text) if _SECONDS.fullmatch(text) else 0.0
 
 
 def _is_sdk(exchange: Exchange) -> bool:

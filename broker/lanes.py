@@ -324,19 +324,25 @@ async def recover(
 
 
 async def held_by(store: Store, lane: str, host: str, *, limit: int = 1000) -> list[str]:
-    """Lists the jobs of a lane that a host's consumer holds, as the pending list shows them."""
+    """Lists the jobs of a lane that a host's consumer holds."""
+    found = []
+    for entry in await held_entries(store, lane, host=host, limit=limit):
+        for entry_id, values in await store.command("XRANGE", store.keys.lane(lane), entry, entry):
+            found.append(Waiting.from_entry(lane, entry_id, values).job)
+    return found
+
+
+async def held_entries(store: Store, lane: str, *, host: str = "", limit: int) -> list[str]:
+    """Lists the oldest held entries of a lane, of one host or of all, as the pending list shows them."""
+    consumer = [host] if host else []
     try:
-        rows = await store.command("XPENDING", store.keys.lane(lane), GROUP, "-", "+", limit, host)
+        rows = await store.command("XPENDING", store.keys.lane(lane), GROUP, "-", "+", limit, *consumer)
     except errors.BrokerUnavailable as e:
         if "NOGROUP" in str(e):
             return []
         raise
-    found = []
-    for row in rows:
-        entry = row["message_id"] if isinstance(row, dict) else row[0]
-        for entry_id, values in await store.command("XRANGE", store.keys.lane(lane), entry, entry):
-            found.append(Waiting.from_entry(lane, entry_id, values).job)
-    return found
+    ids = (row["message_id"] if isinstance(row, dict) else row[0] for row in rows)
+    return [entry.decode() if isinstance(entry, bytes) else str(entry) for entry in ids]
 
 
 async def sweep(store: Store, lane: str, *, page: int = 200) -> tuple[int, int]:
