@@ -13,6 +13,7 @@ from api.gateway import Gateway
 from api.voices import CountedVoice, voice_of
 from broker import admission, dispatch, errors, jobs, lanes
 from broker.frames import FrameReader
+from broker.lifecycle import ENDED, State
 from broker.metrics import OTHER
 from broker.records import JobRecord
 from broker.store import OUTAGE_LIMIT_S
@@ -22,6 +23,7 @@ log = logging.getLogger("warmlane.api")
 DOOR_OUTAGE_S = 5.0
 """How long a request waits at the door while Redis is away; it holds nothing yet and may as well try elsewhere."""
 DOOR_PAUSE_S = 0.1
+JOIN_TRIES = 3
 QUICK_S = 0.05
 """An answer that began within this is not worth a look into the job's record for its headers."""
 RECORD_S_MAX = 0.25
@@ -123,15 +125,13 @@ class Visit:
         """Lets the job in, or finds the one that an Idempotency-Key leads to; raises Refused, ClientGone."""
         gateway = self._gateway
         try:
-            admitted = await self._admit(body, wishes)
+            admitted = await self._let_in(body, wishes)
         except errors.Refused as refusal:
             gateway.metrics.refused(self._known_lane(getattr(refusal, "lane", self._job.asked)), refusal.code)
             if wishes.lane and isinstance(refusal, errors.UnknownModel):
                 raise errors.UnknownLane(refusal.asked, refusal.suggestions) from None
             raise
         self.lane = admitted.lane
-        if admitted.attached:
-            await self._join(admitted.job_id)
         if not self.exchange.started:  # else the client has heard this voice already
             self.voice = voice_of(replace(self._job, id=self.job_id), body)
             if isinstance(self.voice, CountedVoice):
@@ -167,9 +167,9 @@ class Visit:
         nobody_returns = not self._attached and (grace_ms == 0 or (grace_ms > 0 and self.delivered))
         try:
             left = await jobs.detach(self._gateway.store, self.job_id, reader=self._name)
-            if left == 0 and nobody_returns:
-                await jobs.cancel(self._gateway.store, self.job_id, message="its client hung up")
-        except (errors.NoSuchJob, errors.AlreadyEnded):
+            if left == 0 and nobody_returns:  # but a retry may have come since
+                await jobs.cancel(self._gateway.store, self.job_id, message="its client hung up", only="unread")
+        except (errors.NoSuchJob, errors.AlreadyEnded, errors.NotDue):
             pass
         except errors.BrokerUnavailable as e:  # then the end of the lease does it
             log.debug("event=leave_later job=%s reason=%s", self.job_id, e)
@@ -244,6 +244,13 @@ class Visit:
         lane, model = self._known_lane(self.lane), self._known_model(self._model)
         self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
 
+    async def _let_in(self, body: bytes, wishes: Wishes) -> admission.Admitted:
+        for _ in range(JOIN_TRIES):
+            admitted = await self._admit(body, wishes)
+            if not admitted.attached or await self._join(admitted.job_id, by_key=bool(wishes.idempotency_key)):
+                return admitted
+        raise errors.ModelUnavailable("the earlier jobs of this request end as fast as they begin", retry_after_s=1)
+
     async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
         g = self._gateway
         unsure, began = False, self.loop.time()
@@ -278,20 +285,23 @@ class Visit:
         except errors.NoSuchJob:
             return None
 
-    async def _join(self, job_id: str) -> None:
-        """Follows the earlier job from its first frame."""
+    async def _join(self, job_id: str, *, by_key: bool) -> bool:
+        """Follows the earlier job from its first frame; False where it is gone, or ended so just now that it frees its
+        key: then the request is a new one."""
         g = self._gateway
-        g.hub.close(self.reader)
-        self.job_id, self._attached = job_id, True
-        self.reader = g.hub.open(job_id)
         try:
-            await jobs.attach(
+            state, _, _ = await jobs.attach(
                 g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self.stream
             )  # fmt: skip
         except errors.NoSuchJob:
-            gone = errors.ModelUnavailable("the earlier job of this request is just gone", retry_after_s=1)
-            raise gone from None
+            return False
+        if by_key and state in ENDED - {State.DONE}:
+            return False
+        g.hub.close(self.reader)
+        self.job_id, self._attached = job_id, True
+        self.reader = g.hub.open(job_id)
         self.reader.look()
+        return True
 
     async def _record(self) -> JobRecord | None:
         try:

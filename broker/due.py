@@ -92,7 +92,7 @@ class Due:
             await store.command("ZREM", store.keys.due, job_id)
             return Looked("gone")
         if 0 < job.abandon_at <= now and self._leases_count():
-            await jobs.cancel(store, job_id, message="its client went away", if_abandoned=True)
+            await jobs.cancel(store, job_id, message="its client went away", only="abandoned")
             return Looked("abandoned", late_ms=now - job.abandon_at)
         if job.state in HELD:
             return await self._held(job, now)

@@ -139,16 +139,20 @@ async def renew(store: Store, held: Holding, *, lease_ms: int) -> None:
 
 
 async def cancel(
-    store: Store, job_id: str, *, message: str = "cancelled by its caller", if_abandoned: bool = False
+    store: Store,
+    job_id: str,
+    *,
+    message: str = "cancelled by its caller",
+    only: Literal["", "abandoned", "unread"] = "",
 ) -> str:
     """Ends a job in any live state and tells its worker; gives the state that it was in.
 
-    `if_abandoned`: only if no reader is left whose lease and grace still run (raises NotDue otherwise).
+    `only` = if no reader is left whose lease and grace still run, or none whose lease does (raises NotDue otherwise).
     Raises NoSuchJob, AlreadyEnded.
     """
     for _ in range(MOVED_TRIES):
         job = await read(store, job_id)
-        args = [store.now_arg(), job_id, GROUP, *prefixes(store), job.lane, job.entry, int(if_abandoned), message]
+        args = [store.now_arg(), job_id, GROUP, *prefixes(store), job.lane, job.entry, only, message]
         try:
             was: bytes = await store.run("cancel", closing_keys(store, job_id, job.lane), args)
             return was.decode()

@@ -68,7 +68,6 @@ class Upkeep:
         self._ask_at = self._loop.time()
         self._suspected_at = -SUSPECT_MEMORY_S
         self._unreachable = 0
-        self._tells_busy = False  # whether the runtime has answered which of its slots are
         self._probing: asyncio.Task[float] | None = None
         self._gives_way: asyncio.TimerHandle | None = None
 
@@ -121,10 +120,10 @@ class Upkeep:
         self._unreachable += 1
         return f"the runtime is {state}" if state == "absent" or self._unreachable >= 2 else ""
 
-    def stuck(self, *, settle_s: float) -> bool:
-        """Whether the runtime itself says that every slot still works on an answer that was closed longer ago than
-        that. One that cannot tell is none the worse for it: its slots are given up on when it is asked next."""
-        return self._tells_busy and self._slots.wedged(self._loop.time() - settle_s)
+    def wedged(self, *, settle_s: float) -> bool:
+        """Whether the runtime itself said, when every slot had been settling for this long, that they are all busy.
+        Until it is asked nobody knows, and one that cannot tell is never wedged: its slots are free then."""
+        return self._slots.wedged(self._busy_asked_at - settle_s)
 
     def note_first_token(
         self, ms: float, *, prompt_tokens: int, cached_tokens: int, prefill_tps: float, budget_ms: int
@@ -220,7 +219,6 @@ class Upkeep:
             return False  # asked about for another reason: polling too often hides closed connections from a runtime
         self._busy_asked_at = self._loop.time()
         busy = await self._runtime.busy_slots()
-        self._tells_busy = busy is not None
         if busy is None:  # it cannot tell: the limit is all there is to go by
             return self._slots.expire(self._loop.time() - settle_s)
         return self._slots.settled(busy, asked_s=self._busy_asked_at)

@@ -340,15 +340,15 @@ class Verbs(RuleBasedStateMachine):
         if job.live and reader in there and not alive and job.grace_ms >= 0:
             assert self.now.jobs[job.id].abandon_at == self.world.now + job.grace_ms
 
-    @takes(pick=picks, if_abandoned=st.booleans())
-    def cancel(self, pick: int, if_abandoned: bool) -> None:
+    @takes(pick=picks, only=st.sampled_from(["", "abandoned", "unread"]))
+    def cancel(self, pick: int, only: Any) -> None:
         job = self.some_job(pick)
         expected: Expected = None if job.live else errors.AlreadyEnded
-        if job.live and if_abandoned and not 0 < job.abandon_at <= self.world.now:
+        if job.live and only == "abandoned" and not 0 < job.abandon_at <= self.world.now:
             expected = errors.NotDue
-        self.act(
-            f"cancel {job.state}", lambda: jobs.cancel(self.world.store, job.id, if_abandoned=if_abandoned), expected
-        )
+        if job.live and only == "unread" and any(t > self.world.now for t in self.now.readers(job.id).values()):
+            expected = errors.NotDue
+        self.act(f"cancel {job.state}", lambda: jobs.cancel(self.world.store, job.id, only=only), expected)
 
     # -- workers --
 

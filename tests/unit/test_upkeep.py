@@ -1,4 +1,4 @@
-"""When an idle model is probed, never where that would cost a user anything; and when a runtime counts as stuck."""
+"""When an idle model is probed: never where that would cost a user anything."""
 
 import asyncio
 from typing import Any, cast
@@ -7,7 +7,7 @@ import pytest
 
 from workers.overlap import Overlap
 from workers.readiness import Readiness
-from workers.runtimes.base import Runtime, State
+from workers.runtimes.base import Runtime
 from workers.slots import Slots
 from workers.upkeep import CACHED_PROMPT_S, PROBE_DEGRADED_EVERY_S, PROBE_IDLE_EVERY_S, Upkeep
 
@@ -19,22 +19,22 @@ async def nothing() -> None:
 
 
 class Busy:
-    """A runtime that is loaded, and says how many of its slots are busy."""
+    """A runtime that says how many generations run, None = it cannot tell."""
 
     def __init__(self, busy: int | None) -> None:
         self.busy = busy
 
-    async def state(self) -> State:
+    async def state(self) -> str:
         return "loaded"
 
     async def busy_slots(self) -> int | None:
         return self.busy
 
 
-def upkeep_of(slots: Slots, *, waited_for: bool = False, busy: int | None = None) -> Upkeep:
+def upkeep_of(slots: Slots, *, waited_for: bool = False, runtime: Any = None) -> Upkeep:
     quiet: Any = lambda: None  # noqa: E731
     return Upkeep(
-        "big", cast(Runtime, Busy(busy)), slots, Overlap(2), Readiness(), resident=lambda: True, leaving=lambda: False,
+        "big", cast(Runtime, runtime), slots, Overlap(2), Readiness(), resident=lambda: True, leaving=lambda: False,
         waited_for=lambda: waited_for, weigh=nothing, kick=quiet, changed=quiet,
     )  # fmt: skip
 
@@ -65,17 +65,16 @@ async def test_when_a_model_is_probed(
     assert upkeep.probe_due(degraded=degraded, idle_since=now - idle_s) is due
 
 
-@pytest.mark.parametrize(("busy", "stuck"), [(1, True), (0, False), (None, False)])
-async def test_a_runtime_that_cannot_tell_what_it_does_is_not_called_stuck(busy: int | None, stuck: bool) -> None:
-    """An Ollama says nothing of a closed answer: its slot comes back after the time that it is given, and until it is
-    asked next nobody may take the model for a slow one. One that says itself that it is still at it is stuck."""
+@pytest.mark.parametrize(("busy", "wedged"), [(1, True), (0, False), (None, False)])
+async def test_only_a_runtime_that_was_asked_and_says_so_is_wedged(busy: int | None, wedged: bool) -> None:
+    """An answer was closed just over the limit ago; the runtime was asked last a second ago, just before the limit."""
     slots, now = Slots(1), asyncio.get_running_loop().time()
-    upkeep = upkeep_of(slots, busy=busy)
-    slots.take("u", now_s=now - 60)
-    slots.give_back("u", clean=False, now_s=now - 20)
+    slots.take("a", now_s=now - 60)
+    slots.give_back("a", clean=False, now_s=now - 30.5)
+    upkeep = upkeep_of(slots, runtime=Busy(busy))
+    upkeep._busy_asked_at = now - 1
+    assert not upkeep.wedged(settle_s=30)
+    upkeep._busy_asked_at = now - 3
     await upkeep.ask(settle_s=30)
-    assert slots.free == (busy == 0)
-    assert upkeep.stuck(settle_s=10) is stuck
-    upkeep._busy_asked_at = now - 60
-    await upkeep.ask(settle_s=10)
-    assert slots.free == (busy != 1)
+    assert upkeep.wedged(settle_s=30) is wedged
+    assert slots.free == (0 if wedged else 1)
