@@ -127,7 +127,8 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
 
 def _response(wrong: told.Wrong, request: Request) -> Response:
-    response = Response(wrong.body(request.url.path), wrong.status_at(request.url.path))
+    dialect = told.dialect_of(request.url.path)
+    response = Response(dialect.body(wrong), dialect.status(wrong))
     response.raw_headers = [*response.raw_headers, *wrong.headers()]
     return response
 

@@ -14,7 +14,6 @@ from api.client import ask, part
 key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=True)
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The caller's name.", show_default=False)]
 
@@ -26,9 +25,6 @@ def key_new(
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="The most urgent that its work may be.")
     ] = "interactive",
-    max_waiting: Annotated[int, typer.Option(help="Jobs that may wait at once; 0 = no limit.", min=0)] = 0,
-    max_running: Annotated[int, typer.Option(help="Jobs that may run at once; 0 = no limit.", min=0)] = 0,
-    tokens_per_day: Annotated[str, typer.Option(help="Like 500k or 2m; 0 = no limit.")] = "0",
     remote: Annotated[
         bool, typer.Option("--remote", help="Its requests may leave the machine if they ask to.")
     ] = False,
@@ -46,9 +42,6 @@ def key_new(
         "name": name,
         "lanes": _names(lanes),
         "priority": priority,
-        "maxWaiting": max_waiting,
-        "maxRunning": max_running,
-        "tokensPerDay": _count(tokens_per_day),
         "remote": remote,
         "remoteLanes": _names(remote_lanes),
         "admin": admin,
@@ -107,8 +100,6 @@ def _rights(rights: dict[str, Any]) -> str:
     said = [f"ask for {', '.join(rights['lanes'])}" if rights["lanes"] else "ask for everything"]
     if rights["priority"] == "batch":
         said.append("as batch only")
-    limits = {"max_waiting": "waiting", "max_running": "running", "tokens_per_day": "tokens a day"}
-    said += [f"{rights[name]:,} {words}" for name, words in limits.items() if rights[name]]
     if rights["remote"]:
         always = f" (always for {', '.join(rights['remote_lanes'])})" if rights["remote_lanes"] else ""
         said.append(f"leave the machine{always}")
@@ -134,10 +125,3 @@ def _seconds(text: str) -> int:
     if found is None or not int(found.group(1)):
         raise Failed(f"{text[:40]!r} is no length of time: write it like 90d, 12h or 30m.", USAGE)
     return int(found.group(1)) * _UNITS[found.group(2)]
-
-
-def _count(text: str) -> int:
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmg]?)", text.strip().lower())
-    if found is None:
-        raise Failed(f"{text[:40]!r} is no number of tokens: write it like 500k or 2m.", USAGE)
-    return round(float(found.group(1)) * _SIZES[found.group(2)])

@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class Rights:
-    """What a caller may. The default is everything but administration: a limit of 0 is none.
+    """What a caller may. The default is to ask for everything, as long as it stays on this machine.
 
     `lanes`: the names it may ask for, empty = all. `priority`: the most urgent that its work may be. `remote`: its
     requests may leave the machine if they say so; those for `remote_lanes` need not say so. `admin`: policy, models,
@@ -47,9 +47,6 @@ class Rights:
 
     lanes: tuple[str, ...] = ()
     priority: Literal["interactive", "batch"] = "interactive"
-    max_waiting: int = 0
-    max_running: int = 0
-    tokens_per_day: int = 0
     remote: bool = False
     remote_lanes: tuple[str, ...] = ()
     admin: bool = False

@@ -119,6 +119,7 @@ class JobRecord(_Hash):
     policy_version: int = 0
     apis: str = ""
     last_seq: int = 0
+    continues: int = 0  # the attempt up to which the frames stand and are gone on from, 0 = none was lost and stands
     grace_ms: int = -1  # how long it outlives its last reader, -1 = it does not depend on readers
     keep_ms: int = 600_000
     idem: str = ""  # key that binds an Idempotency-Key to it
@@ -134,6 +135,7 @@ class JobRecord(_Hash):
     first_token_by: int = 0  # start + cold-start budget of the lane that was asked for, 0 = batch work; never moved
     ended_at: int = 0
     give_up_at: int = 0
+    continue_by: int = 0  # until when an answer that has begun waits to be gone on from, 0 = it does not
     abandon_at: int = 0
     lease_until: int = 0
     served_by: str = ""  # policy key and host that produced the answer, `coder-small@gpu1`

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from ulid import ULID
 
-from broker import errors, hosts, jobs, lanes
+from broker import continuing, errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
@@ -173,8 +173,15 @@ class Host:
             for job_id in await lanes.held_by(self._store, lane, self.name):
                 with contextlib.suppress(errors.Lost, errors.NoSuchJob, errors.BadTransition):
                     job = await jobs.read(self._store, job_id)
+                    within_ms = continuing.within_ms(active, job.lane) if job.seen else None
+                    go_on = await continuing.judge(self._store, job, within_ms=within_ms)
                     again = await lanes.recover(
-                        self._store, job, max_losses=active.policy.max_losses, host=self.name, boot=self.boot
+                        self._store,
+                        job,
+                        max_losses=active.policy.max_losses,
+                        host=self.name,
+                        boot=self.boot,
+                        go_on=go_on,
                     )
                     log.warning("event=recover job=%s attempt=%d again=%s", job_id, job.attempt, again)
 

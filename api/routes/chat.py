@@ -68,6 +68,7 @@ class ChatCompletions:
             exchange,
             job,
             hold_s=gateway.book.active.policy.header_hold_ms / 1000 if job.stream else WHOLE_HOLD_S,
+            patience_s=wishes.patience_s,
         )
         exchange.watch()
         try:

@@ -27,8 +27,8 @@ _FRAME_ID = re.compile(r"([0-9]{1,9})-([0-9]{1,12})")
 
 @router.get("/v1/jobs/{job_id}")
 async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
-    """Shows a job of the caller; an administrator sees everybody's."""
-    return (await _own_job(gateway, job_id, caller)).public()
+    """Shows a job of the caller, and how its wait goes; an administrator sees everybody's."""
+    return await _shown(gateway, await _own_job(gateway, job_id, caller))
 
 
 @router.delete("/v1/jobs/{job_id}")
@@ -39,7 +39,7 @@ async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, An
         await jobs.cancel(gateway.store, job_id)
     except errors.AlreadyEnded:
         pass
-    return (await jobs.read(gateway.store, job_id)).public()
+    return await _shown(gateway, await jobs.read(gateway.store, job_id))
 
 
 @router.get("/v1/jobs/{job_id}/events", response_class=Response)
@@ -120,6 +120,11 @@ def _frame(frame: Frame) -> bytes:
 def _event(name: str, frame_id: str, said: dict[str, Any]) -> bytes:
     id_line = f"id: {frame_id}\n" if frame_id else ""
     return f"{id_line}event: {name}\ndata: {json.dumps(said, separators=(',', ':'))}\n\n".encode()
+
+
+async def _shown(gateway: Gateway, job: JobRecord) -> dict[str, Any]:
+    wait = await gateway.waits.of(job)
+    return {**job.public(), "wait": None if wait is None else wait.as_json()}
 
 
 async def _own_job(gateway: Gateway, job_id: str, caller: callers.Caller) -> JobRecord:

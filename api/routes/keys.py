@@ -16,7 +16,6 @@ YEARS_MAX = 10
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Names = Annotated[tuple[Name, ...], Field(max_length=64)]
-Limit = Annotated[int, Field(ge=0, le=10**12, strict=True)]
 Seconds = Annotated[int, Field(ge=0, le=YEARS_MAX * 366 * 86_400, strict=True)]
 
 
@@ -25,14 +24,11 @@ class _Asked(BaseModel):
 
 
 class NewCaller(_Asked):
-    """A caller to make, and what it may. A limit of 0 is none; `expiresInS` 0 = never."""
+    """A caller to make, and what it may; `expiresInS` 0 = never."""
 
     name: Name
     lanes: Names = ()
     priority: Literal["interactive", "batch"] = "interactive"
-    max_waiting: Limit = 0
-    max_running: Limit = 0
-    tokens_per_day: Limit = 0
     remote: bool = False
     remote_lanes: Names = ()
     admin: bool = False

@@ -58,6 +58,10 @@ class ResponsesReader(ThroughChat):
         self._ready.clear()
         return taken
 
+    def count_from(self, number: int) -> None:
+        """Counts the events to come from here on: those before them have been told."""
+        self._number = number
+
     def _read(self, blob: bytes) -> None:
         for piece in blob.split(b"\n\n"):
             data = sse.read_event(piece).data

@@ -175,15 +175,19 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
         ):
             if getattr(was, name) != getattr(now, name):
                 found.append(f"{name} of job {job_id} moved from {getattr(was, name)} to {getattr(now, name)}")
-        for name in ("attempt", "losses", "promotions", "seen"):
+        for name in ("attempt", "losses", "promotions", "seen", "continues"):
             if getattr(now, name) < getattr(was, name):
                 found.append(f"{name} of job {job_id} went back from {getattr(was, name)} to {getattr(now, name)}")
         # put back and then cancelled, a job keeps its attempt and loses its log: only these three were never put back
         kept = now.state in (State.STREAMING, State.DONE, State.FAILED)
-        if kept and was.attempt == now.attempt and was.state is State.STREAMING:
-            old, new = before.log(job_id), after.log(job_id)
+        old, new = before.log(job_id), after.log(job_id)
+        if kept and was.attempt == now.attempt and was.state is State.STREAMING and new[: len(old)] != old:
+            found.append(f"frames of job {job_id} were rewritten within attempt {was.attempt}")
+        if was.seen and was.live and was.first_token_at:  # a client may have seen what is logged: it stands for good
             if new[: len(old)] != old:
-                found.append(f"frames of job {job_id} were rewritten within attempt {was.attempt}")
+                found.append(f"frames of job {job_id} were rewritten that a client may have seen")
+            if now.first_token_at != was.first_token_at:
+                found.append(f"job {job_id}, begun at {was.first_token_at}, began once more at {now.first_token_at}")
     return found
 
 
@@ -255,6 +259,8 @@ def instant(job: JobRecord) -> int:
     """The moment at which somebody must look at a live job."""
     if job.state is State.SCHEDULED:
         moments = [max(job.not_before, job.retry_at), job.give_up_at, job.abandon_at]
+    elif job.state is State.QUEUED and job.continue_by:
+        moments = [job.continue_by, job.abandon_at]
     elif job.state is State.QUEUED:
         moments = [max(job.promote_at, job.retry_at) if job.promote_at else 0, job.give_up_at, job.abandon_at]
     else:
@@ -270,7 +276,13 @@ def _record(s: Snapshot, job: JobRecord) -> list[str]:
         found.append(f"job {job.id} is {job.state} and lacks owner, boot, lease or attempt")
     if job.state in (State.SCHEDULED, State.QUEUED) and (job.owner or job.boot or job.lease_until):
         found.append(f"job {job.id} is {job.state} and still has an owner, a boot or a lease")
-    if job.state is State.CLAIMED and job.last_seq:
+    if bool(job.continue_by) != bool(job.continues) and job.state is State.QUEUED:
+        found.append(f"job {job.id} waits with continues={job.continues} and continue_by={job.continue_by}")
+    if job.continue_by and job.state in HELD:
+        found.append(f"job {job.id} is {job.state} and still waits to be gone on from")
+    if job.continues and not (job.seen and job.first_token_at and job.continues <= job.attempt):
+        found.append(f"job {job.id} goes on from attempt {job.continues}, which nobody saw or which never was")
+    if job.state is State.CLAIMED and job.last_seq and not job.continues:
         found.append(f"job {job.id} is claimed with {job.last_seq} frames counted")
     return found
 
@@ -324,8 +336,9 @@ def _ended(s: Snapshot, job: JobRecord) -> list[str]:
 def _log(s: Snapshot, job: JobRecord) -> list[str]:
     frames = s.log(job.id)
     found = []
-    if any(f.attempt != job.attempt for f in frames):
-        found.append(f"promise 4: the log of job {job.id} holds frames of another attempt than {job.attempt}")
+    attempts = [f.attempt for f in frames]
+    if attempts != sorted(attempts) or any(a != job.attempt and not a <= job.continues for a in attempts):
+        found.append(f"promise 4: the log of job {job.id} at attempt {job.attempt} holds frames of {attempts}")
     seqs = [f.seq for f in frames]
     if seqs and seqs != list(range(seqs[0], seqs[0] + len(seqs))):
         found.append(f"promise 4: the log of job {job.id} has gaps: {seqs}")
@@ -335,7 +348,7 @@ def _log(s: Snapshot, job: JobRecord) -> list[str]:
             found.append(f"promise 3: job {job.id} ended {job.state}, its log does not end so: {kinds}")
         elif (len(frames) > 1 and seqs[0] != 1) or seqs[-1] != job.last_seq:
             found.append(f"promise 4: the log of ended job {job.id} is {seqs}, its last frame {job.last_seq}")
-    elif job.state is State.STREAMING:
+    elif job.state is State.STREAMING or job.continues:
         if seqs != list(range(1, job.last_seq + 1)) or not seqs or any(f.terminal for f in frames):
             found.append(f"promise 4: job {job.id} streams with log {seqs} and last frame {job.last_seq}")
     elif frames:
@@ -447,13 +460,14 @@ def _downgrades(s: Snapshot) -> list[str]:
 def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> list[str]:
     found = []
     arrows = dict(TRANSITIONS.get(was.state, {}))
-    if was.state is State.CLAIMED and now.first_token_at and now.state in ENDED:
+    if was.state is State.CLAIMED and now.state in ENDED and now.last_seq > was.last_seq + 1:
         arrows |= TRANSITIONS[State.STREAMING]  # its first token came with its end: two steps in one
     if now.state not in arrows.values() and not (was.state == now.state and was.state in HELD):
         found.append(f"job {was.id} went from {was.state} to {now.state}, which the table has no arrow for")
     if was.lane != now.lane:
         here = active.lane(was.lane)
-        if Event.PROMOTE not in arrows or now.state is not State.QUEUED or here is None or here.fallback != now.lane:
+        promoted = Event.PROMOTE in arrows and now.state is State.QUEUED and not was.continues
+        if not promoted or here is None or here.fallback != now.lane:
             found.append(f"job {was.id} moved from lane {was.lane} to {now.lane} while {was.state}")
         there = active.lane(now.lane)
         if there is not None and there.trust == "remote":
@@ -470,7 +484,7 @@ def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> l
         stream = before.lanes.get(now.lane)
         if stream is not None and now.entry in dict(stream.entries):
             found.append(f"job {was.id} was put back under the old entry {now.entry}: no tailing worker sees it")
-        if was.state is State.STREAMING and was.seen:
+        if was.state is State.STREAMING and was.seen and now.continues != was.attempt:
             found.append(f"job {was.id} was started again although a client has seen part of its answer")
     return found
 

@@ -8,7 +8,7 @@ import pytest
 from broker.callers import EVERYTHING, Caller, Key, Keyring, Keys, Rights, check_name, make_key
 from broker.errors import Unauthorized
 
-BOT = Rights(lanes=("fast-edit",), priority="batch", max_waiting=5)
+BOT = Rights(lanes=("fast-edit",), priority="batch")
 KEY, SHOWN = make_key("bot", now_ms=1_000, by="ann", expires_at=5_000)
 RING = Keyring(Keys.parse("ann:s3cret"), {KEY.id: KEY}, {"bot": BOT})
 
@@ -104,6 +104,6 @@ def test_what_cannot_be_a_name(name: str) -> None:
 def test_the_list_shows_no_digest() -> None:
     [ann, bot] = RING.listing()
     assert (ann["name"], ann["from"], bot["name"]) == ("ann", "GATEWAY_KEYS", "bot")
-    assert bot["rights"]["max_waiting"] == 5
+    assert bot["rights"]["priority"] == "batch"
     assert bot["keys"] == [{"id": KEY.id, "created_at": 1_000, "created_by": "ann", "expires_at": 5_000}]
     assert KEY.digest not in str(RING.listing())
