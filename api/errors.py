@@ -24,7 +24,7 @@ RETRY_AFTER_S_MAX = 30
 
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
-_PERMISSION, _BUSY, _BROKEN = "permission_error", "service_unavailable", "server_error"
+_PERMISSION, _BUSY, _BROKEN, _LIMIT = "permission_error", "service_unavailable", "server_error", "rate_limit_error"
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,14 @@ class Row:
     status: int
     kind: str
     retry_after_s: int | None = None
+    retry_after_s_max: int = RETRY_AFTER_S_MAX
 
 
 ROWS: dict[type[errors.BrokerError], Row] = {
     errors.LaneFull: Row(503, _BUSY, 1),
+    errors.CallerShare: Row(503, _BUSY, 1),
+    errors.CallerLimit: Row(429, _LIMIT, 1),
+    errors.QuotaUsed: Row(429, _LIMIT, 60, 86_400),
     errors.ModelUnavailable: Row(503, _BUSY, 5),
     errors.TrustZoneRefused: Row(403, _PERMISSION),
     errors.UnknownModel: Row(404, INVALID),
@@ -69,6 +73,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.StalePolicy: Row(503, _BUSY, 1),
     errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
+    errors.CallerBusy: Row(503, _BUSY, 1),
     errors.AlreadyEnded: Row(409, INVALID),
     errors.LockHeld: Row(409, INVALID),
     errors.BadTransition: Row(500, _BROKEN),
@@ -173,7 +178,7 @@ def wrong(error: errors.BrokerError) -> Wrong:
         getattr(error, "status", row.status) if isinstance(error, errors.RuntimeRefused) else row.status,
         row.kind,
         getattr(error, "param", None) or _PARAMS.get(type(error)),
-        None if retry_after_s is None else max(1, min(RETRY_AFTER_S_MAX, retry_after_s)),
+        None if retry_after_s is None else max(1, min(row.retry_after_s_max, retry_after_s)),
     )
 
 

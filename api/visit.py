@@ -12,6 +12,7 @@ from api.exchange import Exchange
 from api.gateway import Gateway
 from api.voices import CountedVoice, voice_of
 from broker import admission, dispatch, errors, jobs, lanes
+from broker.callers import Rights
 from broker.frames import FrameReader
 from broker.lifecycle import ENDED, State
 from broker.metrics import OTHER
@@ -95,7 +96,14 @@ class Visit:
     """A client at a job."""
 
     def __init__(
-        self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float, patience_s: float = math.inf
+        self,
+        gateway: Gateway,
+        exchange: Exchange,
+        job: JobRecord,
+        *,
+        rights: Rights,
+        hold_s: float,
+        patience_s: float = math.inf,
     ) -> None:
         self.exchange = exchange
         self.stream = job.stream
@@ -110,6 +118,7 @@ class Visit:
         self.entered_at = self.loop.time()
         self._gateway = gateway
         self._job = job
+        self._rights = rights
         self._name = gateway.reader_name()
         self._attached = False
         self._anew = False
@@ -269,6 +278,7 @@ class Visit:
                     may_retry=wishes.may_retry,
                     is_retry=wishes.is_retry,
                     promote_within_ms=wishes.promote_within_ms,
+                    rights=self._rights,
                 )
             except errors.BrokerUnavailable:
                 # The job may be in, its reply lost: look for it before anything can refuse it.

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from broker import dispatch, downgrades, errors, lanes
+from broker.callers import EVERYTHING, Rights
 from broker.capabilities import cannot_do
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
@@ -40,12 +41,14 @@ async def admit(
     may_retry: bool = False,
     is_retry: bool = False,
     promote_within_ms: int | None = None,
+    rights: Rights = EVERYTHING,
 ) -> Admitted:
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
 
     `job.asked` is what the client wrote. `may_retry`: its SDK may send the request again; `is_retry`: it does so now.
-    A full lane spills to its fallback; a lane that no live host can serve, whose
-    model cannot hold the prompt, or that leads out of the job's trust zone is passed over.
+    `rights` limit how much its caller may have. A lane that is full, or that has given the caller its share, spills to
+    its fallback; a lane that no live host can serve, whose model cannot hold the prompt, or that leads out of the job's
+    trust zone is passed over.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
         found = await lanes.find_by_key(
@@ -71,6 +74,7 @@ async def admit(
                 key=idempotency_key,
                 may_retry=may_retry,
                 promote_within_ms=promote_within_ms,
+                rights=rights,
             )
         except errors.StalePolicy:
             await book.reload()
@@ -92,6 +96,7 @@ async def _admit(
     key: str,
     may_retry: bool,
     promote_within_ms: int | None,
+    rights: Rights,
 ) -> Admitted:
     asked = active.policy.route(
         job.asked,
@@ -116,6 +121,8 @@ async def _admit(
                     reader=reader,
                     idempotency_key=key,
                     retried=may_retry,
+                    max_waiting=rights.max_waiting,
+                    tokens_per_day=rights.tokens_per_day,
                     promote_within_ms=promote_within_ms,
                 )
                 return Admitted(found.job_id, found.lane, found.attached)
@@ -123,6 +130,14 @@ async def _admit(
                 refusal = errors.LaneFull(
                     lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
                 )
+            except errors.CallerShare as share:
+                refusal = errors.CallerShare(
+                    f"lane {lane.name}: {share}", retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
+                )
+            except errors.CallerLimit:
+                raise errors.CallerLimit(
+                    job.caller, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
+                ) from None
             except errors.DowngradesCapped:
                 refusal = errors.ModelUnavailable(
                     f"no more of the requests for {asked.model} may be served by another model (maxDowngradeShare)",
@@ -165,6 +180,7 @@ def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.
 
 _HELPFUL_FIRST = (
     errors.LaneFull,
+    errors.CallerShare,
     errors.ModelUnavailable,
     errors.ContextTooLong,
     errors.TrustZoneRefused,

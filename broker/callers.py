@@ -40,13 +40,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 class Rights:
     """What a caller may. The default is to ask for everything, as long as it stays on this machine.
 
-    `lanes`: the names it may ask for, empty = all. `priority`: the most urgent that its work may be. `remote`: its
-    requests may leave the machine if they say so; those for `remote_lanes` need not say so. `admin`: policy, models,
-    hosts, keys and other callers' jobs.
+    `lanes`: the names it may ask for, empty = all. `priority`: the most urgent that its work may be. `max_waiting` and
+    `max_running`: its jobs that may do so at once; `tokens_per_day`: read anew or made, of a day in UTC; 0 = no limit.
+    `remote`: its requests may leave the machine if they say so; those for `remote_lanes` need not say so. `admin`:
+    policy, models, hosts, keys and other callers' jobs.
     """
 
     lanes: tuple[str, ...] = ()
     priority: Literal["interactive", "batch"] = "interactive"
+    max_waiting: int = 0
+    max_running: int = 0
+    tokens_per_day: int = 0
     remote: bool = False
     remote_lanes: tuple[str, ...] = ()
     admin: bool = False

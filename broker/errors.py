@@ -3,6 +3,9 @@
 BrokerError
 ├── Refused                     we said no and nothing happened; the client may act
 │   ├── LaneFull                lane_full                 retry_after_s
+│   ├── CallerShare             caller_share              retry_after_s
+│   ├── CallerLimit             caller_limit              retry_after_s: the key's own limit of waiting jobs
+│   ├── QuotaUsed               quota_used                retry_after_s: the key's tokens of the day
 │   ├── ModelUnavailable        model_unavailable         retry_after_s
 │   ├── DowngradesCapped        downgrades_capped         for us: its client hears what its own lane says
 │   ├── TrustZoneRefused        trust_zone
@@ -35,6 +38,7 @@ BrokerError
 │   ├── StalePolicy             stale_policy              decided under an old policy: reload and decide again
 │   ├── NotDue                  not_due                   the instant has not passed yet
 │   ├── FrameGap                frame_gap                 a frame is missing before this one
+│   ├── CallerBusy              caller_busy               its caller runs as many jobs as its key may
 │   ├── AlreadyEnded            already_ended             the job has ended
 │   └── LockHeld                lock_held                 somebody else holds the wake lock or the host's name
 ├── BadTransition               bad_transition            a bug of ours: log it loudly, never retry
@@ -66,6 +70,37 @@ class LaneFull(Refused):
     def __init__(self, lane: str, *, retry_after_s: int = 1) -> None:
         super().__init__(f"lane {lane} is full; try again in {retry_after_s} s")
         self.lane = lane
+        self.retry_after_s = retry_after_s
+
+
+class CallerShare(Refused):
+    """The caller holds its share of the lane's places, and others want in."""
+
+    code = "caller_share"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class CallerLimit(Refused):
+    """As many of the caller's jobs wait as its key allows."""
+
+    code = "caller_limit"
+
+    def __init__(self, caller: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(f"as many jobs of {caller} wait as its key allows; try again in {retry_after_s} s")
+        self.caller = caller
+        self.retry_after_s = retry_after_s
+
+
+class QuotaUsed(Refused):
+    """The caller has used its tokens of the day."""
+
+    code = "quota_used"
+
+    def __init__(self, *, retry_after_s: int) -> None:
+        super().__init__("the tokens of this key for today (UTC) are used up")
         self.retry_after_s = retry_after_s
 
 
@@ -308,6 +343,12 @@ class FrameGap(Lost):
     """A frame is missing before this one."""
 
     code = "frame_gap"
+
+
+class CallerBusy(Lost):
+    """The job's caller runs as many jobs as its key allows: it waits on."""
+
+    code = "caller_busy"
 
 
 class AlreadyEnded(Lost):

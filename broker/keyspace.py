@@ -88,6 +88,28 @@ TABLE: tuple[Family, ...] = (
         False,
         "`<fingerprint>/<id>[/<reader that fetched it>]` of jobs that an SDK's retry may come back to -> until when",
     ),
+    Family(
+        "waits:<caller>",
+        "zset",
+        "while it has jobs that wait",
+        False,
+        "`<lane>/<id>` of the caller's jobs that wait, all with score 0",
+    ),
+    Family("runs:<caller>", "zset", "while it has jobs that run", False, "the caller's jobs that run -> since when"),
+    Family(
+        "active:<lane>",
+        "zset",
+        "a minute after the last request",
+        False,
+        "callers that asked for a place in the lane -> when last",
+    ),
+    Family(
+        "spent:<caller>:<day>",
+        "string",
+        "two days",
+        False,
+        "tokens computed for the caller on the day: read anew, or made",
+    ),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("callers", "hash", "always", True, "revision; callers: their rights, the hashes of their keys"),
@@ -185,6 +207,22 @@ class Keyspace:
     def callers(self) -> str:
         """Hash of the callers and their keys: `revision`, `caller:<name>`, `key:<id>`."""
         return f"{self._prefix}callers"
+
+    def waits(self, caller: str) -> str:
+        """Zset of the caller's jobs that wait."""
+        return f"{self._prefix}waits:{caller}"
+
+    def runs(self, caller: str) -> str:
+        """Zset of the caller's jobs that run."""
+        return f"{self._prefix}runs:{caller}"
+
+    def active(self, lane: str) -> str:
+        """Zset of the callers that want places of a lane."""
+        return f"{self._prefix}active:{lane}"
+
+    def spent(self, caller: str, day: str) -> str:
+        """String that counts a caller's tokens of a day, YYYY-MM-DD in UTC."""
+        return f"{self._prefix}spent:{caller}:{day}"
 
     def usage(self, day: str) -> str:
         """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""

@@ -42,11 +42,15 @@ async def submit(
     reader: str = "",
     idempotency_key: str = "",
     retried: bool = False,
+    max_waiting: int = 0,
+    tokens_per_day: int = 0,
     wanted: bool = True,
     promote_within_ms: int | None = None,
     give_up_within_ms: int | None = None,
 ) -> Submitted:
-    """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch.
+    """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch, and
+    CallerShare, CallerLimit, QuotaUsed where its caller has what it may have (`max_waiting` jobs over all lanes,
+    `tokens_per_day`; 0 = no limit).
 
     `asked` is the lane that the request asked for, where this one is its fallback; raises DowngradesCapped where too
     many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
@@ -110,6 +114,8 @@ async def submit(
             first_token_within_ms(asked, promote_within_ms),
             *downgrades.rules(active, asked.model, lane),
             fingerprint,
+            max_waiting,
+            tokens_per_day,
             *fields,
         ],
     )

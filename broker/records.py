@@ -98,6 +98,7 @@ class JobRecord(_Hash):
     asked_model: str = ""  # policy key that the request was routed to before any spill or promotion
     asked_number: int = 0  # its number among the jobs that asked for this model, 0 = they are not counted
     caller: str = "anonymous"
+    max_running: int = 0  # jobs of its caller that may run at once, by the key that it came with, 0 = no limit
     session: str = ""
     zone: str = "local"
     priority: str = "interactive"

@@ -5,6 +5,7 @@ Two servers stand behind it: a real one over `wire`, and fakeredis in tests. Bot
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -285,6 +286,7 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "HELD": errors.LockHeld,
     "BADTRANSITION": errors.BadTransition,
     "TRUSTZONE": errors.TrustZoneRefused,
+    "CALLERBUSY": errors.CallerBusy,
     "IDEMMISMATCH": errors.IdempotencyMismatch,
     "SEEN": errors.BadTransition,
     "DOWNGRADES": errors.DowngradesCapped,
@@ -298,6 +300,14 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
     rest = rest.split(" script: ")[0]
     if word == "LANEFULL":
         return errors.LaneFull(rest.rpartition(":")[2])
+    if word == "CALLERSHARE":
+        own, share, sharers = rest.split(" ")
+        words = f"{own} of your jobs wait in this lane, and your share is {share} while {sharers} callers want places"
+        return errors.CallerShare(words)
+    if word == "CALLERLIMIT":
+        return errors.CallerLimit(rest)
+    if word == "QUOTA":
+        return errors.QuotaUsed(retry_after_s=math.ceil(int(rest) / 1000))
     if word == "NOJOB":
         return errors.NoSuchJob(rest.rpartition(":")[2])
     if word in ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "UNBLOCKED", "NOGROUP", "OOM", "MISCONF"):

@@ -23,6 +23,8 @@ log = logging.getLogger("warmlane.dispatcher")
 
 RENEW_EVERY_S = 3.0
 RETRY_PAUSE_S = 0.2
+HELD_BACK_S = 0.25
+"""How long the jobs of a caller are passed over that runs as many as it may, unless one of them ends here."""
 
 
 class Dispatcher:
@@ -60,6 +62,7 @@ class Dispatcher:
         self._rates: dict[str, Rates] = {}
         self._unlearned: set[str] = set()
         self._told_early: set[tuple[str, int]] = set()
+        self._held_back: dict[str, float] = {}  # callers that run as many jobs as they may -> until when
         self._renew_now = asyncio.Event()
         self._end: errors.BrokerError | None = None
         self._loop = asyncio.get_running_loop()
@@ -155,6 +158,10 @@ class Dispatcher:
     def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
         waiting = self._picture.waiting(active.lanes_of(name))
         now_ms = int(time.time() * 1000) + self._fleet.skew_ms
+        if self._held_back:
+            now = self._loop.time()
+            self._held_back = {caller: until for caller, until in self._held_back.items() if until > now}
+            waiting = (w for w in waiting if w.caller not in self._held_back)
         return dispatch.choose(
             (w for w in waiting if waker.state == "warm" or _takes_degraded(w, active)),
             free=waker.slots.free,
@@ -175,6 +182,8 @@ class Dispatcher:
             return
         now = self._loop.time()
         at = waker.slots.next_open_s(now)
+        if self._held_back:
+            at = min([*self._held_back.values(), *([at] if at is not None else [])])
         if at is None and self._fleet.picture.sessions_elsewhere(waker.name, self._host):
             at = now + dispatch.AFFINITY_MS / 1000
         if at is None:
@@ -208,6 +217,8 @@ class Dispatcher:
             estimate = job.tokens + (ended.usage or {}).get("completion_tokens", 0) if tokens else 0
             self._learn(waker, ended, new_session=new_session)
         finally:
+            if served:
+                self._held_back.pop(job.caller, None)
             waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served)
             self.dispatch()
 
@@ -220,6 +231,10 @@ class Dispatcher:
         except errors.StalePolicy:
             self._picture.unspend(job)
             await self._reload()
+            return None
+        except errors.CallerBusy:
+            self._held_back[job.caller] = self._loop.time() + HELD_BACK_S
+            self._picture.unspend(job)
             return None
         except errors.BrokerUnavailable as e:
             log.warning("event=claim_retry job=%s reason=%s", job.job, e)

@@ -67,6 +67,7 @@ class ChatCompletions:
             gateway,
             exchange,
             job,
+            rights=caller.rights,
             hold_s=gateway.book.active.policy.header_hold_ms / 1000 if job.stream else WHOLE_HOLD_S,
             patience_s=wishes.patience_s,
         )
@@ -132,6 +133,7 @@ class ChatCompletions:
             asked=asked,
             caller=caller.name,
             priority=rights.priority,
+            max_running=rights.max_running,
             session=wishes.session or session,
             zone="remote" if rights.may_leave(asked, asked=wishes.zone == "remote") else "local",
             grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),

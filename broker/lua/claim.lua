@@ -5,20 +5,26 @@
 --   ARGV[10] target_trust  `local` or `remote`   ARGV[11] target_model   of the lane, under the active policy
 -- Returns {attempt, claimed_at, body, and of the job's hash: zone, endpoint, stream, include_usage, choices, mode,
 -- priority, session, tokens, continues, last_seq}. A job that `continues` goes on counting behind its last frame.
--- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE.
+-- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE, CALLERBUSY.
 --- @include now_ms
 --- @include check
 --- @include schedule
+--- @include places
 local now, id = now_ms(ARGV[1]), ARGV[2]
 local stale = same_policy(KEYS[4], ARGV[6])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[2], "state", "lane", "entry", "zone", "attempt", "abandon_at", "endpoint", "stream",
-  "include_usage", "choices", "mode", "priority", "session", "tokens", "continues", "last_seq")
+  "include_usage", "choices", "mode", "priority", "session", "tokens", "continues", "last_seq",
+  "caller", "max_running")
 local to, refusal = follow(f[1], "claim", KEYS[2])
 if not to then return refusal end
 if f[2] ~= ARGV[4] or f[3] ~= ARGV[5] then return redis.error_reply("MOVED " .. f[2] .. " " .. f[3]) end
 if ARGV[10] == "remote" and f[4] ~= "remote" then
   return redis.error_reply("TRUSTZONE " .. id .. " may not leave the machine")
+end
+local root, max_running = root_of(KEYS[2], id), tonumber(f[18] or 0)
+if max_running > 0 and redis.call("ZCARD", root .. "runs:" .. f[17]) >= max_running then
+  return redis.error_reply("CALLERBUSY " .. f[17] .. " runs " .. max_running .. " jobs")
 end
 
 redis.call("XCLAIM", KEYS[1], ARGV[3], ARGV[7], "0", ARGV[5], "FORCE", "JUSTID")
@@ -31,5 +37,7 @@ local lease_until = now + tonumber(ARGV[9])
 redis.call("HSET", KEYS[2], "state", to, "model", ARGV[11], "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8],
   "claimed_at", ms(now), "lease_until", ms(lease_until), "last_seq", last, "retry_at", "0")
 redis.call("ZADD", KEYS[3], ms(earliest(lease_until, f[6])), id)
+hold_no_more(root, f[17], f[2], id, f[1])
+hold_running(root, f[17], id, now)
 return { attempt, ms(now), redis.call("GET", KEYS[5]), f[4], f[7], f[8], f[9], f[10], f[11], f[12], f[13], f[14],
   f[15], last }

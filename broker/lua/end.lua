@@ -15,6 +15,7 @@
 --- @include usage
 --- @include retries
 --- @include close
+--- @include spent
 local now, id = now_ms(ARGV[1]), ARGV[2]
 local f = read_job(KEYS[1])
 local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
@@ -50,4 +51,5 @@ close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request 
   f, now, id, to, { code = ARGV[11], message = ARGV[12], status = ARGV[13], set = set,
     counts = { "tokens_in:" .. who .. ":false", tonumber(ARGV[16]) - tonumber(ARGV[17]), "tokens_in:" .. who .. ":true",
       ARGV[17], "tokens_out:" .. who, ARGV[18] } })
+spend(root_of(KEYS[1], id), f.caller, now, tonumber(ARGV[16]) - tonumber(ARGV[17]) + tonumber(ARGV[18]))
 return 1

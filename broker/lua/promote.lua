@@ -21,7 +21,8 @@ local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry", "asked_model",
-  "asked_number", "session", "continues")
+  "asked_number", "session", "continues",
+  "caller")
 local to, refusal = follow(f[2], "promote", KEYS[3])
 if not to then return refusal end
 local elsewhere = placed(f[5], f[6], ARGV[5], ARGV[6])
@@ -41,6 +42,9 @@ if downgrade and max_share < 1 and not may_downgrade(KEYS[7], number, max_share,
 end
 
 leave(KEYS[1], group, ARGV[6])
+local root = root_of(KEYS[3], id)
+hold_no_more(root, f[11], f[5], id, f[2])
+hold_waiting(root, f[11], ARGV[8], id)
 local promote_at = tonumber(ARGV[11]) > 0 and math.min(now + tonumber(ARGV[11]), tonumber(f[4])) or 0
 redis.call("HSET", KEYS[3], "state", to, "lane", ARGV[8], "model", ARGV[9], "promote_at", ms(promote_at),
   "retry_at", "0", "promoted_at", ms(now), "queued_at", ms(now), "owner", "", "boot", "", "lease_until", "0")

@@ -14,10 +14,13 @@
 --   ARGV[17] max_share     of downgrades, 1 = no cap           ARGV[18] window     ARGV[19] binding_from
 --   ARGV[20] sticky_ms     0 = its session does not stay on a fallback
 --   ARGV[21] fingerprint   by which an SDK's retry finds the job, "" = it does not
---   ARGV[22 ..] fields of the job hash, name and value in turn
+--   ARGV[22] max_waiting   of the caller, over all lanes, 0 = no limit
+--   ARGV[23] tokens_per_day  of the caller, 0 = no limit
+--   ARGV[24 ..] fields of the job hash, name and value in turn
+-- While others want places of the lane, no caller holds more than its share of them. Who asks is noted either way.
 -- Jobs of the same session that nobody reads any more and that asked for something else end: their grace is over.
 -- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key.
--- Errors: STALEPOLICY, IDEMMISMATCH, LANEFULL, DOWNGRADES.
+-- Errors: STALEPOLICY, IDEMMISMATCH, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include room
@@ -26,6 +29,9 @@
 --- @include want
 --- @include downgrade
 --- @include retries
+--- @include places
+--- @include share
+--- @include spent
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
@@ -42,16 +48,35 @@ if ARGV[11] == "1" then
     if there then return { "attached", other } end
   end
 end
-if not_before <= now then
-  if not has_room(KEYS[1], group, tonumber(ARGV[5]), 12, 11 + hosts, 12 + hosts, #KEYS) then
-    return redis.error_reply("LANEFULL " .. KEYS[1])
-  end
-end
 local named, fields = {}, {}
-for i = 22, #ARGV, 2 do
+for i = 24, #ARGV, 2 do
   named[ARGV[i]] = ARGV[i + 1]
   fields[#fields + 1] = ARGV[i]
   fields[#fields + 1] = ARGV[i + 1]
+end
+local root, who = root_of(KEYS[2], id), named.caller
+local max_waiting, tokens_per_day = tonumber(ARGV[22]), tonumber(ARGV[23])
+if max_waiting > 0 and redis.call("ZCARD", root .. "waits:" .. who) >= max_waiting then
+  return redis.error_reply("CALLERLIMIT " .. who)
+end
+if tokens_per_day > 0 and spent_today(root, who, now) >= tokens_per_day then
+  return redis.error_reply("QUOTA " .. ms(next_day(now) - now))
+end
+if not_before <= now then
+  local max_queue, waits = tonumber(ARGV[5]), waiting(KEYS[1], group)
+  local shared_by, own = sharers(root, named.lane, who, now), waiting_of(root, named.lane, who)
+  local may_exceed = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
+  if waits >= max_queue or may_exceed then
+    local bound = bound_of(group, max_queue, 12, 11 + hosts, 12 + hosts, #KEYS)
+    local share = math.max(1, math.floor(bound / shared_by))
+    if waits >= bound then
+      note_active(root, named.lane, who, now)
+      return redis.error_reply("LANEFULL " .. KEYS[1])
+    elseif shared_by > 1 and own >= share then
+      note_active(root, named.lane, who, now)
+      return redis.error_reply("CALLERSHARE " .. own .. " " .. share .. " " .. shared_by)
+    end
+  end
 end
 local downgrade, max_share, window = named.asked_model ~= named.model, tonumber(ARGV[17]), tonumber(ARGV[18])
 if downgrade and max_share < 1 and not may_downgrade(KEYS[9], nil, max_share, window, tonumber(ARGV[19])) then
@@ -107,6 +132,8 @@ else
   redis.call("ZADD", KEYS[4], ms(earliest(promote_at, give_up_at, abandon_at)), id)
 end
 set("state", state)
+if not_before <= now then note_active(root, named.lane, who, now) end
+hold_waiting(root, who, named.lane, id)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end

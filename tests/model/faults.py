@@ -145,6 +145,42 @@ FAULTS = [
         "ended then",
     ),
     Fault(
+        "the fair share is not looked at",
+        ("submit",),
+        r"elseif shared_by > 1 and own >= share then",
+        "elseif false then",
+    ),
+    Fault(
+        "the fair share counts places of other lanes too",
+        ("submit",),
+        r"return redis\.call\(\"ZLEXCOUNT\", (root \.\. \"waits:\" \.\. caller), .*\n",
+        r'return redis.call("ZCARD", \1)\n',
+    ),
+    Fault(
+        "who was refused is forgotten",
+        ("submit",),
+        r"note_active\(root, named\.lane, who, now\)\n(      return redis\.error_reply\(\"LANEFULL)",
+        r"\1",
+    ),
+    Fault(
+        "a caller runs more jobs than it may",
+        ("claim",),
+        r"if max_running > 0 and .* then",
+        "if false then",
+    ),
+    Fault(
+        "an ended job goes on holding its place",
+        ("end", "cancel", "expire"),
+        r"hold_no_more\(root_of\(k\.job, id\), .*\)\n",
+        "\n",
+    ),
+    Fault(
+        "a promoted job holds a place in the lane that it left",
+        ("promote",),
+        r"hold_waiting\(root, f\[11\], ARGV\[8\], id\)",
+        "hold_waiting(root, f[11], f[5], id)",
+    ),
+    Fault(
         "a new request ends a job of its session that is read",
         ("submit",),
         r"grace >= 0 and redis\.call\(\"ZCOUNT\", readers.*\) == 0 then",

@@ -101,6 +101,7 @@ class Verbs(RuleBasedStateMachine):
         self.ids: list[str] = []
         self.held: list[Holding] = []
         self.bodies: dict[str, bytes] = {}
+        self.wanted: dict[tuple[str, str], int] = {}  # lane and caller -> when it last asked for a place there
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
         self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
@@ -134,7 +135,7 @@ class Verbs(RuleBasedStateMachine):
                 self.unheard[i] = ""
         broken = []
         changed = before.marks(after)
-        if refusal is not None and changed:
+        if refusal is not None and any(":active:" not in name for name in changed):
             broken.append(f"promise 8: {what} was refused with {refusal.code} and left a mark on {', '.join(changed)}")
         if not marks and changed:
             broken.append(f"{what} changed {', '.join(changed)}")
@@ -193,6 +194,15 @@ class Verbs(RuleBasedStateMachine):
             return errors.AlreadyEnded
         return None if job.state in HELD and job.attempt == held.attempt else errors.StaleAttempt
 
+    def has_its_share(self, who: str, lane: Lane) -> bool:
+        """Whether others want places of the lane, and this caller has as many as they would: the rule once more."""
+        now, places = self.world.now, bound(self.now, self.world.book.active, lane.name)
+        sharers = {other for (name, other), at in self.wanted.items() if name == lane.name and at > now - 60_000} | {
+            who
+        }
+        own = sum(place.startswith(f"{lane.name}/") for place in self.now.waits(who))
+        return len(sharers) > 1 and own >= max(1, places // len(sharers))
+
     def full(self, lane: Lane) -> bool:
         waiting = self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
         return waiting >= bound(self.now, self.world.book.active, lane.name)
@@ -204,11 +214,12 @@ class Verbs(RuleBasedStateMachine):
         reader=st.booleans(), later=st.sampled_from([0, 0, 0, 1_500]), key=st.sampled_from(["", "", "a", "b"]),
         body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), stale=st.sampled_from([False] * 5 + [True]),
         spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
-        retried=st.booleans(),
+        retried=st.booleans(), who=st.sampled_from(["ann", "ann", "bob"]),
+        limits=st.sampled_from([(0, 0), (0, 0), (0, 0), (1, 0), (0, 1)]),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
-        remote: bool, stale: bool, spills: bool, session: str, retried: bool,
+        remote: bool, stale: bool, spills: bool, session: str, retried: bool, who: str, limits: tuple[int, int],
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -217,9 +228,9 @@ class Verbs(RuleBasedStateMachine):
         record = JobRecord(
             id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
-            session=session,
+            session=session, caller=who, max_running=limits[1],
         )  # fmt: skip
-        idem = self.now.keys.get(w.store.keys.idem("anonymous", key)) if key else None
+        idem = self.now.keys.get(w.store.keys.idem(who, key)) if key else None
         twin = idem.value.decode().split(" ")[0] if idem else ""
         asked = (active.lane("big") if spills else None) or into
         expected: Expected = None
@@ -229,8 +240,12 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.StalePolicy
         elif twin and (self.bodies[twin], self.now.jobs[twin].zone) != (body, record.zone):
             expected = errors.IdempotencyMismatch
+        elif not twin and 0 < limits[0] <= len(self.now.waits(who)):
+            expected = errors.CallerLimit
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
+        elif not twin and not later and self.has_its_share(who, into):
+            expected = errors.CallerShare
         elif not twin and into.model != asked.model and not may_downgrade(self.now, active, asked.model, None):
             expected = errors.DowngradesCapped
         before = self.now
@@ -246,11 +261,14 @@ class Verbs(RuleBasedStateMachine):
                 reader="api1/r1" if reader else "",
                 idempotency_key=key,
                 retried=retried,
+                max_waiting=limits[0],
                 asked=asked,
             ),
             expected,
             marks=not twin,
         )
+        if not later and (expected in (errors.LaneFull, errors.CallerShare) or (expected is None and not twin)):
+            self.wanted[lane, who] = w.now
         if got is None:
             return
         assert got.job_id == (twin or record.id) and got.attached == bool(twin)
@@ -266,7 +284,7 @@ class Verbs(RuleBasedStateMachine):
         asked, now = self.now.jobs[new], self.world.now
         for job_id, was in before.jobs.items():
             ends = (
-                reader and asked.session != "" and was.session == asked.session and was.retries != "" and was.live
+                reader and asked.session != "" and was.session == asked.session and was.caller == asked.caller and was.retries != "" and was.live
                 and was.grace_ms >= 0 and was.retries != asked.retries and not self.heard(before, job_id)
             )  # fmt: skip
             if self.now.jobs[job_id].abandon_at != (now if ends else was.abandon_at):
@@ -281,7 +299,8 @@ class Verbs(RuleBasedStateMachine):
         body = other or self.bodies[like.id]
         fitting = {
             job.id for job in self.now.jobs.values()
-            if job.retries and (job.session, job.zone, self.bodies[job.id]) == (like.session, like.zone, body)
+            if job.retries and (job.caller, job.session, job.zone, self.bodies[job.id])
+            == (like.caller, like.session, like.zone, body)
             and (
                 (job.live and (not self.heard(self.now, job.id) or reader in self.now.readers(job.id)))
                 or (self.unheard.get(job.id) in ("", reader) and now < job.ended_at + 60_000)
@@ -372,6 +391,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.Moved
         elif lane.trust == "remote" and job.zone != "remote":
             expected = errors.TrustZoneRefused
+        elif 0 < job.max_running <= sum(j.caller == job.caller and j.state in HELD for j in self.now.jobs.values()):
+            expected = errors.CallerBusy
         got = self.act(
             f"claim {job.state}",
             lambda: lanes.claim(w.store, active, picture, host=host, boot=host + "-boot"),
@@ -623,7 +644,16 @@ class Verbs(RuleBasedStateMachine):
         served: dict[str, Any], again: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """Its first try waits, perhaps beside one that is just the same; it hangs up, and comes back."""
-        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
+        sdk = {
+            "sync": True,
+            "reader": True,
+            "retried": True,
+            "key": "",
+            "grace": 4_000,
+            "stale": False,
+            "later": 0,
+            "limits": (0, 0),
+        }
         self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again])
         self.do([straight(("claim", {"host": "gpu1"})), straight(("end", served)), *again])
 
@@ -635,7 +665,16 @@ class Verbs(RuleBasedStateMachine):
         self, first: dict[str, Any], claim: dict[str, Any], heard: bool, again: list[str]
     ) -> None:
         """An SDK's answer comes to its end, with its client there or gone; then its retries come."""
-        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
+        sdk = {
+            "sync": True,
+            "reader": True,
+            "retried": True,
+            "key": "",
+            "grace": 4_000,
+            "stale": False,
+            "later": 0,
+            "limits": (0, 0),
+        }
         with suppress(NothingFits):
             self.submit(**first | sdk)
             job_id = self.ids[-1]
@@ -688,7 +727,7 @@ class Verbs(RuleBasedStateMachine):
         then: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """A client hears the begin of it, the worker is lost, and another goes on, if one comes in time."""
-        seen = {"sync": True, "stream": True, "reader": True, "key": "", "stale": False, "later": 0}
+        seen = {"sync": True, "stream": True, "reader": True, "key": "", "stale": False, "later": 0, "limits": (0, 0)}
         submitted, *more = zip(BEGUN, begun, strict=True)
         self.do([(submitted[0], submitted[1] | seen), *map(straight, more)])
         if silent:

@@ -98,6 +98,11 @@ class Snapshot:
         key = self.keys.get(name)
         return key.value.decode().split(" ")[0] if key else ""
 
+    def waits(self, caller: str) -> dict[str, float]:
+        """The places that a caller's waiting jobs hold, `<lane>/<id>`."""
+        key = self.keys.get(self.names.waits(caller))
+        return dict(key.value) if key else {}
+
     def retries(self, index_and_fingerprint: str) -> list[tuple[str, float]]:
         """Which jobs a retry with this fingerprint may find in its index, and until when."""
         index, fingerprint = index_and_fingerprint.split(" ")
@@ -143,7 +148,7 @@ def violations(s: Snapshot) -> list[str]:
         found += _record(s, job)
         found += _ended(s, job) if job.state in ENDED else _live(s, job)
         found += _log(s, job)
-    return found + _lanes(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s)
+    return found + _lanes(s) + _places(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s)
 
 
 def undone(before: Snapshot, after: Snapshot) -> list[str]:
@@ -379,6 +384,22 @@ def _lanes(s: Snapshot) -> list[str]:
     return found
 
 
+def _places(s: Snapshot) -> list[str]:
+    """Each caller is said to hold the places of its live jobs, and no others."""
+    expected: dict[str, dict[str, float]] = {}
+    for job in s.jobs.values():
+        if job.state in HELD:
+            expected.setdefault(s.names.runs(job.caller), {})[job.id] = job.claimed_at
+        elif job.live:
+            expected.setdefault(s.names.waits(job.caller), {})[f"{job.lane}/{job.id}"] = 0
+    told = {name: dict(key.value) for family in ("waits", "runs") for name, key in s.of(f"{family}:<caller>").items()}
+    return [
+        f"{name} says that {told.get(name, {})} is held, by the records it is {expected.get(name, {})}"
+        for name in sorted(expected.keys() | told.keys())
+        if expected.get(name) != told.get(name)
+    ]
+
+
 def _due(s: Snapshot) -> list[str]:
     live = {job.id: instant(job) for job in s.jobs.values() if job.live}
     found = [f"promise 3: live job {i} has no instant" for i in sorted(live.keys() - s.due.keys())]
@@ -426,6 +447,8 @@ _MUST_EXPIRE = (
     "model:<model>:<host>",
     "host:<host>",
     "usage:<day>",
+    "active:<lane>",
+    "spent:<caller>:<day>",
 )
 
 
@@ -528,7 +551,18 @@ def _dump_fake(server: fakeredis.FakeServer, pattern: str) -> list[Any]:
 
 
 _TYPES = {family.pattern: family.type.encode() for family in TABLE}
-_STAYS = {"lane:<lane>", "due", "readers:<id>", "hosts", "policy", "model:<model>", "wake:<model>:epoch", "dead"}
+_STAYS = {
+    "lane:<lane>",
+    "due",
+    "waits:<caller>",
+    "runs:<caller>",
+    "readers:<id>",
+    "hosts",
+    "policy",
+    "model:<model>",
+    "wake:<model>:epoch",
+    "dead",
+}
 
 
 def _score(told: float) -> float:

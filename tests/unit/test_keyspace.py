@@ -24,6 +24,10 @@ MADE = {
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),
     "retries": (("laptop-3", "tab:7"), "retries:<caller>:<session>"),
     "usage": (("2026-10-30",), "usage:<day>"),
+    "waits": (("laptop-3",), "waits:<caller>"),
+    "runs": (("laptop-3",), "runs:<caller>"),
+    "active": (("fast-edit",), "active:<lane>"),
+    "spent": (("laptop-3", "2026-10-30"), "spent:<caller>:<day>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
 FIXED = ("due", "hosts", "dead", "callers", "policy")

@@ -22,6 +22,7 @@ end
 local function close(k, p, f, now, id, to, ending)
   local code, message, counts = ending.code, ending.message, ending.counts or {}
   if f.entry and f.entry ~= "" then leave(k.lane, p.group, f.entry) end
+  hold_no_more(root_of(k.job, id), f.caller, f.lane, id, f.state)
   redis.call("ZREM", k.due, id)
   local seq = ms(tonumber(f.last_seq) + 1)
   local said = cjson.encode({ code = code, message = message, status = tonumber(ending.status) })

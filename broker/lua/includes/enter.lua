@@ -1,3 +1,4 @@
+--- @include places
 -- Makes sure the lane and its group exist, and adds the job's entry to it. Returns the entry id.
 -- The entry repeats what the choice of the next job needs, so that workers choose without reading hashes.
 local function add_entry(lane, group, id, caller, session, promote_at, submitted_at, tokens, priority, zone)
@@ -22,7 +23,11 @@ end
 -- long as before: it takes back the place that it held. What was logged of the lost answer is dropped, or, with
 -- `continue_by`, stands: another attempt goes on from the frames up to attempt `continues`, if it comes until then.
 local function put_back(lane, group, due, frames, job, id, continues, continue_by)
-  leave(lane, group, redis.call("HGET", job, "entry"))
+  local f = redis.call("HMGET", job, "entry", "caller", "lane", "state")
+  local root = root_of(job, id)
+  leave(lane, group, f[1])
+  hold_no_more(root, f[2], f[3], id, f[4])
+  hold_waiting(root, f[2], f[3], id)
   local entry = enter(lane, group, job, id)
   redis.call("HSET", job, "state", "queued", "entry", entry, "owner", "", "boot", "", "lease_until", "0",
     "retry_at", "0")

@@ -8,12 +8,10 @@ local function waiting(lane, group)
   if length == 0 then return 0 end
   return length - redis.call("XPENDING", lane, group)[1]
 end
--- Is there a place in the lane? waiting < max(1 if nothing runs, max_queue + free), where free = slots of
--- warm hosts that nobody uses. KEYS[hosts_from .. hosts_to] are the model's hashes on its hosts, and
--- KEYS[lanes_from .. lanes_to] all lanes of that model, this one among them.
-local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
-  local waits = waiting(lane, group)
-  if waits < max_queue then return true end
+-- How many jobs may wait in the lane: max(1 if nothing runs, max_queue + free), where free = slots of warm hosts that
+-- nobody uses. KEYS[hosts_from .. hosts_to] are the model's hashes on its hosts, and KEYS[lanes_from .. lanes_to] all
+-- lanes of that model, this one among them.
+local function bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
   local running, slots = 0, 0
   for i = lanes_from, lanes_to do running = running + pending(KEYS[i], group) end
   for i = hosts_from, hosts_to do
@@ -24,5 +22,10 @@ local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from
   end
   local bound = max_queue + math.max(0, slots - running)
   if running == 0 and bound < 1 then bound = 1 end
-  return waits < bound
+  return bound
+end
+-- Is there a place in the lane?
+local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
+  local waits = waiting(lane, group)
+  return waits < max_queue or waits < bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
 end
