@@ -312,6 +312,8 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
     view = gateway.fleet.view(job.lane)
     ahead = await gateway.places.ahead(job.lane, job.entry)
     words = f"waiting in lane {job.lane} behind {ahead}, {job.model} is {view.availability}"
+    if job.continue_by:
+        return f"the answer broke off and goes on as soon as it can: {words}"
     fresh = gateway.fleet.fresh_tokens(job.model, session=job.session, tokens=job.tokens)
     left_ms = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now, fresh_tokens=fresh)
     if left_ms is not None and left_ms < 86_400_000:
