@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from broker import continuing
 from broker.dialects import going_on, partial
 from broker.dialects.partial import Partial
+from broker.policies import Active
+from broker.policy import Policy
 from broker.records import JobRecord
 from workers.answers import AnswerReader
 from workers.asking import Asking
@@ -345,6 +347,27 @@ def test_a_form_that_begins_anew_in_its_middle_may_not(path: str, more: dict[str
 
 
 def test_a_body_that_nobody_can_read_may_not() -> None:
-    for body in (b"", b"[]", b"{", b'{"messages":[1]}', b'{"model":"m"}'):
+    for body in (b"", b"[]", b"{", b'{"messages":[1]}'):
         for path in BODIES:
             assert not continuing.may_go_on(path, body)
+
+
+POLICY = """
+models:
+  a: {backend: llama.cpp, model: m, url: "http://x:1", onLoss: continue, coldStartBudgetMs: 700}
+  b: {backend: ollama, model: m, onLoss: continue}
+  c: {backend: vllm, model: m, url: "http://x:2"}
+lanes:
+  quick: {target: a, coldStartBudgetMs: 40}
+"""
+
+
+def test_how_long_an_answer_waits_to_be_gone_on_with() -> None:
+    active = Active(policy=Policy.parse(POLICY), version=1, revision=1)
+
+    def asked(lane: str, endpoint: str = "/v1/chat/completions") -> int | None:
+        return continuing.within_ms(active, JobRecord(id="j", lane=lane, endpoint=endpoint))
+
+    assert [asked(lane) for lane in ("a", "a.batch", "quick", "b", "c", "gone")] == [700, 700, 40, 25_000, None, None]
+    assert asked("a", "/v1/completions") == 700
+    assert asked("b", "/v1/completions") is None, "an Ollama puts a template around it"
