@@ -330,7 +330,8 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
     if job.owner:
         return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
     wait = await gateway.waits.of(job)
-    return wait.words() if wait is not None else f"the job is {job.state.value}"
+    words = wait.words() if wait is not None else f"the job is {job.state.value}"
+    return f"the answer broke off and goes on as soon as it can: {words}" if job.continue_by else words
 
 
 def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:

@@ -173,7 +173,7 @@ class Host:
             for job_id in await lanes.held_by(self._store, lane, self.name):
                 with contextlib.suppress(errors.Lost, errors.NoSuchJob, errors.BadTransition):
                     job = await jobs.read(self._store, job_id)
-                    within_ms = continuing.within_ms(active, job.lane) if job.seen else None
+                    within_ms = continuing.within_ms(active, job) if job.seen else None
                     go_on = await continuing.judge(self._store, job, within_ms=within_ms)
                     again = await lanes.recover(
                         self._store,
