@@ -19,7 +19,7 @@ import pytest
 from tests.conformance.clients import environments
 
 EVERYTHING = frozenset({"chat", "stream", "schema", "tools", "reasoning", "embed", "cancel", "late error"})
-MESSAGES = EVERYTHING - {"schema", "embed"}
+MESSAGES = EVERYTHING - {"schema", "embed"} | {"models"}
 ANSWER_S_MAX = 100.0
 
 
