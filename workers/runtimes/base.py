@@ -88,6 +88,9 @@ class Endpoint:
     speaks: frozenset[str] = frozenset()
     """Endpoints of other dialects than OpenAI's that it answers itself."""
 
+    tokenizer: Literal["", "llama", "vllm"] = ""
+    """How it is asked for the tokens of a prompt; "" = it cannot be."""
+
     def path(self, path: str) -> str:
         """Gives the path of a request, with what the runtime must be told beside its body."""
         return f"{path}?{self.query}" if self.query else path
