@@ -28,6 +28,7 @@ from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
 from broker.store import Store
 from workers import part
+from workers.counting import Counting
 from workers.dispatcher import Dispatcher
 from workers.errands import Errands
 from workers.picture import LanePicture, Tails
@@ -66,6 +67,7 @@ class Host:
         self.residents: Residents
         self.dispatcher: Dispatcher
         self.errands: Errands
+        self.counting: Counting
         self._settings = settings
         self._store = store
         self._book = PolicyBook(store)
@@ -153,6 +155,7 @@ class Host:
             tasks=tasks,
         )
         self.errands = Errands(self.residents.wakers, tasks=tasks, set_aside=self.set_aside)
+        self.counting = Counting(self._store, self.residents.wakers, tasks=tasks)
 
     def set_aside(self, drained: bool) -> None:
         """Follows an operator: claims no more and wakes nothing, or takes work again. What runs goes on."""
@@ -161,7 +164,7 @@ class Host:
         self._changed()
 
     def _hear(self, message: bytes) -> None:
-        if not self.errands.hear(message):
+        if not (self.errands.hear(message) or self.counting.hear(message)):
             self.dispatcher.told(message)
 
     async def _recover_earlier_life(self) -> None:

@@ -51,13 +51,15 @@ class ChatCompletions:
             self._gateway.exchanges.discard(exchange)
 
     async def _serve(self, exchange: Exchange) -> None:
-        gateway = self._gateway
         if exchange.method != "POST":
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
-        caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        caller = self._gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
         body = await exchange.read_body()
-        wishes = Wishes.of(exchange)
+        await self._answer(exchange, body, Wishes.of(exchange), caller)
+
+    async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: str) -> None:
+        gateway = self._gateway
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):
             return await exchange.answer(200, JSON, job)

@@ -122,9 +122,9 @@ def error_event(code: str, message: str, *, status: int, retry_after_s: int | No
     return b"event: error\ndata: " + json_splice.encode(body) + b"\n\n"
 
 
-def token_count(asked: Asked) -> dict[str, int]:
-    """Answers a count of tokens with our estimate: it wakes no model and asks none."""
-    return {"input_tokens": max(1, asked.prompt_tokens)}
+def token_count(tokens: int) -> dict[str, int]:
+    """Answers a request to count the tokens of a prompt."""
+    return {"input_tokens": max(1, tokens)}
 
 
 def texts(content: object) -> Iterable[dict[str, Any]]:

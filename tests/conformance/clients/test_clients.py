@@ -61,6 +61,16 @@ def test_vectors(client: Client, drive: Drive, up: House) -> None:
     assert (vectors["saw"], vectors["count"], vectors["width"]) == ("vectors", 2, 64)
 
 
+@pytest.mark.parametrize("client", rows("models"))
+def test_models_are_listed_page_by_page(client: Client, drive: Drive, up: House) -> None:
+    """Anthropic's clients take no list of OpenAI's form; two to a page, they find every name once."""
+    names = [model["id"] for model in httpx.get(f"{up.url}/v1/models").json()["data"]]
+    seen = drive(client).run("models", up.url, "pretend")
+    assert [model["id"] for model in seen.of("model")] == names and len(names) > 2
+    assert {model["year"] for model in seen.of("model")} == {1970} and all(m["name"] for m in seen.of("model"))
+    assert (seen.answer["id"], seen.answer["type"]) == ("pretend", "model")
+
+
 @pytest.mark.parametrize("client", rows("tools"))
 def test_a_tool_is_called_once_and_whole(client: Client, drive: Drive, up: House) -> None:
     seen = drive(client).run("tools", up.url, "thinker", max_tokens=50)

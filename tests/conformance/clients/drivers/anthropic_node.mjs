@@ -41,4 +41,12 @@ async function* stream(order) {
   yield { saw: "answer", text: textOf(answer), finish: answer.stop_reason };
 }
 
-await serve({ chat, stream, tools: stream, reasoning: stream });
+async function* models(order) {
+  for await (const model of client(order).models.list({ limit: 2 })) {
+    yield { saw: "model", id: model.id, name: model.display_name, year: new Date(model.created_at).getUTCFullYear() };
+  }
+  const one = await client(order).models.retrieve(order.model);
+  yield { saw: "answer", id: one.id, type: one.type };
+}
+
+await serve({ models, chat, stream, tools: stream, reasoning: stream });

@@ -41,4 +41,12 @@ def stream(order: Order) -> Seen:
     yield {"saw": "answer", "text": text, "finish": answer.stop_reason}
 
 
-serve({"chat": chat, "stream": stream, "tools": stream, "reasoning": stream})
+def models(order: Order) -> Seen:
+    with _client(order) as client:
+        for model in client.models.list(limit=2):  # the client turns the pages
+            yield {"saw": "model", "id": model.id, "name": model.display_name, "year": model.created_at.year}
+        one = client.models.retrieve(order["model"])
+    yield {"saw": "answer", "id": one.id, "type": one.type}
+
+
+serve({"models": models, "chat": chat, "stream": stream, "tools": stream, "reasoning": stream})
