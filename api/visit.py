@@ -28,6 +28,9 @@ RECORD_S_MAX = 0.25
 PATIENCE_SHARE = 0.8
 """The part of an SDK's read timeout after which a fallback is tried: it has to answer within the rest."""
 
+WITHIN_MS_MAX = 86_400_000
+
+_MS = re.compile(r"[0-9]{1,8}")
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _SESSION = re.compile(r"[\x21-\x7e]{1,128}")
@@ -61,7 +64,7 @@ class Wishes:
         if session and not _SESSION.fullmatch(session):
             raise errors.BadRequest("X-Session-Affinity must be 1 to 128 visible characters", "X-Session-Affinity")
         within = header(b"x-slo-ttft-ms")
-        if within and not (within.isdecimal() and within.isascii() and 0 < int(within[:12]) <= 86_400_000):
+        if within and not (_MS.fullmatch(within) and 0 < int(within) <= WITHIN_MS_MAX):
             raise errors.BadRequest("X-SLO-TTFT-Ms must be a whole number of milliseconds above 0", "X-SLO-TTFT-Ms")
         leave = header(b"x-gateway-allow-remote").lower()
         if leave not in ("", "true", "false"):

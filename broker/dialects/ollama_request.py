@@ -144,7 +144,7 @@ def _asked(shape: Shape, request: dict[str, Any], *, tokens: int, images: int, s
 
 
 def _scan(body: bytes) -> tuple[list[json_splice.Member], dict[str, Any]]:
-    members = json_splice.scan(body)
+    members = json_splice.read(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:
