@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, NoReturn
 
 from broker.errors import BadRequest
 
-
 DEPTH_MAX = 200
 """Objects and lists within each other, the body itself among them. Well below what Python's own stack bears, which
 depends on who reads: what the api can read, a worker must be able to read and to write anew."""

@@ -61,7 +61,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
                             "tool_name": maybe(text()),
                             "tool_call_id": maybe(text()),
                             "images": _images,
-                            "tool_calls": some({"type": "null"}, _call, list_of(_call)),
+                            "tool_calls": maybe(list_of(_call)),
                         },
                     ),
                     "Without one the answer comes at once: it asks for the model to be loaded, or unloaded.",

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from api.voices import voice_of
 from broker.dialects import (
     anthropic,
     anthropic_schema,
@@ -32,6 +33,9 @@ from broker.dialects import (
     responses_schema,
 )
 from broker.errors import BadRequest
+from broker.records import JobRecord
+from workers.asking import Asking
+from workers.runtimes.base import Endpoint
 
 SCHEMAS = {
     **openai_schema.SCHEMAS,
@@ -55,6 +59,7 @@ FUNCTION = {
 class Pair:
     """A reader, the schema that says the same, requests that both take, and what the schema cannot say."""
 
+    path: str
     read: Callable[[bytes], object]
     schema: str
     right: tuple[dict[str, Any], ...]
@@ -67,6 +72,7 @@ def chat(**more: Any) -> dict[str, Any]:
 
 PAIRS = {
     "chat": Pair(
+        "/v1/chat/completions",
         openai.read_chat,
         "ChatRequest",
         (
@@ -77,6 +83,7 @@ PAIRS = {
         ),
     ),
     "completions": Pair(
+        "/v1/completions",
         openai_completions.read_completion,
         "CompletionRequest",
         tuple(
@@ -86,11 +93,13 @@ PAIRS = {
         "best_of above n|prompts times n",
     ),
     "embeddings": Pair(
+        "/v1/embeddings",
         openai_embeddings.read_embeddings,
         "EmbeddingsRequest",
         tuple({"model": "e", "input": given, "stream": False} for given in ("a", ["a", "b"], [1, 2], [[1], "b"])),
     ),
     "responses": Pair(
+        "/v1/responses",
         responses.read_responses,
         "ResponsesRequest",
         (
@@ -130,6 +139,7 @@ PAIRS = {
         "no tool of this request|no tool is a function|allows none of the functions",
     ),
     "messages": Pair(
+        "/v1/messages",
         anthropic.read_messages,
         "MessagesRequest",
         (
@@ -154,6 +164,7 @@ PAIRS = {
         ),
     ),
     "ollama chat": Pair(
+        "/api/chat",
         ollama_request.read_chat,
         "OllamaChatRequest",
         (
@@ -161,10 +172,10 @@ PAIRS = {
             chat(format={"type": "object"}, tools=[CALL], options={"num_predict": -1.5}),
             chat() | {"messages": [{"role": "user", "content": "x", "images": ["AAAA"], "thinking": None}]},
             chat() | {"messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_name": "read"}]},
-            chat() | {"messages": [{"role": "assistant", "tool_calls": CALL}]},
         ),
     ),
     "ollama generate": Pair(
+        "/api/generate",
         ollama_request.read_generate,
         "OllamaGenerateRequest",
         (
@@ -174,14 +185,19 @@ PAIRS = {
         ),
     ),
     "ollama embed": Pair(
+        "/api/embed",
         ollama_embeddings.read_embed,
         "OllamaEmbedRequest",
         ({"model": "e", "input": ["a", "b"], "dimensions": 3}, {"model": "e", "input": "a", "dimensions": 0}),
     ),
     "ollama embeddings": Pair(
-        ollama_embeddings.read_embeddings, "OllamaEmbeddingsRequest", ({"model": "e", "prompt": "a"},)
+        "/api/embeddings",
+        ollama_embeddings.read_embeddings,
+        "OllamaEmbeddingsRequest",
+        ({"model": "e", "prompt": "a"},),
     ),
     "ollama show": Pair(
+        "",
         ollama_models.asked_to_show, "OllamaShowRequest", ({"model": "e"}, {"name": "e"}, {"model": "", "name": "e"})
     ),
 }  # fmt: skip
@@ -191,6 +207,7 @@ KEYS = sorted(
     - {"properties", "anyOf"}
 )
 WORDS = ["", "x", "user", "assistant", "text", "message", "function", "json", "auto", "required", "tool_use"]
+DROPS = frozenset({"num_ctx", "keep_alive"})
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 3, 40, 10**30, 0.5, -2.5, *WORDS, [], {}, [[]], [{}], [""], [1], [True], ["a", 1],
     {"type": []}, {"type": {}}, {"type": None}, {"type": "text"}, {"type": "text", "text": "x"}, {"role": "user"},
@@ -261,3 +278,30 @@ def test_reader_and_schema_judge_alike(name: str, data: st.DataObject) -> None:
         assert wrong is not None or re.search(pair.beyond, str(refusal)), f"only the reader refuses: {refusal}"
     else:
         assert wrong is None, f"only the schema refuses: {wrong}"
+
+
+@pytest.mark.parametrize("name", [name for name, pair in PAIRS.items() if pair.path])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_what_a_reader_takes_can_be_told_to_every_runtime(name: str, data: st.DataObject) -> None:
+    """Anything but BadRequest would bring the worker down, and with it everybody's answers."""
+    pair = PAIRS[name]
+    body = json.dumps(data.draw(bent(pair))).encode()
+    try:
+        asked = pair.read(body)
+    except BadRequest:
+        return
+    if getattr(asked, "empty", None):
+        return  # answered by the api
+    job = JobRecord(id="01M8J0W3QTEBGDM254AXB4F3BC", endpoint=pair.path, model="big", asked="big", choices=2)
+    voice_of(job, body).heartbeat("waiting")
+    for speaks in (frozenset({pair.path}), frozenset[str]()):
+        for metered in (False, True):
+            to = Endpoint("http://x", model="weights", speaks=speaks, drops=DROPS, metered=metered)
+            asking = Asking(job, body, to)
+            try:
+                asking.reader()
+                told = json.loads(asking.request(1))
+            except BadRequest:
+                continue
+            assert told["model"] == "weights"
