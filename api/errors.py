@@ -23,6 +23,9 @@ RETRY_AFTER_S_MAX = 30
 OLLAMAS = "/api/"
 """How the paths of the Ollama dialect begin."""
 
+TOO_SLOW = 504
+"""Of a runtime that was not broken, but too slow."""
+
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
 _PERMISSION, _BUSY, _BROKEN = "permission_error", "service_unavailable", "server_error"
@@ -130,6 +133,24 @@ class Wrong:
         return found
 
 
+def statuses(kind: type[errors.BrokerError], path: str) -> list[int]:
+    """Gives every status by which a client of the path may hear of such an error."""
+    row = ROWS[kind]
+    found: tuple[int, ...] = (row.status,)
+    if kind is errors.RuntimeFailed:
+        found = (row.status, TOO_SLOW)
+    if kind is errors.RuntimeRefused:
+        found = errors.RuntimeRefused.STATUSES
+    return [Wrong(kind.code, "", status, row.kind).status_at(path) for status in found]
+
+
+def schema_of(path: str) -> str:
+    """Names the schema of an error's body in the dialect of the path."""
+    if path.startswith(OLLAMAS):
+        return "OllamaError"
+    return "AnthropicError" if path.startswith(anthropic.PATH) else "OpenAIError"
+
+
 def wrong(error: errors.BrokerError) -> Wrong:
     """Says what a client hears of an error that was raised."""
     row = next((ROWS[kind] for kind in type(error).__mro__ if kind in ROWS), None)
@@ -155,8 +176,8 @@ def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
     found = Wrong(code, str(said.get("message") or "the job ended without an answer"), row.status, row.kind)
     if kind is errors.RuntimeRefused and isinstance(status, int | float) and 400 <= status < 500:
         return replace(found, status=int(status))
-    if kind is errors.RuntimeFailed and status == 504:  # it was not broken, it was too slow
-        found = replace(found, status=504)
+    if kind is errors.RuntimeFailed and status == TOO_SLOW:
+        found = replace(found, status=TOO_SLOW)
     if row.retry_after_s is None:
         return found
     wait_s = retry_after_s if retry_after_s and kind in (errors.ColdStartDeadline, errors.JobExpired) else None

@@ -1,7 +1,9 @@
 """POST /v1/messages and /v1/messages/count_tokens: what clients of the Anthropic dialect ask for."""
 
+from api.described import EVENTS, WISHES, Described, generation, says
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
+from broker import errors
 from broker.dialects import anthropic, json_splice
 from broker.records import JobRecord
 
@@ -10,6 +12,10 @@ class Messages(ChatCompletions):
     """The endpoint."""
 
     path = anthropic.PATH
+    described = generation(
+        "Send messages", tag="anthropic", body="MessagesRequest", answer="Message",
+        stream=(EVENTS, "Events from `message_start` to `message_stop`, or `error`; `ping` keeps a wait alive."),
+    )  # fmt: skip
 
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
         asked = anthropic.read_messages(body)
@@ -30,6 +36,10 @@ class CountTokens(ChatCompletions):
     """The endpoint. It is answered with our estimate at once: a count enters no lane and wakes no model."""
 
     path = anthropic.COUNT_PATH
+    described = Described(
+        "Count the tokens of messages", "anthropic", says("An estimate.", "TokenCount"), body="MessagesRequest",
+        headers=WISHES, fails=(errors.BadRequest, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable),
+    )  # fmt: skip
 
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
         asked = anthropic.read_messages(body)

@@ -52,8 +52,10 @@ async def test_what_is_refused_before_it_is_a_job(scene: Scene) -> None:
             await client.get(path),
             await client.get("/v1/nothing"),
             await client.post("/v1/models"),
+            await client.put("/v1/jobs/x"),
+            await client.options("/api/tags"),
         ]
-    told = [(r.status_code, r.json()["error"]["code"]) for r in found]
+    told = [(r.status_code, getattr(r.json()["error"], "get", lambda _: None)("code")) for r in found]
     assert told == [
         (400, "invalid_request"),
         (404, "model_not_found"),
@@ -66,6 +68,14 @@ async def test_what_is_refused_before_it_is_a_job(scene: Scene) -> None:
         (405, "method_not_allowed"),
         (404, "not_found"),
         (405, "method_not_allowed"),
+        (405, "method_not_allowed"),
+        (405, None),
+    ]
+    assert [r.headers.get("allow") for r in found if r.status_code == 405] == [
+        "POST",
+        "GET",
+        "DELETE, GET",
+        "GET, HEAD",
     ]
     assert "did you mean big" in found[1].json()["error"]["message"]
     assert await scene.store.command("ZCARD", scene.store.keys.due) == 0
