@@ -88,6 +88,10 @@ class JobRecord(_Hash):
     _always = frozenset(
         "attempt caller entry grace_ms keep_ms last_seq losses mode priority promotions session tokens zone".split()
     )
+    HIDDEN: ClassVar[frozenset[str]] = frozenset(
+        "apis boot idem retries last_seq usage grace_ms keep_ms entry asked_number error_message".split()
+    )
+    """What is ours alone to know, or is told in another form."""
 
     id: str
     state: State = State.QUEUED
@@ -150,22 +154,9 @@ class JobRecord(_Hash):
 
     def public(self) -> dict[str, Any]:
         """What a client may see of its job."""
-        hidden = {
-            "apis",
-            "boot",
-            "idem",
-            "retries",
-            "last_seq",
-            "usage",
-            "grace_ms",
-            "keep_ms",
-            "entry",
-            "asked_number",
-        }
-        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.HIDDEN}
         out["usage"] = json.loads(self.usage) if self.usage else None
         out["error"] = {"code": self.error, "message": self.error_message} if self.error else None
-        del out["error_message"]
         return out
 
 

@@ -343,7 +343,7 @@ class Attempt:
         if status in (400, 404) and complaint.model_gone:
             self._gone = True
             return errors.RuntimeFailed(f"the runtime does not have the model now: {words}")
-        if status in (400, 404, 413, 415, 422):
+        if status in errors.RuntimeRefused.STATUSES:
             return errors.RuntimeRefused(words, status=status)
         when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""
         retryable = status in (408, 425, 500, 502, 504, *BUSY)

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+from api.described import EVENTS, WISHES, Described, generation, says
 from api.exchange import Exchange
 from api.routes.chat import ChatCompletions
 from api.stream import JSON
@@ -19,6 +20,10 @@ class Messages(ChatCompletions):
     """The endpoint."""
 
     path = anthropic.PATH
+    described = generation(
+        "Send messages", tag="anthropic", body="MessagesRequest", answer="Message",
+        stream=(EVENTS, "Events from `message_start` to `message_stop`, or `error`; `ping` keeps a wait alive."),
+    )  # fmt: skip
 
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | bytes:
         asked = anthropic.read_messages(body)
@@ -39,6 +44,10 @@ class CountTokens(ChatCompletions):
     """The endpoint. A warm model's runtime counts, else we estimate: it enters no lane and wakes no model."""
 
     path = anthropic.COUNT_PATH
+    described = Described(
+        "Count the tokens of messages", "anthropic", says("How many.", "TokenCount"), body="MessagesRequest",
+        headers=WISHES, fails=(errors.BadRequest, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable),
+    )  # fmt: skip
 
     async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: str) -> None:
         gateway, asked = self._gateway, anthropic.read_messages(body)

@@ -2,12 +2,13 @@
 
 import logging
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from ulid import ULID
 
 from api import errors as told
 from api.asgi import Receive, Scope, Send
+from api.described import EVENTS, Described, generation
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
@@ -25,6 +26,11 @@ class ChatCompletions:
     """The endpoint. Each request is one exchange, and from its admission on one visit to a job."""
 
     path = PATH
+    methods = ("POST",)
+    described: ClassVar[Described] = generation(
+        "Chat", tag="openai", body="ChatRequest", answer="ChatCompletion",
+        stream=(EVENTS, "Chunks of the answer; the last event is `data: [DONE]`. Comments keep a wait alive."),
+    )  # fmt: skip
     keep_ms_max = sys.maxsize
     """An ended job can be read for `keepMs` of the policy, and no longer than this."""
 

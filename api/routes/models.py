@@ -8,18 +8,33 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 
 from api.auth import Caller, Gate
+from api.described import Described, described, says
 from api.gateway import Gateway
 from broker import errors
 from broker.dialects import anthropic, anthropic_models, openai
+from broker.dialects.json_schema import text
 from broker.policy.sentences import near_words
 
 router = APIRouter(tags=["models"])
 
-Version = Annotated[str, Header(alias="anthropic-version", description="Asks for Anthropic's form.")]
-Of = Annotated[str, Query(description="Of Anthropic's form.")]
+Version = Annotated[str, Header(alias="anthropic-version")]
+Of = Annotated[str, Query()]
+IN_ITS_FORM = text("Of a client of Anthropic: the answer has Anthropic's form.")
 
 
 @router.get("/v1/models")
+@described(
+    Described(
+        "What can be asked for", "openai", says("Names.", "ModelList", "AnthropicModelPage"),
+        headers={"anthropic-version": IN_ITS_FORM},
+        query={
+            "limit": text("Names of a page of Anthropic's form, 20 unless it is said.", pattern="^[0-9]{0,4}$"),
+            "after_id": text("The name after which a page of Anthropic's form begins."),
+            "before_id": text("The name before which it ends."),
+        },
+        fails=(errors.BadRequest, errors.ModelUnavailable),
+    )
+)  # fmt: skip
 async def list_models(
     gateway: Gate,
     caller: Caller,
@@ -38,6 +53,14 @@ async def list_models(
 
 
 @router.get("/v1/models/{name:path}")
+@described(
+    Described(
+        "One of the names", "openai", says("It can be asked for.", "ListedModel", "AnthropicModel"),
+        within={"name": text("A model, alias or routing name; it may hold slashes.")},
+        headers={"anthropic-version": IN_ITS_FORM},
+        fails=(errors.UnknownModel, errors.ModelUnavailable),
+    )
+)  # fmt: skip
 async def show_model(name: str, gateway: Gate, caller: Caller, anthropic_version: Version = "") -> dict[str, Any]:
     """Shows one of them."""
     names = gateway.book.active.policy.names()
