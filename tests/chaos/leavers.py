@@ -26,6 +26,9 @@ WAYS = {
 }  # fmt: skip
 """How often each is drawn."""
 
+LEAVES_FOR_GOOD = ("behind it", "while it waits", "at the first byte", "half", "delete", "follow")
+"""What can be done to an answer that takes long: if it went on, its end would come long after the client had left."""
+
 ANSWER_S_MAX = 60.0
 RETRY_AFTER_S = (0.0, 0.0, 0.02, 0.3)
 
@@ -59,6 +62,8 @@ class Plan:
             headers |= {"x-gateway-on-disconnect": dice.choice(("keep", "keep", "cancel"))}
         if way == "try again" and dice.random() < 0.9:
             headers.pop("x-gateway-on-disconnect", "")
+        if way in LEAVES_FOR_GOOD and headers.get("x-gateway-on-disconnect") != "keep" and dice.random() < 0.15:
+            told = Told(told.tag, 100, 45)
         body = json.dumps(_request(path, told, stream, dice)).encode()
         return cls(told, path, stream, body, headers, way, dice.random(), dice.random() < 0.5, dice)
 

@@ -19,8 +19,8 @@ AT_ONCE = 32
 PIECE_BYTES = 160
 """About what a piece of an answer takes on the wire."""
 WAITS_S = 0.4
-GONE_MS_MAX = 3_000
-"""A job that nobody waits for has ended after its grace and this; the leases of readers last three times as long."""
+GONE_MS_MAX = 2_500
+"""A job that nobody waits for has ended after its grace and this: a second is promised, the rest is a busy machine."""
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Leaving:
         await call.send(_bytes(plan))
         reading = asyncio.create_task(call.answer(), name="reads what is deleted")
         if job_id := await self._job_of(call, outcome, reading):
-            await asyncio.sleep(plan.at * (plan.lasts_s + 0.1))
+            await asyncio.sleep(plan.at * min(1.0, plan.lasts_s + 0.1))
             outcome.deleted = True
             told = await ask(self.url, "DELETE", f"/v1/jobs/{job_id}")
             if told.status != 200:
@@ -227,12 +227,14 @@ class Leaving:
     async def _events(self, outcome: Outcome, job_id: str) -> None:
         """Follows a job to its end over several connections; nothing may be missing between them."""
         plan, after, frames, end = outcome.plan, "", "", ""
-        while not end:
+        goes = 3 if plan.dice.random() < 0.3 else 1000  # some lose interest
+        while not end and goes > 0:
+            goes -= 1
             call = await Call.to(self.url)
             head = {"last-event-id": after} if after else {}
             await call.send(request("GET", f"/v1/jobs/{job_id}/events", headers=head))
-            size = plan.dice.choice((1 << 30, 1 << 30, 400, 2000, 9000))
-            answer = await call.answer(Leave(after_bytes=size) if outcome.resumed < 12 else STAY)
+            size = plan.dice.choice((1 << 30, 400, 2000, 9000))
+            answer = await call.answer(Leave(after_bytes=size) if outcome.resumed < 12 or goes < 3 else STAY)
             call.leave(rst=plan.dice.random() < 0.5)
             if answer.status == 204 or answer.wrong:
                 outcome.wrong(f"events after {after or 'nothing'}: {answer.status} {answer.wrong}")
@@ -256,9 +258,9 @@ class Leaving:
     async def _judge_frames(self, outcome: Outcome, job_id: str, frames: bytes, end: str) -> None:
         plan = outcome.plan
         log = b"".join([frame.data async for frame in replay(self.store, job_id) if not frame.terminal])
-        if frames != log:
+        if frames != log if end else not log.startswith(frames):
             outcome.wrong(f"followed frames of {len(frames)} bytes, the log has {len(log)}")
-        if end not in ("done", "cancelled") or (
+        if end not in ("done", "cancelled", "") or (
             end == "cancelled" and plan.headers["x-gateway-on-disconnect"] == "keep"
         ):
             outcome.wrong(f"the followed job ended {end}")
@@ -306,7 +308,7 @@ def judge_jobs(leaving: Leaving, jobs: list[JobRecord]) -> tuple[list[str], Coun
         plan, mine = outcome.plan, of.get(outcome.plan.told.tag, [])
         for job in mine:
             late_ms = job.ended_at - outcome.gone_at_ms - max(0, job.grace_ms)
-            if job.state is State.CANCELLED and late_ms > GONE_MS_MAX:
+            if job.grace_ms >= 0 and late_ms > GONE_MS_MAX:
                 found.append(f"{plan.told.tag}: job {job.id} lived for {late_ms:.0f} ms when nobody could want it")
         if len(mine) > outcome.requests:
             found.append(f"{plan.told.tag}: {len(mine)} jobs of {outcome.requests} requests")

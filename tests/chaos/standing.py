@@ -100,6 +100,7 @@ def _part(process: psutil.Process, own_port: int, runtimes: frozenset[int]) -> P
 
 def _kind(path: Path) -> str:
     try:
-        return re.split(r"[:\[]", str(path.readlink()))[0]
+        found = str(path.readlink())
+        return "file" if found.startswith("/") else re.split(r"[:\[]", found)[0]
     except OSError:  # closed since
         return "gone"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class _Telling(ScriptedRuntime):
         self.begun: Counter[str] = Counter()
         self.whole: Counter[str] = Counter()
         self.cut: Counter[str] = Counter()
+        self.ended_at_s: dict[str, float] = {}  # by tag, of `time.time()`
         self.telling = 0
 
     @property
@@ -116,6 +118,7 @@ class _Telling(ScriptedRuntime):
             self.whole[told.tag] += 1
         finally:
             self.telling -= 1
+            self.ended_at_s[told.tag] = time.time()
 
     def _notice(self) -> None:
         self.lingering -= 1
