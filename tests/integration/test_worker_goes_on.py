@@ -1,8 +1,6 @@
 """`onLoss: continue` with workers and runtimes that are really killed: the answer comes whole, nothing comes twice."""
 
 import json
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from broker import errors
+from broker import errors, jobs
 from broker.frames import replay
 from broker.lifecycle import State
 from tests.support.live_api import live_api
@@ -24,7 +22,10 @@ from tests.support.worker_world import Ask, World, simulated, words, worker_worl
 
 pytestmark = pytest.mark.real
 
-TOKENS = 1_000
+LONG = 150
+"""Words that take the simulated model three seconds."""
+
+TOKENS = 800
 PROMPT_TOKENS = 24
 ASK = [{"role": "user", "content": "Hi there"}]
 GREEDY = {"temperature": 0, "presence_penalty": 1.5, "repeat_last_n": 4096}
@@ -62,8 +63,9 @@ async def test_a_real_llama_server_is_killed_in_the_middle(world: World, tmp_pat
     letter, what a llama-server says that is asked for the rest of what stands before it; the figures are of one answer.
     """
     model = {
-        "backend": "llama.cpp", "model": str(write_tiny_gguf(tmp_path / "tiny.gguf")), "command": llama_command(),
-        "contextTokens": 4096, "memoryMb": 64, "keepWarm": True, "onLoss": "continue",
+        "backend": "llama.cpp", "model": str(write_tiny_gguf(tmp_path / "tiny.gguf", megabytes=20)),
+        "command": llama_command(), "contextTokens": 4096, "memoryMb": 64, "keepWarm": True, "onLoss": "continue",
+        "coldStartBudgetMs": 60_000,
     }  # fmt: skip
     await world.apply({"tiny": model})
     host = await world.warm_host()
@@ -77,13 +79,14 @@ async def test_a_real_llama_server_is_killed_in_the_middle(world: World, tmp_pat
         )  # type: ignore[call-overload]  # fmt: skip
         job_id = stream.response.headers["x-gateway-job"]
         chunks: list[Any] = []
-        killed: set[int] = set()
+        kills = 0
         async for chunk in stream:
             chunks.append(chunk)
-            pid = world.runtime("tiny").pid
-            if len(killed) < 2 and len(chunks) > 30 * (len(killed) + 1) and pid not in killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
+            if kills < 2 and len(chunks) > 30 * (kills + 1):
+                job = await jobs.read(world.store, job_id)
+                if (job.state, job.attempt) == (State.STREAMING, kills + 1):  # it has said something
+                    world.runtime("tiny").kill()
+                    kills += 1
 
     told = await by_attempt(world, job_id)
     assert len(told) == 3 and "".join(told) == text_of(chunks)
@@ -146,13 +149,13 @@ async def test_its_worker_is_killed_and_started_again(world: World) -> None:
     await world.apply({"big": continued()})
     worker = world.process("workers.host")
     await world.until_model("big", "warm")
-    ask = await world.submit("big", tokens=60)
+    ask = await world.submit("big", tokens=LONG)
     await heard(ask, 5)
     worker.kill()
     world.process("workers.host")
     job = await ask.end(30)
     assert job.state is State.DONE and job.continues == 1, job
-    one_answer(ask, 60)
+    one_answer(ask, LONG)
 
 
 async def test_its_worker_is_killed_and_another_host_goes_on(world: World) -> None:
@@ -164,35 +167,35 @@ async def test_its_worker_is_killed_and_another_host_goes_on(world: World) -> No
         await world.until_model("big", "warm", host=host)
     await world.scheduler()
     async with paused(world):
-        ask = await world.submit("big", tokens=40)
+        ask = await world.submit("big", tokens=LONG)
         await heard(ask, 5)
         worker.kill()
     job = await ask.end(30)
     assert job.state is State.DONE and (job.continues, job.owner) == (1, "gpu1"), job
-    one_answer(ask, 40)
+    one_answer(ask, LONG)
 
 
 async def test_a_drain_leaves_the_rest_to_another_host(world: World) -> None:
     """What does not end within the drain's time is given to whoever is there; it counts as nobody's loss."""
     await world.apply({"big": continued(replicas=2)}, drainTimeoutMs=200)
-    await world.host("gpu1")
-    await world.until_model("big", "warm")
-    ask = await world.submit("big", tokens=60)
-    await heard(ask, 5)
-    await world.host("gpu2")
-    await world.until_model("big", "warm", host="gpu2")
-    await world.hosts["gpu1"].drain()
-    await world.ended("gpu1")
+    for host in ("gpu1", "gpu2"):
+        await world.host(host)
+        await world.until_model("big", "warm", host=host)
+    async with paused(world, "gpu2"):
+        ask = await world.submit("big", tokens=LONG)
+        await heard(ask, 5)
+        await world.hosts["gpu1"].drain()
+        await world.ended("gpu1")
     job = await ask.end(30)
     assert job.state is State.DONE and (job.losses, job.owner) == (0, "gpu2"), job
-    one_answer(ask, 60)
+    one_answer(ask, LONG)
 
 
 async def test_without_it_the_killed_workers_client_hears_an_error(world: World) -> None:
     await world.apply({"big": continued() | {"onLoss": "error"}})
     worker = world.process("workers.host")
     await world.until_model("big", "warm")
-    ask = await world.submit("big", tokens=60)
+    ask = await world.submit("big", tokens=LONG)
     await heard(ask, 5)
     worker.kill()
     world.process("workers.host")
@@ -204,7 +207,7 @@ async def test_a_worker_that_cannot_go_on_after_all_says_so(world: World) -> Non
     """It does not begin anew: its client has half of another answer."""
     await world.apply({"big": continued()})
     await world.warm_host()
-    ask = await world.submit("big", tokens=60)
+    ask = await world.submit("big", tokens=LONG)
     await heard(ask, 5)
     async with paused(world):
         world.runtime("big").kill()
@@ -216,9 +219,9 @@ async def test_a_worker_that_cannot_go_on_after_all_says_so(world: World) -> Non
 
 
 @asynccontextmanager
-async def paused(world: World) -> AsyncIterator[None]:
+async def paused(world: World, host: str = "gpu1") -> AsyncIterator[None]:
     """No job is claimed meanwhile."""
-    dispatcher = world.hosts["gpu1"].dispatcher
+    dispatcher = world.hosts[host].dispatcher
     dispatcher.stopped = True
     try:
         yield
