@@ -18,7 +18,8 @@ import pytest
 
 from tests.conformance.clients import environments
 
-EVERYTHING = frozenset({"chat", "stream", "schema", "tools", "reasoning", "embed", "cancel", "late error"})
+EVERYTHING = frozenset({"chat", "stream", "schema", "tools", "reasoning", "embed", "cancel", "late error", "timeout"})
+PATIENT = EVERYTHING - {"timeout"}
 MESSAGES = EVERYTHING - {"schema", "embed"} | {"models"}
 ANSWER_S_MAX = 100.0
 
@@ -44,14 +45,22 @@ class Client:
 CLIENTS = [
     Client("openai-python", "openai_python.py", "NotFoundError", "APIError"),
     Client("openai-node", "openai_node.mjs", "NotFoundError", "APIError"),
-    Client("ai-sdk", "ai_sdk.mjs", "APICallError", "object"),
+    Client("ai-sdk", "ai_sdk.mjs", "APICallError", "object", can=PATIENT),
     Client(
         "anthropic-python", "anthropic_python.py", "NotFoundError", "APIStatusError", can=MESSAGES, path="/v1/messages"
     ),
     Client("anthropic-node", "anthropic_node.mjs", "NotFoundError", "APIError", can=MESSAGES, path="/v1/messages"),
-    Client("ollama-python", "ollama_python.py", "ResponseError", "ResponseError", retries=False, path="/api/chat"),
-    Client("ollama-js", "ollama_js.mjs", "ResponseError", "Error", retries=False, path="/api/chat"),
-    Client("litellm", "litellm_python.py", "NotFoundError", "MidStreamFallbackError", long=True),
+    Client(
+        "ollama-python",
+        "ollama_python.py",
+        "ResponseError",
+        "ResponseError",
+        can=PATIENT,
+        retries=False,
+        path="/api/chat",
+    ),
+    Client("ollama-js", "ollama_js.mjs", "ResponseError", "Error", can=PATIENT, retries=False, path="/api/chat"),
+    Client("litellm", "litellm_python.py", "NotFoundError", "MidStreamFallbackError", can=PATIENT, long=True),
     Client("aider", "aider_command.py", "NotFoundError", can=frozenset({"chat", "stream"}), long=True),
 ]
 

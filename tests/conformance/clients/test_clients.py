@@ -173,11 +173,19 @@ async def test_a_cold_start_of_twenty_seconds(client: Client, drive: Drive, up: 
     await wait_for_cold(client, "stream", drive, up, wire, word="long")
 
 
-async def wait_for_cold(client: Client, do: str, drive: Drive, up: House, wire: Wire, *, word: str) -> None:
+@pytest.mark.parametrize("client", rows("timeout"))
+async def test_a_timeout_shorter_than_the_cold_start(client: Client, drive: Drive, up: House, wire: Wire) -> None:
+    """Each SDK says its request's timeout; what comes within it keeps it waiting, for longer than it in all."""
+    await wait_for_cold(client, "chat", drive, up, wire, word="impatient", timeout_s=2)
+
+
+async def wait_for_cold(
+    client: Client, do: str, drive: Drive, up: House, wire: Wire, *, word: str, **more: float
+) -> None:
     """No timeout, no error, no second attempt; the runtime generates as often as for one plain request."""
     driver = await asyncio.to_thread(drive, client)
     model = f"{word}-{client.name}"
-    seen = await asyncio.to_thread(driver.run, do, wire.url, model, max_tokens=6)
+    seen = await asyncio.to_thread(driver.run, do, wire.url, model, max_tokens=6, **more)
     assert words(6) in seen.answer["text"]
     if client.name != "aider":
         assert seen.answer["text"] == words(6)

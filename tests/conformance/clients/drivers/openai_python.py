@@ -11,7 +11,7 @@ def _client(order: Order) -> openai.OpenAI:
 
 
 def chat(order: Order) -> Seen:
-    more = {}
+    more = {"timeout": order["timeout_s"]} if "timeout_s" in order else {}
     if order["do"] == "schema":
         more["response_format"] = {
             "type": "json_schema",
