@@ -46,6 +46,11 @@ class Wire:
         self.replies.clear()
         self.hung_up.clear()
 
+    async def cut(self) -> None:
+        """Breaks the connections that are open now, as a network may."""
+        for task in list(self._open):
+            task.cancel()
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Wire"]:
         server = await asyncio.start_server(self._connect, "127.0.0.1", 0)

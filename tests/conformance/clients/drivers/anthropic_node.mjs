@@ -3,13 +3,13 @@ import Anthropic from "@anthropic-ai/sdk";
 import { WEATHER, serve, user } from "./lines.mjs";
 
 const TOOL = { name: WEATHER.name, description: WEATHER.description, input_schema: WEATHER.parameters };
-const limits = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
-const client = (order) => new Anthropic({ baseURL: order.url, apiKey: "any", ...limits(order) });
+const client = (order) => new Anthropic({ baseURL: order.url, apiKey: "any" });
+const patience = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
 const words = (order) => ({ model: order.model, messages: user(order), max_tokens: order.max_tokens });
 const textOf = (answer) => answer.content.map((block) => (block.type === "text" ? block.text : "")).join("");
 
 async function* chat(order) {
-  const answer = await client(order).messages.create(words(order));
+  const answer = await client(order).messages.create(words(order), patience(order));
   yield {
     saw: "answer",
     text: textOf(answer),
