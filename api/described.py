@@ -13,6 +13,9 @@ from broker.dialects.json_schema import Schema, one_of, ref, some, text, whole
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 
+UNSEEN: Final[Schema] = {}
+"""What the pieces of a stream are, OpenAPI 3.1 has no words for: the answer's description tells it."""
+
 Kinds = tuple[type[errors.BrokerError], ...]
 
 
@@ -71,7 +74,7 @@ def says(words: str, *schemas: str) -> Mapping[int, Answer]:
 WISHES: Final[Mapping[str, Schema]] = {
     "X-Gateway-Lane": text("Enter this lane instead of the one that `model` leads to."),
     "X-Session-Affinity": text(
-        "Names the conversation: its requests go where its prompt is cached.", pattern=f"^{SESSION.pattern}$"
+        "Names the conversation: its requests go where its prompt is cached.", pattern=f"^({SESSION.pattern})?$"
     ),
     "X-SLO-TTFT-Ms": whole(
         "The first token is wanted within this time: the cold-start deadline comes forward, never later.",
@@ -83,12 +86,12 @@ WISHES: Final[Mapping[str, Schema]] = {
         "keep", "cancel", words="What happens to the job when its client hangs up; by default a retry may come back."
     ),
     "Idempotency-Key": text(
-        "The same key with the same body comes back to the same job, live or finished.", pattern=f"^{KEY.pattern}$"
+        "The same key with the same body comes back to the same job, live or finished.", pattern=f"^({KEY.pattern})?$"
     ),
     "X-Stainless-Retry-Count": text("An SDK's own: above 0, the request comes back to what its first try left behind."),
     "X-Stainless-Read-Timeout": text("An SDK's own, in seconds: the fallback is tried before it hangs up."),
 }
-"""What the headers of a generation may ask for; `visit.Wishes` reads them."""
+"""What the headers of a generation may ask for; `visit.Wishes` reads them, and an empty one as if it had not come."""
 
 TELLS: Final[Mapping[str, Schema]] = {
     "X-Gateway-Job": text("The job's id, for GET /v1/jobs/{job_id}."),
@@ -131,12 +134,14 @@ def generation(
 ) -> Described:
     """Describes an endpoint that makes a job; `stream` is the media type of its streams, and what they are."""
     content: dict[str, Schema] = {JSON: ref(answer)}
+    said = "The answer."
     if stream is not None:
-        content[stream[0]] = text(stream[1])
+        content[stream[0]] = UNSEEN
+        said = f"The answer; where a stream was asked for: {stream[1]}"
     return Described(
         summary,
         tag,
-        {200: Answer("The answer; a stream where one was asked for.", content, TELLS)},
+        {200: Answer(said, content, TELLS)},
         words=words,
         body=body,
         fails=GENERATION_FAILS,

@@ -24,6 +24,7 @@ A gateway in front of local LLM runtimes: OpenAI's, Anthropic's and Ollama's dia
 
 - Bodies are read as JSON whatever their content type says: UTF-8, at most 20 MiB and 200 levels deep, without `NaN` or
   numbers that a 64-bit float or 4,300 digits cannot hold. Of two equal keys the last one counts.
+- A header of the gateway's that is empty counts as not sent.
 - Every error has the form of the dialect that was asked, with a stable `code`; what waiting cures carries
   `Retry-After`. Once an answer has begun an error comes inside the stream, and an answer that is one object is cut off.
 - A path that is not served answers 404 `not_found`, a method that a path does not take 405 `method_not_allowed` with
@@ -167,7 +168,9 @@ def fails_by_status(path: str, kinds: Iterable[type[errors.BrokerError]]) -> dic
 def _answer(answer: Answer) -> dict[str, Any]:
     said: dict[str, Any] = {"description": answer.words}
     if answer.content:
-        said["content"] = {media_type: {"schema": schema} for media_type, schema in answer.content.items()}
+        said["content"] = {
+            media_type: {"schema": schema} if schema else {} for media_type, schema in answer.content.items()
+        }
     if answer.headers:
         said["headers"] = {name: _header(schema) for name, schema in answer.headers.items()}
     return said

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
-from api.described import EVENTS, Answer, Described, described, says
+from api.described import EVENTS, UNSEEN, Answer, Described, described, says
 from api.exchange import Exchange, Interrupted
 from api.gateway import Gateway
 from api.stream import HEARTBEAT_S
@@ -61,8 +61,8 @@ async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, An
         headers={"Last-Event-ID": text("The last frame that was seen, like 1-17: what follows it is sent.")},
         answers={
             200: Answer(
-                "Its frames.",
-                {EVENTS: text("`frame` and `end` with {kind, data}; `restarted`: earlier attempts are void; `gone`.")},
+                "Its frames: events `frame` and `end` with {kind, data}; `restarted` voids earlier attempts; `gone`.",
+                {EVENTS: UNSEEN},
                 {"X-Gateway-Job": text("The job's id.")},
             ),
             204: Answer("All of it has been seen."),
