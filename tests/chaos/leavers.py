@@ -22,7 +22,7 @@ from tests.support.telling_runtime import Told, vector
 
 WAYS = {
     "stay": 16, "in the head": 6, "in the body": 6, "behind it": 8, "while it waits": 14, "at the first byte": 7,
-    "in the answer": 14, "half": 5, "delete": 8, "follow": 8, "try again": 18, "twice": 4,
+    "in the answer": 14, "half": 5, "delete": 8, "follow": 10, "try again": 18, "twice": 4,
 }  # fmt: skip
 """How often each is drawn."""
 
@@ -59,10 +59,11 @@ class Plan:
         if way == "try again" or dice.random() < 0.4:
             headers |= dice.choice(({"idempotency-key": f"key-{seed}-{number}"}, {"x-stainless-retry-count": "0"}))
         if way == "follow" or dice.random() < 0.15:
-            headers |= {"x-gateway-on-disconnect": dice.choice(("keep", "keep", "cancel"))}
+            headers |= {"x-gateway-on-disconnect": dice.choice(("keep", "cancel"))}
         if way == "try again" and dice.random() < 0.9:
             headers.pop("x-gateway-on-disconnect", "")
-        if way in LEAVES_FOR_GOOD and headers.get("x-gateway-on-disconnect") != "keep" and dice.random() < 0.15:
+        often = 0.5 if way == "follow" else 0.15
+        if way in LEAVES_FOR_GOOD and headers.get("x-gateway-on-disconnect") != "keep" and dice.random() < often:
             told = Told(told.tag, 100, 45)
         body = json.dumps(_request(path, told, stream, dice)).encode()
         return cls(told, path, stream, body, headers, way, dice.random(), dice.random() < 0.5, dice)

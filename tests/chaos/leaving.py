@@ -170,7 +170,7 @@ class Leaving:
         await call.send(_bytes(plan))
         reading = asyncio.create_task(call.answer(_somewhere(plan)), name="reads what is followed")
         job_id = await self._job_of(call, outcome, reading)
-        if plan.dice.random() < 0.7:
+        if plan.dice.random() < 0.5:
             await reading
             call.leave(rst=plan.rst)
         follows = self._events(outcome, job_id) if job_id else asyncio.sleep(0)
@@ -225,16 +225,16 @@ class Leaving:
         return ""
 
     async def _events(self, outcome: Outcome, job_id: str) -> None:
-        """Follows a job to its end over several connections; nothing may be missing between them."""
+        """Follows a job over several connections, mostly to its end; nothing may be missing between them."""
         plan, after, frames, end = outcome.plan, "", "", ""
-        goes = 3 if plan.dice.random() < 0.3 else 1000  # some lose interest
+        goes, sizes = (2, (1, 400)) if plan.dice.random() < 0.5 else (1000, (1 << 30, 400, 2000, 9000))
         while not end and goes > 0:
             goes -= 1
             call = await Call.to(self.url)
             head = {"last-event-id": after} if after else {}
             await call.send(request("GET", f"/v1/jobs/{job_id}/events", headers=head))
-            size = plan.dice.choice((1 << 30, 400, 2000, 9000))
-            answer = await call.answer(Leave(after_bytes=size) if outcome.resumed < 12 or goes < 3 else STAY)
+            size = plan.dice.choice(sizes)
+            answer = await call.answer(Leave(after_bytes=size) if outcome.resumed < 12 else STAY)
             call.leave(rst=plan.dice.random() < 0.5)
             if answer.status == 204 or answer.wrong:
                 outcome.wrong(f"events after {after or 'nothing'}: {answer.status} {answer.wrong}")
