@@ -55,12 +55,11 @@ CLIENTS = [
         "ollama_python.py",
         "ResponseError",
         "ResponseError",
-        can=PATIENT,
         retries=False,
         path="/api/chat",
     ),
-    Client("ollama-js", "ollama_js.mjs", "ResponseError", "Error", can=PATIENT, retries=False, path="/api/chat"),
-    Client("litellm", "litellm_python.py", "NotFoundError", "MidStreamFallbackError", can=PATIENT, long=True),
+    Client("ollama-js", "ollama_js.mjs", "ResponseError", "Error", retries=False, path="/api/chat"),
+    Client("litellm", "litellm_python.py", "NotFoundError", "MidStreamFallbackError", long=True),
     Client("aider", "aider_command.py", "NotFoundError", can=frozenset({"chat", "stream"}), long=True),
 ]
 
