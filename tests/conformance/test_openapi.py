@@ -120,7 +120,7 @@ def test_requests_out_of_the_document(case: Case, gateway: House, a_job: str) ->
 
 @pytest.mark.long
 @schema.parametrize()
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_many_requests_out_of_the_document(case: Case, gateway: House, a_job: str) -> None:
     tried(case, gateway, a_job)
 
