@@ -27,7 +27,7 @@ from tests.support.redis_server import RedisServer, start_server
 from tests.support.scripted_worker import ScriptedWorker, Turn
 from tests.support.worker_world import policy, simulated, worker_world
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 SLOTS = 2  # of each model of a scripted worker; a lane that waits for them takes as many jobs more
 KEYS = "ann:secret-a"

@@ -265,7 +265,7 @@ def test_a_right_request_is_right_to_both(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_reader_and_schema_judge_alike(name: str, data: st.DataObject) -> None:
     """Whatever a reader makes of it, it says in a sentence: anything but BadRequest would be a 500."""
@@ -281,7 +281,7 @@ def test_reader_and_schema_judge_alike(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, pair in PAIRS.items() if pair.path])
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_what_a_reader_takes_can_be_told_to_every_runtime(name: str, data: st.DataObject) -> None:
     """Anything but BadRequest would bring the worker down, and with it everybody's answers."""
