@@ -166,7 +166,7 @@ class Rest:
         same = 0
         while same < min(len(piece), len(self._gap)) and piece[same] == self._gap[same]:
             same += 1
-        self._gap = self._gap[same:] if same == len(piece) else ""
+        self._gap = self._gap[same:]
         return piece[same:]
 
     def _whole(self, usage: dict[str, Any]) -> dict[str, Any]:
