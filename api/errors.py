@@ -22,6 +22,9 @@ log = logging.getLogger("warmlane.api")
 RETRY_AFTER_S_MAX = 30
 """Clients give up, or sleep for hours, over a longer one."""
 
+TOO_SLOW = 504
+"""Of a runtime that was not broken, but too slow."""
+
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
 _PERMISSION, _BUSY, _BROKEN, _LIMIT = "permission_error", "service_unavailable", "server_error", "rate_limit_error"
@@ -115,6 +118,7 @@ class Dialect:
     """How clients of one dialect are told what went wrong: by a body and a status, or by an event inside a stream whose
     status has been sent, which nothing may follow."""
 
+    schema: str  # of an error's body, as `/openapi.json` calls it
     told: Callable[[Wrong], dict[str, Any]]
     event: Callable[[Wrong], bytes]
     status: Callable[[Wrong], int] = lambda wrong: wrong.status
@@ -132,16 +136,19 @@ def _openais(prompt: str) -> Dialect:
         return {"kind": wrong.kind, "param": param, "retry_after_s": wrong.retry_after_s}
 
     return Dialect(
+        "OpenAIError",
         lambda wrong: openai.error_object(wrong.code, wrong.message, **words(wrong)),
         lambda wrong: openai.error_event(wrong.code, wrong.message, **words(wrong)),
     )
 
 
 _OLLAMAS = Dialect(
+    "OllamaError",
     lambda wrong: ollama.error_object(wrong.code, wrong.message, retry_after_s=wrong.retry_after_s),
     lambda wrong: ollama.error_event(wrong.code, wrong.message, retry_after_s=wrong.retry_after_s),
 )
 _ANTHROPICS = Dialect(
+    "AnthropicError",
     lambda wrong: anthropic.error_object(
         wrong.code, wrong.message, status=wrong.status, retry_after_s=wrong.retry_after_s
     ),
@@ -164,6 +171,23 @@ _SPOKEN: tuple[tuple[str, Dialect], ...] = (
 def dialect_of(path: str) -> Dialect:
     """Gives the dialect that is spoken at a path, whether anything is served there or not."""
     return next(dialect for beginning, dialect in _SPOKEN if path.startswith(beginning))
+
+
+def statuses(kind: type[errors.BrokerError], path: str) -> list[int]:
+    """Gives every status by which a client of the path may hear of such an error."""
+    row = ROWS[kind]
+    found: tuple[int, ...] = (row.status,)
+    if kind is errors.RuntimeFailed:
+        found = (row.status, TOO_SLOW)
+    if kind is errors.RuntimeRefused:
+        found = errors.RuntimeRefused.STATUSES
+    told = dialect_of(path).status
+    return [told(Wrong(kind.code, "", status, row.kind)) for status in found]
+
+
+def schema_of(path: str) -> str:
+    """Names the schema of an error's body in the dialect of the path."""
+    return dialect_of(path).schema
 
 
 def wrong(error: errors.BrokerError) -> Wrong:
@@ -191,8 +215,8 @@ def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
     found = Wrong(code, str(said.get("message") or "the job ended without an answer"), row.status, row.kind)
     if kind is errors.RuntimeRefused and isinstance(status, int | float) and 400 <= status < 500:
         return replace(found, status=int(status))
-    if kind is errors.RuntimeFailed and status == 504:  # it was not broken, it was too slow
-        found = replace(found, status=504)
+    if kind is errors.RuntimeFailed and status == TOO_SLOW:
+        found = replace(found, status=TOO_SLOW)
     if row.retry_after_s is None:
         return found
     wait_s = retry_after_s if retry_after_s and kind in (errors.ColdStartDeadline, errors.JobExpired) else None

@@ -34,9 +34,12 @@ PATIENCE_SHARE = 0.8
 longest silence that the client has to bear, for its timeout counts anew with each byte."""
 PATIENCE_S_MIN = 0.5
 
+WITHIN_MS_MAX = 86_400_000
+
+_MS = re.compile(r"[0-9]{1,8}")
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?")
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_SESSION = re.compile(r"[\x21-\x7e]{1,128}")
+KEY = re.compile(r"[\x21-\x7e]{1,255}")
+SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
 
 
@@ -62,13 +65,13 @@ class Wishes:
         if on_disconnect not in ("", "keep", "cancel"):
             raise errors.BadRequest("X-Gateway-On-Disconnect must be keep or cancel", "X-Gateway-On-Disconnect")
         key = header(b"idempotency-key")
-        if key and not _KEY.fullmatch(key):
+        if key and not KEY.fullmatch(key):
             raise errors.BadRequest("Idempotency-Key must be 1 to 255 visible characters", "Idempotency-Key")
         session = header(b"x-session-affinity")
-        if session and not _SESSION.fullmatch(session):
+        if session and not SESSION.fullmatch(session):
             raise errors.BadRequest("X-Session-Affinity must be 1 to 128 visible characters", "X-Session-Affinity")
         within = header(b"x-slo-ttft-ms")
-        if within and not (within.isdecimal() and within.isascii() and 0 < int(within[:12]) <= 86_400_000):
+        if within and not (_MS.fullmatch(within) and 0 < int(within) <= WITHIN_MS_MAX):
             raise errors.BadRequest("X-SLO-TTFT-Ms must be a whole number of milliseconds above 0", "X-SLO-TTFT-Ms")
         leave = header(b"x-gateway-allow-remote").lower()
         if leave not in ("", "true", "false"):
@@ -340,7 +343,8 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
     if job.owner:
         return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
     wait = await gateway.waits.of(job)
-    return wait.words() if wait is not None else f"the job is {job.state.value}"
+    words = wait.words() if wait is not None else f"the job is {job.state.value}"
+    return f"the answer broke off and goes on as soon as it can: {words}" if job.continue_by else words
 
 
 def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:

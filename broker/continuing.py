@@ -48,12 +48,15 @@ _AS_CHAT: Mapping[str, Callable[[bytes], bytes]] = {
 }
 
 
-def within_ms(active: Active, lane_name: str) -> int | None:
-    """How long an answer of this lane may wait to be gone on from: the lane's cold-start budget, of a batch lane the
-    model's. None = it is not to be gone on from at all."""
-    lane = active.lane(lane_name)
+def within_ms(active: Active, job: JobRecord) -> int | None:
+    """How long a job's answer may wait to be gone on from: its lane's cold-start budget, of a batch lane the model's.
+    None = its model does not go on with answers, or not with this one: an Ollama puts a template around the prompt of a
+    completion, and would begin a turn behind the text."""
+    lane = active.lane(job.lane)
     model = active.model(lane.model) if lane is not None else None
     if lane is None or model is None or model.on_loss != "continue":
+        return None
+    if model.backend == "ollama" and job.endpoint == openai_completions.PATH:
         return None
     return max(1, model.cold_start_budget_ms if lane.priority == "batch" else lane.cold_start_budget_ms)
 
@@ -91,7 +94,14 @@ def may_go_on(endpoint: str, body: bytes) -> bool:
             return going_on.completion_may_go_on(_object(body))
         as_chat = _AS_CHAT.get(endpoint)
         return as_chat is not None and going_on.chat_may_go_on(_object(as_chat(body)))
-    except (BadRequest, ValueError, RecursionError):  # only the runtime that began it knows what to make of it
+    except (
+        BadRequest,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # only the runtime that began it knows what to make of it
         return False
 
 

@@ -139,9 +139,10 @@ def foretold_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int =
     if found is None or found > FORETOLD_MS_MAX:
         return None
     loads = view.availability in ("cold", "waking")
-    late = view.availability == "waking" and 0 < view.waking_since < now_ms - view.load_ms
-    if loads and (view.load_ms <= 0 or late):
-        return None
+    if loads and (view.load_ms <= 0 or view.room_at > now_ms):
+        return None  # others make room at that instant at the earliest
+    if view.availability == "waking" and now_ms - view.waking_since > view.load_ms:
+        return None  # it waits for something before it loads, or takes longer than it ever did
     at_once = max(1, view.slots_total) if loads else view.slots_free
     if ahead >= at_once and view.service_ms <= 0:
         return None

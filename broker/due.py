@@ -113,7 +113,7 @@ class Due:
         if not self._leases_count():
             return Looked("not_due")
         active = self._book.active
-        within_ms = continuing.within_ms(active, job.lane) if job.seen else None
+        within_ms = continuing.within_ms(active, job) if job.seen else None
         go_on = await continuing.judge(self._store, job, within_ms=within_ms)
         again = await lanes.recover(self._store, job, max_losses=active.policy.max_losses, go_on=go_on)
         log.warning(

@@ -110,12 +110,13 @@ TABLE: tuple[Family, ...] = (
         False,
         "tokens computed for the caller on the day: read anew, or made",
     ),
+    Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("callers", "hash", "always", True, "revision; callers: their rights, the hashes of their keys"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
-    Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload"),
+    Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload, count"),
 )
 
 
@@ -223,6 +224,10 @@ class Keyspace:
     def spent(self, caller: str, day: str) -> str:
         """String that counts a caller's tokens of a day, YYYY-MM-DD in UTC."""
         return f"{self._prefix}spent:{caller}:{day}"
+
+    def count(self, question_id: str) -> str:
+        """String with a prompt whose tokens are to be counted."""
+        return f"{self._prefix}count:{question_id}"
 
     def usage(self, day: str) -> str:
         """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""

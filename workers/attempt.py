@@ -192,7 +192,8 @@ class Attempt:
         """Makes this attempt one at the rest of the answer. What was judged when it was lost is looked at once more:
         the log may be another after an outage of Redis."""
         partial, last_seq = await continuing.so_far(self._store, self.job)
-        if partial is None or last_seq != self._stands:
+        fits = last_seq == self._stands and continuing.may_go_on(self.job.endpoint, self._body)
+        if partial is None or not fits:
             raise errors.WorkerLost("the answer broke off where it cannot be gone on from")
         log.info("event=go_on job=%s attempt=%d told=%d", self.job.id, self.held.attempt, len(partial.text))
         self._asking.go_on(partial)
@@ -342,7 +343,7 @@ class Attempt:
         if status in (400, 404) and complaint.model_gone:
             self._gone = True
             return errors.RuntimeFailed(f"the runtime does not have the model now: {words}")
-        if status in (400, 404, 413, 415, 422):
+        if status in errors.RuntimeRefused.STATUSES:
             return errors.RuntimeRefused(words, status=status)
         when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""
         retryable = status in (408, 425, 500, 502, 504, *BUSY)

@@ -254,7 +254,7 @@ class Dispatcher:
             model.first_token_timeout_ms,
             model.stall_timeout_ms,
             max_losses,
-            go_on_within_ms=continuing.within_ms(active, job.lane),
+            go_on_within_ms=continuing.within_ms(active, claimed.record),
         )
         served_by = f"{waker.name}@{self._host}"
         endpoint = waker.runtime.endpoint()

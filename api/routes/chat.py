@@ -2,13 +2,14 @@
 
 import logging
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from ulid import ULID
 
 from api import errors as told
 from api.asgi import Receive, Scope, Send
 from api.auth import lane_of, who_calls
+from api.described import EVENTS, Described, generation
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
@@ -27,6 +28,11 @@ class ChatCompletions:
     """The endpoint. Each request is one exchange, and from its admission on one visit to a job."""
 
     path = PATH
+    methods = ("POST",)
+    described: ClassVar[Described] = generation(
+        "Chat", tag="openai", body="ChatRequest", answer="ChatCompletion",
+        stream=(EVENTS, "Chunks of the answer; the last event is `data: [DONE]`. Comments keep a wait alive."),
+    )  # fmt: skip
     keep_ms_max = sys.maxsize
     """An ended job can be read for `keepMs` of the policy, and no longer than this."""
 
@@ -53,13 +59,15 @@ class ChatCompletions:
             self._gateway.exchanges.discard(exchange)
 
     async def _serve(self, exchange: Exchange) -> None:
-        gateway = self._gateway
         if exchange.method != "POST":
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
-        caller = who_calls(gateway, exchange.raw_headers)
+        caller = who_calls(self._gateway, exchange.raw_headers)
         body = await exchange.read_body()
-        wishes = Wishes.of(exchange)
+        await self._answer(exchange, body, Wishes.of(exchange), caller)
+
+    async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: str) -> None:
+        gateway = self._gateway
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):
             return await exchange.answer(200, JSON, job)

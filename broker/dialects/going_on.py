@@ -36,7 +36,8 @@ def chat_may_go_on(request: Mapping[str, Any]) -> bool:
     """Whether the answer to a chat request can be gone on from in the middle: one answer, free text, begun by the model
     itself. A form that the answer must have (JSON, a grammar, a call that must come) begins anew in its middle."""
     messages = request.get("messages")
-    if not isinstance(messages, list) or not messages or messages[-1].get("role") == "assistant":
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") == "assistant":
         return False
     form = request.get("response_format")
     if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
@@ -165,7 +166,7 @@ class Rest:
         same = 0
         while same < min(len(piece), len(self._gap)) and piece[same] == self._gap[same]:
             same += 1
-        self._gap = self._gap[same:] if same == len(piece) else ""
+        self._gap = self._gap[same:]
         return piece[same:]
 
     def _whole(self, usage: dict[str, Any]) -> dict[str, Any]:

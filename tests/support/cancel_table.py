@@ -5,6 +5,7 @@ The endpoints and the ways in which a runtime is asked come from the tables of t
 """
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from workers.runtimes import ollama, vllm
 GRACE_S = 1.5
 """Longer than a cancel may take, so that one at once is never taken for one whose grace has passed."""
 
-HOLD_S = 1.5
+HOLD_S = 2.0
 """After so long a client is told to wait instead of being answered; a cell that wants a status is far quicker."""
 
 
@@ -137,9 +138,10 @@ def table() -> list[Cell]:
 
 
 def cells() -> list[Cell]:
-    """Every combination that can be; those that take longest come first."""
+    """Every combination that can be, mixed: those that wait for their grace are not all at it at once."""
     possible = [cell for cell in table() if not any(reason(cell) for reason in IMPOSSIBLE.values())]
-    return sorted(possible, key=lambda cell: -max(cell.grace_s, HOLD_S * cell.end.told))
+    random.Random(4).shuffle(possible)
+    return possible
 
 
 # --- how an end sounds in each dialect ---------------------------------------------------------------------------

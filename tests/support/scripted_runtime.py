@@ -49,7 +49,7 @@ class ScriptedRuntime:
         self.active = 0
         self.trap = ""
         self.after = 2  # pieces before the trap closes
-        self.falls: int | None = None  # how many answers fall into it, None = all
+        self.falls: int | None = None  # how many answers fall into it, probes left out; None = all, and probes
         self.echo = False  # an answer that is gone on with begins with what there was of it, as some versions do
         self.mute = False
         self.lingering = 0  # closed generations that llama-server has not noticed yet
@@ -95,11 +95,11 @@ class ScriptedRuntime:
             await exchange.write(self._chunk(body, self._role()))
             if self.mute:
                 await asyncio.get_running_loop().create_future()
-            if self.trap and self.falls != 0:
+            if not self.trap or (self.falls is not None and (not self.falls or body.get("max_tokens") == 1)):
+                await self._say(exchange, body)
+            else:
                 self.falls = None if self.falls is None else self.falls - 1
                 await self._fall(exchange, body)
-            else:
-                await self._say(exchange, body)
         finally:
             self.active -= 1
 

@@ -235,9 +235,10 @@ def test_a_first_token_waits_for_the_prompt_to_be_read(
         (replace(WARM, availability="cold", service_ms=0), 1, 0, 8_300),
         (replace(WARM, availability="cold", service_ms=0), 2, 0, None),
         (replace(WARM, availability="cold", load_ms=0), 0, 0, None),
-        (replace(WARM, availability="cold", load_ms=0, room_at=NOW + 30_000), 0, 0, None),  # not sooner, but when?
+        (replace(WARM, availability="cold", room_at=NOW + 30_000), 0, 0, None),  # not sooner, but when?
         (replace(WARM, availability="waking", waking_since=NOW - 5_000), 0, 0, 3_300),
         (replace(WARM, availability="waking", waking_since=NOW - 9_000), 0, 0, None),  # longer than it ever took
+        (replace(WARM, availability="waking", waking_since=0), 0, 0, None),  # it waits for something before it loads
         (replace(WARM, availability="unavailable"), 0, 0, None),
         (replace(WARM, service_ms=1e9), 3, 0, None),
     ],

@@ -190,10 +190,6 @@ IN_A_MODEL = [
     ("stickyPromotionMs: 10min", "stickyPromotionMs: must be a whole number of milliseconds, not '10min'"),
     ("replicas: 0", "replicas: must be at least 1, not 0"),
     ("apiKeyEnv: KEY", "apiKeyEnv: only an openai model has a key, and this one is simulated"),
-    (
-        "embeddings: true, onLoss: continue",
-        "onLoss: must be error, because vectors cannot be gone on with in the middle",
-    ),
     ("embeddings: 1", "embeddings: must be true or false, not 1"),
     ("wakeForBatch: true", f"wakeForBatch: 'wakeForBatch' {NOT_YET}"),
     ("onLoss: retry", "onLoss: must be one of continue, error, not 'retry'"),
@@ -290,6 +286,11 @@ def test_an_unknown_backend_is_one_sentence(backend: str, words: str) -> None:
 )
 def test_a_wrong_command_of_a_llama_server_is_one_sentence(lines: list[str], words: str) -> None:
     assert problems(model(*lines, backend="llama.cpp")) == [f"line 5: models.m.command: {words}"]
+
+
+def test_vectors_are_not_gone_on_with() -> None:
+    words = "line 6: models.m.onLoss: must be error, because vectors cannot be gone on with in the middle"
+    assert problems(model("embeddings: true", "onLoss: continue")) == [words]
 
 
 KEY_WORDS = "is the name of an environment variable, in capitals like OPENAI_API_KEY; the key itself stays out of here"
