@@ -28,7 +28,7 @@ IN_ITS_FORM = text("Of a client of Anthropic: the answer has Anthropic's form.")
         "What can be asked for", "openai", says("Names.", "ModelList", "AnthropicModelPage"),
         headers={"anthropic-version": IN_ITS_FORM},
         query={
-            "limit": text("Names of a page of Anthropic's form, 20 unless it is said.", pattern="^[0-9]{0,4}$"),
+            "limit": text("Names of a page of Anthropic's form, 1 to 1000; 20 unless it is said."),
             "after_id": text("The name after which a page of Anthropic's form begins."),
             "before_id": text("The name before which it ends."),
         },

@@ -31,7 +31,7 @@ from tests.support.worker_world import policy, worker_world
 
 pytestmark = pytest.mark.real
 
-FIRST = 120
+FIRST = 80
 """So many come first: whatever a process opens once, it has opened then."""
 LOOK_EVERY_S = 1.5
 SETTLE_S_MAX = 20.0
@@ -199,7 +199,7 @@ async def keys_go(ledger: Ledger, keep_ms: int) -> None:
 
 
 async def test_hundreds_of_clients_leave(tmp_path: Path) -> None:
-    await run(tmp_path, 400, keep_ms=6_000, name="disconnects")
+    await run(tmp_path, 300, keep_ms=4_000, name="disconnects")
 
 
 @pytest.mark.long
@@ -214,7 +214,7 @@ async def test_nothing_is_left_inside(
     """Api, worker and scheduler in this process: the same tasks run afterwards, and nobody is remembered."""
     seed = seed_of("inside")
     async with telling() as (runtimes, models), worker_world(redis_server.socket_url, tmp_path) as world:
-        await world.apply(models, headerHoldMs=120, disconnectGraceMs=1200, keepMs=6_000)
+        await world.apply(models, headerHoldMs=120, disconnectGraceMs=1200, keepMs=4_000)
         await world.scheduler()
         host = await world.warm_host()
         async with live_api(await world._open("api")) as api:
@@ -238,7 +238,7 @@ async def test_nothing_is_left_inside(
             await until(lambda: tasks() == before, what=f"no other task runs than {dict(before)}, as {dict(tasks())}")
     broken = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
     assert not broken, broken
-    assert sum(doubted(leaving)) > 20
+    assert sum(doubted(leaving)) > 5
 
 
 def tasks() -> Counter[str]:

@@ -180,6 +180,10 @@ async def refused_rest(on: Stage) -> None:
     for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
         await on.ask(method, "/v1/jobs/{job_id}" + end, "/v1/jobs/nobody" + end)
     await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
+    as_anthropic = {"anthropic-version": "2023-06-01"}
+    await on.ask("GET", "/v1/models", "/v1/models?limit=none", headers=as_anthropic)
+    await on.ask("GET", "/v1/models", headers=as_anthropic)
+    await on.ask("GET", "/v1/models/{name}", "/v1/models/plain", headers=as_anthropic)
     models, hosts = "/v1/models/{name}/{verb}", "/v1/hosts/{host}/{verb}"
     for path, at in (
         (models, "/v1/models/plain/worm"),

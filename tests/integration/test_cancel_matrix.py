@@ -7,6 +7,7 @@ import asyncio
 import gc
 import json
 import math
+import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -325,7 +326,9 @@ async def whole(client: RawClient) -> None:
 def short_pauses() -> Iterator[None]:
     """The collector leaves alone what pytest and all other tests have imported, as in our processes: one look at that
     takes half a second on a machine that does other things."""
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # what another test left open is not ours to be told of
+        gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()

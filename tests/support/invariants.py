@@ -539,8 +539,8 @@ def _dump_fake(server: fakeredis.FakeServer, pattern: str) -> list[Any]:
     found = []
     for key in sorted(key for key in list(database) if key.startswith(prefix)):
         item = database.get(key)
-        if item is None:
-            continue  # it has just expired
+        if item is None or (item.expireat is not None and item.expireat <= now):
+            continue  # it has expired, and nobody has asked for it since
         value: Any = item.value
         if isinstance(value, Hash):
             kind, told = b"hash", [x for pair in value.getall().items() for x in pair]
@@ -550,7 +550,7 @@ def _dump_fake(server: fakeredis.FakeServer, pattern: str) -> list[Any]:
             kind, told = b"stream", _stream(value, grouped=b":lane:" in key)
         else:
             kind, told = b"string", value
-        ttl_ms = -1 if item.expireat is None else max(0, math.ceil((item.expireat - now) * 1000))
+        ttl_ms = -1 if item.expireat is None else math.ceil((item.expireat - now) * 1000)
         found.append((key, kind, ttl_ms, told))
     return found
 
