@@ -284,8 +284,9 @@ class Verbs(RuleBasedStateMachine):
         asked, now = self.now.jobs[new], self.world.now
         for job_id, was in before.jobs.items():
             ends = (
-                reader and asked.session != "" and was.session == asked.session and was.caller == asked.caller and was.retries != "" and was.live
-                and was.grace_ms >= 0 and was.retries != asked.retries and not self.heard(before, job_id)
+                reader and asked.session != "" and (was.caller, was.session) == (asked.caller, asked.session)
+                and was.live and was.retries != "" and was.grace_ms >= 0
+                and was.retries != asked.retries and not self.heard(before, job_id)
             )  # fmt: skip
             if self.now.jobs[job_id].abandon_at != (now if ends else was.abandon_at):
                 raise Broken(f"job {job_id} should{'' if ends else ' not'} end with the new request of its session")
