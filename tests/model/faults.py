@@ -27,8 +27,8 @@ FAULTS = [
     Fault(
         "the cap check removed",
         ("submit",),
-        r"if waits >= bound then",
-        "if false then",
+        r"if waits < bound and .* then return nil end",
+        "if true then return nil end",
     ),
     Fault(
         "end ignores the attempt",
@@ -147,8 +147,8 @@ FAULTS = [
     Fault(
         "the fair share is not looked at",
         ("submit",),
-        r"elseif shared_by > 1 and own >= share then",
-        "elseif false then",
+        r"shared_by == 1 or own < share",
+        "true",
     ),
     Fault(
         "the fair share counts places of other lanes too",
@@ -159,8 +159,8 @@ FAULTS = [
     Fault(
         "who was refused is forgotten",
         ("submit",),
-        r"note_active\(root, named\.lane, who, now\)\n(      return redis\.error_reply\(\"LANEFULL)",
-        r"\1",
+        r"  note_active\(root, lane, caller, now\)\n",
+        "",
     ),
     Fault(
         "a caller runs more jobs than it may",

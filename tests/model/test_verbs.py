@@ -578,6 +578,10 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.NotDue
         elif self.full(lane):
             expected = errors.LaneFull
+        elif self.has_its_share(job.caller, lane):
+            expected = errors.CallerShare
+        if expected in (errors.LaneFull, errors.CallerShare, None):
+            self.wanted[lane.name, job.caller] = w.now
         self.act(
             f"release_due {job.state}", lambda: lanes.release_due(w.store, w.book.active, w.fleet, job, lane), expected
         )
