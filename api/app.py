@@ -35,6 +35,7 @@ from api.routes import (
     ollama_generations,
     operator,
     responses,
+    usage,
 )
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
@@ -96,7 +97,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
         redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (operator.router, models.router, jobs.router, ollama.router, health.router):
+    for routes in (operator.router, models.router, jobs.router, ollama.router, health.router, usage.router):
         rest.include_router(routes)
 
     @rest.exception_handler(errors.BrokerError)

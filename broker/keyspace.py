@@ -89,7 +89,20 @@ TABLE: tuple[Family, ...] = (
         "`<fingerprint>/<id>[/<reader that fetched it>]` of jobs that an SDK's retry may come back to -> until when",
     ),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
-    Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
+    Family(
+        "usage:<day>",
+        "zset",
+        "`usageDays` after the day",
+        True,
+        "`<caller>:<lane>:<model asked for>:<model that served>` -> first counted on the day (UTC)",
+    ),
+    Family(
+        "usage:<day>:<caller>:<lane>:<model>:<model>",
+        "hash",
+        "`usageDays` after the day",
+        True,
+        "figures of the day: `done/in_time/<ms>`, `tokens_in`, `running_ms`, …",
+    ),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
     Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload"),
@@ -181,8 +194,17 @@ class Keyspace:
         return f"{self._prefix}retries:{caller}:{session}"
 
     def usage(self, day: str) -> str:
-        """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""
+        """Zset of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""
         return f"{self._prefix}usage:{day}"
+
+    def figures(self, day: str, by: str) -> str:
+        """Hash of a day's figures; `by` is `<caller>:<lane>:<model asked for>:<model that served>`."""
+        return f"{self._prefix}usage:{day}:{by}"
+
+    def usage_day_of(self, key: str) -> str:
+        """Reads the day from a key of its counters; "" for any other key."""
+        family = self.family(key)
+        return key.removeprefix(self._prefix).split(":")[1] if family and family.pattern.startswith("usage:") else ""
 
     def usage_prefix(self) -> str:
         """What a script puts before the day it computed from Redis' clock."""

@@ -37,6 +37,8 @@ class ChatCompletions:
         try:
             await self._serve(exchange)
         except errors.BrokerError as error:
+            if isinstance(error, errors.Refused):
+                self._gateway.refusals.note(error, caller=exchange.caller, job=exchange.job)
             await exchange.refuse(told.wrong(error))
         except Stopping:
             await exchange.refuse(told.wrong(errors.BrokerUnavailable("the gateway is being restarted; try again")))
@@ -56,11 +58,13 @@ class ChatCompletions:
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
         caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        exchange.caller = caller
         body = await exchange.read_body()
         wishes = Wishes.of(exchange)
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):
             return await exchange.answer(200, JSON, job)
+        exchange.job = job
         visit = Visit(
             gateway,
             exchange,

@@ -16,7 +16,7 @@
 --- @include retries
 --- @include close
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local f = read_job(KEYS[1])
+local f = read_job(KEYS[1], "seen", "lease_until", "boot")
 local to, wrong = follow(f.state, "recover", KEYS[1])
 if not to then return wrong end
 local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
@@ -24,13 +24,15 @@ if refusal then return refusal end
 local proved_dead = ARGV[10] ~= "" and f.owner == ARGV[10] and f.boot ~= ARGV[11]
 if tonumber(f.lease_until) > now and not proved_dead then return redis.error_reply("NOTDUE " .. f.lease_until) end
 
+local day = ARGV[6] .. day_of(now)
 f.losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
 if (f.state == "streaming" and f.seen == "1") or f.losses > tonumber(ARGV[8]) then
   close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
     dead = KEYS[7] },
-    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
-    f, now, id, "failed", { code = "worker_lost", message = ARGV[9], counts = { "recovered:" .. f.lane .. ":failed", 1 } })
+    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], day = day },
+    f, now, id, "failed", { code = "worker_lost", message = ARGV[9] })
+  count(day, counted_by(f), now, "recovered/failed", 1)
   return { "failed", "" }
 end
-usage(ARGV[6], now, "recovered:" .. f.lane .. ":queued", 1)
+count_move(day, f, now, "recovered/queued")
 return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id) }

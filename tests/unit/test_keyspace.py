@@ -24,10 +24,11 @@ MADE = {
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),
     "retries": (("laptop-3", "tab:7"), "retries:<caller>:<session>"),
     "usage": (("2026-10-30",), "usage:<day>"),
+    "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
 FIXED = ("due", "hosts", "dead", "policy")
-OTHER = {"family", "model_of", "learned_model_of", "usage_prefix"}
+OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
 
 
 @pytest.mark.parametrize("namespace", ["gw", "team.a-1_b"])
@@ -74,6 +75,12 @@ def test_the_model_of_a_key() -> None:
     assert k.model_of(k.model_on_host("a.b", "gpu1")) == k.model_of(k.due) == k.model_of("") == ""
     assert k.learned_model_of(k.learned("a.b", "gpu1")) == "a.b"
     assert k.learned_model_of(k.model_on_host("a.b", "gpu1")) == k.learned_model_of("") == ""
+
+
+def test_the_day_of_a_key() -> None:
+    k, day = Keyspace("ns"), "2026-10-30"
+    assert k.usage_day_of(k.usage(day)) == k.usage_day_of(k.figures(day, "a:b:c:d")) == day
+    assert k.usage_day_of(k.job(day)) == k.usage_day_of(k.due) == k.usage_day_of("") == ""
 
 
 @pytest.mark.parametrize("namespace", ["", "a:b", "a b", "x" * 65, "ä", "a\n"])

@@ -10,6 +10,7 @@ from lupa import lua51
 from broker import errors, hosts, jobs, lanes, operator, scripts, wake
 from broker.lifecycle import LIVE, Event, as_lua, next_state
 from broker.records import HostRecord, Learned, ModelOnHost
+from broker.refusals import Refusals
 from broker.store import Store, refusal
 from tests.support.broker_world import START, World, fake_world
 
@@ -17,7 +18,7 @@ from tests.support.broker_world import START, World, fake_world
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",),
-    "wish": ("ARGV",),
+    "wish": ("ARGV",), "count_refusals": ("ARGV",),
 }  # fmt: skip
 
 
@@ -152,6 +153,9 @@ async def call_everything(world: World) -> None:
     assert lock is not None
     await wake.drop(store, lock)
     await operator.pin(store, "big", pinned=True)
+    refusals = Refusals(store, world.book)
+    refusals.note(errors.BadRequest("no"), caller="", job=None)
+    await refusals.write()
 
 
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself

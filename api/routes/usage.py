@@ -1,0 +1,43 @@
+"""GET /v1/usage: who used what, in how many days, added up as the question says."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from api.auth import Caller, Gate
+from api.gateway import Gateway
+from broker import errors, usage
+from broker.policy.sentences import near_words
+from broker.usage_report import BY, Report
+
+router = APIRouter(tags=["usage"])
+
+
+@router.get("/v1/usage")
+async def show_usage(
+    gateway: Gate, me: Caller, since: str = "7d", until: str = "", by: str = "caller", caller: str = ""
+) -> dict[str, Any]:
+    """Adds up the days from `since` to `until`, both included, by any of `day,caller,lane,model`."""
+    report = Report(_named(by), caller=_whose(gateway, me, caller))
+    first, last = await usage.days(gateway.store, since, until)
+    await usage.tell(gateway.store, report, first, last)
+    return report.as_json(first, last)
+
+
+def _whose(gateway: Gateway, me: str, asked: str) -> str | None:
+    """Whose usage is told, None = everybody's: who has a key sees its own, and without keys this machine sees all."""
+    if not gateway.keys:
+        return asked or None
+    if asked not in ("", me):
+        raise errors.BadRequest(f"this key sees the usage of its own caller, {me}", "caller")
+    return me
+
+
+def _named(text: str) -> list[str]:
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    for word in found:
+        if word not in BY:
+            near = near_words(word, BY, most=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise errors.BadRequest(f"{word[:40]!r} is none of {', '.join(BY)}{hint}", "by")
+    return found
