@@ -31,9 +31,10 @@ class By:
         return f"{self.caller}:{self.lane}:{self.asked_model}:{self.model}"
 
     @classmethod
-    def read(cls, spelled: bytes) -> "By":
-        """Reads what `spelled` gave."""
-        return cls(*spelled.decode().rsplit(":", 3))
+    def read(cls, spelled: bytes) -> "By | None":
+        """Reads what `spelled` gave; None for anything else, such as the counters of an older version."""
+        names = spelled.decode().rsplit(":", 3)
+        return cls(*names) if len(names) == 4 else None
 
 
 Day = Iterable[tuple[By, Mapping[bytes, bytes]]]

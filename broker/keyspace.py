@@ -91,7 +91,7 @@ TABLE: tuple[Family, ...] = (
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family(
         "usage:<day>",
-        "zset",
+        "hash",
         "`usageDays` after the day",
         True,
         "`<caller>:<lane>:<model asked for>:<model that served>` -> first counted on the day (UTC)",
@@ -194,7 +194,7 @@ class Keyspace:
         return f"{self._prefix}retries:{caller}:{session}"
 
     def usage(self, day: str) -> str:
-        """Zset of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""
+        """Hash of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""
         return f"{self._prefix}usage:{day}"
 
     def figures(self, day: str, by: str) -> str:

@@ -71,7 +71,8 @@ async def keep(store: Store, *, usage_days: int) -> None:
 
 async def _pages(store: Store, day: str) -> AsyncIterator[list[tuple[By, dict[bytes, bytes]]]]:
     """Gives a day's hashes in pieces, so that nobody else waits for a large day."""
-    names = [By.read(spelled) for spelled in await store.command("ZRANGE", store.keys.usage(day), 0, -1)]
+    spelled = await store.command("HKEYS", store.keys.usage(day))
+    names = [by for by in map(By.read, spelled) if by is not None]
     for start in range(0, len(names), _PAGE):
         page = names[start : start + _PAGE]
         found = await asyncio.gather(*(store.hash(store.keys.figures(day, by.spelled)) for by in page))

@@ -197,8 +197,19 @@ async def test_a_large_day_is_read_whole(world: World) -> None:
     day = f"{TODAY}"
     names = [By(f"caller-{number}", lane, "big", "big") for number in range(100) for lane in ("a", "b", "c")]
     for by in names:
-        await world.store.command("ZADD", world.store.keys.usage(day), 1, by.spelled)
+        await world.store.command("HSET", world.store.keys.usage(day), by.spelled, 1)
         await world.store.command("HSET", world.store.keys.figures(day, by.spelled), "done/in_time/448", 2)
     found = await report(world, day, day, "lane")
     assert Counter({row["lane"]: row["done"] for row in found["rows"]}) == {"a": 200, "b": 200, "c": 200}
     assert found["total"]["first_token_p50_ms"] == found["total"]["first_token_p99_ms"] == 432
+
+
+async def test_a_day_that_an_older_version_began_is_gone_on_with(world: World) -> None:
+    """It counted in the day's own hash: those are left alone, and what ends now is counted."""
+    await world.apply(policy_with(*ROOMY))
+    older = {"tokens_in:anonymous:big:false": 7, "ended:big:done": 1, "first_token:big:asked": 1, "released:big": 1}
+    day = f"{datetime.fromtimestamp(world.now / 1000, UTC).date()}"
+    await world.store.command("HSET", world.store.keys.usage(day), *(word for pair in older.items() for word in pair))
+    await serve(world, await world.submit())
+    assert (await counted(world.store))["anonymous:big:big:big"]["tokens_in"] == 100
+    assert (await report(world, "1d"))["total"]["asked"] == 1

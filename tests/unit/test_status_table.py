@@ -225,7 +225,7 @@ async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share()
         "a:b:c:bigger": (99, 99),
     }
     for by, (read, cached) in tokens.items():
-        await store.command("ZADD", store.keys.usage("2025-11-28"), 1, by)
+        await store.command("HSET", store.keys.usage("2025-11-28"), by, 1)
         key = store.keys.figures("2025-11-28", by)
         await store.command("HSET", key, "tokens_in", read, "tokens_cached", cached)
     shown = await snapshot(store, book, Fleet(store, book))

@@ -13,7 +13,7 @@ end
 -- Begins to count for somebody on a day. Days are kept for 90 days, until a chore sets what the policy says.
 local function begin_day(day, by, now)
   redis.call("EXPIRE", day .. ":" .. by, 91 * 86400)
-  redis.call("ZADD", day, ms(now), by)
+  redis.call("HSET", day, by, ms(now))
   if redis.call("TTL", day) < 0 then redis.call("EXPIRE", day, 91 * 86400) end
 end
 -- Adds to a figure of a day; nothing, if the amount is 0. Each caller, lane, model asked for and model that served has a
