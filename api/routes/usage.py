@@ -5,8 +5,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from api.auth import Caller, Gate
+from api.described import Described, described, says
 from api.gateway import Gateway
 from broker import errors, usage
+from broker.dialects.json_schema import text
 from broker.policy.sentences import near_words
 from broker.usage_report import BY, Report
 
@@ -14,6 +16,18 @@ router = APIRouter(tags=["usage"])
 
 
 @router.get("/v1/usage")
+@described(
+    Described(
+        "Who used what", "usage", says("Added up, a row for each of what `by` names.", "Usage"),
+        query={
+            "since": text("Days or weeks back, today included (7d, 2w), or the first date; 7d unless it is said."),
+            "until": text("The last date, UTC; today unless it is said."),
+            "by": text("What has a row: day, caller, lane, model, or some of them with commas between."),
+            "caller": text("Only this caller's; a key sees its own anyway."),
+        },
+        fails=(errors.BadRequest, errors.BrokerUnavailable),
+    )
+)  # fmt: skip
 async def show_usage(
     gateway: Gate, me: Caller, since: str = "7d", until: str = "", by: str = "caller", caller: str = ""
 ) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def miscounted(before: dict[str, JobRecord], after: dict[str, JobRecord], was: C
             if old.state is State.CLAIMED:
                 wanted[_by(old), "running_ms"] += job.promoted_at - old.claimed_at
         elif old.state in HELD and job.state is State.QUEUED:
-            what = next((w for w in ("released", "recovered/queued") if change[_by(old), w]), "released")
+            what = next((w for w in ("released", "recovered/queued", "recovered/continued") if change[_by(old), w]), "released")
             wanted[_by(old), what] += 1
             wanted[_by(old), "running_ms"] += max(0, change[_by(old), "running_ms"])  # no record tells when that was
     wanted = Counter({key: amount for key, amount in wanted.items() if amount})

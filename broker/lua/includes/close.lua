@@ -2,7 +2,7 @@
 local function read_job(job, ...)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
     "caller", "model", "asked_model", "first_token_at", "first_token_by", "retries", "submitted_at", "not_before",
-    "claimed_at", ... }
+    "claimed_at", "continues", ... }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
