@@ -2,8 +2,9 @@
 
 `asked` requests were `refused` or became jobs, which were counted when they ended: `done`, `failed`, `cancelled` or
 `expired`. Under a model stand the jobs that asked for it, also those that another one served (`by_other`); tokens and
-slot time stand under the model that served. Tokens are the runtimes' own figures of whole answers: of what failed or
-was cancelled nobody knows them, and `untold` of the done jobs' runtimes told none.
+slot time stand under the model that served. Tokens are what clients are told of whole answers: the runtimes' own
+figures, of one that several attempts made those of the whole. Of what failed or was cancelled nobody knows them, and
+`untold` of the done jobs' runtimes told none. `queued_ms` is what jobs waited in lanes, also between attempts.
 """
 
 from collections import Counter

@@ -53,5 +53,5 @@ if number > 0 then count_moved(KEYS[7], number, window, downgrade) end
 if downgrade then stick(KEYS[8], f[9], now, tonumber(ARGV[20])) end
 want(KEYS[6], now, tonumber(ARGV[14]))
 if f[2] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[3], "stop " .. id .. " " .. f[1]) end
-count_move(ARGV[16] .. day_of(now), was, now, "promoted/" .. ARGV[8])
+count_move(ARGV[16] .. day_of(now), KEYS[3], was, now, "promoted/" .. ARGV[8])
 return entry

@@ -36,6 +36,6 @@ if ARGV[8] == "1" and f.losses > tonumber(ARGV[9]) then
     f, now, id, "failed", { code = ARGV[10], message = ARGV[11] })
   return { "failed", "" }
 end
-count_move(day, f, now, "released")
+count_move(day, KEYS[1], f, now, "released")
 return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
   goes_on and now + tonumber(ARGV[13])) }

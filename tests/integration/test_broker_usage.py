@@ -94,17 +94,44 @@ async def test_slot_time_before_a_put_back_is_kept_and_is_no_waiting(world: Worl
     await world.claim(job_id, lease_ms=1_000)
     world.now += 1_000
     assert await world.recover(job_id)
+    world.now += 70
     await world.claim(job_id)
     world.now += 60
     await world.promote(job_id, "small")
+    world.now += 30
     await serve(world, job_id, after_ms=200)
     found = await counted(world.store)
     assert found["anonymous:big:big:big"] == {
         "released": 1, "recovered/queued": 1, "promoted/small": 1, "running_ms": 400 + 1_000 + 60,
     }  # fmt: skip
-    assert found["anonymous:small:big:small"]["running_ms"] == 200
+    small = found["anonymous:small:big:small"]
+    assert (small["running_ms"], small["queued_ms"]) == (200, 70 + 30)
     total = (await report(world, "1d"))["total"]
     assert (total["asked"], total["done"], total["running_ms"]) == (1, 1, 1_660)
+
+
+async def test_an_answer_that_two_attempts_made_is_counted_as_one(world: World) -> None:
+    """Its first token is the first attempt's, its tokens are those of the whole, and both held their slots."""
+    await world.apply(policy_with(*ROOMY))
+    job_id = await world.submit(stream=True)
+    await world.store.command("HSET", world.store.keys.job(job_id), "seen", "1")
+    world.now += 60
+    held = await world.claim(job_id, lease_ms=1_000)
+    world.now += 240
+    await jobs.first_token(world.store, held, b"one")
+    world.now += 760
+    assert await world.recover(job_id, go_on=jobs.GoOn(last_seq=1, within_ms=9_000))
+    world.now += 500
+    held = await world.claim(job_id)
+    world.now += 400
+    await jobs.first_token(world.store, held, b"two", seq=2)
+    await jobs.end(world.store, held, "finish", seq=2, usage=TOKENS)
+    assert await counted(world.store) == {
+        "anonymous:big:big:big": {
+            "done/in_time/320": 1, "recovered/continued": 1, "tokens_in": 100, "tokens_cached": 60, "tokens_out": 5,
+            "running_ms": 1_000 + 400, "queued_ms": 60 + 500,
+        },
+    }  # fmt: skip
 
 
 async def test_a_job_counts_on_the_utc_day_of_its_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,9 @@ def miscounted(before: dict[str, JobRecord], after: dict[str, JobRecord], was: C
             if old.state is State.CLAIMED:
                 wanted[_by(old), "running_ms"] += job.promoted_at - old.claimed_at
         elif old.state in HELD and job.state is State.QUEUED:
-            what = next((w for w in ("released", "recovered/queued", "recovered/continued") if change[_by(old), w]), "released")
-            wanted[_by(old), what] += 1
-            wanted[_by(old), "running_ms"] += max(0, change[_by(old), "running_ms"])  # no record tells when that was
+            recovered = "recovered/continued" if job.continue_by else "recovered/queued"
+            wanted[_by(old), recovered if change[_by(old), recovered] else "released"] += 1
+            wanted[_by(old), "running_ms"] += job.held_ms - old.held_ms  # no record tells when that was
     wanted = Counter({key: amount for key, amount in wanted.items() if amount})
     if wanted == change:
         return []
@@ -61,7 +61,7 @@ def _end(old: JobRecord, job: JobRecord) -> Counted:
         figure += f"/{when}/{bound_of(job.first_token_at - start)}"
     elif job.first_token_by and not (job.state is State.CANCELLED and job.ended_at <= job.first_token_by):
         figure += "/no_token"
-    waited = (job.claimed_at if held else job.ended_at) - start
+    waited = (job.claimed_at if held else job.ended_at) - start - old.held_ms
     usage = json.loads(job.usage) if job.usage else {}
     prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
     figures = {

@@ -2,7 +2,7 @@
 local function read_job(job, ...)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
     "caller", "model", "asked_model", "first_token_at", "first_token_by", "retries", "submitted_at", "not_before",
-    "claimed_at", "continues", ... }
+    "claimed_at", "held_ms", "continues", ... }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
@@ -20,7 +20,7 @@ local WAITED_MS = 50
 -- Counts a job that ends, once and whole, on the day of its end.
 local function count_end(day, f, now, to, code)
   local by, start, ran = counted_by(f), math.max(f.submitted_at, f.not_before or 0), running_ms(f, now)
-  local waited = now - ran - start
+  local waited = now - ran - tonumber(f.held_ms or 0) - start
   count(day, by, now, (to == "failed" and "failed/" .. code or to) .. judged(f, now, to, start), 1)
   count(day, by, now, "running_ms", ran)
   if waited >= WAITED_MS then count(day, by, now, "queued_ms", waited) end

@@ -36,9 +36,10 @@ local function running_ms(f, now)
   local held = f.state == "claimed" or f.state == "streaming"
   return held and math.max(0, now - f.claimed_at) or 0
 end
--- Counts that a job was moved or lost, and for how long it held a slot in vain.
-local function count_move(day, f, now, what)
-  local by = counted_by(f)
+-- Counts that a job was moved or put back, and for how long it held a slot; the job remembers that time.
+local function count_move(day, job, f, now, what)
+  local by, ran = counted_by(f), running_ms(f, now)
   count(day, by, now, what, 1)
-  count(day, by, now, "running_ms", running_ms(f, now))
+  count(day, by, now, "running_ms", ran)
+  if ran > 0 then redis.call("HINCRBY", job, "held_ms", ms(ran)) end
 end
