@@ -17,7 +17,7 @@ from api.usage_table import usage_csv, usage_table
 def usage(
     since: Annotated[str, typer.Option(help="Days or weeks back, today included (7d, 2w), or a first date.")] = "7d",
     until: Annotated[str, typer.Option(help="The last date, UTC.  [default: today]")] = "",
-    by: Annotated[str, typer.Option(help="What has a row: caller, model, lane, day, or some with commas.")] = "caller",
+    by: Annotated[str, typer.Option(help="What has a row: day, caller, lane or model, or some.")] = "caller,model",
     caller: Annotated[str, typer.Option(metavar="NAME", help="Only this caller's.")] = "",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, always with the same columns.")] = False,
     as_json: AsJson = False,

@@ -14,6 +14,7 @@ _HEAD = (
     "DONE",
     "NOT DONE",
     "REFUSED",
+    "PROMOTED",
     "IN TIME",
     "AS ASKED",
     "FIRST TOKEN",
@@ -29,7 +30,8 @@ def usage_table(told: Mapping[str, Any]) -> str:
     """Gives a row for each caller, lane, model or day, the total, and a line for whatever needs a word.
 
     IN TIME is the share of judged jobs whose first token was in time from any model, AS ASKED that from the model asked
-    for; FIRST TOKEN is p50/p95 of interactive jobs; SLOT TIME how long jobs held slots.
+    for; PROMOTED counts moves to a fallback lane; FIRST TOKEN is p50/p95 of interactive jobs; SLOT TIME how long jobs
+    held slots.
     """
     by: Sequence[str] = told["by"]
     heads = tuple(name.upper() for name in by) or ("",)
@@ -64,10 +66,10 @@ def usage_csv(told: Mapping[str, Any]) -> str:
 
 
 def count(value: int) -> str:
-    """Writes a number the short way: 950, 12.3k, 4.6M."""
+    """Writes a number the short way, rounded down: 950, 12.3k, 4.6M."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if value >= 10 * size or (value >= size and unit != "k"):
-            return f"{value / size:.1f}{unit}"
+            return f"{value * 10 // size / 10:.1f}{unit}"
     return str(value)
 
 
@@ -78,6 +80,7 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, ...]:
         count(row["done"]),
         count(row["failed"] + row["cancelled"] + row["expired"]),
         count(row["refused"]),
+        count(row["promotions"]),
         _share(row["in_time"], row["judged"]),
         _share(row["in_time_asked"], row["judged"]),
         "-" if p50 is None else f"{_time(p50)}/{_time(p95)}",

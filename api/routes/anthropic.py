@@ -48,6 +48,7 @@ class CountTokens(ChatCompletions):
         "Count the tokens of messages", "anthropic", says("How many.", "TokenCount"), body="MessagesRequest",
         headers=WISHES, fails=(errors.BadRequest, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable),
     )  # fmt: skip
+    makes_jobs = False
 
     async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: str) -> None:
         gateway, asked = self._gateway, anthropic.read_messages(body)

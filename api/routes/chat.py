@@ -33,6 +33,8 @@ class ChatCompletions:
     )  # fmt: skip
     keep_ms_max = sys.maxsize
     """An ended job can be read for `keepMs` of the policy, and no longer than this."""
+    makes_jobs: ClassVar[bool] = True
+    """Whether who is refused here asked for a generation."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -43,7 +45,7 @@ class ChatCompletions:
         try:
             await self._serve(exchange)
         except errors.BrokerError as error:
-            if isinstance(error, errors.Refused):
+            if self.makes_jobs and isinstance(error, errors.Refused):
                 self._gateway.refusals.note(error, caller=exchange.caller, job=exchange.job)
             await exchange.refuse(told.wrong(error))
         except Stopping:

@@ -22,14 +22,14 @@ router = APIRouter(tags=["usage"])
         query={
             "since": text("Days or weeks back, today included (7d, 2w), or the first date; 7d unless it is said."),
             "until": text("The last date, UTC; today unless it is said."),
-            "by": text("What has a row: day, caller, lane, model, or some of them with commas between."),
+            "by": text("What has a row: day, caller, lane, model or some with commas; caller,model unless said."),
             "caller": text("Only this caller's; a key sees its own anyway."),
         },
         fails=(errors.BadRequest, errors.BrokerUnavailable),
     )
 )  # fmt: skip
 async def show_usage(
-    gateway: Gate, me: Caller, since: str = "7d", until: str = "", by: str = "caller", caller: str = ""
+    gateway: Gate, me: Caller, since: str = "7d", until: str = "", by: str = "caller,model", caller: str = ""
 ) -> dict[str, Any]:
     """Adds up the days from `since` to `until`, both included, by any of `day,caller,lane,model`."""
     report = Report(_named(by), caller=_whose(gateway, me, caller))

@@ -1,4 +1,4 @@
-"""`gateway usage` against a whole gateway: what it tells is what the clients themselves have counted."""
+"""`gateway usage` as clients and callers see it: what it tells is what the clients themselves have counted."""
 
 import asyncio
 import csv
@@ -14,16 +14,19 @@ import pytest
 
 from broker.first_tokens import ERROR
 from tests.support.clients import user
-from tests.support.gateway_process import House, house
-from tests.support.waiting import block_until
-from tests.support.worker_world import policy, simulated
+from tests.support.gateway_process import gateway
+from tests.support.live_api import LiveApi, live_api
+from tests.support.redis_server import RedisServer
+from tests.support.worker_world import simulated, worker_world
 
 pytestmark = pytest.mark.real
 
+FAST = {"decodeTps": 2_000}
 MODELS = {
-    "big": simulated(memoryMb=50, maxConcurrent=2, maxQueue=4, options={"decodeTps": 400}, fallback="small"),
-    "small": simulated(memoryMb=50, maxConcurrent=2, maxQueue=1, options={"decodeTps": 400}),
+    "big": simulated(memoryMb=50, maxConcurrent=2, maxQueue=4, options=FAST, fallback="small"),
+    "small": simulated(memoryMb=50, maxConcurrent=2, maxQueue=1, options=FAST),
 }
+KEYS = "ann:ann-secret,ci:ci-secret"
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,34 @@ class Heard:
     first_token_ms: float
 
 
-def test_usage_is_what_the_clients_counted(tmp_path: Path) -> None:
+async def test_usage_is_what_the_clients_counted(redis_server: RedisServer, tmp_path: Path) -> None:
     """Two callers, more than fits, a model that nobody has: jobs, tokens, refusals, first tokens, to each its own."""
-    keys = "ann:ann-secret,ci:ci-secret"
-    with house(tmp_path / "data", policy=policy(MODELS), GATEWAY_KEYS=keys, GATEWAY_KEY="ann-secret") as up:
-        block_until(lambda: _states(up) == {"warm"}, what="both models are warm")
-        asked = [("ann", "big"), ("ci", "big"), ("ann", "small")] * 8 + [("ann", "none")] * 3
-        heard = asyncio.run(_ask_all(up, asked))
-        assert {one.status for one in heard} == {200, 404, 503}
-        for caller in ("ann", "ci"):
-            mine = [one for one in heard if one.caller == caller]
-            block_until(lambda: _told(up, caller)["total"]["asked"] == len(mine), what="refusals are written")  # noqa: B023
-            _same(_told(up, caller, "--by", "model"), mine)
-            [row] = csv.DictReader(io.StringIO(_usage(up, caller, "--csv")))
-            served = sum(one.status == 200 for one in mine)
-            assert (row["caller"], row["asked"], row["done"]) == (caller, str(len(mine)), str(served))
-            assert _usage(up, caller).splitlines()[2].split()[:3] == [caller, str(len(mine)), str(served)]
-        others = up.command("usage", "--caller", "ci", GATEWAY_KEY="ann-secret")
-        assert (others.returncode, others.stdout) == (1, "") and "its own caller, ann" in others.stderr
+    async with worker_world(redis_server.socket_url, tmp_path) as world:
+        await world.apply(MODELS)
+        await world.warm_host()
+        async with live_api(await world._open("api"), keys=KEYS) as api:
+            asked = [("ann", "big"), ("ci", "big"), ("ann", "small")] * 8 + [("ann", "none")] * 3
+            heard = await _ask_all(api, asked)
+            assert {one.status for one in heard} == {200, 404, 503}
+            await api.gateway.refusals.write()
+            mine = {caller: [one for one in heard if one.caller == caller] for caller in ("ann", "ci")}
+            async with asyncio.TaskGroup() as tasks:  # each is a process of its own, and most of it is its start
+                by_model = tasks.create_task(_usage(api, "ann", "--by", "model", "--json"), name="json")
+                as_csv = tasks.create_task(_usage(api, "ci", "--by", "caller", "--csv"), name="csv")
+                table = tasks.create_task(_usage(api, "ci"), name="table")
+            for caller, told in (("ann", json.loads(by_model.result())), ("ci", await _told(api, "ci"))):
+                _same(told, mine[caller])
+    [row] = csv.DictReader(io.StringIO(as_csv.result()))
+    served = sum(one.status == 200 for one in mine["ci"])
+    assert (row["caller"], row["asked"], row["done"]) == ("ci", str(len(mine["ci"])), str(served))
+    assert table.result().splitlines()[2].split()[:4] == ["ci", "big", str(len(mine["ci"])), str(served)]
 
 
 def _same(found: dict[str, Any], mine: list[Heard]) -> None:
     total, served = found["total"], [one for one in mine if one.status == 200]
     refused = Counter({404: "model_not_found", 503: "lane_full"}[one.status] for one in mine if one.status != 200)
-    assert (total["done"], total["refused_by"]) == (len(served), dict(sorted(refused.items())))
+    assert (total["asked"], total["done"]) == (len(mine), len(served))
+    assert total["refused_by"] == dict(sorted(refused.items()))
     assert total["tokens_in"] == sum(one.usage["prompt_tokens"] for one in served)
     assert total["tokens_out"] == sum(one.usage["completion_tokens"] for one in served)
     assert total["judged"] == total["in_time"] == len(served)
@@ -74,31 +81,32 @@ def _same(found: dict[str, Any], mine: list[Heard]) -> None:
     assert 0 < total["running_ms"]
 
 
-async def _ask_all(up: House, asked: list[tuple[str, str]]) -> list[Heard]:
+async def _ask_all(api: LiveApi, asked: list[tuple[str, str]]) -> list[Heard]:
     """All at once, each with an answer of another length."""
     async with httpx.AsyncClient(timeout=30) as http:
 
         async def one(number: int, caller: str, model: str) -> Heard:
             body = {"model": model, "messages": user("count"), "max_tokens": 20 + number, "stream": False}
-            headers = {"authorization": f"Bearer {caller}-secret"}
-            answer = await http.post(f"{up.url}/v1/chat/completions", json=body, headers=headers)
+            answer = await http.post(f"{api.url}/v1/chat/completions", json=body, headers=_bearer(caller))
             first = float(answer.headers.get("x-gateway-first-token-ms", 0))
             return Heard(caller, model, answer.status_code, answer.json().get("usage") or {}, first)
 
         return list(await asyncio.gather(*(one(number, *pair) for number, pair in enumerate(asked))))
 
 
-def _usage(up: House, caller: str, *words: str) -> str:
-    ran = up.command("usage", "--since", "1d", *words, GATEWAY_KEY=f"{caller}-secret")
+async def _usage(api: LiveApi, caller: str, *words: str) -> str:
+    settings = {"GATEWAY_URL": api.url, "GATEWAY_KEY": f"{caller}-secret"}
+    ran = await asyncio.to_thread(gateway, "usage", "--since", "7d", *words, **settings)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
-def _told(up: House, caller: str, *words: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_usage(up, caller, "--json", *words))
-    return found
+async def _told(api: LiveApi, caller: str) -> dict[str, Any]:
+    async with httpx.AsyncClient() as http:
+        found = await http.get(f"{api.url}/v1/usage?by=model", headers=_bearer(caller))
+    told: dict[str, Any] = found.json()
+    return told
 
 
-def _states(up: House) -> set[str]:
-    headers = {"authorization": "Bearer ann-secret"}
-    return {str(model["state"]) for model in httpx.get(f"{up.url}/v1/status", headers=headers).json()["models"]}
+def _bearer(caller: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {caller}-secret"}

@@ -43,6 +43,8 @@ async def test_it_tells_what_each_client_got_and_to_each_only_its_own(store: Sto
             await ask(http, "hello"),
             await ask(http, "hello", caller="somebody-else"),
         ]
+        nothing = await http.post("/v1/messages/count_tokens", content=b"{}", headers=bearer("ann"))
+        assert nothing.status_code == 400, "it is refused, and it asked for no generation"
         assert [answer.status_code for answer in refusals] == [404, 400, 400, 401, 401]
         await scene.api.gateway.refusals.write()
         codes = {"context_length_exceeded": 1, "invalid_request": 1, "model_not_found": 1}
