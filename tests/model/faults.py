@@ -151,21 +151,9 @@ FAULTS = [
         "",
     ),
     Fault(
-        "slot time counts as waiting",
-        ("end",),
-        r"local waited = now - ran - ",
-        "local waited = now - ",
-    ),
-    Fault(
         "slot time before a put-back counts as waiting",
         ("release",),
         r"  if ran > 0 then redis\.call\(\"HINCRBY\", job, \"held_ms\", .*\n",
-        "",
-    ),
-    Fault(
-        "a job that is gone on with counts as one that begins again",
-        ("recover",),
-        r"goes_on and \"recovered/continued\" or ",
         "",
     ),
     Fault(
