@@ -39,6 +39,7 @@ from api.routes import (
     openapi,
     operator,
     responses,
+    usage,
 )
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
@@ -68,7 +69,16 @@ HOT = (
     ollama_generations.OllamaEmbed,
     ollama_generations.OllamaEmbeddings,
 )
-REST = (operator.router, keys.router, models.router, jobs.router, ollama.router, health.router, openapi.router)
+REST = (
+    operator.router,
+    keys.router,
+    models.router,
+    jobs.router,
+    ollama.router,
+    health.router,
+    usage.router,
+    openapi.router,
+)
 
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:

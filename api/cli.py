@@ -20,6 +20,7 @@ from api.cli_init import init
 from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
+from api.cli_usage import usage
 from api.client import ask
 from api.listen import Listen
 from api.settings import ApiSettings
@@ -45,6 +46,7 @@ app.command()(init)
 app.command()(doctor)
 app.command()(drain)
 app.command()(undrain)
+app.command()(usage)
 
 
 @app.command()

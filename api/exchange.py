@@ -1,6 +1,6 @@
 """One HTTP exchange on the hot route, in plain ASGI: the request's bytes, its client's presence, the answer.
 
-At most one task beside the request's own watches for the client to hang up. Nothing here knows jobs.
+At most one task beside the request's own watches for the client to hang up. Nothing here looks into a job.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from api.asgi import Receive, Scope, Send
 from api.errors import Wrong, dialect_of
 from broker import errors
 from broker.frames import FrameReader, Restarted
-from broker.records import Frame
+from broker.records import Frame, JobRecord
 
 BODY_BYTES_MAX = 20 * 1024 * 1024
 BODY_S_MAX = 60.0
@@ -51,6 +51,8 @@ class Exchange:
         self.path: str = scope["path"]
         self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.headers: dict[bytes, bytes] = dict(self.raw_headers)
+        self.caller = ""  # whose request it is, once that is known
+        self.job: JobRecord | None = None  # what it asks for, once that has been read
         self.started = False
         self.dialect = dialect_of(self.path)
         self.event_of: Callable[[Wrong], bytes] = self.dialect.event

@@ -16,6 +16,7 @@ from broker.keybook import KeyBook
 from broker.metrics import Metrics
 from broker.policies import PolicyBook
 from broker.readers import Readers
+from broker.refusals import Refusals
 from broker.store import Store
 from broker.waits import Waits
 
@@ -49,6 +50,7 @@ class Gateway:
         self.readers = Readers(store, self.due)
         self.waits = Waits(store, self.fleet)
         self.metrics = Metrics(version=version)
+        self.refusals = Refusals(store, self.book)
         self.exchanges: set[Exchange] = set()
         self.stopping = False
         self._numbers = itertools.count(1)
@@ -74,6 +76,7 @@ class Gateway:
                 tasks.create_task(self.fleet.follow(), name="fleet"),
                 tasks.create_task(self.hub.run(), name="hub"),
                 tasks.create_task(self.readers.keep(), name="readers"),
+                tasks.create_task(self.refusals.keep(), name="refusals"),
                 tasks.create_task(self._cut_stalled(), name="stalled clients"),
             ]
             try:

@@ -38,6 +38,7 @@ _TAGS = {
     "operator": "What an operator asks of models and hosts.",
     "keys": "Callers and their keys, for administrators.",
     "health": "How the gateway does.",
+    "usage": "Who used what.",
 }
 _SECURITY: Mapping[str, Schema] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of `gateway key new` or GATEWAY_KEYS."},

@@ -6,14 +6,15 @@ from pydantic import TypeAdapter
 
 from api.routes.keys import NewCaller, Rotation
 from broker.callers import Key, Keyring, Rights
-from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, text, thing, whole
+from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, ref, text, thing, whole
 from broker.records import JobRecord
 from broker.status import Snapshot
+from broker.usage_report import BY, Used
 
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_keys(), **_HEALTH}
+    return {**_status(), "Job": _job(), **_keys(), **_HEALTH, **_usage()}
 
 
 def _status() -> dict[str, Schema]:
@@ -57,6 +58,33 @@ def _asked(kind: Any) -> Schema:
     return schema
 
 
+def _usage() -> dict[str, Schema]:
+    figures = {name: _figure(_FIGURES[name], value) for name, value in Used().as_json().items()}
+    names = {name: text() for name in BY}
+    usage = {
+        "since": text("The first day."),
+        "until": text("The last day."),
+        "zone": text("Whose days they are."),
+        "by": list_of(one_of(*BY), "What has a row."),
+        "caller": maybe(text("Only this one's; null = everybody's.")),
+        "first_token_error": number("The most by which a percentile may differ from the exact one, as a share of it."),
+        "rows": list_of(ref("UsageRow"), "With the names that `by` says."),
+        "total": ref("Used"),
+    }
+    return {
+        "Used": thing(figures, words="Figures of some days, jobs on the day of their end."),
+        "UsageRow": thing(figures, names),
+        "Usage": thing(usage),
+    }
+
+
+def _figure(words: str, example: Any) -> Schema:
+    """A count, what there may be none of (a share, a percentile), or counts by code."""
+    if example is None:
+        return maybe(number(words))
+    return {**thing({}, words=words), "additionalProperties": whole()} if example == {} else whole(words)
+
+
 def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:
     schema = TypeAdapter(kind).json_schema(mode="serialization", ref_template=REFS + "{model}")
     return schema, schema.pop("$defs", {})
@@ -75,4 +103,31 @@ _HEALTH: dict[str, Schema] = {
         {"redis_version": text(), "skew_ms": whole("Redis' clock minus ours.")},
     ),
     "Ready": thing({"ready": flag(), "reasons": list_of(text(), "Why not.")}),
+}
+
+_FIGURES = {
+    "asked": "Requests: those that were refused, and those that became jobs.",
+    "done": "Jobs that were answered.",
+    "failed": "Jobs that ended with an error.",
+    "cancelled": "Jobs cancelled by their client, or because it hung up.",
+    "expired": "Jobs that waited in vain.",
+    "refused": "Requests that were refused.",
+    "by_other": "Answered jobs that another model served than the one asked for.",
+    "promotions": "Moves to a fallback lane, of jobs that asked for the model.",
+    "judged": "Interactive jobs whose first token was judged.",
+    "in_time": "Of those, in time from any model.",
+    "in_time_asked": "Of those, in time from the model asked for.",
+    "in_time_share": "in_time of judged.",
+    "in_time_asked_share": "in_time_asked of judged.",
+    "first_token_p50_ms": "Half of the first tokens of interactive jobs came within this time.",
+    "first_token_p95_ms": "95 % did.",
+    "first_token_p99_ms": "99 % did.",
+    "tokens_in": "Prompt tokens, as the runtimes counted them; of the model that served.",
+    "tokens_cached": "Of those, from a runtime's cache.",
+    "tokens_out": "Tokens of answers.",
+    "untold": "Answered jobs whose runtime told no tokens.",
+    "queued_ms": "How long jobs waited in lanes.",
+    "running_ms": "How long jobs held slots, of the model that served.",
+    "failed_by": "Failed jobs by code.",
+    "refused_by": "Refused requests by code.",
 }

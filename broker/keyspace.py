@@ -112,7 +112,20 @@ TABLE: tuple[Family, ...] = (
     ),
     Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
-    Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
+    Family(
+        "usage:<day>",
+        "hash",
+        "`usageDays` after the day",
+        True,
+        "`<caller>:<lane>:<model asked for>:<model that served>` -> first counted on the day (UTC)",
+    ),
+    Family(
+        "usage:<day>:<caller>:<lane>:<model>:<model>",
+        "hash",
+        "`usageDays` after the day",
+        True,
+        "figures of the day: `done/in_time/<ms>`, `tokens_in`, `running_ms`, …",
+    ),
     Family("callers", "hash", "always", True, "revision; callers: their rights, the hashes of their keys"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
@@ -230,8 +243,17 @@ class Keyspace:
         return f"{self._prefix}count:{question_id}"
 
     def usage(self, day: str) -> str:
-        """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""
+        """Hash of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""
         return f"{self._prefix}usage:{day}"
+
+    def figures(self, day: str, by: str) -> str:
+        """Hash of a day's figures; `by` is `<caller>:<lane>:<model asked for>:<model that served>`."""
+        return f"{self._prefix}usage:{day}:{by}"
+
+    def usage_day_of(self, key: str) -> str:
+        """Reads the day from a key of its counters; "" for any other key."""
+        family = self.family(key)
+        return key.removeprefix(self._prefix).split(":")[1] if family and family.pattern.startswith("usage:") else ""
 
     def usage_prefix(self) -> str:
         """What a script puts before the day it computed from Redis' clock."""

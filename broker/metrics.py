@@ -13,12 +13,13 @@ after that instant). Not counted: batch work, refused requests, jobs cancelled b
 token. So *first token in time from the model asked for* is asked / all, and *from any model* is (asked + other) / all.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from broker.figures import ENDS, Day, counts
 from broker.status import Snapshot
 
 OTHER = "other"
@@ -93,11 +94,9 @@ class Metrics:
             self._streams[lane, model] = found
         return found
 
-    def render(
-        self, snapshot: Snapshot | None, usage: Mapping[str, int], *, callers: Collection[str], redis_up: bool
-    ) -> bytes:
+    def render(self, snapshot: Snapshot | None, day: Day, *, callers: Collection[str], redis_up: bool) -> bytes:
         """Gives the page that Prometheus reads; without a snapshot (no policy, no Redis) what this process knows."""
-        self._told.snapshot, self._told.usage = snapshot, usage
+        self._told.snapshot, self._told.day = snapshot, day
         self._told.callers, self._told.redis_up = frozenset(callers), redis_up
         return generate_latest(self._registry)
 
@@ -108,7 +107,7 @@ class _Told(Collector):
     def __init__(self, version: str) -> None:
         self._version = version
         self.snapshot: Snapshot | None = None
-        self.usage: Mapping[str, int] = {}
+        self.day: Day = ()
         self.callers: frozenset[str] = frozenset()
         self.redis_up = False
 
@@ -125,12 +124,12 @@ class _Told(Collector):
             "model": {model.name for model in snapshot.models},
             "caller": self.callers,
         }
+        events = list(_events(self.day))
         for name, help_text, words, labels in _COUNTED:
             family = CounterMetricFamily(name, help_text, labels=[label for label, _ in labels])
-            sums: dict[tuple[str, ...], int] = {}
-            for field, value in self.usage.items():
-                event, *values = field.split(":")
-                if event != words or len(values) != len(labels):
+            sums: dict[tuple[str, ...], float] = {}
+            for event, values, value in events:
+                if event != words:
                     continue
                 key = tuple(
                     v if kind == "" or v in known[kind] else OTHER for v, (_, kind) in zip(values, labels, strict=True)
@@ -139,6 +138,32 @@ class _Told(Collector):
             for key, value in sorted(sums.items()):
                 family.add_metric(list(key), value)
             yield family
+
+
+def _events(day: Day) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Reads the day's counters as the events of `_COUNTED`: event, values of its labels, amount."""
+    for one in counts(day):
+        by, amount = one.by, one.amount
+        if one.figure in ENDS:
+            yield "ended", (by.lane, one.figure), amount
+        if one.judged == "in_time":
+            yield "first_token", (by.asked_model, "asked" if by.model == by.asked_model else "other"), amount
+        elif one.judged:
+            yield "first_token", (by.asked_model, "late" if one.judged == "late" else "none"), amount
+        match one.figure:
+            case "promoted" | "recovered":
+                yield one.figure, (by.lane, one.detail), amount
+            case "released":
+                yield "released", (by.lane,), amount
+            case "tokens_in":
+                yield "tokens_in", (by.caller, by.model, "false"), amount
+            case "tokens_cached":
+                yield "tokens_in", (by.caller, by.model, "true"), amount
+                yield "tokens_in", (by.caller, by.model, "false"), -amount
+            case "tokens_out":
+                yield "tokens_out", (by.caller, by.model), amount
+            case "running_ms":
+                yield "running", (by.caller, by.model), amount / 1000
 
 
 _COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
@@ -151,6 +176,8 @@ _COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
      "first_token", [("model", "model"), ("first_token", "")]),
     ("gateway_prompt_tokens", "Prompt tokens today, by whether they were in the runtime's cache.", "tokens_in",
      [("caller", "caller"), ("model", "model"), ("cached", "")]),
+    ("gateway_slot_seconds", "Time for which jobs held slots today; told when they let go of them.", "running",
+     [("caller", "caller"), ("model", "model")]),
     ("gateway_completion_tokens", "Tokens generated today.", "tokens_out", [("caller", "caller"), ("model", "model")]),
 )  # fmt: skip
 

@@ -117,6 +117,7 @@ class JobRecord(_Hash):
     max_tokens: int = 0  # answer tokens asked for, 0 = not said
     attempt: int = 0
     losses: int = 0
+    held_ms: int = 0  # how long attempts that were put back or moved held slots
     promotions: int = 0
     seen: bool = False
     owner: str = ""  # host that holds it

@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
-from broker import downgrades
+from broker import downgrades, usage
 from broker.hosts import Fleet, Picture
 from broker.lanes import waiting_entries
 from broker.lifecycle import State
@@ -168,14 +167,14 @@ class Snapshot:
 async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
     """Takes the picture; raises ModelUnavailable where no policy has been applied yet."""
     active = book.active
-    picture, usage = await asyncio.gather(fleet.look(), usage_today(store))
+    picture, day = await asyncio.gather(fleet.look(), usage.today(store))
     lanes = []
     for lane in active.lanes().values():
         oldest = await _oldest_waiting_at(store, lane.name, picture.running.get(lane.name, 0), picture)
         fallback = active.lane(lane.fallback) if lane.fallback else None
         told = _lane_status(lane, picture, oldest)
         lanes.append(replace(told, spills_only=fallback is not None and fallback.trust == "remote"))
-    today, models = by_model(usage), []
+    today, models = by_model(day), []
     for name, model in active.models().items():
         shown = _model_status(name, model, active, picture, today.get(name, Today()))
         models.append(await _with_downgrades(store, model, shown))
@@ -187,12 +186,6 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
     )
-
-
-async def usage_today(store: Store) -> dict[str, int]:
-    """Gives the counters of the day (UTC), as the scripts that ended, moved and recovered jobs wrote them."""
-    today = datetime.fromtimestamp(await store.now_ms() / 1000, UTC).date().isoformat()
-    return {name.decode(): int(value) for name, value in (await store.hash(store.keys.usage(today))).items()}
 
 
 async def _oldest_waiting_at(store: Store, lane: str, running: int, picture: Picture) -> int:

@@ -1,7 +1,8 @@
-"""What the day's counters say of each model. Pure: the scripts wrote them, `status.usage_today` reads them."""
+"""What the day's counters say of each model. Pure: the scripts wrote them, `usage.today` reads them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from broker.figures import Day, counts
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,21 @@ class Today:
     in_time_any: int = 0
 
 
-def by_model(usage: Mapping[str, int]) -> dict[str, Today]:
-    """Sums the counters up by model."""
+def by_model(day: Day) -> dict[str, Today]:
+    """Sums the day up by model."""
     found: dict[str, Today] = {}
-    for field, value in usage.items():
-        match field.split(":"):
-            case ["tokens_in", _, model, cached]:
-                was = found.get(model, Today())
-                more = value if cached == "true" else 0
-                found[model] = replace(
-                    was, prompt_tokens=was.prompt_tokens + value, cached_tokens=was.cached_tokens + more
-                )
-            case ["first_token", model, how]:
-                was = found.get(model, Today())
-                found[model] = replace(
-                    was,
-                    judged=was.judged + value,
-                    in_time_asked=was.in_time_asked + (value if how == "asked" else 0),
-                    in_time_any=was.in_time_any + (value if how in ("asked", "other") else 0),
-                )
+
+    def add(model: str, **more: int) -> None:
+        was = found.get(model, Today())
+        found[model] = replace(was, **{name: getattr(was, name) + value for name, value in more.items()})
+
+    for one in counts(day):
+        if one.figure == "tokens_in":
+            add(one.by.model, prompt_tokens=one.amount)
+        elif one.figure == "tokens_cached":
+            add(one.by.model, cached_tokens=one.amount)
+        elif one.judged:
+            in_time = one.amount if one.judged == "in_time" else 0
+            asked = in_time if one.by.model == one.by.asked_model else 0
+            add(one.by.asked_model, judged=one.amount, in_time_any=in_time, in_time_asked=asked)
     return found

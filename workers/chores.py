@@ -5,7 +5,7 @@ Each may run twice, late, or not at all for a while: nothing that a client waits
 
 import logging
 
-from broker import hosts, lanes
+from broker import hosts, lanes, usage
 from broker.policies import PolicyBook
 from broker.store import Store
 
@@ -28,6 +28,9 @@ async def sweep(store: Store, book: PolicyBook) -> None:
 
 
 async def forget(store: Store, book: PolicyBook) -> None:
-    """Drops hosts that have been silent for a day, and what was learned of models that the policy no longer has."""
+    """Drops hosts that have been silent for a day, what was learned of models that the policy no longer has, and the
+    counters of days that are older than it wants."""
     active = await book.reload()
     await hosts.forget(store, known=set(active.models()) if active is not None else None)
+    if active is not None:
+        await usage.keep(store, usage_days=active.policy.usage_days)

@@ -52,6 +52,7 @@ class CountTokens(ChatCompletions):
             errors.BadRequest, errors.LaneForbidden, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable,
         ),
     )  # fmt: skip
+    makes_jobs = False
 
     async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: Caller) -> None:
         gateway, asked = self._gateway, anthropic.read_messages(body)

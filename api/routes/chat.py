@@ -35,6 +35,8 @@ class ChatCompletions:
     )  # fmt: skip
     keep_ms_max = sys.maxsize
     """An ended job can be read for `keepMs` of the policy, and no longer than this."""
+    makes_jobs: ClassVar[bool] = True
+    """Whether who is refused here asked for a generation."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -45,6 +47,8 @@ class ChatCompletions:
         try:
             await self._serve(exchange)
         except errors.BrokerError as error:
+            if self.makes_jobs and isinstance(error, errors.Refused):
+                self._gateway.refusals.note(error, caller=exchange.caller, job=exchange.job)
             await exchange.refuse(told.wrong(error))
         except Stopping:
             await exchange.refuse(told.wrong(errors.BrokerUnavailable("the gateway is being restarted; try again")))
@@ -63,6 +67,7 @@ class ChatCompletions:
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
         caller = who_calls(self._gateway, exchange.raw_headers)
+        exchange.caller = caller.name
         body = await exchange.read_body()
         await self._answer(exchange, body, Wishes.of(exchange), caller)
 
@@ -71,6 +76,7 @@ class ChatCompletions:
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):
             return await exchange.answer(200, JSON, job)
+        exchange.job = job
         visit = Visit(
             gateway,
             exchange,

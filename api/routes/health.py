@@ -9,10 +9,11 @@ from fastapi.responses import JSONResponse, Response
 from api.auth import Gate, caller_of
 from api.described import JSON, Answer, Described, described, says
 from api.gateway import Gateway
-from broker import errors
+from broker import errors, usage
 from broker.dialects.json_schema import ref, text
+from broker.figures import Day
 from broker.metrics import CONTENT_TYPE
-from broker.status import Snapshot, snapshot, usage_today
+from broker.status import Snapshot, snapshot
 
 router = APIRouter(tags=["health"])
 
@@ -57,17 +58,17 @@ async def readyz(gateway: Gate) -> JSONResponse:
 async def metrics(gateway: Gate) -> Response:
     """The page that Prometheus reads."""
     shown: Snapshot | None = None
-    usage: dict[str, int] = {}
+    day: Day = ()
     up = True
     try:
         async with asyncio.timeout(ASK_S_MAX):
-            usage = await usage_today(gateway.store)
+            day = await usage.today(gateway.store)
             shown = await snapshot(gateway.store, gateway.book, gateway.fleet)
     except errors.ModelUnavailable:
         pass  # no policy yet
     except (errors.BrokerError, TimeoutError):
         up = False
-    page = gateway.metrics.render(shown, usage, callers=gateway.keys.names, redis_up=up)
+    page = gateway.metrics.render(shown, day, callers=gateway.keys.names, redis_up=up)
     return Response(page, headers={"content-type": CONTENT_TYPE})
 
 

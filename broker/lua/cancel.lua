@@ -30,6 +30,6 @@ end
 
 close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
   dead = KEYS[7] },
-  { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
+  { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], day = ARGV[6] .. day_of(now) },
   f, now, id, to, { code = "cancelled", message = ARGV[10] })
 return f.state

@@ -44,12 +44,14 @@ if ARGV[15] ~= "" then
   set[#set + 1] = "usage"
   set[#set + 1] = ARGV[15]
 end
-local who = f.caller .. ":" .. f.model
+local day, by = ARGV[6] .. day_of(now), counted_by(f)
+count(day, by, now, "tokens_in", tonumber(ARGV[16]))
+count(day, by, now, "tokens_cached", math.min(ARGV[16], ARGV[17]))
+count(day, by, now, "tokens_out", tonumber(ARGV[18]))
+if to == "done" and ARGV[15] == "" then count(day, by, now, "untold", 1) end
 close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
   dead = KEYS[7] },
-  { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
-  f, now, id, to, { code = ARGV[11], message = ARGV[12], status = ARGV[13], set = set,
-    counts = { "tokens_in:" .. who .. ":false", tonumber(ARGV[16]) - tonumber(ARGV[17]), "tokens_in:" .. who .. ":true",
-      ARGV[17], "tokens_out:" .. who, ARGV[18] } })
+  { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], day = day },
+  f, now, id, to, { code = ARGV[11], message = ARGV[12], status = ARGV[13], set = set })
 spend(root_of(KEYS[1], id), f.caller, now, tonumber(ARGV[16]) - tonumber(ARGV[17]) + tonumber(ARGV[18]))
 return 1

@@ -21,8 +21,7 @@ local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry", "asked_model",
-  "asked_number", "session", "continues",
-  "caller")
+  "asked_number", "session", "continues", "caller", "model", "claimed_at")
 local to, refusal = follow(f[2], "promote", KEYS[3])
 if not to then return refusal end
 local elsewhere = placed(f[5], f[6], ARGV[5], ARGV[6])
@@ -40,6 +39,7 @@ local downgrade, number, max_share, window = f[7] ~= ARGV[9], tonumber(f[8] or 0
 if downgrade and max_share < 1 and not may_downgrade(KEYS[7], number, max_share, window, tonumber(ARGV[19])) then
   return redis.error_reply("DOWNGRADES " .. f[7])
 end
+local was = { state = f[2], caller = f[11], lane = f[5], asked_model = f[7], model = f[12], claimed_at = f[13] }
 
 leave(KEYS[1], group, ARGV[6])
 local root = root_of(KEYS[3], id)
@@ -56,5 +56,5 @@ if number > 0 then count_moved(KEYS[7], number, window, downgrade) end
 if downgrade then stick(KEYS[8], f[9], now, tonumber(ARGV[20])) end
 want(KEYS[6], now, tonumber(ARGV[14]))
 if f[2] == "claimed" then redis.call("PUBLISH", ARGV[15] .. f[3], "stop " .. id .. " " .. f[1]) end
-usage(ARGV[16], now, "promoted:" .. ARGV[5] .. ":" .. ARGV[8], 1)
+count_move(ARGV[16] .. day_of(now), KEYS[3], was, now, "promoted/" .. ARGV[8])
 return entry

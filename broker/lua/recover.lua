@@ -21,7 +21,7 @@
 --- @include close
 --- @include go_on
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local f = read_job(KEYS[1])
+local f = read_job(KEYS[1], "seen", "lease_until", "boot")
 local to, wrong = follow(f.state, "recover", KEYS[1])
 if not to then return wrong end
 local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
@@ -31,14 +31,16 @@ if tonumber(f.lease_until) > now and not proved_dead then return redis.error_rep
 local stands, goes_on, news = standing(f, ARGV[12])
 if news then return news end
 
+local day = ARGV[6] .. day_of(now)
 f.losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
 if (stands and not goes_on) or f.losses > tonumber(ARGV[8]) then
   close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
     dead = KEYS[7] },
-    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
-    f, now, id, "failed", { code = "worker_lost", message = ARGV[9], counts = { "recovered:" .. f.lane .. ":failed", 1 } })
+    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], day = day },
+    f, now, id, "failed", { code = "worker_lost", message = ARGV[9] })
+  count(day, counted_by(f), now, "recovered/failed", 1)
   return { "failed", "" }
 end
-usage(ARGV[6], now, "recovered:" .. f.lane .. ":" .. (goes_on and "continued" or "queued"), 1)
+count_move(day, KEYS[1], f, now, goes_on and "recovered/continued" or "recovered/queued")
 return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
   goes_on and now + tonumber(ARGV[13])) }

@@ -18,7 +18,7 @@
 --- @include close
 --- @include go_on
 local now, id = now_ms(ARGV[1]), ARGV[2]
-local f = read_job(KEYS[1])
+local f = read_job(KEYS[1], "seen")
 local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
 if refusal then return refusal end
 local to, wrong = follow(f.state, "release", KEYS[1])
@@ -27,14 +27,15 @@ local stands, goes_on, news = standing(f, ARGV[12])
 if news then return news end
 if stands and not goes_on then return redis.error_reply("SEEN " .. id) end
 
+local day = ARGV[6] .. day_of(now)
 f.losses = redis.call("HINCRBY", KEYS[1], "losses", ARGV[8])
 if ARGV[8] == "1" and f.losses > tonumber(ARGV[9]) then
   close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
     dead = KEYS[7] },
-    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
+    { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], day = day },
     f, now, id, "failed", { code = ARGV[10], message = ARGV[11] })
   return { "failed", "" }
 end
-usage(ARGV[6], now, "released:" .. f.lane, 1)
+count_move(day, KEYS[1], f, now, "released")
 return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
   goes_on and now + tonumber(ARGV[13])) }

@@ -299,3 +299,4 @@ class Content(Part):
     drain_timeout_ms: Ms = Field(30_000, description="How long a stopping worker finishes what runs.")
     keep_ms: SomeMs = Field(600_000, description="How long an ended synchronous job can be read.")
     keep_async_ms: SomeMs = Field(86_400_000, description="How long an ended asynchronous job can be read.")
+    usage_days: int = Field(90, ge=1, le=3650, description="How many days the counters of a day are kept after it.")

@@ -20,7 +20,7 @@ _PLACES: dict[type[BaseModel], str] = {
     Rule: "in a routing rule",
 }
 _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
-    Content: frozenset({"callers", "remote", "auditDays", "usageDays"}),
+    Content: frozenset({"callers", "remote", "auditDays"}),
     Model: frozenset({"wakeForBatch"}),
 }
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})

@@ -218,6 +218,7 @@ async def refused_rest(on: Stage) -> None:
     for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
         await on.ask(method, "/v1/jobs/{job_id}" + end, "/v1/jobs/nobody" + end)
     await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
+    await on.ask("GET", "/v1/usage", "/v1/usage?by=modle")
     as_anthropic = {"anthropic-version": "2023-06-01"}
     await on.ask("GET", "/v1/models", "/v1/models?limit=none", headers=as_anthropic)
     await on.ask("GET", "/v1/models", headers=as_anthropic)
@@ -232,6 +233,7 @@ async def refused_rest(on: Stage) -> None:
         (hosts, "/v1/hosts/gpu1/drain"),  # its worker is deaf
     ):
         await on.ask("POST", path, at)
+    await on.ask("GET", "/v1/usage", "/v1/usage?caller=ann", headers=on.keys["bob"])
     for path, at in ((models, "/v1/models/plain/pin"), (hosts, "/v1/hosts/gpu1/drain")):
         await on.ask("POST", path, at, headers=on.keys["bob"])
     await refused_keys(on)
@@ -271,7 +273,7 @@ NEED_REDIS = [
     ("GET", "/api/ps", ""), ("GET", "/v1/status", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
-    ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"), ("GET", "/v1/keys", ""),
+    ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"), ("GET", "/v1/keys", ""), ("GET", "/v1/usage", ""),
     ("POST", "/v1/keys/{name}/rotate", "/v1/keys/bob/rotate"), ("DELETE", "/v1/keys/{name}", "/v1/keys/bob"),
 ]  # fmt: skip
 

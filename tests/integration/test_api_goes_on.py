@@ -18,6 +18,7 @@ import pytest
 from broker import jobs
 from broker.lifecycle import State
 from tests.support.clients import follow
+from tests.support.counted import counted
 from tests.support.fake_ollama import FakeOllama
 from tests.support.live_api import LiveApi, RawClient, live_api
 from tests.support.redis_server import RedisServer
@@ -86,6 +87,11 @@ def plain(text: str) -> str:
     return re.sub(r'"(\w+_at|created|\w+_duration)":("[^"]*"|\d+)', r'"\1":0', text)
 
 
+async def tokens_counted(world: World) -> dict[str, int]:
+    [figures] = (await counted(world.store)).values()
+    return {name: figures.get(name, 0) for name in ("tokens_in", "tokens_cached", "tokens_out")}
+
+
 DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"messages": ASK, "stream_options": {"include_usage": True}}),
     "chat without usage": ("/v1/chat/completions", {"messages": ASK, "max_tokens": 8}),
@@ -104,9 +110,10 @@ async def test_one_whole_answer_in_every_dialect(
 ) -> None:
     path, body = DIALECTS[dialect]
     fake = Llama()
-    async with gateway(redis_server, tmp_path, fake) as (_, api):
+    async with gateway(redis_server, tmp_path, fake) as (world, api):
         whole = await ask(api, path, **body)
         assert whole[0] == 200
+        used = await tokens_counted(world)
         fake.chat_bodies.clear()
         fake.echo = trap == "echo"
         break_off(fake, "silent end" if trap == "silent end twice" else "cut", times=1 + (trap == "silent end twice"))
@@ -116,6 +123,7 @@ async def test_one_whole_answer_in_every_dialect(
         asked = [one for one in fake.chat_bodies if one.get("max_tokens") != 1]
         assert len(asked) == (3 if trap == "silent end twice" else 2)
         assert plain(broken[1]) == plain(whole[1])
+        assert used["tokens_out"] and await tokens_counted(world) == {name: 2 * used[name] for name in used}
         if dialect == "chat":
             assert asked[1]["messages"] == [*ASK, {"role": "assistant", "content": "scripted 1 2"}]
             assert (asked[1]["continue_final_message"], asked[1]["add_generation_prompt"]) == (True, False)

@@ -6,6 +6,7 @@ import pytest
 
 from broker import jobs
 from broker.lifecycle import State
+from tests.support.counted import counted
 from tests.support.live_api import SDK, RawClient, Scene, chat_body, until_true
 from tests.support.waiting import until
 
@@ -32,6 +33,11 @@ async def nobody_reads(scene: Scene) -> str:
     return job_id
 
 
+async def answers_counted(scene: Scene) -> int:
+    found = await counted(scene.store)
+    return sum(amount for figures in found.values() for name, amount in figures.items() if name.startswith("done"))
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_retry_gets_the_job_that_was_left_behind(scene: Scene, stream: bool) -> None:
     """One generation at the worker, the whole answer at the client."""
@@ -48,6 +54,7 @@ async def test_a_retry_gets_the_job_that_was_left_behind(scene: Scene, stream: b
     assert b"Hello" in told and b"world" in told
     assert len(scene.worker.seen) == 1
     assert (await scene.until_state(job_id, State.DONE)).seen is stream
+    assert await answers_counted(scene) == 1
 
 
 async def test_an_sdk_whose_own_timeout_ends_its_first_try(scene: Scene) -> None:
@@ -78,6 +85,7 @@ async def test_an_answer_that_nobody_heard_is_fetched_once(scene: Scene) -> None
         ids.append(again.headers["x-gateway-job"])
     assert ids[0] == job_id and ids[1] != job_id
     assert len(scene.worker.seen) == 2
+    assert await answers_counted(scene) == 2
 
 
 async def test_five_samples_stay_five(scene: Scene) -> None:

@@ -9,6 +9,7 @@ from broker.jobs import Holding
 from broker.lifecycle import State
 from broker.records import Waiting
 from tests.support.broker_world import World, stale
+from tests.support.counted import counted
 from tests.support.invariants import take
 
 LOST = errors.RuntimeFailed("the runtime closed the connection", status=502)
@@ -36,9 +37,8 @@ async def test_an_attempt_from_claim_to_done(world: World) -> None:
     assert job.public()["usage"] == usage
     s = await world.healthy()
     assert not s.lanes["big"].entries and not s.due
-    [day] = s.of("usage:<day>").values()
-    assert (day.value[b"tokens_in:anonymous:big:false"], day.value[b"tokens_in:anonymous:big:true"]) == (b"2", b"5")
-    assert day.value[b"ended:big:done"] == b"1"
+    figures = {"done/in_time/320": 1, "tokens_in": 7, "tokens_cached": 5, "tokens_out": 2, "running_ms": 400}
+    assert await counted(world.store) == {"anonymous:big:big:big": figures}
 
 
 async def test_an_answer_that_came_whole_begins_and_ends_in_one_step(world: World) -> None:

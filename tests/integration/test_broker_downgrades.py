@@ -7,7 +7,9 @@ import pytest
 from broker import admission, downgrades, errors, jobs
 from broker.lifecycle import State
 from broker.records import Downgrades, JobRecord, ModelOnHost
-from broker.status import Snapshot, snapshot, usage_today
+from broker.status import Snapshot, snapshot
+from broker.today import Today, by_model
+from broker.usage import today
 from tests.support.broker_world import World, policy_with
 
 ROOMY = (("maxQueue: 3", "maxQueue: 999"), ("maxQueue: 2", "maxQueue: 999"))
@@ -250,9 +252,10 @@ async def serve(world: World, job_id: str, *, after_ms: int = 0) -> None:
     await jobs.end(world.store, held, "finish", seq=1)
 
 
-async def judged(world: World) -> dict[str, int]:
-    found = await usage_today(world.store)
-    return {name.removeprefix("first_token:"): n for name, n in found.items() if name.startswith("first_token:")}
+async def judged(world: World, model: str = "big") -> tuple[int, int, int]:
+    """First tokens of those who asked for a model: in time from it, in time from any, judged."""
+    found = by_model(await today(world.store)).get(model, Today())
+    return found.in_time_asked, found.in_time_any, found.judged
 
 
 async def test_first_tokens_are_judged_by_the_budget_of_the_lane_that_was_asked_for(world: World) -> None:
@@ -263,17 +266,17 @@ async def test_first_tokens_are_judged_by_the_budget_of_the_lane_that_was_asked_
     promoted = await world.submit()
     await world.promote(promoted, "small")  # the budget of `small` is 1 s, that of `big` 2 s
     await serve(world, promoted, after_ms=1_500)
-    assert await judged(world) == {"big:asked": 1, "big:late": 1, "big:other": 1}
+    assert await judged(world) == (1, 2, 3)
 
     whole = await world.claim(await world.submit())
     await jobs.end(world.store, whole, "finish", seq=1, data=b"all of it")  # the first token comes with the end
     hurried = await world.submit(promote_within_ms=500)
     await serve(world, hurried, after_ms=600)
-    assert await judged(world) == {"big:asked": 2, "big:late": 2, "big:other": 1}
+    assert await judged(world) == (2, 3, 5)
 
     lost = await world.stream(await world.submit())
     await jobs.release(world.store, lost, loss=True, max_losses=3, error=errors.RuntimeFailed("broke"))
-    assert sum((await judged(world)).values()) == 5, "it is not over yet"
+    assert await judged(world) == (2, 3, 5), "it is not over yet"
     world.now += 3_000
     await serve(world, lost.job_id)  # what nobody has seen does not count
     failed = await world.claim(await world.submit())
@@ -283,13 +286,13 @@ async def test_first_tokens_are_judged_by_the_budget_of_the_lane_that_was_asked_
     world.now += 2_001
     await jobs.cancel(world.store, patient)  # its client waited longer than the budget
     await serve(world, await world.submit("big.batch", priority="batch"), after_ms=1)
-    assert await judged(world) == {"big:asked": 2, "big:late": 3, "big:other": 1, "big:none": 2}
+    assert await judged(world) == (2, 3, 8)
 
 
 async def test_a_spilled_job_is_judged_as_one_that_asked_for_the_model(world: World) -> None:
     await world.apply(policy_with(*ROOMY))
     await serve(world, await spill(world), after_ms=1_999)
-    assert await judged(world) == {"big:other": 1}
+    assert await judged(world) == (0, 1, 1)
 
 
 async def test_a_start_that_comes_later_is_when_the_clock_begins(world: World) -> None:
@@ -299,7 +302,7 @@ async def test_a_start_that_comes_later_is_when_the_clock_begins(world: World) -
     assert (await world.due.look(job_id)).outcome == "started"
     assert (await world.job(job_id)).state is State.QUEUED
     await serve(world, job_id, after_ms=2_000)
-    assert await judged(world) == {"big:asked": 1}
+    assert await judged(world) == (1, 1, 1)
 
 
 async def test_status_shows_both_figures_and_who_stays_on_the_fallback(world: World) -> None:

@@ -142,5 +142,6 @@ async def test_nothing_is_left_when_its_time_is_over(world: World) -> None:
             await world.store.command("DEL", name)
     s = await world.healthy()
     patterns = {family.pattern for name in s.keys if (family := s.names.family(name))}
-    assert patterns == {"lane:<lane>", "model:<model>", "wake:<model>:epoch", "hosts", "dead", "usage:<day>", "policy"}
+    stay = {"lane:<lane>", "model:<model>", "wake:<model>:epoch", "hosts", "dead", "policy"}
+    assert patterns == stay | {"usage:<day>", "usage:<day>:<caller>:<lane>:<model>:<model>"}
     assert not any(stream.entries for stream in s.lanes.values())

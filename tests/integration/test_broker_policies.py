@@ -10,6 +10,7 @@ from broker.lifecycle import State
 from broker.policies import APPLY_TRIES, HISTORY_KEPT, PolicyBook
 from broker.records import JobRecord
 from tests.support.broker_world import POLICY, World, policy_with, running, turns
+from tests.support.counted import counted
 from tests.support.invariants import take, undone
 
 WITHOUT_SMALL = """
@@ -181,8 +182,9 @@ async def test_a_job_is_its_lanes_present_models(world: World) -> None:
     held = jobs.Holding(job_id, "side", got.attempt, "boot1")
     await jobs.first_token(world.store, held, b"x")
     await jobs.end(world.store, held, "finish", usage={"prompt_tokens": 7, "completion_tokens": 2})
-    [day] = (await world.healthy()).of("usage:<day>").values()
-    assert day.value[b"tokens_out:anonymous:big"] == b"2" and b"tokens_out:anonymous:small" not in day.value
+    await world.healthy()
+    used = await counted(world.store)
+    assert used.keys() == {"anonymous:side:small:big"} and used["anonymous:side:small:big"]["tokens_out"] == 2
 
 
 async def test_a_lane_that_comes_back_is_not_retiring(world: World) -> None:

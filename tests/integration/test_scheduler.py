@@ -15,6 +15,7 @@ from broker import errors, jobs
 from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.store import Store
+from tests.support.counted import counted
 from tests.support.redis_server import RedisServer, start_server
 from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
 from workers import chores, clockwork
@@ -79,15 +80,9 @@ async def test_two_schedulers_at_once_do_everything_once(world: World) -> None:
     assert {(r.state, r.error) for r in second} == {(State.EXPIRED, "cold_start_deadline")}
     late = [r.promoted_at - r.submitted_at - 300 for r in first] + [r.ended_at - r.give_up_at for r in second]
     assert min(late) >= 0 and max(late) <= 500, sorted(late)
-    usage = Counter(
-        {
-            k.decode(): int(v)
-            for key in [k async for k in world.store.scan(world.store.keys.usage("*"))]
-            for k, v in (await world.store.hash(key)).items()
-        }
-    )
-    assert usage["promoted:big:small"] == 30
-    assert usage["ended:lonely:expired"] == 30
+    used = await counted(world.store)
+    assert used["anonymous:big:big:big"] == {"promoted/small": 30}
+    assert used["anonymous:lonely:lonely:lonely"]["expired/no_token"] == 30
     assert await world.store.command("ZCARD", world.store.keys.due) == 0
 
 

@@ -181,6 +181,30 @@ FAULTS = [
         "hold_waiting(root, f[11], f[5], id)",
     ),
     Fault(
+        "a job that ends is not counted",
+        ("cancel",),
+        r"  count_end\(p\.day, .*\n",
+        "",
+    ),
+    Fault(
+        "slot time before a put-back counts as waiting",
+        ("release",),
+        r"  if ran > 0 then redis\.call\(\"HINCRBY\", job, \"held_ms\", .*\n",
+        "",
+    ),
+    Fault(
+        "a late first token counts as in time",
+        ("end",),
+        r"first > by and \"/late/\"",
+        'first > by + 10000 and "/late/"',
+    ),
+    Fault(
+        "promote counts under the lane that the job goes to",
+        ("promote",),
+        r"lane = f\[5\], asked_model",
+        "lane = ARGV[8], asked_model",
+    ),
+    Fault(
         "a new request ends a job of its session that is read",
         ("submit",),
         r"grace >= 0 and redis\.call\(\"ZCOUNT\", readers.*\) == 0 then",

@@ -20,6 +20,7 @@ from broker.lifecycle import ENDED, HELD, TRANSITIONS, Event, State
 from broker.policies import Active
 from broker.records import Frame, JobRecord, decode_hash
 from broker.store import Store
+from tests.support.reckoning import Counted, counted, miscounted
 
 # A test may list keys; the verbs never do. Nothing here is written.
 _DUMP = """
@@ -89,6 +90,11 @@ class Snapshot:
         """The replay log of a job."""
         key = self.keys.get(self.names.frames(job_id))
         return [Frame.from_entry(entry, list(values)) for entry, values in key.value.entries] if key else []
+
+    def counted(self) -> Counted:
+        """What all days count."""
+        figures = self.of("usage:<day>:<caller>:<lane>:<model>:<model>")
+        return counted(self.names, {name: key.value for name, key in figures.items()})
 
     def readers(self, job_id: str) -> dict[str, int]:
         """Reader -> end of its lease."""
@@ -214,6 +220,7 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
 def missteps(before: Snapshot, after: Snapshot, active: Active) -> list[str]:
     """Says what one verb did that no verb may do, under the policy that it decided with."""
     found = undone(before, after)
+    found += miscounted(before.jobs, after.jobs, before.counted(), after.counted())
     for lane, stream in after.lanes.items():
         old = before.lanes.get(lane, Stream((), ()))
         if len(stream.entries) > len(old.entries):
@@ -465,6 +472,7 @@ _MUST_EXPIRE = (
     "usage:<day>",
     "active:<lane>",
     "spent:<caller>:<day>",
+    "usage:<day>:<caller>:<lane>:<model>:<model>",
 )
 
 

@@ -16,7 +16,7 @@ import openai
 from api.app import Server
 from api.gateway import Gateway
 from broker import errors, jobs
-from broker.callers import Keys
+from broker.callers import Keys, Rights
 from broker.keybook import KeyBook
 from broker.lifecycle import State
 from broker.policies import PolicyBook
@@ -63,6 +63,9 @@ async def until_true(seen: Callable[[], Awaitable[Any]], *, what: str, timeout_s
     return found
 
 
+NO_ADMIN = Rights()
+
+
 class QuietServer(Server):
     """The server without its hands on the signals of the test run."""
 
@@ -79,6 +82,16 @@ class LiveApi:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.clients: list[RawClient] = []
+        self.keys: dict[str, str] = {}
+
+    async def name(self, *callers: str, rights: Rights = NO_ADMIN) -> None:
+        """Gives each of them a key; the gateway must have one that stays outside."""
+        for caller in callers:
+            self.keys[caller] = (await self.gateway.keys.new(caller, rights, by="test")).shown
+
+    def bearer(self, caller: str) -> dict[str, str]:
+        """The header with its key; a wrong one for who has none."""
+        return {"authorization": f"Bearer {self.keys.get(caller, 'nobody')}"}
 
 
 @asynccontextmanager

@@ -98,7 +98,13 @@ def test_wrong_usage_is_a_2(gateway: Gateway, words: list[str]) -> None:
     assert (ran.code, ran.out) == (2, "") and "Error" in ran.err
 
 
-@pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["job", "show", "x"], ["model", "list"]])
+def test_usage_is_csv_or_json(gateway: Gateway) -> None:
+    gateway("usage", "--csv", "--json").complains(2, "Either --csv or --json")
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["status", "--json"], ["job", "show", "x"], ["model", "list"], ["usage"]]
+)
 def test_a_gateway_that_is_not_there_is_a_3(gateway: Gateway, words: list[str]) -> None:
     gateway(*words).complains(3, "http://127.0.0.1:9", "can't be reached")
 

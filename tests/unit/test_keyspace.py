@@ -29,10 +29,11 @@ MADE = {
     "runs": (("laptop-3",), "runs:<caller>"),
     "active": (("fast-edit",), "active:<lane>"),
     "spent": (("laptop-3", "2026-10-30"), "spent:<caller>:<day>"),
+    "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
 FIXED = ("due", "hosts", "dead", "callers", "policy")
-OTHER = {"family", "model_of", "learned_model_of", "usage_prefix"}
+OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
 
 
 @pytest.mark.parametrize("namespace", ["gw", "team.a-1_b"])
@@ -79,6 +80,12 @@ def test_the_model_of_a_key() -> None:
     assert k.model_of(k.model_on_host("a.b", "gpu1")) == k.model_of(k.due) == k.model_of("") == ""
     assert k.learned_model_of(k.learned("a.b", "gpu1")) == "a.b"
     assert k.learned_model_of(k.model_on_host("a.b", "gpu1")) == k.learned_model_of("") == ""
+
+
+def test_the_day_of_a_key() -> None:
+    k, day = Keyspace("ns"), "2026-10-30"
+    assert k.usage_day_of(k.usage(day)) == k.usage_day_of(k.figures(day, "a:b:c:d")) == day
+    assert k.usage_day_of(k.job(day)) == k.usage_day_of(k.due) == k.usage_day_of("") == ""
 
 
 @pytest.mark.parametrize("namespace", ["", "a:b", "a b", "x" * 65, "ä", "a\n"])

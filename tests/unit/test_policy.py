@@ -106,6 +106,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "drainTimeoutMs": 30_000,
         "keepMs": 600_000,
         "keepAsyncMs": 86_400_000,
+        "usageDays": 90,
     }
 
 
@@ -120,6 +121,7 @@ def test_every_key_can_be_set() -> None:
     assert set().union(*(rule.match.model_fields_set for rule in policy.routing)) == set(Match.model_fields)
     assert (policy.max_losses, policy.header_hold_ms, policy.disconnect_grace_ms) == (2, 4_000, 3_000)
     assert (policy.drain_timeout_ms, policy.keep_ms, policy.keep_async_ms) == (20_000, 500_000, 3_600_000)
+    assert policy.usage_days == 30
     assert policy.models["deep-coder"].weight == 2.5
     assert policy.models["deep-coder"].options == {"sleepLevel": 2}
 
@@ -475,14 +477,14 @@ WHOLE_FILES = [
     (model() + "\ncallers: {}", f"line 5: callers: 'callers' {NOT_YET}"),
     (model() + "\nremote: {}", f"line 5: remote: 'remote' {NOT_YET}"),
     (model() + "\nauditDays: 90", f"line 5: auditDays: 'auditDays' {NOT_YET}"),
-    (model() + "\nusageDays: 90", f"line 5: usageDays: 'usageDays' {NOT_YET}"),
+    (model() + "\nusageDays: 0", "line 5: usageDays: must be at least 1, not 0"),
     (model() + "\nlane: {}", "line 5: lane: unknown key 'lane', did you mean 'lanes'?"),
     (model() + "\nkeepWarm: true", "line 5: keepWarm: unknown key 'keepWarm' here, it belongs in a model"),
     (model() + "\nreplicas: 2", "line 5: replicas: unknown key 'replicas' here, it belongs in a model"),
     (
         model() + "\nzzz: 1",
         "line 5: zzz: unknown key 'zzz', known here are models, routing, lanes, maxLosses, headerHoldMs, "
-        "disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs",
+        "disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays",
     ),
     (model() + "\nmaxLosses: -1", "line 5: maxLosses: must be at least 0, not -1"),
     (model() + "\nmaxLosses: 101", "line 5: maxLosses: must be at most 100, not 101"),

@@ -12,6 +12,7 @@ from broker.callers import EVERYTHING
 from broker.keybook import KeyBook
 from broker.lifecycle import LIVE, Event, as_lua, next_state
 from broker.records import HostRecord, Learned, ModelOnHost
+from broker.refusals import Refusals
 from broker.store import Store, refusal
 from tests.support.broker_world import START, World, fake_world
 from tests.support.invariants import take, take_by_script
@@ -19,8 +20,7 @@ from tests.support.invariants import take, take_by_script
 # what these verbs' headers call `X[n ..]`: any number of further names
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
-    "policy_apply": ("ARGV",), "keys_change": ("ARGV",),
-    "wish": ("ARGV",),
+    "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
 }  # fmt: skip
 
 
@@ -160,6 +160,9 @@ async def call_everything(world: World) -> None:
     await wake.drop(store, lock)
     await operator.pin(store, "big", pinned=True)
     await KeyBook(store).new("ann", EVERYTHING, by="anonymous")
+    refusals = Refusals(store, world.book)
+    refusals.note(errors.BadRequest("no"), caller="", job=None)
+    await refusals.write()
 
 
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself

@@ -218,10 +218,16 @@ async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share()
     await hosts.beat(store, HostRecord(name="gpu1", boot="b"), warm_there, lease_ms=600_000)
     await hosts.learn(store, "big", load_ms=9_000, pinned=1, unloaded_until=now + 60_000)
     await hosts.learn(store, "bad", quarantined_until=now + 5_000, failure="broke", failures=2)
-    day = store.keys.usage("2025-11-28")
-    counts = {"ann:big:false": 30, "ann:big:true": 50, "bob:big:true": 20, "ann:bad:false": 7, "ann:bigger:true": 99}
-    for who, value in counts.items():
-        await store.command("HSET", day, f"tokens_in:{who}", value)
+    tokens = {
+        "ann:big:big:big": (80, 50),
+        "bob:x:bad:big": (20, 20),
+        "ann:bad:bad:bad": (7, 0),
+        "a:b:c:bigger": (99, 99),
+    }
+    for by, (read, cached) in tokens.items():
+        await store.command("HSET", store.keys.usage("2025-11-28"), by, 1)
+        key = store.keys.figures("2025-11-28", by)
+        await store.command("HSET", key, "tokens_in", read, "tokens_cached", cached)
     shown = await snapshot(store, book, Fleet(store, book))
     big, bad = shown.models
     assert (big.progress, big.state_ms, big.load_ms, big.pinned, big.unloaded_ms) == (0.25, 4_000, 9_000, True, 60_000)

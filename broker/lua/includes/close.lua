@@ -1,31 +1,42 @@
--- What `close` must know of a job, and what those who end it ask for besides, by name.
-local function read_job(job)
+-- What `close` must know of a job, and what those who end it ask for besides (`...`), by name.
+local function read_job(job, ...)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
-    "caller", "model", "seen", "lease_until", "boot", "asked_model", "first_token_at", "first_token_by", "retries",
-    "continues" }
+    "caller", "model", "asked_model", "first_token_at", "first_token_by", "retries", "submitted_at", "not_before",
+    "claimed_at", "held_ms", "continues", ... }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
 end
--- How a job did against the cold-start budget of the lane that it asked for: a first token in time from the model asked
--- for, or from another one, a late one, or none. nil where nobody judges: batch work, a client that left before the end.
-local function judged(f, now, to)
+-- How a job did against the cold-start budget of the lane that it asked for: a first token in time or a late one, and
+-- within how many ms, or none. "" where nobody judges: batch work, a client that left before the end.
+local function judged(f, now, to, start)
   local first, by = tonumber(f.first_token_at or 0), tonumber(f.first_token_by or 0)
-  if by == 0 or (first == 0 and to == "cancelled" and now <= by) then return nil end
-  if first == 0 then return "none" end
-  return first > by and "late" or f.model == f.asked_model and "asked" or "other"
+  if by == 0 or (first == 0 and to == "cancelled" and now <= by) then return "" end
+  if first == 0 then return "/no_token" end
+  return (first > by and "/late/" or "/in_time/") .. bucket_of(first - start)
+end
+-- Waits that are shorter count as none.
+local WAITED_MS = 50
+-- Counts a job that ends, once and whole, on the day of its end.
+local function count_end(day, f, now, to, code)
+  local by, start, ran = counted_by(f), math.max(f.submitted_at, f.not_before or 0), running_ms(f, now)
+  local waited = now - ran - tonumber(f.held_ms or 0) - start
+  count(day, by, now, (to == "failed" and "failed/" .. code or to) .. judged(f, now, to, start), 1)
+  count(day, by, now, "running_ms", ran)
+  if waited >= WAITED_MS then count(day, by, now, "queued_ms", waited) end
 end
 -- Ends a job, whatever ended it: leaves its lane, writes and publishes the terminal frame, counts, starts the keep time.
---   k: {job, lane, due, frames, request, readers, dead}   p: {group, frames_prefix, control_prefix, usage_prefix}
---   f: `read_job`   ending: {code, message, status, set = more fields of the hash, counts = more of `usage`}
+--   k: {job, lane, due, frames, request, readers, dead}   p: {group, frames_prefix, control_prefix, day}
+--   `p.day` is what the names of the day's counters begin with.   f: `read_job`   ending: {code, message, status, set = more fields of the hash}
 -- The terminal frame's bytes are JSON: {code, message, status?}; clients hear it in their own dialect's words.
 local function close(k, p, f, now, id, to, ending)
-  local code, message, counts = ending.code, ending.message, ending.counts or {}
+  local code, message = ending.code, ending.message
   if f.entry and f.entry ~= "" then leave(k.lane, p.group, f.entry) end
   hold_no_more(root_of(k.job, id), f.caller, f.lane, id, f.state)
   redis.call("ZREM", k.due, id)
   local seq = ms(tonumber(f.last_seq) + 1)
-  local said = cjson.encode({ code = code, message = message, status = tonumber(ending.status) })
+  local said = code == "" and '{"code":"","message":""}'
+    or cjson.encode({ code = code, message = message, status = tonumber(ending.status) })
   redis.call("XADD", k.frames, f.attempt .. "-" .. seq, "kind", to, "data", said)
   local set = ending.set or {}
   for _, x in ipairs({ "state", to, "entry", "", "ended_at", ms(now), "last_seq", seq, "lease_until", "0" }) do
@@ -61,12 +72,5 @@ local function close(k, p, f, now, id, to, ending)
     redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", message,
       "losses", f.losses)
   end
-  counts[#counts + 1] = "ended:" .. f.lane .. ":" .. to
-  counts[#counts + 1] = 1
-  local how = judged(f, now, to)
-  if how then
-    counts[#counts + 1] = "first_token:" .. f.asked_model .. ":" .. how
-    counts[#counts + 1] = 1
-  end
-  usage(p.usage_prefix, now, unpack(counts))
+  count_end(p.day, f, now, to, code)
 end
