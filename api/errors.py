@@ -25,7 +25,10 @@ OLLAMAS = "/api/"
 
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
-_PERMISSION, _BUSY, _BROKEN = "permission_error", "service_unavailable", "server_error"
+BUSY = "service_unavailable"
+"""… and of what waiting cures."""
+PERMISSION = "permission_error"
+_BROKEN = "server_error"
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Row:
 
 
 ROWS: dict[type[errors.BrokerError], Row] = {
-    errors.LaneFull: Row(503, _BUSY, 1),
-    errors.ModelUnavailable: Row(503, _BUSY, 5),
-    errors.TrustZoneRefused: Row(403, _PERMISSION),
+    errors.LaneFull: Row(503, BUSY, 1),
+    errors.ModelUnavailable: Row(503, BUSY, 5),
+    errors.TrustZoneRefused: Row(403, PERMISSION),
     errors.UnknownModel: Row(404, INVALID),
     errors.UnknownLane: Row(404, INVALID),
     errors.UnknownHost: Row(404, INVALID),
@@ -49,29 +52,31 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.ContextTooLong: Row(400, INVALID),
     errors.BadRequest: Row(400, INVALID),
     errors.BodyTooLarge: Row(413, INVALID),
+    errors.BodiesTooMany: Row(503, BUSY, 1),
+    errors.CallerTooMany: Row(429, "rate_limit_error", 1),
     errors.Unauthorized: Row(401, "authentication_error"),
     errors.NoSuchJob: Row(404, INVALID),
     errors.IdempotencyMismatch: Row(422, INVALID),
     errors.PolicyInvalid: Row(422, INVALID),
-    errors.ColdStartDeadline: Row(503, _BUSY, 5),
-    errors.JobExpired: Row(503, _BUSY, 5),
-    errors.WorkerLost: Row(503, _BUSY, 1),
+    errors.ColdStartDeadline: Row(503, BUSY, 5),
+    errors.JobExpired: Row(503, BUSY, 5),
+    errors.WorkerLost: Row(503, BUSY, 1),
     errors.RuntimeFailed: Row(502, _BROKEN),
     errors.RuntimeRefused: Row(400, INVALID),
-    errors.SlowReader: Row(503, _BUSY, 1),
+    errors.SlowReader: Row(503, BUSY, 1),
     errors.JobCancelled: Row(499, "cancelled"),
     # What follows is for our own processes; a client hears it only when something of ours went wrong.
-    errors.DowngradesCapped: Row(503, _BUSY, 1),
+    errors.DowngradesCapped: Row(503, BUSY, 1),
     errors.StaleAttempt: Row(500, _BROKEN),
-    errors.Moved: Row(503, _BUSY, 1),
-    errors.StalePolicy: Row(503, _BUSY, 1),
+    errors.Moved: Row(503, BUSY, 1),
+    errors.StalePolicy: Row(503, BUSY, 1),
     errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
     errors.AlreadyEnded: Row(409, INVALID),
     errors.LockHeld: Row(409, INVALID),
     errors.BadTransition: Row(500, _BROKEN),
-    errors.BrokerUnavailable: Row(503, _BUSY, 1),
-    errors.RedisUnfit: Row(503, _BUSY, 5),
+    errors.BrokerUnavailable: Row(503, BUSY, 1),
+    errors.RedisUnfit: Row(503, BUSY, 5),
 }
 
 _PARAMS: dict[type[errors.BrokerError], str] = {

@@ -14,6 +14,8 @@ BrokerError
 │   ├── ContextTooLong          context_length_exceeded
 │   ├── BadRequest              invalid_request           param
 │   ├── BodyTooLarge            body_too_large            limit_bytes
+│   ├── BodiesTooMany           too_many_bodies           retry_after_s
+│   ├── CallerTooMany           too_many_requests         retry_after_s
 │   ├── Unauthorized            invalid_api_key
 │   ├── NoSuchJob               job_not_found
 │   ├── IdempotencyMismatch     idempotency_mismatch
@@ -160,6 +162,26 @@ class BodyTooLarge(Refused):
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"the request body is larger than {limit_bytes} bytes")
         self.limit_bytes = limit_bytes
+
+
+class BodiesTooMany(Refused):
+    """The large bodies of all requests together are too much to hold."""
+
+    code = "too_many_bodies"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("the gateway holds too many large requests at the moment; try again")
+
+
+class CallerTooMany(Refused):
+    """A caller has too many requests under way."""
+
+    code = "too_many_requests"
+    retry_after_s = 1
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"a caller may have {limit} requests under way; try again when one has ended")
 
 
 class Unauthorized(Refused):

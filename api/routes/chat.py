@@ -56,7 +56,15 @@ class ChatCompletions:
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
         caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
-        body = await exchange.read_body()
+        gateway.house.enter(caller)
+        try:
+            await self._visit(exchange, caller)
+        finally:
+            gateway.house.leave(caller)
+
+    async def _visit(self, exchange: Exchange, caller: str) -> None:
+        gateway = self._gateway
+        body = await exchange.read_body(gateway.house)
         wishes = Wishes.of(exchange)
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):

@@ -66,6 +66,7 @@ class _Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, job_id = self._gateway, self._job.id
+        gateway.house.enter(self._job.caller)
         exchange = Exchange(scope, receive, send)
         name = gateway.reader_name()
         reader = gateway.hub.open(job_id, after=self._after_frame)
@@ -82,6 +83,7 @@ class _Events(Response):
             pass
         finally:
             exchange.close()
+            gateway.house.leave(self._job.caller)
             gateway.exchanges.discard(exchange)
             gateway.readers.drop(name)
             gateway.hub.close(reader)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.errors import BadRequest
 
 PATH: Final = "/v1/messages"
@@ -52,7 +53,7 @@ class Asked:
 
 def read_messages(body: bytes) -> Asked:
     """Reads a messages request, or says in one sentence what is wrong with it."""
-    members = json_splice.scan(body)
+    members = read_request(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:

@@ -24,8 +24,9 @@ class Member(NamedTuple):
     end: int
 
 
-def scan(body: bytes, *, finite: bool = True) -> list[Member]:
-    """Lists the top-level members of a JSON object in the order of the body, duplicates included.
+def scan(body: bytes, *, finite: bool = True, most: int = 0) -> list[Member]:
+    """Lists the top-level members of a JSON object in the order of the body, duplicates included; of more than `most`
+    it reads no further and raises BadRequest.
 
     `finite=False` lets NaN and Infinity pass, which some runtimes write although JSON has no such words.
     """
@@ -34,7 +35,7 @@ def scan(body: bytes, *, finite: bool = True) -> list[Member]:
     except UnicodeDecodeError as broken:
         raise BadRequest(f"the body is not valid UTF-8 (byte {broken.start})") from None
     try:
-        members = _scan_text(text, (_STRICT if finite else _LENIENT).raw_decode)
+        members = _scan_text(text, (_STRICT if finite else _LENIENT).raw_decode, most)
     except json.JSONDecodeError as broken:
         where = f"line {broken.lineno} column {broken.colno} (char {broken.pos})"
         raise BadRequest(f"the body is not valid JSON: {broken.msg} at {where}") from None
@@ -108,7 +109,7 @@ _SPACE = frozenset(" \t\n\r")
 _skip_space = re.compile(r"[ \t\n\r]*").match
 
 
-def _scan_text(text: str, raw_decode: Any) -> list[Member]:
+def _scan_text(text: str, raw_decode: Any, most: int) -> list[Member]:
     """Walks over the object once; offsets count characters."""
     at = _after_space(text, 0)
     if text[at : at + 1] != "{":
@@ -127,6 +128,8 @@ def _scan_text(text: str, raw_decode: Any) -> list[Member]:
                 raise json.JSONDecodeError("Expecting ':' delimiter", text, colon)
         start = _after_space(text, colon + 1)
         value, end = raw_decode(text, start)
+        if most and len(members) == most:
+            raise BadRequest(f"the body may have {most:,} keys at most")
         members.append(Member(key, value, at, start, end))
         at = _after_space(text, end)
         mark = text[at : at + 1]

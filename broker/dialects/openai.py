@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.dialects.openai_fold import fold_chat
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
 from broker.errors import BadRequest
@@ -58,7 +59,7 @@ class ChatFacts:
 
 def read_chat(body: bytes) -> ChatFacts:
     """Reads a chat request, or says in one sentence what is wrong with it. Unknown keys are the runtime's to judge."""
-    members = json_splice.scan(body)
+    members = read_request(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:
