@@ -43,7 +43,7 @@ from api.routes import (
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
-from broker import collector, errors
+from broker import collector, errors, logs
 from broker.callers import Keys
 from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
@@ -104,7 +104,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
                 yield
         except BaseExceptionGroup as group:
             for error in group.exceptions:
-                log.critical("event=part_broke reason=%s", error, exc_info=error)
+                log.critical("event=part_broke reason=%s", logs.kind_of(error), exc_info=error)
             crashed()
             raise
 
@@ -248,7 +248,7 @@ def main() -> int:
     except SettingsInvalid as problem:
         print(problem, file=sys.stderr)
         return CANNOT_LISTEN
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.begin(settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_worth_a_line)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

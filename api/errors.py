@@ -169,7 +169,7 @@ def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
 
 
 def unexpected(error: BaseException) -> Wrong:
-    """Logs an error that nobody foresaw and gives the client its number. No prompt is in a traceback's lines."""
+    """Logs an error that nobody foresaw, without its words, and gives the client its number."""
     number = secrets.token_hex(4)
     log.error("event=unexpected id=%s", number, exc_info=error)
     return Wrong("internal_error", f"something of the gateway broke; its log knows more as {number}", 500, _BROKEN)

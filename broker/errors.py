@@ -333,3 +333,11 @@ class RedisUnfit(BrokerUnavailable):
     """A server answers, but we cannot work with it."""
 
     code = "redis_unfit"
+
+
+def without_quotes(error: BrokerError) -> str:
+    """Gives an error's words for a log. A runtime's own may repeat the prompt: they stand behind the first colon, or
+    are all there is."""
+    if isinstance(error, RuntimeRefused | ContextTooLong):
+        return f"the runtime refused the request ({error.code})"
+    return str(error).partition(":")[0] if isinstance(error, RuntimeFailed) else str(error)

@@ -117,7 +117,7 @@ class Attempt:
         self._news.set()
 
     async def run(self) -> Ended:
-        """Runs to the end; never raises but for bugs."""
+        """Runs to the end, and never raises."""
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
         blameless = False
         try:
@@ -139,6 +139,10 @@ class Attempt:
         except errors.BrokerError as e:
             blameless = isinstance(e, errors.Refused)  # this runtime cannot do what is asked, and was not asked
             outcome = await self._fail(e)
+        except Exception as e:  # what one request holds must not end the host that serves everybody's
+            log.error("event=unexpected job=%s attempt=%d", self.job.id, self.held.attempt, exc_info=e)
+            broke = errors.RuntimeFailed("something of the worker broke over this request", retryable=False)
+            outcome, blameless = await self._fail(broke, final=True), True
         finally:
             self._timer.cancel()
             if self._exchange is not None and not self._exchange.done:
@@ -310,9 +314,9 @@ class Attempt:
         if exchange.lost is not None:
             return errors.RuntimeFailed(str(exchange.lost))
         complaint_found = self._reader.complaint
-        words = without_key(
-            self._endpoint, self._reader.error or "the runtime ended the answer without a finish reason"
-        )
+        words = "the runtime ended the answer without a finish reason"
+        if self._reader.error:
+            words = f"the runtime says: {without_key(self._endpoint, self._reader.error)}"
         if complaint_found is not None and complaint_found.context_overflow:
             return errors.ContextTooLong(words)
         return errors.RuntimeFailed(words)
@@ -345,7 +349,8 @@ class Attempt:
         except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as e:
             log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
             return "stopped"
-        log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, error)
+        words = errors.without_quotes(error)
+        log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, words)
         return "failed"
 
     async def _give_back(self, error: errors.BrokerError) -> str | None:
@@ -357,8 +362,9 @@ class Attempt:
             )
         except errors.BadTransition:
             return None
+        words = errors.without_quotes(error)
         log.warning(
-            "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
+            "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, words
         )
         return "released" if where == "queued" else "failed"
 

@@ -25,7 +25,7 @@ TOKENS_PER_IMAGE = 1024  # what vision models of this size make of a usual pictu
 BILLING_LINE: Final = "x-anthropic-billing-header:"
 """Claude Code's first system block, new in every request: no prompt, and it would keep a cache from being found."""
 
-_ATTACHED: Final = frozenset({"base64", "url", "file"})
+_ATTACHED: Final = ("base64", "url", "file")
 _OWN_STATUS: Final = {502: 500, 503: 529}
 _KINDS: Final = {
     401: "authentication_error",

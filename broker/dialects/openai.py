@@ -39,8 +39,8 @@ TOKENS_PER_MESSAGE = 4  # role and separators of a chat template
 TOKENS_PER_IMAGE = 1024  # what vision models of this size make of a usual picture; its base64 is not text
 
 _USAGE_ASKED: Final = b'{"include_usage":true}'
-_ATTACHMENTS: Final = frozenset({"image_url", "input_image", "image", "input_audio", "file"})
-_IMAGES: Final = frozenset({"image_url", "input_image", "image"})
+_ATTACHMENTS: Final = ("image_url", "input_image", "image", "input_audio", "file")
+_IMAGES: Final = ("image_url", "input_image", "image")
 
 
 @dataclass(frozen=True, slots=True)

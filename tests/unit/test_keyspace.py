@@ -21,8 +21,8 @@ MADE = {
     "model_on_host": (("qwen2.5-coder", "gpu-box.local"), "model:<model>:<host>"),
     "learned": (("qwen2.5-coder", "gpu-box.local"), "learned:<model>:<host>"),
     "host": (("gpu-box.local",), "host:<host>"),
-    "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),
-    "retries": (("laptop-3", "tab:7"), "retries:<caller>:<session>"),
+    "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<digest>"),
+    "retries": (("laptop-3", "tab:7"), "retries:<caller>:<digest>"),
     "usage": (("2026-10-30",), "usage:<day>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
