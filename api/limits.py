@@ -1,7 +1,6 @@
 """What one api process takes from its clients before it says no. README's table of limits names each of them."""
 
 import resource
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from broker import errors
@@ -45,7 +44,7 @@ class House:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.bodies_bytes = 0
-        self._under_way: Counter[str] = Counter()
+        self._under_way: dict[str, int] = {}
 
     def take(self, size: int) -> None:
         """Makes room for a part of a body; raises BodiesTooMany."""
@@ -59,15 +58,16 @@ class House:
 
     def enter(self, caller: str) -> None:
         """Counts a request of a caller, until it leaves; raises CallerTooMany."""
-        if self._under_way[caller] >= self.limits.connections_of_caller:
+        under_way = self._under_way.get(caller, 0)
+        if under_way >= self.limits.connections_of_caller:
             raise errors.CallerTooMany(self.limits.connections_of_caller)
-        self._under_way[caller] += 1
+        self._under_way[caller] = under_way + 1
 
     def leave(self, caller: str) -> None:
         """The request has been answered."""
-        self._under_way[caller] -= 1
-        if not self._under_way[caller]:
-            del self._under_way[caller]
+        left = self._under_way.pop(caller) - 1
+        if left:
+            self._under_way[caller] = left
 
 
 def limits_here() -> Limits:

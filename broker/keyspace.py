@@ -109,6 +109,8 @@ class Keyspace:
         self.hosts = self._prefix + "hosts"
         self.dead = self._prefix + "dead"
         self.policy = self._prefix + "policy"
+        self.no_idem = self.idem("-", "-")
+        """What stands in a script's keys where a request has no Idempotency-Key."""
 
     def lane(self, lane: str) -> str:
         """Stream of a lane."""
