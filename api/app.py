@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from api import errors as told
 from api.asgi import App, Receive, Scope, Send
@@ -27,6 +28,7 @@ from api.exchange import CutConnection, Exchange
 from api.gateway import Gateway, new_api_id
 from api.limits import limits_here
 from api.listen import Listen
+from api.openapi import Document
 from api.routes import (
     anthropic,
     chat,
@@ -37,6 +39,7 @@ from api.routes import (
     models,
     ollama,
     ollama_generations,
+    openapi,
     operator,
     responses,
 )
@@ -63,25 +66,25 @@ LOOK_EVERY = 10
 """uvicorn's ticks, of a tenth of a second, from one look at all connections to the next."""
 STOP_MARGIN_S = 1
 
+HOT = (
+    chat.ChatCompletions,
+    completions.Completions,
+    embeddings.Embeddings,
+    responses.Responses,
+    anthropic.Messages,
+    anthropic.CountTokens,
+    ollama_generations.OllamaChat,
+    ollama_generations.OllamaGenerate,
+    ollama_generations.OllamaEmbed,
+    ollama_generations.OllamaEmbeddings,
+)
+REST = (operator.router, models.router, jobs.router, ollama.router, health.router, openapi.router)
+
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
     """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
-    hot = {
-        route.path: route
-        for route in (
-            chat.ChatCompletions(gateway),
-            completions.Completions(gateway),
-            embeddings.Embeddings(gateway),
-            responses.Responses(gateway),
-            anthropic.Messages(gateway),
-            anthropic.CountTokens(gateway),
-            ollama_generations.OllamaChat(gateway),
-            ollama_generations.OllamaGenerate(gateway),
-            ollama_generations.OllamaEmbed(gateway),
-            ollama_generations.OllamaEmbeddings(gateway),
-        )
-    }
-    rest = _rest(gateway, crashed)
+    hot = {kind.path: kind(gateway) for kind in HOT}
+    rest = rest_of(gateway, crashed)
     at_the_door = Door(gateway.origins, host=gateway.host)
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +99,9 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
     return Cors(door, gateway.origins) if gateway.origins else door
 
 
-def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
+def rest_of(gateway: Gateway, crashed: Callable[[], None] = lambda: None) -> FastAPI:
+    """Gives the endpoints that are not hot, as FastAPI serves them."""
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         try:
@@ -110,11 +115,13 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
     rest = FastAPI(
         title="warmlane", version=gateway.version, summary="A gateway for local LLMs.", lifespan=lifespan,
-        redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
+        redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # ours is `openapi`
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (operator.router, models.router, jobs.router, ollama.router, health.router):
-        rest.include_router(routes)
+    for router in REST:
+        rest.include_router(router)
+    routes = [route for router in REST for route in router.routes]
+    rest.state.document = Document([*HOT, *routes], version=gateway.version, with_keys=bool(gateway.keys))
 
     @rest.exception_handler(errors.BrokerError)
     async def refused(request: Request, error: errors.BrokerError) -> Response:
@@ -127,7 +134,10 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
     @rest.exception_handler(405)
     async def other_method(request: Request, _error: Exception) -> Response:
         words = f"{request.url.path} does not take {request.method}"
-        return _response(told.Wrong("method_not_allowed", words, 405, told.INVALID), request)
+        response = _response(told.Wrong("method_not_allowed", words, 405, told.INVALID), request)
+        here = (r for r in routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE)
+        response.headers["allow"] = ", ".join(sorted({method for route in here for method in route.methods or ()}))
+        return response
 
     @rest.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
@@ -146,7 +156,8 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
 
 def _response(wrong: told.Wrong, request: Request) -> Response:
-    response = Response(wrong.body(request.url.path), wrong.status_at(request.url.path))
+    dialect = told.dialect_of(request.url.path)
+    response = Response(dialect.body(wrong), dialect.status(wrong))
     response.raw_headers = [*response.raw_headers, *wrong.headers()]
     return response
 

@@ -11,7 +11,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.cork import CorkedProtocol
-from api.errors import BUSY, INVALID, Wrong
+from api.errors import BUSY, INVALID, Wrong, dialect_of
 from api.limits import Limits
 
 IDLE, HEAD, BODY, REFUSED = "idle", "head", "body", "refused"
@@ -168,7 +168,7 @@ class Connection(CorkedProtocol):
         self.phase, self.since = REFUSED, self.loop.time()
         self._unset_keepalive_if_required()
         path = self.scope["path"] if self.cycle is not None and self._answering else ""
-        body = wrong.body(path)
+        body = dialect_of(path).body(wrong)
         headers = [
             *self.server_state.default_headers,
             *wrong.headers(),

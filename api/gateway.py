@@ -17,8 +17,8 @@ from broker.hosts import Fleet
 from broker.metrics import Metrics
 from broker.policies import PolicyBook
 from broker.readers import Readers
-from broker.status import Places
 from broker.store import Store
+from broker.waits import Waits
 
 log = logging.getLogger("warmlane.api")
 
@@ -59,7 +59,7 @@ class Gateway:
         self.hub = Hub(store, name=api_id or new_api_id())
         self.due = Due(store, self.book, self.fleet)
         self.readers = Readers(store, self.due)
-        self.places = Places(store, self.fleet)
+        self.waits = Waits(store, self.fleet)
         self.metrics = Metrics(version=version)
         self.exchanges: set[Exchange] = set()
         self.stopping = False

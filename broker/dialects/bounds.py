@@ -6,8 +6,9 @@ A body of 15 MB of `"a":1,` once kept the api busy for six seconds, and the work
 from broker.dialects.json_splice import Member, scan
 from broker.errors import BadRequest
 
-DEPTH_MAX = 100
-"""Lists and objects in each other. Schemas of tools nest a dozen deep."""
+DEPTH_MAX = 200
+"""Objects and lists within each other, the body itself among them. Well below what Python's own stack bears, which
+depends on who reads: what the api can read, a worker must be able to read and to write anew."""
 KEYS_MAX = 1_000
 """Of the body and of its options: the walks over these are Python's."""
 MESSAGES_MAX = 10_000
@@ -20,6 +21,7 @@ BRACKETS_MAX = 250_000
 COMMAS_MAX = 2_000_000
 """Of a larger body, text and all: a prompt with so many is longer than any context."""
 
+_NO_BRACKETS = bytes(range(256)).translate(None, b"[]{}")
 _MOST = {
     "messages": MESSAGES_MAX,
     "input": MESSAGES_MAX,
@@ -44,7 +46,7 @@ def read_request(body: bytes) -> list[Member]:
             continue
         if type(value) is dict or type(value[0]) is not int:  # numbers of tokens may be as many as the context holds
             raise BadRequest(f"{member.key} may hold {most:,} items at most", member.key)
-    if len(body) > DEPTH_MAX * 2 and _too_deep([member.value for member in members]):
+    if len(body.translate(None, _NO_BRACKETS)) > 2 * DEPTH_MAX and _too_deep([member.value for member in members]):
         raise BadRequest(f"the body is nested too deeply: {DEPTH_MAX} levels at most")
     return members
 

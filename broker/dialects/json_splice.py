@@ -103,7 +103,15 @@ def _refuse_constant(word: str) -> NoReturn:
     raise BadRequest(f"the body is not valid JSON: {word} is not a JSON number")
 
 
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (_INFINITE, -_INFINITE):
+        raise BadRequest("the body holds a number that is too large")
+    return value
+
+
+_INFINITE = float("inf")
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _LENIENT = json.JSONDecoder()
 _SPACE = frozenset(" \t\n\r")
 _skip_space = re.compile(r"[ \t\n\r]*").match

@@ -207,10 +207,12 @@ class Scene:
 
 
 @asynccontextmanager
-async def live_scene(store: Store, *, keys: str = "", limits: Limits | None = None) -> AsyncIterator[Scene]:
+async def live_scene(
+    store: Store, *, keys: str = "", policy: str = POLICY, limits: Limits | None = None
+) -> AsyncIterator[Scene]:
     """Everything warm, nothing asked for yet."""
     book = PolicyBook(store)
-    await book.apply(POLICY)
+    await book.apply(policy)
     worker = ScriptedWorker(store, book)
     async with worker.running(), live_api(store, keys=keys, limits=limits) as running:
         scene = Scene(store, running, worker)

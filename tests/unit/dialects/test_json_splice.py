@@ -87,6 +87,14 @@ def test_a_bad_body_is_refused_in_one_sentence(body: bytes, sentence: str) -> No
     assert sentence in str(refused.value)
 
 
+@pytest.mark.parametrize("word", ["1e400", "-1e400", "1" + "0" * 400 + ".0"])
+def test_a_number_that_no_runtime_can_hold_is_refused(word: str) -> None:
+    """Python reads it as infinity, which no JSON can say: what is written anew out of such a body is no JSON."""
+    with pytest.raises(BadRequest, match="too large"):
+        scan(b'{"a":[%s]}' % word.encode())
+    assert scan(b'{"a":%s}' % word.encode(), finite=False)[0].value in (float("inf"), float("-inf"))
+
+
 def test_a_lenient_scan_keeps_the_words_that_json_does_not_have() -> None:
     assert splice(b'{"p":-Infinity,"m":1}', {"m": 2}, finite=False) == b'{"p":-Infinity,"m":2}'
 
