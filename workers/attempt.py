@@ -122,26 +122,8 @@ class Attempt:
     async def run(self) -> Ended:
         """Runs to the end, and never raises."""
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
-        blameless = False
         try:
-            await self._stream()
-            outcome = "done"
-        except errors.FrameGap as e:
-            # Redis came back without the last frames: what the client has cannot be gone on from
-            log.error("event=frames_lost job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
-            blameless = True
-            seen = self.job.stream and self.job.mode == "sync"  # even if Redis has lost that it was
-            outcome = await self._fail(errors.WorkerLost("Redis lost a part of this answer"), final=seen)
-        except (errors.Lost, errors.NoSuchJob) as e:
-            log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
-            outcome = "stopped"
-        except errors.BrokerUnavailable as e:
-            # the lease will tell: whoever finds Redis again first recovers the job
-            log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
-            outcome = "stopped"
-        except errors.BrokerError as e:
-            blameless = isinstance(e, errors.Refused)  # this runtime cannot do what is asked, and was not asked
-            outcome = await self._fail(e)
+            outcome, blameless = await self._to_its_end()
         except Exception as e:  # what one request holds must not end the host that serves everybody's
             log.error("event=unexpected job=%s attempt=%d", self.job.id, self.held.attempt, exc_info=e)
             broke = errors.RuntimeFailed("something of the worker broke over this request", retryable=False)
@@ -160,6 +142,27 @@ class Attempt:
             timings=self._reader.timings,
             whole=not self.job.continues,
         )
+
+    async def _to_its_end(self) -> tuple[str, bool]:
+        """Gives the outcome, and whether the runtime is to blame for none of it."""
+        try:
+            await self._stream()
+        except errors.FrameGap as e:
+            # Redis came back without the last frames: what the client has cannot be gone on from
+            log.error("event=frames_lost job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            seen = self.job.stream and self.job.mode == "sync"  # even if Redis has lost that it was
+            return await self._fail(errors.WorkerLost("Redis lost a part of this answer"), final=seen), True
+        except (errors.Lost, errors.NoSuchJob) as e:
+            log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
+            return "stopped", False
+        except errors.BrokerUnavailable as e:
+            # the lease will tell: whoever finds Redis again first recovers the job
+            log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            return "stopped", False
+        except errors.BrokerError as e:
+            # of what is refused the runtime cannot do what is asked, and was not asked
+            return await self._fail(e), isinstance(e, errors.Refused)
+        return "done", False
 
     async def _stream(self) -> None:
         if self._stop is not None:

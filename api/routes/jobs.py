@@ -57,7 +57,7 @@ async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, An
 @router.get("/v1/jobs/{job_id}/events", response_class=Response)
 @described(
     Described(
-        "Follow a job", "jobs", within=_WITHIN, fails=(errors.BadRequest, *_FAILS),
+        "Follow a job", "jobs", within=_WITHIN, fails=(errors.BadRequest, errors.CallerTooMany, *_FAILS),
         headers={"Last-Event-ID": text("The last frame that was seen, like 1-17: what follows it is sent.")},
         answers={
             200: Answer(

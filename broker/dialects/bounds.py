@@ -22,7 +22,7 @@ COMMAS_MAX = 2_000_000
 """Of a larger body, text and all: a prompt with so many is longer than any context."""
 
 _NO_BRACKETS = bytes(range(256)).translate(None, b"[]{}")
-_MOST = {
+MOST = {
     "messages": MESSAGES_MAX,
     "input": MESSAGES_MAX,
     "tools": TOOLS_MAX,
@@ -41,7 +41,7 @@ def read_request(body: bytes) -> list[Member]:
         raise BadRequest("the body holds too many values")
     members = scan(body, most=KEYS_MAX)
     for member in members:
-        most, value = _MOST.get(member.key), member.value
+        most, value = MOST.get(member.key), member.value
         if most is None or (type(value) is not list and type(value) is not dict) or len(value) <= most:
             continue
         if type(value) is dict or type(value[0]) is not int:  # numbers of tokens may be as many as the context holds

@@ -27,6 +27,13 @@ HOT = "/v1/chat/completions"
 class Parrot(ScriptedLlamaServer):
     """A runtime that repeats the prompt in its errors, as llama-server does when it cannot read one."""
 
+    async def _handle(self, exchange: Exchange) -> None:
+        if exchange.path != "/apply-template":
+            return await super()._handle(exchange)
+        await exchange.begin("application/json")
+        await exchange.write(b"\xff" + exchange.body)
+        await exchange.end()
+
     async def _chat(self, exchange: Exchange) -> None:
         said = str(exchange.json()["messages"][-1]["content"])
         error = {"error": {"message": f"Failed to parse input: {said}", "type": "server_error", "code": 500}}
@@ -68,6 +75,7 @@ async def storm(up: House) -> list[tuple[int, str]]:
             await ask("/v1/responses", json.dumps({"model": "parrot", "input": PROMPT}).encode())
         ).status_code == 200
         assert (await ask("/api/chat", chat("hello"))).status_code == 200
+        assert (await ask("/v1/messages/count_tokens", chat("hello"))).status_code == 200
         assert (await ask(HOT, chat("hello"), idempotency_key=IDEM)).status_code == 200
         assert (await ask(HOT, chat("hello"), idempotency_key=IDEM)).status_code == 200
         assert (await ask(HOT, chat("another"), idempotency_key=IDEM)).status_code == 422
@@ -80,7 +88,7 @@ async def storm(up: House) -> list[tuple[int, str]]:
             json.dumps({"model": "parrot", "messages": PROMPT}).encode(),
             b"\xff" + chat("hello"),
             chat("x " * 5_000, model="tiny"),
-            chat("hello", x=json.loads("[" * 150 + f'"{PROMPT}"' + "]" * 150)),
+            chat("hello", x=json.loads("[" * 250 + f'"{PROMPT}"' + "]" * 250)),
         ]
         for body in refused:
             for path in (HOT, "/v1/messages", "/api/chat"):
@@ -152,7 +160,7 @@ async def test_no_prompt_key_or_session_is_where_it_does_not_belong(tmp_path: Pa
                 await store.close()
             logs = up.output
             files = read_files(tmp_path)
-    assert "DEBUG" in logs and "event=fail" in logs and len(files) > 2
+    assert "DEBUG" in logs and "event=fail" in logs and "event=count_failed" in logs and len(files) > 2
     assert [line for line in logs.splitlines() if "zebra" in line] == []
     assert [file for file, text in files.items() if "zebra" in text] == []
     assert [body for _, body in told if "zebra" in body] == []

@@ -513,16 +513,17 @@ async def logged(bench: Bench, count: int) -> None:
     await eventually(check, what=f"{count} frames are in the log")
 
 
+@pytest.mark.parametrize("broken", ["workers.asking.Asking.request", "broker.continuing.judge"])
 async def test_a_request_that_breaks_our_own_code_ends_and_its_worker_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     """`"think": []` ended the worker's process, and each worker after it that recovered the job."""
 
     def breaks(*_: Any) -> bytes:
         raise KeyError("zebra")
 
-    monkeypatch.setattr("workers.asking.Asking.request", breaks)
-    ended = await bench.run()
+    monkeypatch.setattr(broken, breaks)
+    ended = await bench.run(says(event({"content": "Hi"}), cut=True))
     assert ended.outcome == "failed" and not ended.suspect
     assert (await bench.record()).state is State.FAILED
     assert (await bench.said())["code"] == "runtime_failed" and "zebra" not in str(await bench.said())
