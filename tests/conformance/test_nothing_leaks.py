@@ -154,7 +154,7 @@ async def test_no_prompt_key_or_session_is_where_it_does_not_belong(tmp_path: Pa
     async with Parrot().running() as parrot:
         models["parrot"] = {"backend": "llama.cpp", "model": "weights", "url": parrot.url, "keepWarm": True}
         settings = {"GATEWAY_LOG_LEVEL": "DEBUG", "GATEWAY_KEYS": f"ann:{KEY}"}
-        with house(tmp_path / "data", policy=policy(models), **settings) as up:
+        with house(tmp_path / "data", policy=policy(models, maxLosses=1), **settings) as up:
             for name in models:
                 await asyncio.to_thread(up.until_state, name, "warm")
             told = await storm(up)

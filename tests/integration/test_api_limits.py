@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.timeout(40)
 
 HOT = "/v1/chat/completions"
 HASTE = Limits(head_s=0.3, body_s=0.3, keep_alive_s=1.0, linger_s=0.3, closing_s=0.3)
+
+
+@pytest.fixture
+def store(fake_store: Store) -> Store:
+    """What a connection or a body costs depends on no Redis: one server will do."""
+    return fake_store
 
 
 @pytest.fixture
@@ -176,6 +183,20 @@ async def dripping(client: RawClient, drip: bytes) -> AsyncIterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_body_that_comes_steadily_is_read_to_its_end(store: Store) -> None:
+    """However slow the way: what has come buys time for the rest."""
+    body, loop = chat_body("hello", stream=False), asyncio.get_running_loop()
+    async with limited(store, replace(HASTE, body_bytes_per_s=200)) as scene:
+        client = await RawClient.open(scene.api)
+        client.writer.write(HEAD + b"content-length: %d\r\n\r\n" % (len(body) + 20 * 25) + body)
+        began = loop.time()
+        for number in range(20):
+            loop.call_later(0.05 * (number + 1), client.writer.write, b" " * 25)
+        assert await client.head() == 200
+        assert loop.time() - began > 3 * HASTE.body_s
 
 
 @pytest.mark.usefixtures("looks_often")

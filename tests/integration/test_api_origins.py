@@ -13,6 +13,12 @@ PLAIN = {"content-type": "text/plain"}
 """A page may send this anywhere, without asking first."""
 
 
+@pytest.fixture
+def store(fake_store: Store) -> Store:
+    """The door asks no Redis: one server will do."""
+    return fake_store
+
+
 @pytest.mark.parametrize("path", [HOT, "/v1/messages", "/api/chat", "/v1/models/big/unload", "/v1/hosts/h/drain"])
 @pytest.mark.parametrize("origin", ["https://evil.example", "http://localhost:3000", "null", "http://evil.example"])
 async def test_a_page_of_another_origin_reaches_no_handler(scene: Scene, path: str, origin: str) -> None:
