@@ -1,5 +1,6 @@
 """What one api process takes from its clients before it says no. README's table of limits names each of them."""
 
+import asyncio
 import resource
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,10 @@ class Limits:
     body_bytes: int = 20 << 20
     bodies_bytes: int = 512 << 20
     """Bodies larger than what comes in one piece, all requests together, until their answers end."""
+    large_bytes: int = 1 << 20
+    large_bytes_per_s: int = 50_000_000
+    """Bodies of `large_bytes` and more are looked into one after the other and no faster than this: each keeps the loop
+    busy for a tenth of a second at worst, and whoever asks for little gets a turn between them."""
     keep_alive_s: float = 75.0
     """Longer than the pools of clients keep theirs, so that nobody writes into a connection that we just closed."""
     linger_s: float = 2.0
@@ -45,6 +50,7 @@ class House:
         self.limits = limits
         self.bodies_bytes = 0
         self._under_way: dict[str, int] = {}
+        self._next_large = 0.0
 
     def take(self, size: int) -> None:
         """Makes room for a part of a body; raises BodiesTooMany."""
@@ -55,6 +61,15 @@ class House:
     def give_back(self, size: int) -> None:
         """Frees what a request held."""
         self.bodies_bytes -= size
+
+    async def turn(self, size: int) -> None:
+        """Waits until a body of this size may be looked into; small ones may at once."""
+        if size < self.limits.large_bytes:
+            return
+        now = asyncio.get_running_loop().time()
+        begin = max(now, self._next_large)
+        self._next_large = begin + size / self.limits.large_bytes_per_s
+        await asyncio.sleep(begin - now)
 
     def enter(self, caller: str) -> None:
         """Counts a request of a caller, until it leaves; raises CallerTooMany."""

@@ -36,7 +36,7 @@ KEYS = "ann:ordinary,mal:attacker"
 HOT = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\n"
 PACE_S = 0.1
 ANSWER_S_MAX = 10.0
-POLICY = {"models": {"quick": {"backend": "simulated", "model": "weights", "keepWarm": True, "maxConcurrent": 64}}}
+QUICK = {"backend": "simulated", "model": "weights", "keepWarm": True, "maxConcurrent": 64, "contextTokens": 8192}
 
 
 # --- the ordinary client -------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def main() -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         policy = Path(directory) / "policy.yaml"
-        policy.write_text(json.dumps(POLICY))
+        policy.write_text(json.dumps({"models": {"quick": QUICK}}))
         env = {k: v for k, v in python_env().items() if not k.startswith("GATEWAY_")} | {"GATEWAY_KEYS": KEYS}
         command = [*gateway_command(), "up", "--policy", str(policy), "--data", str(Path(directory) / "data")]
         with (Path(directory) / "log").open("w") as log:

@@ -65,6 +65,7 @@ class ChatCompletions:
         house.enter(caller)
         try:
             body = await exchange.read_body(house)
+            await house.turn(len(body))
             await self._answer(exchange, body, Wishes.of(exchange), caller)
         finally:
             house.leave(caller)

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from api import app, limits
+from api import app, connection, limits
 from api.limits import Limits
+from broker import operator
 from broker.store import Store
 from tests.support.live_api import RawClient, Scene, chat_body, live_scene
 from tests.support.waiting import until
@@ -139,7 +140,8 @@ async def test_an_http_1_0_client_is_served(scene: Scene) -> None:
 @pytest.mark.usefixtures("looks_often")
 @pytest.mark.parametrize("sent", [b"", b"\r\n\r\n"])
 async def test_a_connection_that_asks_for_nothing_is_closed(store: Store, sent: bytes) -> None:
-    async with limited(store, HASTE) as scene:
+    """Long before one that has asked for something."""
+    async with limited(store, replace(HASTE, keep_alive_s=60)) as scene:
         client = await RawClient.open(scene.api)
         client.writer.write(sent)
         await ends(client)
@@ -164,6 +166,7 @@ async def test_a_request_that_trickles_in_is_refused(store: Store) -> None:
         silent = await RawClient.open(scene.api)
         silent.writer.write(HEAD + b"content-length: 1000\r\n\r\n")
         await refused(silent, 408, "request_timeout")
+        await ends(silent)  # it need not hang up by itself
         assert scene.api.gateway.exchanges == set()
 
 
@@ -212,6 +215,18 @@ async def test_a_body_that_nobody_reads_holds_no_connection(store: Store) -> Non
 
 
 @pytest.mark.usefixtures("looks_often")
+async def test_a_body_that_we_do_not_take_is_not_called_slow(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads this one, so it stops on its way; what was asked for goes on."""
+    monkeypatch.setattr(operator, "HEARD_S_MAX", 4 * HASTE.body_s)
+    async with limited(store, replace(HASTE, body_bytes_per_s=1 << 30)) as scene:
+        client = await RawClient.open(scene.api)
+        line = "POST /v1/models/big/unload HTTP/1.1"
+        client.writer.write(f"{line}\r\nhost: localhost\r\ncontent-length: 5000000\r\n\r\n".encode())
+        client.writer.write(b" " * 5_000_000)
+        assert await client.head() == 409  # its worker is deaf
+
+
+@pytest.mark.usefixtures("looks_often")
 async def test_an_idle_connection_is_kept_for_a_while(store: Store) -> None:
     """Empty lines between requests do not make it younger."""
     async with limited(store, HASTE) as scene:
@@ -219,8 +234,10 @@ async def test_an_idle_connection_is_kept_for_a_while(store: Store) -> None:
         await client.send("GET", "/healthz")
         assert await client.head() == 200
         await client.body()
+        answered = asyncio.get_running_loop().time()
         async with dripping(client, b"\r\n"):
             await ends(client)
+        assert asyncio.get_running_loop().time() - answered > 2 * HASTE.head_s
 
 
 @pytest.mark.usefixtures("looks_often")
@@ -254,7 +271,9 @@ async def test_who_asks_for_nothing_makes_room(store: Store) -> None:
         assert counted(scene, "evicted") > 0
 
 
-async def test_when_all_are_at_work_the_next_one_is_told(store: Store) -> None:
+async def test_when_all_are_at_work_the_next_one_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not each of a flood: those few words keep a file open too."""
+    monkeypatch.setattr(connection, "EVICTED_AT_ONCE", 1)
     async with limited(store, Limits(connections=3)) as scene:
         busy = [await RawClient.open(scene.api) for _ in range(3)]
         for client in busy:
@@ -263,6 +282,7 @@ async def test_when_all_are_at_work_the_next_one_is_told(store: Store) -> None:
         late = await RawClient.open(scene.api)
         await refused(late, 503, "too_many_connections")
         assert late.headers["retry-after"] == "1"
+        await ends(await RawClient.open(scene.api))
         scene.go.set()
         for client in busy:
             assert await client.head() == 200
@@ -318,6 +338,20 @@ async def test_large_bodies_are_bounded_together(store: Store) -> None:
         scene.go.set()
         assert await first.head() == 200 and b"[DONE]" in await first.body()
         await until(lambda: scene.api.gateway.house.bodies_bytes == 0, what="it is given back")
+
+
+async def test_large_bodies_leave_others_their_turn(store: Store) -> None:
+    """What looks into 15 MB keeps the loop busy: eight at once kept everybody else waiting for seconds."""
+    loop = asyncio.get_running_loop()
+    async with limited(store, Limits(large_bytes=5_000, large_bytes_per_s=10_000)) as scene:
+        began = loop.time()
+        clients = [await RawClient.open(scene.api) for _ in range(3)]
+        for client in clients:
+            await client.send("POST", HOT, chat_body("hello", pad="x" * 5_000, stream=False))
+        await answers(scene)
+        assert loop.time() - began < 0.5  # the small one, however many large ones wait
+        assert [await client.head() for client in clients] == [200] * 3
+        assert loop.time() - began > 1.0
 
 
 def test_fewer_connections_where_few_files_may_be_open() -> None:
