@@ -31,7 +31,7 @@ class Limits:
     bodies_bytes: int = 512 << 20
     """Bodies larger than what comes in one piece, all requests together, until their answers end."""
     large_bytes: int = 1 << 20
-    large_bytes_per_s: int = 50_000_000
+    large_bytes_per_s: int = 20_000_000
     """Bodies of `large_bytes` and more are looked into one after the other and no faster than this: each keeps the loop
     busy for a tenth of a second at worst, and whoever asks for little gets a turn between them."""
     keep_alive_s: float = 75.0
