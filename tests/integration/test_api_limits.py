@@ -288,6 +288,15 @@ async def test_when_all_are_at_work_the_next_one_is_told(store: Store, monkeypat
             assert await client.head() == 200
 
 
+async def test_who_has_followed_a_job_may_follow_again(store: Store) -> None:
+    async with limited(store, Limits(connections_of_caller=1)) as scene:
+        async with httpx.AsyncClient(base_url=scene.api.url) as http:
+            asked = await http.post(HOT, content=chat_body("hello", stream=False))
+            for _ in range(2):
+                followed = await http.get(f"/v1/jobs/{asked.headers['x-gateway-job']}/events")
+                assert followed.status_code == 200 and "event: end" in followed.text
+
+
 async def test_one_caller_cannot_take_all_connections(store: Store) -> None:
     async with limited(store, Limits(connections_of_caller=2), keys="ann:secret-a,bob:secret-b") as scene:
         ann = [await RawClient.open(scene.api) for _ in range(3)]
