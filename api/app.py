@@ -10,19 +10,23 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from api import errors as told
 from api.asgi import App, Receive, Scope, Send
-from api.cork import CorkedProtocol
+from api.connection import Connection, look_at_all
 from api.cors import Cors
-from api.exchange import CutConnection
+from api.door import Door
+from api.exchange import CutConnection, Exchange
 from api.gateway import Gateway, new_api_id
+from api.limits import limits_here
 from api.listen import Listen
 from api.openapi import Document
 from api.routes import (
@@ -44,7 +48,7 @@ from api.routes import (
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.version import version
-from broker import collector, errors
+from broker import collector, errors, logs
 from broker.callers import Keys
 from broker.keybook import KeyBook
 from broker.settings import SettingsInvalid, read_settings
@@ -53,8 +57,16 @@ from broker.store import Store
 log = logging.getLogger("warmlane.api")
 
 BROKEN, CANNOT_LISTEN, NO_REDIS = 1, 2, 3
-KEEP_ALIVE_S = 75
-"""Longer than the pools of clients keep theirs, so that nobody writes into a connection that we just closed."""
+HEADERS = [
+    ("x-content-type-options", "nosniff"),
+    ("cache-control", "no-store"),
+    ("referrer-policy", "no-referrer"),
+    ("content-security-policy", "frame-ancestors 'none'"),
+]
+"""On every answer, whoever gives it; a page adds a policy of its own, and browsers keep to both."""
+
+LOOK_EVERY = 10
+"""uvicorn's ticks, of a tenth of a second, from one look at all connections to the next."""
 STOP_MARGIN_S = 1
 
 HOT = (
@@ -85,11 +97,16 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
     """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
     hot = {kind.path: kind(gateway) for kind in HOT}
     rest = rest_of(gateway, crashed)
+    at_the_door = Door(gateway.origins, host=gateway.host)
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
         # The hot routes stay outside of FastAPI, whose middleware would touch every piece of every answer.
-        route = hot.get(scope["path"]) if scope["type"] == "http" else None
-        await (route or rest)(scope, receive, send)
+        if scope["type"] != "http":
+            return await rest(scope, receive, send)
+        wrong = at_the_door.wrong_with(scope, anonymous=not gateway.keys)
+        if wrong is not None:
+            return await Exchange(scope, receive, send).refuse(wrong)
+        await (hot.get(scope["path"]) or rest)(scope, receive, send)
 
     return Cors(door, gateway.origins) if gateway.origins else door
 
@@ -104,7 +121,7 @@ def rest_of(gateway: Gateway, crashed: Callable[[], None] = lambda: None) -> Fas
                 yield
         except BaseExceptionGroup as group:
             for error in group.exceptions:
-                log.critical("event=part_broke reason=%s", error, exc_info=error)
+                log.critical("event=part_broke reason=%s", logs.kind_of(error), exc_info=error)
             crashed()
             raise
 
@@ -139,6 +156,10 @@ def rest_of(gateway: Gateway, crashed: Callable[[], None] = lambda: None) -> Fas
         first = error.errors()[0]
         return _response(told.wrong(errors.BadRequest(str(first["msg"]), str(first["loc"][-1]))), request)
 
+    @rest.exception_handler(ClientDisconnect)
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)  # nobody hears it
+
     @rest.exception_handler(Exception)
     async def broke(request: Request, error: Exception) -> Response:
         return _response(told.unexpected(error), request)
@@ -163,14 +184,15 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(gateway, crashed=self._crashed),
-                http=CorkedProtocol,
+                http=partial(Connection, limits=gateway.limits, refused=gateway.metrics.connection_refused),  # type: ignore[arg-type]  # called like a class
                 proxy_headers=False,  # nothing here asks where a request came from
                 ws="none",
                 lifespan="on",
                 access_log=False,
                 log_config=None,
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
+                headers=HEADERS,
+                timeout_keep_alive=int(gateway.limits.keep_alive_s),
                 timeout_graceful_shutdown=int(stop_after_s) + STOP_MARGIN_S,
             )
         )
@@ -186,6 +208,12 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends connections on which something takes too long."""
+        if counter % LOOK_EVERY == 0:
+            look_at_all(self.server_state.connections, asyncio.get_running_loop().time())  # type: ignore[arg-type]  # ours
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no new connections, and gives the running answers a moment."""
@@ -222,7 +250,15 @@ async def serve(settings: ApiSettings) -> int:
         for sentence in await store.unfit_settings():
             log.warning("event=unfit_redis reason=%s", sentence)
         server = Server(
-            Gateway(store, keys, version=version(), api_id=api_id, origins=settings.origins),
+            Gateway(
+                store,
+                keys,
+                version=version(),
+                api_id=api_id,
+                origins=settings.origins,
+                host=settings.host,
+                limits=limits_here(),
+            ),
             stop_after_s=settings.stop_after_ms / 1000,
         )
         log.info("event=listening url=%s api=%s", place.url, api_id)
@@ -240,9 +276,9 @@ def main() -> int:
     except SettingsInvalid as problem:
         print(problem, file=sys.stderr)
         return CANNOT_LISTEN
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.begin(settings.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").addFilter(_not_cut_on_purpose)
+    logging.getLogger("uvicorn.error").addFilter(_worth_a_line)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve(settings))
 
@@ -267,9 +303,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _not_cut_on_purpose(record: logging.LogRecord) -> bool:
-    """Keeps uvicorn from reporting an answer that we broke off because nothing else was honest."""
-    return not (record.exc_info and isinstance(record.exc_info[1], CutConnection))
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Keeps uvicorn from reporting an answer that we broke off because nothing else was honest, and each piece of
+    nonsense that somebody sends: those are counted, and a line each would be a way to fill our disk."""
+    return not record.getMessage().startswith("Invalid HTTP request") and not (
+        record.exc_info and isinstance(record.exc_info[1], CutConnection)
+    )
 
 
 def _sentence(text: str) -> str:

@@ -114,6 +114,8 @@ GENERATION_FAILS: Final[Kinds] = (
     errors.UnknownModel,
     errors.UnknownLane,
     errors.BodyTooLarge,
+    errors.CallerTooMany,
+    errors.BodiesTooMany,
     errors.IdempotencyMismatch,
     errors.JobCancelled,
     errors.RuntimeFailed,

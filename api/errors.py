@@ -27,7 +27,10 @@ TOO_SLOW = 504
 
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
-_PERMISSION, _BUSY, _BROKEN, _LIMIT = "permission_error", "service_unavailable", "server_error", "rate_limit_error"
+BUSY = "service_unavailable"
+"""… and of what waiting cures."""
+PERMISSION = "permission_error"
+_BROKEN, _LIMIT = "server_error", "rate_limit_error"
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ class Row:
 
 
 ROWS: dict[type[errors.BrokerError], Row] = {
-    errors.LaneFull: Row(503, _BUSY, 1),
-    errors.CallerShare: Row(503, _BUSY, 1),
+    errors.LaneFull: Row(503, BUSY, 1),
+    errors.CallerShare: Row(503, BUSY, 1),
     errors.CallerLimit: Row(429, _LIMIT, 1),
     errors.QuotaUsed: Row(429, _LIMIT, 60, 86_400),
-    errors.ModelUnavailable: Row(503, _BUSY, 5),
-    errors.TrustZoneRefused: Row(403, _PERMISSION),
+    errors.ModelUnavailable: Row(503, BUSY, 5),
+    errors.TrustZoneRefused: Row(403, PERMISSION),
     errors.UnknownModel: Row(404, INVALID),
     errors.UnknownLane: Row(404, INVALID),
     errors.UnknownHost: Row(404, INVALID),
@@ -56,32 +59,34 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.ContextTooLong: Row(400, INVALID),
     errors.BadRequest: Row(400, INVALID),
     errors.BodyTooLarge: Row(413, INVALID),
+    errors.BodiesTooMany: Row(503, BUSY, 1),
+    errors.CallerTooMany: Row(429, _LIMIT, 1),
     errors.Unauthorized: Row(401, "authentication_error"),
-    errors.LaneForbidden: Row(403, _PERMISSION),
-    errors.AdminOnly: Row(403, _PERMISSION),
+    errors.LaneForbidden: Row(403, PERMISSION),
+    errors.AdminOnly: Row(403, PERMISSION),
     errors.NoSuchJob: Row(404, INVALID),
     errors.IdempotencyMismatch: Row(422, INVALID),
     errors.PolicyInvalid: Row(422, INVALID),
-    errors.ColdStartDeadline: Row(503, _BUSY, 5),
-    errors.JobExpired: Row(503, _BUSY, 5),
-    errors.WorkerLost: Row(503, _BUSY, 1),
+    errors.ColdStartDeadline: Row(503, BUSY, 5),
+    errors.JobExpired: Row(503, BUSY, 5),
+    errors.WorkerLost: Row(503, BUSY, 1),
     errors.RuntimeFailed: Row(502, _BROKEN),
     errors.RuntimeRefused: Row(400, INVALID),
-    errors.SlowReader: Row(503, _BUSY, 1),
+    errors.SlowReader: Row(503, BUSY, 1),
     errors.JobCancelled: Row(499, "cancelled"),
     # What follows is for our own processes; a client hears it only when something of ours went wrong.
-    errors.DowngradesCapped: Row(503, _BUSY, 1),
+    errors.DowngradesCapped: Row(503, BUSY, 1),
     errors.StaleAttempt: Row(500, _BROKEN),
-    errors.Moved: Row(503, _BUSY, 1),
-    errors.StalePolicy: Row(503, _BUSY, 1),
+    errors.Moved: Row(503, BUSY, 1),
+    errors.StalePolicy: Row(503, BUSY, 1),
     errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
-    errors.CallerBusy: Row(503, _BUSY, 1),
+    errors.CallerBusy: Row(503, BUSY, 1),
     errors.AlreadyEnded: Row(409, INVALID),
     errors.LockHeld: Row(409, INVALID),
     errors.BadTransition: Row(500, _BROKEN),
-    errors.BrokerUnavailable: Row(503, _BUSY, 1),
-    errors.RedisUnfit: Row(503, _BUSY, 5),
+    errors.BrokerUnavailable: Row(503, BUSY, 1),
+    errors.RedisUnfit: Row(503, BUSY, 5),
 }
 
 _PARAMS: dict[type[errors.BrokerError], str] = {
@@ -224,7 +229,7 @@ def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
 
 
 def unexpected(error: BaseException) -> Wrong:
-    """Logs an error that nobody foresaw and gives the client its number. No prompt is in a traceback's lines."""
+    """Logs an error that nobody foresaw, without its words, and gives the client its number."""
     number = secrets.token_hex(4)
     log.error("event=unexpected id=%s", number, exc_info=error)
     return Wrong("internal_error", f"something of the gateway broke; its log knows more as {number}", 500, _BROKEN)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 
 from api.asgi import Receive, Scope, Send
 from api.errors import Wrong, dialect_of
+from api.limits import House
 from broker import errors
 from broker.frames import FrameReader, Restarted
 from broker.records import Frame, JobRecord
 
-BODY_BYTES_MAX = 20 * 1024 * 1024
-BODY_S_MAX = 60.0
-LINGER_S_MAX = 2.0
-"""How long the rest of a body that is too large is read and dropped, so that its sender gets to read our answer."""
+LINGER_S = 2.0
+"""How long the rest of a body that is refused is read and dropped, so that its sender gets to read our answer."""
+_BODY_UNREAD = (errors.BodyTooLarge.code, errors.BodiesTooMany.code)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -68,13 +68,17 @@ class Exchange:
         self._until = 0.0
         self._waiting = False
         self._woken = False
+        self._house: House | None = None
+        self._held = 0
 
     def header(self, name: bytes) -> str:
         """Gives a header's text, "" if it was not sent."""
         return self.headers.get(name, b"").decode("latin-1").strip()
 
-    async def read_body(self, *, bytes_max: int = BODY_BYTES_MAX) -> bytes:
-        """Reads the request's body; raises BodyTooLarge, before reading where the client says its size."""
+    async def read_body(self, house: House) -> bytes:
+        """Reads the request's body; raises BodyTooLarge, before reading where the client says its size. One that takes
+        too long is the connection's business."""
+        bytes_max = house.limits.body_bytes
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > bytes_max:
             raise errors.BodyTooLarge(bytes_max)
@@ -84,11 +88,7 @@ class Exchange:
             if len(body) > bytes_max:
                 raise errors.BodyTooLarge(bytes_max)
             return body
-        try:
-            async with asyncio.timeout(BODY_S_MAX):
-                return await self._read_parts(message, bytes_max)
-        except TimeoutError:
-            raise errors.BadRequest(f"the request's body did not arrive within {BODY_S_MAX:.0f} s") from None
+        return await self._read_parts(message, house)
 
     def watch(self) -> None:
         """Begins to watch for the client to hang up; from here on nobody else may read."""
@@ -100,6 +100,9 @@ class Exchange:
             self._watcher.cancel()
         if self._alarm is not None:
             self._alarm.cancel()
+        if self._house is not None:
+            self._house.give_back(self._held)
+            self._house = None
 
     def interrupt(self, why: type[Interrupted]) -> None:
         """Makes whoever waits in `next` raise `why`, now or as soon as it waits again."""
@@ -157,7 +160,7 @@ class Exchange:
     async def refuse(self, wrong: Wrong, headers: Headers = ()) -> None:
         """Tells what went wrong in the way that is still open: a status, an event in the stream, a cut connection."""
         if not self.started:
-            if wrong.code == errors.BodyTooLarge.code:
+            if wrong.code in _BODY_UNREAD:
                 await self._refuse_body(wrong)
             else:
                 await self.answer(self.dialect.status(wrong), [*wrong.headers(), *headers], self.dialect.body(wrong))
@@ -190,16 +193,19 @@ class Exchange:
             self._woken = True
             self._task.cancel()
 
-    async def _read_parts(self, message: object, bytes_max: int) -> bytes:
+    async def _read_parts(self, message: object, house: House) -> bytes:
         parts: list[bytes] = []
         size = 0
+        self._house = house
         while True:
             if not isinstance(message, dict) or message["type"] != "http.request":
                 raise ClientGone
             part: bytes = message.get("body", b"")
             size += len(part)
-            if size > bytes_max:
-                raise errors.BodyTooLarge(bytes_max)
+            if size > house.limits.body_bytes:
+                raise errors.BodyTooLarge(house.limits.body_bytes)
+            house.take(len(part))
+            self._held += len(part)
             parts.append(part)
             if not message.get("more_body"):
                 return b"".join(parts)
@@ -212,7 +218,7 @@ class Exchange:
         await self.start(self.dialect.status(wrong), [*wrong.headers(), size, (b"connection", b"close")])
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         try:
-            async with asyncio.timeout(LINGER_S_MAX):
+            async with asyncio.timeout(LINGER_S):
                 while (await self._receive()).get("more_body"):
                     pass
         except TimeoutError:

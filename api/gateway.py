@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from api.exchange import Exchange, Stalled, Stopping
+from api.limits import House, Limits
 from broker import errors
 from broker.due import Due
 from broker.frames import Hub
@@ -37,12 +38,23 @@ class Gateway:
     """A holder; what happens, happens in its parts."""
 
     def __init__(
-        self, store: Store, keys: KeyBook, *, version: str, api_id: str = "", origins: frozenset[str] = frozenset()
+        self,
+        store: Store,
+        keys: KeyBook,
+        *,
+        version: str,
+        api_id: str = "",
+        origins: frozenset[str] = frozenset(),
+        host: str = "",
+        limits: Limits | None = None,
     ) -> None:
         self.store = store
         self.keys = keys
         self.version = version
         self.origins = origins
+        self.host = host
+        self.limits = limits or Limits()
+        self.house = House(self.limits)
         self.book = PolicyBook(store)
         self.fleet = Fleet(store, self.book)
         self.hub = Hub(store, name=api_id or new_api_id())

@@ -21,13 +21,17 @@ PATH = "/openapi.json"
 _ABOUT = """\
 A gateway in front of local LLM runtimes: OpenAI's, Anthropic's and Ollama's dialects, jobs, and an operator's verbs.
 
-- Bodies are read as JSON whatever their content type says: UTF-8, at most 20 MiB and 200 levels deep, without `NaN` or
-  numbers that a 64-bit float or 4,300 digits cannot hold. Of two equal keys the last one counts.
+- Bodies are read as JSON whatever their content type says: UTF-8, at most 20 MiB, 1,000 keys and 200 levels, without
+  `NaN` or numbers that a 64-bit float or 4,300 digits cannot hold. Of two equal keys the last one counts.
 - A header of the gateway's that is empty counts as not sent.
 - Every error has the form of the dialect that was asked, with a stable `code`; what waiting cures carries
   `Retry-After`. Once an answer has begun an error comes inside the stream, and an answer that is one object is cut off.
 - A path that is not served answers 404 `not_found`, a method that a path does not take 405 `method_not_allowed` with
   `Allow`. A 500 `internal_error` is a bug of the gateway's, and its log has the number that the message names.
+- Whatever the path, a request may end at the door: 400 `bad_http`, 408 `request_timeout` (it trickled in), 414
+  `url_too_long`, 431 `head_too_large`, 415 `unsupported_encoding` (a compressed body), 403 `origin_refused` (a page of
+  an origin that is not allowed), without keys 403 `host_refused` (not a name of this machine), and 503
+  `too_many_connections`.
 - An answer of one object may begin with spaces: they keep the connection alive while the client waits.
 """
 _TAGS = {

@@ -94,14 +94,7 @@ def may_go_on(endpoint: str, body: bytes) -> bool:
             return going_on.completion_may_go_on(_object(body))
         as_chat = _AS_CHAT.get(endpoint)
         return as_chat is not None and going_on.chat_may_go_on(_object(as_chat(body)))
-    except (
-        BadRequest,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # only the runtime that began it knows what to make of it
+    except (BadRequest, *partial.ODD):  # only the runtime that began it knows what to make of it
         return False
 
 

@@ -18,6 +18,8 @@ BrokerError
 │   ├── ContextTooLong          context_length_exceeded
 │   ├── BadRequest              invalid_request           param
 │   ├── BodyTooLarge            body_too_large            limit_bytes
+│   ├── BodiesTooMany           too_many_bodies           retry_after_s
+│   ├── CallerTooMany           too_many_requests         retry_after_s
 │   ├── Unauthorized            invalid_api_key
 │   ├── LaneForbidden           lane_forbidden            the key may not ask for this
 │   ├── AdminOnly               admin_only                the key has no administrator's rights
@@ -212,6 +214,26 @@ class BodyTooLarge(Refused):
         self.limit_bytes = limit_bytes
 
 
+class BodiesTooMany(Refused):
+    """The large bodies of all requests together are too much to hold."""
+
+    code = "too_many_bodies"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("the gateway holds too many large requests at the moment; try again")
+
+
+class CallerTooMany(Refused):
+    """A caller has too many requests under way."""
+
+    code = "too_many_requests"
+    retry_after_s = 1
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"a caller may have {limit} requests under way; try again when one has ended")
+
+
 class Unauthorized(Refused):
     """No key, or not one of ours."""
 
@@ -381,3 +403,11 @@ class RedisUnfit(BrokerUnavailable):
     """A server answers, but we cannot work with it."""
 
     code = "redis_unfit"
+
+
+def without_quotes(error: BrokerError) -> str:
+    """Gives an error's words for a log. A runtime's own may repeat the prompt: they stand behind the first colon, or
+    are all there is."""
+    if isinstance(error, RuntimeRefused | ContextTooLong):
+        return f"the runtime refused the request ({error.code})"
+    return str(error).partition(":")[0] if isinstance(error, RuntimeFailed) else str(error)

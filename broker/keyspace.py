@@ -3,6 +3,7 @@
 `TABLE` is the printed form: ARCHITECTURE.md shows it, and the key sweep of the tests holds Redis against it.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -80,9 +81,9 @@ TABLE: tuple[Family, ...] = (
         True,
         "host -> last heartbeat; the index of the keys above",
     ),
-    Family("idem:<caller>:<key>", "string", "the job's keep time", False, "job id and body hash"),
+    Family("idem:<caller>:<digest>", "string", "the job's keep time", False, "job id and body hash"),
     Family(
-        "retries:<caller>:<session>",
+        "retries:<caller>:<digest>",
         "zset",
         "60 s after the end of its last job",
         False,
@@ -145,6 +146,8 @@ class Keyspace:
         self.hosts = self._prefix + "hosts"
         self.dead = self._prefix + "dead"
         self.policy = self._prefix + "policy"
+        self.no_idem = self.idem("-", "-")
+        """What stands in a script's keys where a request has no Idempotency-Key."""
 
     def lane(self, lane: str) -> str:
         """Stream of a lane."""
@@ -211,11 +214,11 @@ class Keyspace:
 
     def idem(self, caller: str, key: str) -> str:
         """String that binds a caller's Idempotency-Key to a job."""
-        return f"{self._prefix}idem:{caller}:{key}"
+        return f"{self._prefix}idem:{caller}:{digest(key)}"
 
     def retries(self, caller: str, session: str) -> str:
         """Zset of the jobs of a session that an SDK's retry may come back to."""
-        return f"{self._prefix}retries:{caller}:{session}"
+        return f"{self._prefix}retries:{caller}:{digest(session)}"
 
     @property
     def callers(self) -> str:
@@ -274,9 +277,7 @@ class Keyspace:
             return None
         for family in TABLE:
             pattern = re.escape(family.pattern)
-            pattern = re.sub(
-                r"<(lane|id|model|host|key|caller|day|api|session)>", lambda m: _NAMES[m.group(1)], pattern
-            )
+            pattern = re.sub(r"<(lane|id|model|host|digest|caller|day|api)>", lambda m: _NAMES[m.group(1)], pattern)
             if family.type != "channel" and re.fullmatch(pattern, name):
                 return family
         return None
@@ -287,12 +288,17 @@ _NAMES = {
     "id": r"[^:]+",
     "model": r"[^:]+",
     "host": r"[^:]+",
-    "key": r".+",
-    "session": r".+",
+    "digest": r"[0-9a-f]{24}",
     "caller": r"[^:]+",
     "day": r"[0-9-]+",
     "api": r"[^:]+",
 }
+
+
+def digest(text: str) -> str:
+    """Stands for what a client chose in a key's name: `redis-cli`, the slow log and every tool show names, and there
+    may well be a token or a person in it."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
 
 def as_markdown() -> str:

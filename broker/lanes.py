@@ -86,7 +86,7 @@ async def submit(
             keys.request(job.id),
             keys.due,
             keys.readers(job.id),
-            idem or keys.idem("-", "-"),
+            idem or keys.no_idem,
             keys.policy,
             keys.model(lane.model),
             keys.downgrades(asked.model),

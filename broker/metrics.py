@@ -42,6 +42,9 @@ class Metrics:
         self._submitted = Counter("gateway_jobs_submitted", "Jobs let into a lane here.", ["lane"], registry=r)
         self._refused = Counter("gateway_jobs_refused", "Requests refused here.", ["lane", "reason"], registry=r)
         self._attached = Counter("gateway_jobs_attached", "Retries led to an earlier job here.", ["lane"], registry=r)
+        self._connections_refused = Counter(
+            "gateway_connections_refused", "Connections refused or cut here, and why.", ["reason"], registry=r
+        )
         self._queue_wait = Histogram(
             "gateway_queue_wait_seconds", "From submit to claim; under 50 ms counts as 0.", ["lane"],
             buckets=_SECONDS, registry=r,
@@ -70,6 +73,10 @@ class Metrics:
     def refused(self, lane: str, reason: str) -> None:
         """Counts a request that was refused; `reason` is a code of the error tree."""
         self._refused.labels(lane, reason).inc()
+
+    def connection_refused(self, reason: str) -> None:
+        """Counts a connection that was refused or cut before its request was anybody's; `reason` is a code of ours."""
+        self._connections_refused.labels(reason).inc()
 
     def first_token(self, lane: str, model: str, seconds: float) -> None:
         """Notes how long a client waited for the first content."""

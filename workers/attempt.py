@@ -120,28 +120,14 @@ class Attempt:
         self._news.set()
 
     async def run(self) -> Ended:
-        """Runs to the end; never raises but for bugs."""
+        """Runs to the end, and never raises."""
         self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
-        blameless = False
         try:
-            await self._stream()
-            outcome = "done"
-        except errors.FrameGap as e:
-            # Redis came back without the last frames: what the client has cannot be gone on from
-            log.error("event=frames_lost job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
-            blameless = True
-            seen = self.job.stream and self.job.mode == "sync"  # even if Redis has lost that it was
-            outcome = await self._fail(errors.WorkerLost("Redis lost a part of this answer"), final=seen)
-        except (errors.Lost, errors.NoSuchJob) as e:
-            log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
-            outcome = "stopped"
-        except errors.BrokerUnavailable as e:
-            # the lease will tell: whoever finds Redis again first recovers the job
-            log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
-            outcome = "stopped"
-        except errors.BrokerError as e:
-            blameless = isinstance(e, errors.Refused)  # this runtime cannot do what is asked, and was not asked
-            outcome = await self._fail(e)
+            outcome, blameless = await self._to_its_end()
+        except Exception as e:  # what one request holds must not end the host that serves everybody's
+            log.error("event=unexpected job=%s attempt=%d", self.job.id, self.held.attempt, exc_info=e)
+            broke = errors.RuntimeFailed("something of the worker broke over this request", retryable=False)
+            outcome, blameless = await self._fail(broke, final=True), True
         finally:
             self._timer.cancel()
             if self._exchange is not None and not self._exchange.done:
@@ -156,6 +142,27 @@ class Attempt:
             timings=self._reader.timings,
             whole=not self.job.continues,
         )
+
+    async def _to_its_end(self) -> tuple[str, bool]:
+        """Gives the outcome, and whether the runtime is to blame for none of it."""
+        try:
+            await self._stream()
+        except errors.FrameGap as e:
+            # Redis came back without the last frames: what the client has cannot be gone on from
+            log.error("event=frames_lost job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            seen = self.job.stream and self.job.mode == "sync"  # even if Redis has lost that it was
+            return await self._fail(errors.WorkerLost("Redis lost a part of this answer"), final=seen), True
+        except (errors.Lost, errors.NoSuchJob) as e:
+            log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e.code)
+            return "stopped", False
+        except errors.BrokerUnavailable as e:
+            # the lease will tell: whoever finds Redis again first recovers the job
+            log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
+            return "stopped", False
+        except errors.BrokerError as e:
+            # of what is refused the runtime cannot do what is asked, and was not asked
+            return await self._fail(e), isinstance(e, errors.Refused)
+        return "done", False
 
     async def _stream(self) -> None:
         if self._stop is not None:
@@ -327,9 +334,9 @@ class Attempt:
         if exchange.lost is not None:
             return errors.RuntimeFailed(str(exchange.lost))
         complaint_found = self._reader.complaint
-        words = without_key(
-            self._endpoint, self._reader.error or "the runtime ended the answer without a finish reason"
-        )
+        words = "the runtime ended the answer without a finish reason"
+        if self._reader.error:
+            words = f"the runtime says: {without_key(self._endpoint, self._reader.error)}"
         if complaint_found is not None and complaint_found.context_overflow:
             return errors.ContextTooLong(words)
         return errors.RuntimeFailed(words)
@@ -362,7 +369,8 @@ class Attempt:
         except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as e:
             log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
             return "stopped"
-        log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, error)
+        words = errors.without_quotes(error)
+        log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, words)
         return "failed"
 
     async def _give_back(self, error: errors.BrokerError) -> str | None:
@@ -380,8 +388,9 @@ class Attempt:
             )
         except errors.BadTransition:
             return None
+        words = errors.without_quotes(error)
         log.warning(
-            "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, error
+            "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, words
         )
         return "released" if where == "queued" else "failed"
 

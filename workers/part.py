@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import uvloop
 
-from broker import collector, errors
+from broker import collector, errors, logs
 from broker.settings import SettingsInvalid, read_settings
 from workers.settings import WorkerSettings
 
@@ -22,8 +22,7 @@ def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[st
     except SettingsInvalid as problem:
         print(problem, file=sys.stderr)
         raise SystemExit(BAD_SETTING_EXIT) from None
-    words = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=settings.log_level, format=words, stream=sys.stderr)
+    logs.begin(settings.log_level)
     for name in quiet:
         logging.getLogger(name).setLevel(logging.WARNING)
     collector.settle()

@@ -66,10 +66,15 @@ class ChatCompletions:
         if exchange.method != "POST":
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
-        caller = who_calls(self._gateway, exchange.raw_headers)
+        house, caller = self._gateway.house, who_calls(self._gateway, exchange.raw_headers)
         exchange.caller = caller.name
-        body = await exchange.read_body()
-        await self._answer(exchange, body, Wishes.of(exchange), caller)
+        house.enter(caller.name)
+        try:
+            body = await exchange.read_body(house)
+            await house.turn(len(body))
+            await self._answer(exchange, body, Wishes.of(exchange), caller)
+        finally:
+            house.leave(caller.name)
 
     async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: Caller) -> None:
         gateway = self._gateway

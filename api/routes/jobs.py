@@ -57,7 +57,7 @@ async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, An
 @router.get("/v1/jobs/{job_id}/events", response_class=Response)
 @described(
     Described(
-        "Follow a job", "jobs", within=_WITHIN, fails=(errors.BadRequest, *_FAILS),
+        "Follow a job", "jobs", within=_WITHIN, fails=(errors.BadRequest, errors.CallerTooMany, *_FAILS),
         headers={"Last-Event-ID": text("The last frame that was seen, like 1-17: what follows it is sent.")},
         answers={
             200: Answer(
@@ -78,20 +78,22 @@ async def follow_job(job_id: str, request: Request, gateway: Gate, caller: Calle
     after = _after(request.headers.get("last-event-id", ""))
     if job.state in ENDED and after >= (job.attempt, job.last_seq):
         return Response(status_code=204)  # tells a browser's EventSource to stop asking
-    return _Events(gateway, job, after)
+    return _Events(gateway, job, after, follower=caller.name)
 
 
 class _Events(Response):
     """Follows one job; it never marks the answer as seen, because it can say that it began again."""
 
-    def __init__(self, gateway: Gateway, job: JobRecord, after: tuple[int, int]) -> None:
+    def __init__(self, gateway: Gateway, job: JobRecord, after: tuple[int, int], *, follower: str) -> None:
         super().__init__()
         self._gateway = gateway
         self._job = job
         self._after_frame = after
+        self._follower = follower
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, job_id = self._gateway, self._job.id
+        gateway.house.enter(self._follower)
         exchange = Exchange(scope, receive, send)
         name = gateway.reader_name()
         reader = gateway.hub.open(job_id, after=self._after_frame)
@@ -108,6 +110,7 @@ class _Events(Response):
             pass
         finally:
             exchange.close()
+            gateway.house.leave(self._follower)
             gateway.exchanges.discard(exchange)
             gateway.readers.drop(name)
             gateway.hub.close(reader)

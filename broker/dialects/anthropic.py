@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.errors import BadRequest
 
 PATH: Final = "/v1/messages"
@@ -24,7 +25,7 @@ TOKENS_PER_IMAGE = 1024  # what vision models of this size make of a usual pictu
 BILLING_LINE: Final = "x-anthropic-billing-header:"
 """Claude Code's first system block, new in every request: no prompt, and it would keep a cache from being found."""
 
-_ATTACHED: Final = frozenset({"base64", "url", "file"})
+_ATTACHED: Final = ("base64", "url", "file")
 _OWN_STATUS: Final = {502: 500, 503: 529}
 _KINDS: Final = {
     401: "authentication_error",
@@ -52,7 +53,7 @@ class Asked:
 
 def read_messages(body: bytes) -> Asked:
     """Reads a messages request, or says in one sentence what is wrong with it."""
-    members = json_splice.read(body)
+    members = read_request(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:

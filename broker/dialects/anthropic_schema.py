@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from broker.dialects.bounds import MESSAGES_MAX, STOPS_MAX, TOOLS_MAX
 from broker.dialects.json_schema import (
     Schema,
     any_value,
@@ -23,13 +24,16 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "MessagesRequest": thing(
         {
             "model": name("A model, an alias, or a name that routing knows, as GET /v1/models lists them."),
-            "messages": list_of(thing({"role": one_of("user", "assistant", "system"), "content": _content}), least=1),
+            "messages": list_of(
+                thing({"role": one_of("user", "assistant", "system"), "content": _content}), least=1, most=MESSAGES_MAX
+            ),
         },
         {
             "system": maybe(_content),
-            "tools": maybe(list_of(thing({}))),
+            "tools": maybe(list_of(thing({}), most=TOOLS_MAX)),
             "stream": maybe(flag("Whether the answer comes as server-sent events while it is made.")),
             "max_tokens": maybe(whole("The most tokens of the answer.", least=1)),
+            "stop_sequences": {**any_value("Where the answer shall end."), "maxItems": STOPS_MAX},
             "metadata": any_value("`user_id` keeps the conversations of several users apart."),
         },
         "Keys that are not named here go to a runtime that speaks the dialect as they are.",

@@ -195,7 +195,7 @@ def _tools(request: Mapping[str, Any]) -> dict[str, object]:
         kind = choice.get("type")
         if kind == "tool" and isinstance(choice.get("name"), str):
             found["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}}
-        elif kind in _CHOICES:
+        elif isinstance(kind, str) and kind in _CHOICES:
             found["tool_choice"] = _CHOICES[kind]
         if isinstance(choice.get("disable_parallel_tool_use"), bool):
             found["parallel_tool_calls"] = not choice["disable_parallel_tool_use"]

@@ -52,9 +52,10 @@ def one_of(*values: Any, words: str = "") -> Schema:
     return {"enum": list(values), **_said(words)}
 
 
-def list_of(items: Schema, words: str = "", *, least: int = 0) -> Schema:
-    """An array."""
-    return {"type": "array", "items": items, **_said(words), **({"minItems": least} if least else {})}
+def list_of(items: Schema, words: str = "", *, least: int = 0, most: int = 0) -> Schema:
+    """An array; `most` 0 = however long."""
+    bounds = {"minItems": least, "maxItems": most}
+    return {"type": "array", "items": items, **_said(words), **{key: value for key, value in bounds.items() if value}}
 
 
 def thing(required: dict[str, Schema], optional: dict[str, Schema] | None = None, words: str = "") -> Schema:

@@ -13,10 +13,6 @@ from typing import Any, NamedTuple, NoReturn
 
 from broker.errors import BadRequest
 
-DEPTH_MAX = 200
-"""Objects and lists within each other, the body itself among them. Well below what Python's own stack bears, which
-depends on who reads: what the api can read, a worker must be able to read and to write anew."""
-
 
 class Member(NamedTuple):
     """One `"key": value` of the object; the three offsets count bytes of the body."""
@@ -28,16 +24,9 @@ class Member(NamedTuple):
     end: int
 
 
-def read(body: bytes) -> list[Member]:
-    """Scans what a client sent; refuses what is nested more deeply than DEPTH_MAX."""
-    members = scan(body)
-    if len(body.translate(None, _NO_BRACKETS)) > 2 * DEPTH_MAX:
-        _check_depth(members)
-    return members
-
-
-def scan(body: bytes, *, finite: bool = True) -> list[Member]:
-    """Lists the top-level members of a JSON object in the order of the body, duplicates included.
+def scan(body: bytes, *, finite: bool = True, most: int = 0) -> list[Member]:
+    """Lists the top-level members of a JSON object in the order of the body, duplicates included; of more than `most`
+    it reads no further and raises BadRequest.
 
     `finite=False` lets NaN and Infinity pass, which some runtimes write although JSON has no such words.
     """
@@ -46,7 +35,7 @@ def scan(body: bytes, *, finite: bool = True) -> list[Member]:
     except UnicodeDecodeError as broken:
         raise BadRequest(f"the body is not valid UTF-8 (byte {broken.start})") from None
     try:
-        members = _scan_text(text, (_STRICT if finite else _LENIENT).raw_decode)
+        members = _scan_text(text, (_STRICT if finite else _LENIENT).raw_decode, most)
     except json.JSONDecodeError as broken:
         where = f"line {broken.lineno} column {broken.colno} (char {broken.pos})"
         raise BadRequest(f"the body is not valid JSON: {broken.msg} at {where}") from None
@@ -121,22 +110,6 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_depth(members: list[Member]) -> None:
-    level = [member.value for member in members if isinstance(member.value, _CONTAINERS)]
-    for _ in range(DEPTH_MAX):
-        if not level:
-            return
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if type(value) is dict else value)
-            if isinstance(inner, _CONTAINERS)
-        ]
-    raise BadRequest("the body is nested too deeply")
-
-
-_CONTAINERS = (dict, list)
-_NO_BRACKETS = bytes(range(256)).translate(None, b"[]{}")
 _INFINITE = float("inf")
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _LENIENT = json.JSONDecoder()
@@ -144,7 +117,7 @@ _SPACE = frozenset(" \t\n\r")
 _skip_space = re.compile(r"[ \t\n\r]*").match
 
 
-def _scan_text(text: str, raw_decode: Any) -> list[Member]:
+def _scan_text(text: str, raw_decode: Any, most: int) -> list[Member]:
     """Walks over the object once; offsets count characters."""
     at = _after_space(text, 0)
     if text[at : at + 1] != "{":
@@ -163,6 +136,8 @@ def _scan_text(text: str, raw_decode: Any) -> list[Member]:
                 raise json.JSONDecodeError("Expecting ':' delimiter", text, colon)
         start = _after_space(text, colon + 1)
         value, end = raw_decode(text, start)
+        if most and len(members) == most:
+            raise BadRequest(f"the body may have {most:,} keys at most")
         members.append(Member(key, value, at, start, end))
         at = _after_space(text, end)
         mark = text[at : at + 1]

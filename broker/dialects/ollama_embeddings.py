@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.dialects.openai_stream import read_complaint
 from broker.dialects.vectors import WholeAnswer
 from broker.errors import BadRequest
@@ -204,7 +205,7 @@ def _shortened(vector: bytes, dimensions: int) -> bytes:
 
 
 def _scan(body: bytes) -> dict[str, Any]:
-    request = {member.key: member.value for member in json_splice.read(body)}
+    request = {member.key: member.value for member in read_request(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")

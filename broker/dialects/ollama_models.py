@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.errors import BadRequest
 
 VERSION: Final = "0.33.0"
@@ -71,7 +71,7 @@ def show(model: Shown) -> dict[str, Any]:
 
 def asked_to_show(body: bytes) -> str:
     """Reads which model an /api/show request is about; older clients call it `name`."""
-    request = {member.key: member.value for member in json_splice.read(body)}
+    request = {member.key: member.value for member in read_request(body)}
     name = request.get("model") or request.get("name")
     if not isinstance(name, str):
         raise BadRequest("model must be the name of a model", "model")

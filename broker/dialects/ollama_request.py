@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.errors import BadRequest
 
 BYTES_PER_TOKEN = 4
@@ -144,7 +145,7 @@ def _asked(shape: Shape, request: dict[str, Any], *, tokens: int, images: int, s
 
 
 def _scan(body: bytes) -> tuple[list[json_splice.Member], dict[str, Any]]:
-    members = json_splice.read(body)
+    members = read_request(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:

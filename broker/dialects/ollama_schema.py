@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from broker.dialects.bounds import MESSAGES_MAX, TOOLS_MAX
 from broker.dialects.json_schema import (
     Schema,
     any_value,
@@ -65,9 +66,10 @@ SCHEMAS: Final[dict[str, Schema]] = {
                         },
                     ),
                     "Without one the answer comes at once: it asks for the model to be loaded, or unloaded.",
+                    most=MESSAGES_MAX,
                 )
             ),
-            "tools": maybe(list_of(thing({}))),
+            "tools": maybe(list_of(thing({}), most=TOOLS_MAX)),
             **_common,
         },
     ),
@@ -87,7 +89,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "OllamaEmbedRequest": thing(
         {"model": MODEL},
         {
-            "input": maybe(some(text(), list_of(text()), words="Without one the answer comes at once.")),
+            "input": maybe(
+                some(text(), list_of(text(), most=MESSAGES_MAX), words="Without one the answer comes at once.")
+            ),
             "dimensions": some(nothing(), whole(least=1), words="How long the vectors shall be at most."),
         },
     ),

@@ -39,7 +39,7 @@ _REFUSED: Final = {
     "suffix": "a suffix",
 }
 _PICTURES: Final = {"iVBOR": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp"}
-_EFFORTS: Final = frozenset({"low", "medium", "high"})
+_EFFORTS: Final = ("low", "medium", "high")
 
 
 def to_chat(
@@ -58,7 +58,7 @@ def to_chat(
     request = asked.request
     if native := ollama_request.only_native(request):
         raise BadRequest(f"{_REFUSED[native]} needs a model that an Ollama serves, and {model} is not one", native)
-    messages = _chat_messages(request["messages"]) if asked.shape == "chat" else _prompt_messages(request)
+    messages = _chat_messages(request.get("messages") or []) if asked.shape == "chat" else _prompt_messages(request)
     if plain:
         messages = [{key: told for key, told in message.items() if key != "reasoning_content"} for message in messages]
     chat: dict[str, object] = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.dialects.openai_fold import fold_chat
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
 from broker.errors import BadRequest
@@ -38,8 +39,8 @@ TOKENS_PER_MESSAGE = 4  # role and separators of a chat template
 TOKENS_PER_IMAGE = 1024  # what vision models of this size make of a usual picture; its base64 is not text
 
 _USAGE_ASKED: Final = b'{"include_usage":true}'
-_ATTACHMENTS: Final = frozenset({"image_url", "input_image", "image", "input_audio", "file"})
-_IMAGES: Final = frozenset({"image_url", "input_image", "image"})
+_ATTACHMENTS: Final = ("image_url", "input_image", "image", "input_audio", "file")
+_IMAGES: Final = ("image_url", "input_image", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class ChatFacts:
 
 def read_chat(body: bytes) -> ChatFacts:
     """Reads a chat request, or says in one sentence what is wrong with it. Unknown keys are the runtime's to judge."""
-    members = json_splice.read(body)
+    members = read_request(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:

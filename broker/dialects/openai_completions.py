@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.dialects.openai_fold import extended
 from broker.dialects.openai_stream import ChatReader
 from broker.errors import BadRequest
@@ -34,7 +34,7 @@ class CompletionFacts:
 
 def read_completion(body: bytes) -> CompletionFacts:
     """Reads a request, or says in one sentence what is wrong with it. Unknown keys are the runtime's to judge."""
-    request = {member.key: member.value for member in json_splice.read(body)}
+    request = {member.key: member.value for member in read_request(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.dialects.openai_stream import read_complaint
 from broker.dialects.vectors import WholeAnswer
 from broker.errors import BadRequest
@@ -37,7 +38,7 @@ class EmbeddingFacts:
 def read_embeddings(body: bytes) -> EmbeddingFacts:
     """Reads a request for vectors, or says in one sentence what is wrong with it. Unknown keys are the runtime's to
     judge."""
-    request = {member.key: member.value for member in json_splice.read(body)}
+    request = {member.key: member.value for member in read_request(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")

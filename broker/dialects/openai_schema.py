@@ -3,6 +3,7 @@
 from typing import Final
 
 from broker.dialects import openai, openai_completions
+from broker.dialects.bounds import MESSAGES_MAX, STOPS_MAX, TOOLS_MAX
 from broker.dialects.json_schema import (
     Schema,
     any_value,
@@ -23,6 +24,7 @@ MODEL: Final = name("A model, an alias, or a name that routing knows, as GET /v1
 STREAM: Final = maybe(flag("Whether the answer comes as server-sent events while it is made."))
 STREAM_OPTIONS: Final = maybe(thing({}, {"include_usage": any_value("`true` asks for one more chunk with the usage.")}))
 CACHE_KEY: Final = any_value("Names the conversation: its requests go where its prompt is cached.")
+STOP: Final[Schema] = {**any_value("Where the answer shall end, each of these left out."), "maxItems": STOPS_MAX}
 BEYOND: Final = "Keys that are not named here go to the runtime as they are, and are its to judge."
 
 _tokens: Final = some(
@@ -40,7 +42,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "ChatRequest": thing(
         {
             "model": MODEL,
-            "messages": list_of(thing({}), "As the runtime's chat template takes them.", least=1),
+            "messages": list_of(thing({}), "As the runtime's chat template takes them.", least=1, most=MESSAGES_MAX),
         },
         {
             "stream": STREAM,
@@ -48,7 +50,8 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "n": maybe(whole("How many answers.", least=1, most=openai.MAX_CHOICES)),
             "max_completion_tokens": maybe(whole("The most tokens of an answer.", least=1)),
             "max_tokens": maybe(whole("Its older name.", least=1)),
-            "tools": any_value("Functions that the model may call."),
+            "tools": {**any_value("Functions that the model may call."), "maxItems": TOOLS_MAX},
+            "stop": STOP,
             "prompt_cache_key": CACHE_KEY,
         },
         BEYOND,
@@ -61,6 +64,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "n": maybe(whole(f"Prompts times n may be {openai_completions.MAX_CHOICES} at most.", least=1)),
             "best_of": maybe(whole("Not above n: of an answer that is streamed nothing can be taken back.", least=1)),
             "max_tokens": maybe(whole("The most tokens of an answer.", least=0)),
+            "stop": STOP,
             "suffix": any_value("What follows the text that is to be written, for runtimes that fill in."),
             "prompt_cache_key": CACHE_KEY,
         },
@@ -72,7 +76,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "input": some(
                 text(),
                 list_of({"type": "integer"}, least=1),
-                list_of(some(text(), list_of({}, "Token numbers.")), least=1),
+                list_of(some(text(), list_of({}, "Token numbers.")), least=1, most=MESSAGES_MAX),
                 words="A text, several, the token numbers of one, or of several.",
             ),
         },

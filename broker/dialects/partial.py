@@ -8,10 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 _THINKS = re.compile(r"\s*(<think|<reasoning|\[THINK\]|<\|channel)", re.IGNORECASE)
 """How thoughts begin that a runtime did not take out of the text: what follows cannot be told from them."""
+
+ODD: Final = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError)
+"""What reading raises where something is not of the kind that it should be: then nobody can tell what it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ def _delta_text(choice: dict[str, Any]) -> Any:
 def _gathered(read: Callable[[], Iterator[str]], more: Callable[[], dict[str, Any]] = dict) -> Partial | None:
     try:
         pieces = [piece for piece in read() if piece]
-    except (_NotPlain, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # or nothing that we know
+    except (_NotPlain, *ODD):
         return None
     text = "".join(pieces)
     return None if _THINKS.match(text) else Partial(text=text, pieces=len(pieces), **more())

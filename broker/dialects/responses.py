@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from broker.dialects import json_splice
+from broker.dialects.bounds import read_request
 from broker.dialects.responses_input import chat_messages
 from broker.dialects.responses_stream import ResponsesReader
 from broker.dialects.responses_tools import Tools
@@ -123,7 +124,7 @@ def responses_reader(body: bytes, *, served_as: str, job_id: str) -> ResponsesRe
 
 
 def _read(body: bytes) -> _Read:
-    request = {member.key: member.value for member in json_splice.read(body)}
+    request = {member.key: member.value for member in read_request(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")

@@ -5,6 +5,7 @@ system and developer messages) becomes one system message: many chat templates t
 """
 
 import json
+import re
 from typing import Any, Final
 
 from broker.dialects.responses_tools import Tools, chat_name
@@ -18,6 +19,8 @@ NOT_FOR_CHAT: Final = frozenset(
     "tool_search_call tool_search_output compaction".split()
 )
 """Items of tools that are left out; a local model would not understand them."""
+
+_WORD: Final = re.compile(r"[a-z_]{1,40}")
 
 Message = dict[str, Any]
 
@@ -72,7 +75,7 @@ class _Builder:
         elif kind == "item_reference":
             raise BadRequest("item references are not supported: the gateway keeps no items; send the item", where)
         elif not isinstance(kind, str) or kind not in NOT_FOR_CHAT:
-            raise BadRequest(f"{where} is of type {str(kind)[:40]}, which is not supported", where)
+            raise BadRequest(f"{where} is of {_shown(kind)}, which is not supported", where)
 
     def say(self, role: str, content: str | list[Message]) -> None:
         if role == "assistant":
@@ -138,7 +141,12 @@ def _part(part: object, where: str) -> Message:
             raise BadRequest(f"{where} must have an image_url: the gateway keeps no files", f"{where}.image_url")
         detail = {"detail": part["detail"]} if isinstance(part.get("detail"), str) else {}
         return {"type": "image_url", "image_url": {"url": part["image_url"], **detail}}
-    raise BadRequest(f"{where} is of type {str(kind)[:40]}, which is not supported", where)
+    raise BadRequest(f"{where} is of {_shown(kind)}, which is not supported", where)
+
+
+def _shown(kind: object) -> str:
+    """Names a type in an error as far as it is a word: whatever else stands there may be the prompt."""
+    return f"type {kind}" if isinstance(kind, str) and _WORD.fullmatch(kind) else "a type"
 
 
 def _text(item: Message, key: str, where: str) -> str:

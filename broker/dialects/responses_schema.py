@@ -3,6 +3,7 @@
 from typing import Final
 
 from broker.dialects import responses_input
+from broker.dialects.bounds import MESSAGES_MAX, TOOLS_MAX
 from broker.dialects.json_schema import (
     Schema,
     any_value,
@@ -27,7 +28,11 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "ResponsesRequest": thing(
         {
             "model": name("A model, an alias, or a name that routing knows, as GET /v1/models lists them."),
-            "input": some(text(), list_of(ref("ResponsesItem"), least=1), words="A text, or what was said so far."),
+            "input": some(
+                text(),
+                list_of(ref("ResponsesItem"), least=1, most=MESSAGES_MAX),
+                words="A text, or what was said so far.",
+            ),
         },
         {
             "instructions": maybe(text("What stands before everything else.")),
@@ -35,7 +40,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "store": maybe(flag("Accepted, and answered with false: nothing is kept.")),
             "parallel_tool_calls": maybe(flag()),
             "max_output_tokens": maybe(whole("The most tokens of the answer.", least=1)),
-            "tools": maybe(list_of(ref("ResponsesTool"), "Functions and custom tools; others are left out.")),
+            "tools": maybe(
+                list_of(ref("ResponsesTool"), "Functions and custom tools; others are left out.", most=TOOLS_MAX)
+            ),
             "tool_choice": ref("ResponsesToolChoice"),
             "text": maybe(thing({}, {"format": ref("ResponsesFormat")})),
             "reasoning": maybe(thing({}, {"effort": any_value("As the runtime's chat knows it.")})),

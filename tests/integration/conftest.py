@@ -36,6 +36,14 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
 
 
 @pytest_asyncio.fixture
+async def fake_store() -> AsyncIterator[Store]:
+    """The same on fakeredis alone, for what happens before anybody asks Redis."""
+    opened = Store.fake(fake_redis(), namespace=new_namespace())
+    yield opened
+    await opened.close()
+
+
+@pytest_asyncio.fixture
 async def scene(store: Store) -> AsyncIterator[Scene]:
     """A live api and a worker that does what the test says; everything warm, nothing asked for yet."""
     async with live_scene(store) as scene:

@@ -207,7 +207,7 @@ async def test_what_is_refused_at_the_door(redis_server: RedisServer, tmp_path: 
 async def test_a_body_that_is_too_large_is_a_413_of_the_dialect(redis_server: RedisServer, tmp_path: Path) -> None:
     async with a_gateway(redis_server, tmp_path) as (_, _, api):
         raw = await RawClient.open(api)
-        raw.writer.write(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n")
+        raw.writer.write(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n")
         assert await raw.head() == 413
         assert json.loads(await raw.body())["error"]["type"] == "request_too_large"
 

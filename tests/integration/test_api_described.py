@@ -17,10 +17,13 @@ import httpx
 import pytest
 
 from api import app, visit
+from api.limits import Limits
 from broker import errors, jobs, operator
 from broker.callers import Rights
 from broker.capabilities import EMBEDDING_ENDPOINTS
+from broker.lifecycle import State
 from broker.policies import PolicyBook
+from broker.records import JobRecord
 from broker.store import Store
 from tests.support.broker_world import new_namespace
 from tests.support.described import Book
@@ -154,8 +157,8 @@ class Stage:
     async def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
         return await self.ask("POST", path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
-    async def oversized(self, path: str, size: int = 50_000_000) -> None:
-        """Says how large its body is, and is answered before it has sent any of it."""
+    async def unfinished(self, path: str, sent: bytes = b"", *, size: int = 50_000_000) -> None:
+        """Says how large its body is, and is answered before it has sent more of it than this."""
         client = await RawClient.open(self.api)
         lines = [
             f"POST {path} HTTP/1.1",
@@ -163,7 +166,7 @@ class Stage:
             f"authorization: {KEY['authorization']}",
             f"content-length: {size}",
         ]
-        client.writer.write("\r\n".join([*lines, "", ""]).encode())
+        client.writer.write("\r\n".join([*lines, "", ""]).encode() + sent)
         status = await client.head()
         answer = httpx.Response(status, headers=client.headers, content=await client.body())
         client.close()
@@ -171,8 +174,11 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(store: Store, book: Book | None = None) -> AsyncIterator[Stage]:
-    async with live_api(store, keys=KEYS) as api, httpx.AsyncClient(base_url=api.url, timeout=30) as http:
+async def stage(store: Store, book: Book | None = None, limits: Limits | None = None) -> AsyncIterator[Stage]:
+    async with (
+        live_api(store, keys=KEYS, limits=limits) as api,
+        httpx.AsyncClient(base_url=api.url, timeout=30) as http,
+    ):
         book = book or Book((await http.get("/openapi.json")).json())
         yield Stage(api, book, http)
 
@@ -193,7 +199,7 @@ async def refused_generation(on: Stage, path: str) -> None:
     for name, model in (("fenced", "far"), ("modest", "plain"), ("spent", "plain")):
         await on.ask("POST", path, json=ask(path, model), headers=on.keys[name])
     await on.post(path, ask(path, "gone"))
-    await on.oversized(path)
+    await on.unfinished(path)
     for model in ("breaks", "slow", "lost", "hasty", "cold", *REFUSES):
         await on.post(path, ask(path, model))
     key = f"key{path.replace('/', '-')}"
@@ -241,7 +247,7 @@ async def refused_rest(on: Stage) -> None:
     for path in ("/api/show", COUNT):
         await on.post(path, {})
         await on.post(path, ask("/v1/messages", "nobody"))
-    await on.oversized(COUNT)
+    await on.unfinished(COUNT)
     await on.ask("POST", "/api/show", content=b" " * 70_000)
 
 
@@ -261,6 +267,17 @@ async def refused_keys(on: Stage) -> None:
     for name in ("ann", "nobody"):
         await on.ask("POST", rotate, f"/v1/keys/{name}/rotate")
         await on.ask("DELETE", revoke, f"/v1/keys/{name}")
+
+
+async def too_much(store: Store, book: Book) -> None:
+    """Provokes what is refused while a caller, or all together, hold as much as they may."""
+    async with stage(store, book, Limits(bodies_bytes=0)) as on:
+        await all_of(on.unfinished(kind.path, b"{", size=2) for kind in app.HOT)
+    async with stage(store, book, Limits(connections_of_caller=0)) as on:
+        await all_of(on.post(kind.path, {}) for kind in app.HOT)
+        job = JobRecord(id="followed", caller="ann", state=State.QUEUED)
+        await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
+        await on.ask("GET", "/v1/jobs/{job_id}/events", f"/v1/jobs/{job.id}/events")
 
 
 NEED_A_POLICY = [
@@ -363,6 +380,7 @@ async def test_every_described_answer_is_real(
         await refused_rest(on)
         for stream in (False, True):
             await on.post(COMPLETIONS, ask(COMPLETIONS, "completes", stream=stream))
+        await too_much(store, book)
         own_server.kill()
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
         await on.post("/v1/keys", {"name": "guest"})

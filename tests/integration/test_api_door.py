@@ -106,7 +106,7 @@ async def test_a_body_of_50_mb_is_refused_readably(scene: Scene, says_its_size: 
     client = await RawClient.open(scene.api)
     size = 50 << 20
     length = f"content-length: {size}" if says_its_size else "transfer-encoding: chunked"
-    client.writer.write(f"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\n{length}\r\n\r\n".encode())
+    client.writer.write(f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n{length}\r\n\r\n".encode())
 
     async def pour() -> None:
         piece = b"x" * (1 << 20)
@@ -128,8 +128,8 @@ async def test_a_body_of_50_mb_is_refused_readably(scene: Scene, says_its_size: 
 async def test_a_client_that_waits_for_leave_never_sends_the_body(scene: Scene) -> None:
     """`Expect: 100-continue` with a size over the limit is refused before a byte of it travels."""
     client = await RawClient.open(scene.api)
-    lines = "POST /v1/chat/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 50000000\r\nexpect: 100-continue\r\n\r\n"
-    client.writer.write(lines.encode())
+    lines = "host: localhost\r\ncontent-length: 50000000\r\nexpect: 100-continue"
+    client.writer.write(f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n\r\n".encode())
     assert await client.head() == 413
     client.close()
 

@@ -131,7 +131,7 @@ async def test_an_error_in_the_middle_ends_the_job_as_failed(
                     said += part.message.content or ""
             else:
                 await sdk.chat("coder", ASK)
-        assert failed.value.error == "an error was encountered while running the model"
+        assert failed.value.error == "the runtime says: an error was encountered while running the model"
         assert said == ("Hello" if stream else "")
         assert failed.value.status_code == (-1 if stream else 502)
         jobs = [key async for key in world.store.scan(world.store.keys.job("*"))]

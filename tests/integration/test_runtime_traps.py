@@ -213,7 +213,10 @@ async def test_a_routers_unload_in_the_middle_of_an_answer_is_no_success(tmp_pat
         await bench.runtime.unload()
         record = await serving
         assert (record.state, record.error) == (State.FAILED, "runtime_failed")
-        assert json.loads((await bench.log())[-1].data)["message"] == "proxy error: Failed to read connection"
+        assert (
+            json.loads((await bench.log())[-1].data)["message"]
+            == "the runtime says: proxy error: Failed to read connection"
+        )
 
 
 async def test_a_client_cannot_make_an_ollama_load_again(tmp_path: Path) -> None:

@@ -251,6 +251,8 @@ def process(*words: str, cwd: Path | None = None, **settings: str) -> Iterator[G
 def tells_no_traceback(text: str) -> None:
     """Fails where somebody is shown the inside of a program."""
     assert "Traceback (most recent call last)" not in text, text
+    places = re.findall(r"^.*\.py:\d+ in \w+$", text, re.MULTILINE)  # as `broker/logs` writes one
+    assert not places, text
 
 
 __all__ = [

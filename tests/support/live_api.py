@@ -15,6 +15,7 @@ import openai
 
 from api.app import Server
 from api.gateway import Gateway
+from api.limits import Limits
 from broker import errors, jobs
 from broker.callers import Keys, Rights
 from broker.keybook import KeyBook
@@ -96,10 +97,11 @@ class LiveApi:
 
 @asynccontextmanager
 async def live_api(
-    store: Store, *, keys: str = "", stop_after_s: float = 0.0, origins: str = ""
+    store: Store, *, keys: str = "", stop_after_s: float = 0.0, origins: str = "", limits: Limits | None = None
 ) -> AsyncIterator[LiveApi]:
     """Runs it for the length of the block; raw clients hang up with it."""
-    gateway = Gateway(store, KeyBook(store, Keys.parse(keys)), version="1.2.3", origins=frozenset(origins.split()))
+    book = KeyBook(store, Keys.parse(keys))
+    gateway = Gateway(store, book, version="1.2.3", origins=frozenset(origins.split()), limits=limits)
     server = QuietServer(gateway, stop_after_s=stop_after_s)
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[listener]), name="uvicorn")
@@ -132,7 +134,7 @@ class RawClient:
 
     async def send(self, method: str, path: str, body: bytes = b"", **headers: str) -> None:
         """Sends a request; header names are written with underscores."""
-        lines = [f"{method} {path} HTTP/1.1", "host: test", f"content-length: {len(body)}"]
+        lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         await self.writer.drain()
@@ -220,12 +222,14 @@ class Scene:
 
 
 @asynccontextmanager
-async def live_scene(store: Store, *, keys: str = "", policy: str = POLICY) -> AsyncIterator[Scene]:
+async def live_scene(
+    store: Store, *, keys: str = "", policy: str = POLICY, limits: Limits | None = None
+) -> AsyncIterator[Scene]:
     """Everything warm, nothing asked for yet."""
     book = PolicyBook(store)
     await book.apply(policy)
     worker = ScriptedWorker(store, book)
-    async with worker.running(), live_api(store, keys=keys) as running:
+    async with worker.running(), live_api(store, keys=keys, limits=limits) as running:
         scene = Scene(store, running, worker)
         worker.scripts = scripts(scene)
         yield scene

@@ -122,6 +122,19 @@ def test_broken_off_anywhere_it_is_the_same_answer(path: str, at: int, echoes: b
     assert plain(first + second) == plain(whole)
 
 
+@pytest.mark.parametrize(
+    "value", ["[1]", "1e999", '"x"', "null", "{}", '{"choices":[]}', '{"a":{}}', "[" * 500 + "]" * 500]
+)
+@pytest.mark.parametrize("path", BODIES)
+def test_what_a_runtime_should_not_have_said_is_no_text_to_go_on_from(path: str, value: str) -> None:
+    """Each word of a log in turn of another kind: whoever judges a lost answer judges those of all others too."""
+    log = read(asking(path).reader(), *answer(path, PIECES)[:4], end=False).decode()
+    words = list(re.finditer(r'(?<=":)("[^"]*"|\d+|null|\[(?=])|\{)', log))
+    assert len(words) > 5
+    for word in words:
+        continuing._TOLD[path]((log[: word.start()] + value + log[word.end() :]).encode())
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_what_the_runtime_is_asked(path: str) -> None:
     told = Partial(text="The sky \n", pieces=3)

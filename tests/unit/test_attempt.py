@@ -511,3 +511,34 @@ async def logged(bench: Bench, count: int) -> None:
         return len(await bench.log()) == count
 
     await eventually(check, what=f"{count} frames are in the log")
+
+
+@pytest.mark.parametrize("broken", ["workers.asking.Asking.request", "broker.continuing.judge"])
+async def test_a_request_that_breaks_our_own_code_ends_and_its_worker_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """`"think": []` ended the worker's process, and each worker after it that recovered the job."""
+
+    def breaks(*_: Any) -> bytes:
+        raise KeyError("zebra")
+
+    monkeypatch.setattr(broken, breaks)
+    ended = await bench.run(says(event({"content": "Hi"}), cut=True))
+    assert ended.outcome == "failed" and not ended.suspect
+    assert (await bench.record()).state is State.FAILED
+    assert (await bench.said())["code"] == "runtime_failed" and "zebra" not in str(await bench.said())
+    assert "event=unexpected" in caplog.text
+
+
+@pytest.mark.parametrize("status", [400, 501])
+async def test_the_words_of_a_runtime_reach_its_client_only(
+    bench: Bench, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They may repeat the prompt, as llama-server's do that cannot parse one."""
+    caplog.set_level("DEBUG")
+    await bench.run(refuses(status, "Failed to parse input: zebra"))
+    assert "zebra" in (await bench.said())["message"]
+    assert "event=fail" in caplog.text or "event=release" in caplog.text
+    assert "zebra" not in caplog.text
+    dead = await bench.world.store.command("XRANGE", bench.world.store.keys.dead, "-", "+")
+    assert "zebra" not in str(dead) and len(dead) == (status == 501)

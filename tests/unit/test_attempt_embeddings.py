@@ -154,9 +154,10 @@ async def test_a_busy_provider_is_left_alone_for_as_long_as_it_asks(
 async def test_the_words_of_a_provider_are_told_without_the_key(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.endpoint = PROVIDER
     caplog.set_level(logging.DEBUG)
-    await bench.run(busy(429, retry_after="20"))
+    await bench.run(busy(501, retry_after="20"))
 
-    assert "the runtime answered 429: slow down, *** (try again in 20 s)" in caplog.text
+    assert (await bench.record()).error_message == "the runtime answered 501: slow down, *** (try again in 20 s)"
+    assert "the runtime answered 501" in caplog.text and "slow down" not in caplog.text  # it may repeat the prompt
     assert KEY not in caplog.text
 
 

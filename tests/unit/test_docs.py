@@ -90,3 +90,18 @@ def _find(words: list[str]) -> tuple[Any, list[str]]:
     while hasattr(command, "commands") and left:
         command = command.commands[left.pop(0)]
     return command, left
+
+
+# --- security.md -------------------------------------------------------------------------------------------------
+
+
+def test_each_test_that_security_names_exists() -> None:
+    """A defence is as good as the test that fails without it. `…` stands for the file named before."""
+    text = (ROOT / "docs" / "security.md").read_text()
+    file, found = "", 0
+    for path, name in re.findall(r"`(tests/[\w/]+\.py|…)(?:::(\w+))?`", text):
+        file = file if path == "…" else path
+        code = (ROOT / file).read_text()
+        assert not name or f"def {name}(" in code, f"{file} has no {name}"
+        found += bool(name)
+    assert found > 30

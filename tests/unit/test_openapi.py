@@ -1,8 +1,10 @@
 """The OpenAPI document is made of the routes: none is left out, none made up, and whatever it points at is there."""
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -10,7 +12,7 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from api import app, openapi
+from api import app, connection, door, openapi
 from api.described import WISHES
 from api.exchange import Exchange
 from api.gateway import Gateway
@@ -20,6 +22,8 @@ from broker.callers import Keys
 from broker.errors import BadRequest
 from broker.store import Store
 from tests.support.broker_world import fake_redis
+
+ROOT = Path(__file__).parents[2]
 
 
 def written(*routes: Any, with_keys: bool = True) -> dict[str, Any]:
@@ -115,3 +119,12 @@ async def test_headers_are_judged_as_they_are_described(name: str) -> None:
             taken = False
         value = int(text) if WISHES[name].get("type") == "integer" and text.lstrip("-").isdigit() else text
         assert validator.is_valid(value) == taken, text
+
+
+def test_what_the_door_refuses_is_described_in_words() -> None:
+    """It stands at no route: whatever is asked, a request may end there."""
+    source = inspect.getsource(connection) + inspect.getsource(door)
+    codes = set(re.findall(r'Wrong\(\s*"(\w+)"', source))
+    assert len(codes) >= 8
+    for text in (openapi._ABOUT, (ROOT / "README.md").read_text()):
+        assert [code for code in codes if f"`{code}`" not in text] == []

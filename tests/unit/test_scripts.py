@@ -169,9 +169,9 @@ async def call_everything(world: World) -> None:
 ROWS = {
     "lane": "lane:<lane>", "from_lane": "lane:<lane>", "to_lane": "lane:<lane>", "job": "job:<id>",
     "request": "job:<id>:request", "frames": "job:<id>:frames", "readers": "readers:<id>",
-    "idem": "idem:<caller>:<key>", "model": "model:<model>", "host": "host:<host>",
+    "idem": "idem:<caller>:<digest>", "model": "model:<model>", "host": "host:<host>",
     "downgrades": "downgrades:<model>", "sticky": "sticky:<model>",
-    "retries": "retries:<caller>:<session>",
+    "retries": "retries:<caller>:<digest>",
     "learned": "learned:<model>:<host>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip

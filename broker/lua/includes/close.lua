@@ -69,7 +69,9 @@ local function close(k, p, f, now, id, to, ending)
     redis.call("PUBLISH", p.control_prefix .. f.owner, "cancel " .. id .. " " .. f.attempt)
   end
   if to == "failed" and code ~= "runtime_refused" and code ~= "context_length_exceeded" then
-    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", message,
+    -- what a runtime said itself stands behind the first colon, and may repeat the prompt: it lives no longer than the job
+    local why = code == "runtime_failed" and string.match(message, "^[^:]*") or message
+    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", why,
       "losses", f.losses)
   end
   count_end(p.day, f, now, to, code)

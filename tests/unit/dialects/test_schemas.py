@@ -21,6 +21,7 @@ from api.voices import voice_of
 from broker.dialects import (
     anthropic,
     anthropic_schema,
+    bounds,
     ollama_embeddings,
     ollama_models,
     ollama_request,
@@ -262,6 +263,33 @@ def test_a_right_request_is_right_to_both(name: str) -> None:
     for request in pair.right:
         pair.read(json.dumps(request).encode())
         validator(pair.schema).validate(request)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, key) for name in ("chat", "messages", "ollama chat") for key in ("messages", "tools")),
+        *((name, "input") for name in ("embeddings", "responses", "ollama embed")),
+        ("responses", "tools"),
+        ("chat", "stop"),
+        ("completions", "stop"),
+        ("messages", "stop_sequences"),
+    ],
+)
+def test_a_list_that_is_too_long_is_too_long_to_both(name: str, key: str) -> None:
+    pair, most = PAIRS[name], bounds.MOST[key]
+    found = [request for request in pair.right if isinstance(request.get(key), list) and request[key][0] != 1]
+    request = copy.deepcopy(found[0] if found else {**pair.right[0], key: ["x"]})
+    for count in (most, most + 1):
+        request[key] = request[key][:1] * count
+        wrong = next(validator(pair.schema).iter_errors(request), None)
+        if count == most:
+            pair.read(json.dumps(request).encode())
+            assert wrong is None
+        else:
+            with pytest.raises(BadRequest, match="items at most"):
+                pair.read(json.dumps(request).encode())
+            assert wrong is not None
 
 
 @pytest.mark.parametrize("name", PAIRS)
