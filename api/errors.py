@@ -65,6 +65,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.StaleAttempt: Row(500, _BROKEN),
     errors.Moved: Row(503, _BUSY, 1),
     errors.StalePolicy: Row(503, _BUSY, 1),
+    errors.Unjudged: Row(503, _BUSY, 1),
     errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
     errors.AlreadyEnded: Row(409, INVALID),

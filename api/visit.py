@@ -40,7 +40,7 @@ class Wishes:
 
     lane: str = ""
     session: str = ""
-    zone: str = "local"
+    leave: bool | None = None
     promote_within_ms: int | None = None
     idempotency_key: str = ""
     keep: bool = False
@@ -69,7 +69,7 @@ class Wishes:
         return cls(
             lane=header(b"x-gateway-lane"),
             session=session,
-            zone="remote" if leave == "true" else "local",
+            leave=None if leave == "" else leave == "true",
             promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
             idempotency_key=key,
             keep=on_disconnect == "keep",
@@ -87,7 +87,9 @@ class Wishes:
 class Visit:
     """A client at a job."""
 
-    def __init__(self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float) -> None:
+    def __init__(
+        self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float, may_leave: bool = True
+    ) -> None:
         self.exchange = exchange
         self.stream = job.stream
         self.voice = voice_of(job)
@@ -105,6 +107,7 @@ class Visit:
         self._anew = False
         self._away_since = 0.0
         self._model = ""
+        self._may_leave = may_leave
 
     @property
     def redis_came_back(self) -> bool:
@@ -252,6 +255,7 @@ class Visit:
                     may_retry=wishes.may_retry,
                     is_retry=wishes.is_retry,
                     promote_within_ms=wishes.promote_within_ms,
+                    may_leave=self._may_leave,
                 )
             except errors.BrokerUnavailable:
                 # The job may be in, its reply lost: look for it before anything can refuse it.

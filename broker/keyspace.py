@@ -88,6 +88,7 @@ TABLE: tuple[Family, ...] = (
         False,
         "`<fingerprint>/<id>[/<reader that fetched it>]` of jobs that an SDK's retry may come back to -> until when",
     ),
+    Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
@@ -107,6 +108,7 @@ class Keyspace:
         self.due = self._prefix + "due"
         self.hosts = self._prefix + "hosts"
         self.dead = self._prefix + "dead"
+        self.audit = self._prefix + "audit"
         self.policy = self._prefix + "policy"
 
     def lane(self, lane: str) -> str:

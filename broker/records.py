@@ -99,7 +99,11 @@ class JobRecord(_Hash):
     asked_number: int = 0  # its number among the jobs that asked for this model, 0 = they are not counted
     caller: str = "anonymous"
     session: str = ""
-    zone: str = "local"
+    zone: str = "local"  # `remote`: it is allowed to leave, as far as its caller has a say; never given afterwards
+    exits: str = ""  # remote lanes by which it may leave, with spaces between them, "" = any
+    judged: str = ""  # digest of the `remote:` rules that its content passed, `-` before those that it did not
+    leaves: str = ""  # hash of the copy of its body that would leave
+    left: str = ""  # JSON of what its audit record says of that copy: bytes, passed, redacted
     priority: str = "interactive"
     endpoint: str = "/v1/chat/completions"
     mode: str = "sync"
@@ -146,6 +150,11 @@ class JobRecord(_Hash):
         """Whether it has not ended."""
         return self.state not in ENDED
 
+    @property
+    def consent(self) -> str:
+        """How far it may leave, in one word or more: what two requests must share to be the same."""
+        return f"{self.zone} {self.exits}".rstrip()
+
     def public(self) -> dict[str, Any]:
         """What a client may see of its job."""
         hidden = {
@@ -153,6 +162,10 @@ class JobRecord(_Hash):
             "boot",
             "idem",
             "retries",
+            "exits",
+            "judged",
+            "leaves",
+            "left",
             "last_seq",
             "usage",
             "grace_ms",

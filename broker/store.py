@@ -284,6 +284,7 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "HELD": errors.LockHeld,
     "BADTRANSITION": errors.BadTransition,
     "TRUSTZONE": errors.TrustZoneRefused,
+    "UNJUDGED": errors.Unjudged,
     "IDEMMISMATCH": errors.IdempotencyMismatch,
     "SEEN": errors.BadTransition,
     "DOWNGRADES": errors.DowngradesCapped,

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from ulid import ULID
 
@@ -15,10 +15,18 @@ from api.visit import Visit, Wishes
 from broker import errors
 from broker.dialects import openai
 from broker.records import JobRecord
+from broker.trust import door
 
 log = logging.getLogger("warmlane.api")
 
 PATH = "/v1/chat/completions"
+
+
+class Leave(NamedTuple):
+    """Whether a caller's requests may leave at all, and the remote lanes for which they need not say so."""
+
+    may_leave: bool
+    standing: frozenset[str]
 
 
 class ChatCompletions:
@@ -66,6 +74,7 @@ class ChatCompletions:
             exchange,
             job,
             hold_s=gateway.book.active.policy.header_hold_ms / 1000 if job.stream else WHOLE_HOLD_S,
+            may_leave=self._leave_of(caller).may_leave,
         )
         exchange.watch()
         try:
@@ -115,15 +124,22 @@ class ChatCompletions:
             max_tokens=facts.max_tokens or 0,
         )
 
+    def _leave_of(self, _caller: str) -> Leave:
+        """What a caller's key says of leaving: every caller's request may, where it says so itself."""
+        return Leave(may_leave=True, standing=frozenset())
+
     def _job_of(self, wishes: Wishes, caller: str, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
         """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it."""
         policy = self._gateway.book.active.policy
+        leave = self._leave_of(caller)
+        zone, exits = door.consent(wishes.leave, may_leave=leave.may_leave, standing=leave.standing)
         return JobRecord(
             id=str(ULID()),
             asked=asked,
             caller=caller,
             session=wishes.session or session,
-            zone=wishes.zone,
+            zone=zone,
+            exits=exits,
             grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
             keep_ms=min(policy.keep_ms, self.keep_ms_max),
             endpoint=self.path,

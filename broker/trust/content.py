@@ -40,10 +40,6 @@ _escape = re.compile(rb"\\+(.?)", re.DOTALL)
 _BETWEEN = b"\n\x1e\n"  # no pattern of the scanner's reaches over it
 
 
-class ScannerNotReady(Exception):
-    """Nobody can say yet what is in the request; the words say why."""
-
-
 class _Unreadable(Exception):
     """The body is not what every reader would take it for."""
 

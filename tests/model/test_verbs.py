@@ -34,6 +34,7 @@ POLICIES = [
     policy_with(("weights-big\n", "weights-big\n    trust: remote\n")),
     "models:\n  big:\n    backend: simulated\n    model: weights-big\n    maxQueue: 3\n",
     CAPPED,
+    POLICY + "remote: { allow: [images] }\n",
 ]
 LANES = ("big", "small", "side", "far")
 BROKE = errors.RuntimeFailed("broke")
@@ -186,13 +187,14 @@ class Verbs(RuleBasedStateMachine):
     @takes(
         lane=st.sampled_from(LANES), sync=st.booleans(), stream=st.booleans(), grace=st.sampled_from([-1, 0, 4_000]),
         reader=st.booleans(), later=st.sampled_from([0, 0, 0, 1_500]), key=st.sampled_from(["", "", "a", "b"]),
-        body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), stale=st.sampled_from([False] * 5 + [True]),
+        body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), exits=st.sampled_from(["", "", "far", "side"]),
+        judged=st.sampled_from(["yes", "yes", "yes", "no", ""]), stale=st.sampled_from([False] * 5 + [True]),
         spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
         retried=st.booleans(),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
-        remote: bool, stale: bool, spills: bool, session: str, retried: bool,
+        remote: bool, exits: str, judged: str, stale: bool, spills: bool, session: str, retried: bool,
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -201,7 +203,8 @@ class Verbs(RuleBasedStateMachine):
         record = JobRecord(
             id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
-            session=session,
+            session=session, exits=exits if remote else "", judged=self.judged(lane, judged) if remote else "",
+            leaves="hash", left="{}",
         )  # fmt: skip
         idem = self.now.keys.get(w.store.keys.idem("anonymous", key)) if key else None
         twin = idem.value.decode().split(" ")[0] if idem else ""
@@ -211,7 +214,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.ModelUnavailable
         elif active.version != w.book.active.version:
             expected = errors.StalePolicy
-        elif twin and (self.bodies[twin], self.now.jobs[twin].zone) != (body, record.zone):
+        elif twin and (self.bodies[twin], self.now.jobs[twin].consent) != (body, record.consent):
             expected = errors.IdempotencyMismatch
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
@@ -265,7 +268,7 @@ class Verbs(RuleBasedStateMachine):
         body = other or self.bodies[like.id]
         fitting = {
             job.id for job in self.now.jobs.values()
-            if job.retries and (job.session, job.zone, self.bodies[job.id]) == (like.session, like.zone, body)
+            if job.retries and (job.session, job.consent, self.bodies[job.id]) == (like.session, like.consent, body)
             and (
                 (job.live and (not self.heard(self.now, job.id) or reader in self.now.readers(job.id)))
                 or (self.unheard.get(job.id) in ("", reader) and now < job.ended_at + 60_000)
@@ -354,8 +357,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif (lane_name, picture.entry) != (job.lane, job.entry):
             expected = errors.Moved
-        elif lane.trust == "remote" and job.zone != "remote":
-            expected = errors.TrustZoneRefused
+        elif lane.trust == "remote":
+            expected = self.kept_in(job, lane)
         got = self.act(
             f"claim {job.state}",
             lambda: lanes.claim(w.store, active, picture, host=host, boot=host + "-boot"),
@@ -367,6 +370,39 @@ class Verbs(RuleBasedStateMachine):
             assert [getattr(got.record, name) for name in CLAIMED] == [getattr(record, name) for name in CLAIMED]
             self.held.append(Holding(job.id, job.lane, got.attempt, host + "-boot"))
             self.said[job.id] = []
+
+    def judged(self, lane: str, word: str) -> str:
+        """The verdict under the rules in force for a lane, "" where it leads nowhere or nobody judged."""
+        into = self.world.book.active.lane(lane)
+        rules = self.world.rules(lane) if word and into is not None else ""
+        return {"yes": rules, "no": rules and "-" + rules, "": ""}[word]
+
+    def kept_in(self, job: JobRecord, lane: Lane) -> Expected:
+        """Why a claim that leads out refuses the job: its consent first, then the verdict on its content."""
+        rules = self.world.rules(lane.name)
+        if job.zone != "remote" or (job.exits and lane.name not in job.exits.split()):
+            return errors.TrustZoneRefused
+        if job.judged != rules:
+            return errors.TrustZoneRefused if job.judged == "-" + rules else errors.Unjudged
+        return None
+
+    @takes(pick=picks, passes=st.booleans(), confused=st.sampled_from(["", "", "", "entry", "policy"]))
+    def judge(self, pick: int, passes: bool, confused: str) -> None:
+        """A worker writes a verdict under the rules in force onto a waiting job; it never gives consent."""
+        job, w = self.some_job(pick, State.QUEUED), self.world
+        lane, active = w.book.active.lane(job.lane), self.old if confused == "policy" else w.book.active
+        if lane is None:
+            return
+        judged = self.judged(job.lane, "yes" if passes else "no")
+        expected: Expected = None
+        if active.version != w.book.active.version:
+            expected = errors.StalePolicy
+        elif job.state is not State.QUEUED or confused == "entry":
+            expected = errors.Moved
+        entry = "1-1" if confused == "entry" else job.entry
+        keys = [w.store.keys.job(job.id), w.store.keys.policy]
+        args = [active.version, job.lane, entry, judged, "hash", "{}"]
+        self.act(f"judge {job.state}", lambda: w.store.run("judge", keys, args), expected)
 
     @takes(pick=picks)
     def first_token(self, pick: int) -> None:
@@ -605,7 +641,17 @@ class Verbs(RuleBasedStateMachine):
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
-    @rule(steps=several("claim", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
+    @rule(job=DRAWN["submit"], number=st.integers(0, len(POLICIES) - 1), judge=DRAWN["judge"], claim=DRAWN["claim"])
+    def a_job_may_leave(self, job: dict[str, Any], number: int, judge: dict[str, Any], claim: dict[str, Any]) -> None:
+        """It waits in a lane that leads out; perhaps the rules change; perhaps it is judged anew; a worker comes."""
+        with suppress(NothingFits):
+            self.submit(**job | {"lane": "far", "remote": True, "exits": "", "stale": False, "later": 0})
+            self.apply(number)
+            pick = self.pick_of(self.ids[-1], State.QUEUED)
+            self.judge(**judge | {"pick": pick})
+            self.claim(**claim | {"pick": pick, "confused": ""})
+
+    @rule(steps=several("claim", "judge", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
     def workers_work(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 

@@ -26,7 +26,7 @@ MADE = {
     "usage": (("2026-10-30",), "usage:<day>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
-FIXED = ("due", "hosts", "dead", "policy")
+FIXED = ("due", "hosts", "audit", "dead", "policy")
 OTHER = {"family", "model_of", "learned_model_of", "usage_prefix"}
 
 
