@@ -25,6 +25,7 @@ from api.gateway import Gateway, new_api_id
 from api.listen import Listen
 from api.routes import (
     anthropic,
+    audit,
     chat,
     completions,
     embeddings,
@@ -96,7 +97,7 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
         redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (operator.router, models.router, jobs.router, ollama.router, health.router):
+    for routes in (operator.router, audit.router, models.router, jobs.router, ollama.router, health.router):
         rest.include_router(routes)
 
     @rest.exception_handler(errors.BrokerError)

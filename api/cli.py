@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from api.cli_audit import audit
 from api.cli_doctor import doctor
 from api.cli_init import init
 from api.cli_models import drain, model_app, undrain
@@ -41,6 +42,7 @@ app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
 app.command()(init)
 app.command()(doctor)
+app.command()(audit)
 app.command()(drain)
 app.command()(undrain)
 
