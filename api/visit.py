@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ulid import ULID
 
@@ -34,6 +35,15 @@ _SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
 
 
+class Asking(Protocol):
+    """Whoever has the headers of a request."""
+
+    headers: dict[bytes, bytes]
+
+    def header(self, name: bytes) -> str:
+        """Gives a header's text, "" if it was not sent."""
+
+
 @dataclass(frozen=True)
 class Wishes:
     """What the headers of a request ask of the gateway."""
@@ -48,7 +58,7 @@ class Wishes:
     is_retry: bool = False
 
     @classmethod
-    def of(cls, exchange: Exchange) -> "Wishes":
+    def of(cls, exchange: Asking) -> "Wishes":
         """Reads the headers; raises BadRequest."""
         header = exchange.header
         on_disconnect = header(b"x-gateway-on-disconnect").lower()
@@ -332,5 +342,5 @@ def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:
     return min(found, default=None)
 
 
-def _is_sdk(exchange: Exchange) -> bool:
+def _is_sdk(exchange: Asking) -> bool:
     return any(name.startswith(b"x-stainless-") for name in exchange.headers)

@@ -74,7 +74,7 @@ class ChatCompletions:
             exchange,
             job,
             hold_s=gateway.book.active.policy.header_hold_ms / 1000 if job.stream else WHOLE_HOLD_S,
-            may_leave=self._leave_of(caller).may_leave,
+            may_leave=self.leave_of(caller).may_leave,
         )
         exchange.watch()
         try:
@@ -124,14 +124,19 @@ class ChatCompletions:
             max_tokens=facts.max_tokens or 0,
         )
 
-    def _leave_of(self, _caller: str) -> Leave:
+    def job_of(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord | None:
+        """The job that a request would be, None where it needs none; raises Refused."""
+        job = self._job(body, wishes, caller)
+        return job if isinstance(job, JobRecord) else None
+
+    def leave_of(self, _caller: str) -> Leave:
         """What a caller's key says of leaving: every caller's request may, where it says so itself."""
         return Leave(may_leave=True, standing=frozenset())
 
     def _job_of(self, wishes: Wishes, caller: str, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
         """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it."""
         policy = self._gateway.book.active.policy
-        leave = self._leave_of(caller)
+        leave = self.leave_of(caller)
         zone, exits = door.consent(wishes.leave, may_leave=leave.may_leave, standing=leave.standing)
         return JobRecord(
             id=str(ULID()),
