@@ -7,7 +7,7 @@ once, to see that the search would notice.
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -336,14 +336,76 @@ def test_no_path_leads_a_local_only_request_out_for_long() -> None:
     run_state_machine_as_test(Door, settings=settings(QUICK, max_examples=1_500, stateful_step_count=60))
 
 
+Story = Callable[[Door], None]
+LOCAL, LEAVES, BY_FAR = ("local", ""), ("remote", ""), ("remote", "far")
+
+
+def story(*steps: tuple[Any, ...], rules: int = 0, warm: bool = True) -> Story:
+    """A few steps of the machine, in this order."""
+
+    def tell(machine: Door) -> None:
+        machine.begin(rules, warm)
+        for name, *arguments in steps:
+            getattr(machine, name)(*arguments)
+
+    return tell
+
+
+def asks(kind: str, consent: tuple[str, str], model: str, key: str = "") -> tuple[Any, ...]:
+    return "ask", kind, consent, model, 0, key, False, False
+
+
+WORKS = [("work", 0, 0, "done", False)] * 2  # the first time it may have to be judged
+STORIES: dict[str, Story] = {
+    "the claim does not ask for consent": story(asks("plain", LOCAL, "near"), ("change", 6), ("take_over", 0), *WORKS),
+    "the claim does not ask by which lane": story(
+        asks("plain", BY_FAR, "near"), ("change", 6), ("take_over", 0), *WORKS
+    ),
+    "the claim does not ask by which rules": story(
+        asks("tool", LEAVES, "cloud"), ("change", 0), ("take_over", 0), *WORKS, rules=1
+    ),
+    "the claim leaves no record": story(asks("plain", LEAVES, "cloud"), *WORKS),
+    "a promotion leads out": story(asks("plain", LEAVES, "near"), ("promote", 0, "far")),
+    "due tries to promote out": story(
+        asks("plain", LOCAL, "near"), ("time_passes", 2_000), ("look", 0, False), warm=False
+    ),
+    "admission does not ask for consent": story(asks("plain", LOCAL, "far")),
+    "admission does not ask the rules": story(asks("tool", LEAVES, "far")),
+    "nobody looks for secrets": story(asks("secret", LEAVES, "far")),
+    "nobody looks for files in messages": story(asks("file", LEAVES, "far")),
+    "a model's own rules are not asked": story(asks("tool", LEAVES, "far"), rules=2),
+    "the runtime that is held is not asked": story(asks("plain", LEAVES, "far"), ("change", 5), *WORKS),
+    "the body itself is sent": story(asks("plain", LEAVES, "cloud"), *WORKS, rules=4),
+    "a retry joins whatever has its body": story(asks("plain", LEAVES, "near", "k"), asks("plain", LOCAL, "near", "k")),
+    "who judges anew lets all pass": story(
+        asks("tool", LEAVES, "cloud"), ("change", 0), ("take_over", 0), *WORKS, rules=1
+    ),
+}
+"""For each guard the shortest way that it alone bars, and that the search above walks too."""
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda name: name.replace(" ", "-"))
 def test_a_guard_that_is_taken_out_is_missed(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A search that finds nothing proves nothing until it finds what was planted."""
-    plant: Plant = FAULTS[fault]
-    with plant(), pytest.raises(Leak) as caught:
-        run_state_machine_as_test(Door, settings=HUNT)
+    """Each alone, by what the double and the second opinion see; with the guard in place there is nothing to see."""
+    for plant in (nullcontext, FAULTS[fault]):
+        machine = Door()
+        try:
+            with plant(), nullcontext() if plant is nullcontext else pytest.raises(Leak) as caught:
+                STORIES[fault](machine)
+        finally:
+            machine.teardown()
     with capsys.disabled():
         print(f"\n{fault}: {caught.value}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda name: name.replace(" ", "-"))
+def test_the_search_finds_what_is_planted(fault: str) -> None:
+    """A search that finds nothing proves nothing until it finds what was planted."""
+    plant: Plant = FAULTS[fault]
+    with plant(), pytest.raises(Leak):
+        run_state_machine_as_test(Door, settings=HUNT)
 
 
 def test_the_search_sees_requests_leave() -> None:
