@@ -25,7 +25,7 @@ from broker.policies import PolicyBook
 from broker.policy import Model
 from broker.records import JobRecord, Waiting
 from broker.store import Store
-from broker.trust import audit, door
+from broker.trust import audit, door, secrets
 from tests.model.leaks import FAULTS, HOLDS, RULES, Plant, Request, Rules, body_of
 from tests.support.broker_world import LONG_MS, World, fake_redis, new_namespace
 from workers import dispatcher as dispatcher_module
@@ -313,8 +313,11 @@ def _nothing(*_words: object) -> None: ...
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pauses(scanner: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no verdict that a slow machine puts off: it would only keep a request in."""
     monkeypatch.setattr(dispatcher_module, "RETRY_PAUSE_S", 0)
+    monkeypatch.setattr(door, "JUDGE_S_MAX", 600)
+    monkeypatch.setattr(secrets, "SCAN_S_MAX", 600)
 
 
 QUICK = settings(
@@ -355,7 +358,7 @@ def asks(kind: str, consent: tuple[str, str], model: str, key: str = "") -> tupl
     return "ask", kind, consent, model, 0, key, False, False
 
 
-WORKS = [("work", 0, 0, "done", False)] * 2  # the first time it may have to be judged
+WORKS = [("work", 0, 0, "done", False)] * 3  # a worker may have to hear of the policy first, and then to judge
 STORIES: dict[str, Story] = {
     "the claim does not ask for consent": story(asks("plain", LOCAL, "near"), ("change", 6), ("take_over", 0), *WORKS),
     "the claim does not ask by which lane": story(
