@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.routing import Match, Route
 
 from api import errors as told
 from api.asgi import App, Receive, Scope, Send
@@ -23,6 +24,7 @@ from api.cors import Cors
 from api.exchange import CutConnection
 from api.gateway import Gateway, new_api_id
 from api.listen import Listen
+from api.openapi import Document
 from api.routes import (
     anthropic,
     audit,
@@ -34,6 +36,7 @@ from api.routes import (
     models,
     ollama,
     ollama_generations,
+    openapi,
     operator,
     responses,
 )
@@ -52,25 +55,25 @@ KEEP_ALIVE_S = 75
 """Longer than the pools of clients keep theirs, so that nobody writes into a connection that we just closed."""
 STOP_MARGIN_S = 1
 
+HOT = (
+    chat.ChatCompletions,
+    completions.Completions,
+    embeddings.Embeddings,
+    responses.Responses,
+    anthropic.Messages,
+    anthropic.CountTokens,
+    ollama_generations.OllamaChat,
+    ollama_generations.OllamaGenerate,
+    ollama_generations.OllamaEmbed,
+    ollama_generations.OllamaEmbeddings,
+)
+REST = (operator.router, audit.router, models.router, jobs.router, ollama.router, health.router, openapi.router)
+
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
     """Gives the ASGI application; its lifespan runs the gateway's parts and calls `crashed` when one of them breaks."""
-    hot = {
-        route.path: route
-        for route in (
-            chat.ChatCompletions(gateway),
-            completions.Completions(gateway),
-            embeddings.Embeddings(gateway),
-            responses.Responses(gateway),
-            anthropic.Messages(gateway),
-            anthropic.CountTokens(gateway),
-            ollama_generations.OllamaChat(gateway),
-            ollama_generations.OllamaGenerate(gateway),
-            ollama_generations.OllamaEmbed(gateway),
-            ollama_generations.OllamaEmbeddings(gateway),
-        )
-    }
-    rest = _rest(gateway, crashed)
+    hot = {kind.path: kind(gateway) for kind in HOT}
+    rest = rest_of(gateway, crashed)
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
         # The hot routes stay outside of FastAPI, whose middleware would touch every piece of every answer.
@@ -80,7 +83,9 @@ def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) 
     return Cors(door, gateway.origins) if gateway.origins else door
 
 
-def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
+def rest_of(gateway: Gateway, crashed: Callable[[], None] = lambda: None) -> FastAPI:
+    """Gives the endpoints that are not hot, as FastAPI serves them."""
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         try:
@@ -94,11 +99,13 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
     rest = FastAPI(
         title="warmlane", version=gateway.version, summary="A gateway for local LLMs.", lifespan=lifespan,
-        redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # they load scripts from elsewhere
+        redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None,  # ours is `openapi`
     )  # fmt: skip
     rest.state.gateway = gateway
-    for routes in (operator.router, audit.router, models.router, jobs.router, ollama.router, health.router):
-        rest.include_router(routes)
+    for router in REST:
+        rest.include_router(router)
+    routes = [route for router in REST for route in router.routes]
+    rest.state.document = Document([*HOT, *routes], version=gateway.version, with_keys=bool(gateway.keys))
 
     @rest.exception_handler(errors.BrokerError)
     async def refused(request: Request, error: errors.BrokerError) -> Response:
@@ -111,7 +118,10 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
     @rest.exception_handler(405)
     async def other_method(request: Request, _error: Exception) -> Response:
         words = f"{request.url.path} does not take {request.method}"
-        return _response(told.Wrong("method_not_allowed", words, 405, told.INVALID), request)
+        response = _response(told.Wrong("method_not_allowed", words, 405, told.INVALID), request)
+        here = (r for r in routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE)
+        response.headers["allow"] = ", ".join(sorted({method for route in here for method in route.methods or ()}))
+        return response
 
     @rest.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
@@ -126,7 +136,8 @@ def _rest(gateway: Gateway, crashed: Callable[[], None]) -> FastAPI:
 
 
 def _response(wrong: told.Wrong, request: Request) -> Response:
-    response = Response(wrong.body(request.url.path), wrong.status_at(request.url.path))
+    dialect = told.dialect_of(request.url.path)
+    response = Response(dialect.body(wrong), dialect.status(wrong))
     response.raw_headers = [*response.raw_headers, *wrong.headers()]
     return response
 

@@ -8,11 +8,13 @@ a 503 by itself, and nobody wants a cancelled generation a second time. And what
 import json
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from broker import errors
-from broker.dialects import anthropic, ollama, openai
+from broker.dialects import anthropic, ollama, openai, openai_completions, responses
+from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
 from broker.records import Frame
 
 log = logging.getLogger("warmlane.api")
@@ -20,8 +22,8 @@ log = logging.getLogger("warmlane.api")
 RETRY_AFTER_S_MAX = 30
 """Clients give up, or sleep for hours, over a longer one."""
 
-OLLAMAS = "/api/"
-"""How the paths of the Ollama dialect begin."""
+TOO_SLOW = 504
+"""Of a runtime that was not broken, but too slow."""
 
 INVALID = "invalid_request_error"
 """OpenAI's `type` of whatever the client itself can mend."""
@@ -80,7 +82,6 @@ _PARAMS: dict[type[errors.BrokerError], str] = {
     errors.WrongEndpoint: "model",
     errors.UnknownLane: "X-Gateway-Lane",
     errors.IdempotencyMismatch: "Idempotency-Key",
-    errors.ContextTooLong: "messages",
 }
 
 
@@ -95,32 +96,6 @@ class Wrong:
     param: str | None = None
     retry_after_s: int | None = None
 
-    def body(self, path: str = "") -> bytes:
-        """The error object in the dialect of the path that was asked."""
-        if path.startswith(OLLAMAS):
-            told = ollama.error_object(self.code, self.message, retry_after_s=self.retry_after_s)
-        elif path.startswith(anthropic.PATH):
-            told = anthropic.error_object(self.code, self.message, status=self.status, retry_after_s=self.retry_after_s)
-        else:
-            told = openai.error_object(
-                self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
-            )
-        return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
-
-    def status_at(self, path: str) -> int:
-        """The status as the dialect of the path that was asked has it."""
-        return anthropic.own_status(self.status) if path.startswith(anthropic.PATH) else self.status
-
-    def event(self, path: str = "") -> bytes:
-        """The same inside a stream whose status has been sent; nothing may follow it."""
-        if path.startswith(OLLAMAS):
-            return ollama.error_event(self.code, self.message, retry_after_s=self.retry_after_s)
-        if path.startswith(anthropic.PATH):
-            return anthropic.error_event(self.code, self.message, status=self.status, retry_after_s=self.retry_after_s)
-        return openai.error_event(
-            self.code, self.message, kind=self.kind, param=self.param, retry_after_s=self.retry_after_s
-        )
-
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that go with the status."""
         found = [(b"content-type", b"application/json")]
@@ -129,6 +104,83 @@ class Wrong:
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class Dialect:
+    """How clients of one dialect are told what went wrong: by a body and a status, or by an event inside a stream whose
+    status has been sent, which nothing may follow."""
+
+    schema: str  # of an error's body, as `/openapi.json` calls it
+    told: Callable[[Wrong], dict[str, Any]]
+    event: Callable[[Wrong], bytes]
+    status: Callable[[Wrong], int] = lambda wrong: wrong.status
+
+    def body(self, wrong: Wrong) -> bytes:
+        """The error object."""
+        return json.dumps(self.told(wrong), separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _openais(prompt: str) -> Dialect:
+    """OpenAI's, at an endpoint that calls its prompt so."""
+
+    def words(wrong: Wrong) -> dict[str, Any]:
+        param = prompt if wrong.code == errors.ContextTooLong.code else wrong.param
+        return {"kind": wrong.kind, "param": param, "retry_after_s": wrong.retry_after_s}
+
+    return Dialect(
+        "OpenAIError",
+        lambda wrong: openai.error_object(wrong.code, wrong.message, **words(wrong)),
+        lambda wrong: openai.error_event(wrong.code, wrong.message, **words(wrong)),
+    )
+
+
+_OLLAMAS = Dialect(
+    "OllamaError",
+    lambda wrong: ollama.error_object(wrong.code, wrong.message, retry_after_s=wrong.retry_after_s),
+    lambda wrong: ollama.error_event(wrong.code, wrong.message, retry_after_s=wrong.retry_after_s),
+)
+_ANTHROPICS = Dialect(
+    "AnthropicError",
+    lambda wrong: anthropic.error_object(
+        wrong.code, wrong.message, status=wrong.status, retry_after_s=wrong.retry_after_s
+    ),
+    lambda wrong: anthropic.error_event(
+        wrong.code, wrong.message, status=wrong.status, retry_after_s=wrong.retry_after_s
+    ),
+    lambda wrong: anthropic.own_status(wrong.status),
+)
+_SPOKEN: tuple[tuple[str, Dialect], ...] = (
+    ("/api/", _OLLAMAS),
+    (anthropic.PATH, _ANTHROPICS),
+    (responses.PATH, _openais("input")),
+    (openai_completions.PATH, _openais("prompt")),
+    (EMBEDDINGS, _openais("input")),
+    ("", _openais("messages")),
+)
+"""How the paths of a dialect begin."""
+
+
+def dialect_of(path: str) -> Dialect:
+    """Gives the dialect that is spoken at a path, whether anything is served there or not."""
+    return next(dialect for beginning, dialect in _SPOKEN if path.startswith(beginning))
+
+
+def statuses(kind: type[errors.BrokerError], path: str) -> list[int]:
+    """Gives every status by which a client of the path may hear of such an error."""
+    row = ROWS[kind]
+    found: tuple[int, ...] = (row.status,)
+    if kind is errors.RuntimeFailed:
+        found = (row.status, TOO_SLOW)
+    if kind is errors.RuntimeRefused:
+        found = errors.RuntimeRefused.STATUSES
+    told = dialect_of(path).status
+    return [told(Wrong(kind.code, "", status, row.kind)) for status in found]
+
+
+def schema_of(path: str) -> str:
+    """Names the schema of an error's body in the dialect of the path."""
+    return dialect_of(path).schema
 
 
 def wrong(error: errors.BrokerError) -> Wrong:
@@ -156,8 +208,8 @@ def ended(frame: Frame, *, retry_after_s: int | None = None) -> Wrong:
     found = Wrong(code, str(said.get("message") or "the job ended without an answer"), row.status, row.kind)
     if kind is errors.RuntimeRefused and isinstance(status, int | float) and 400 <= status < 500:
         return replace(found, status=int(status))
-    if kind is errors.RuntimeFailed and status == 504:  # it was not broken, it was too slow
-        found = replace(found, status=504)
+    if kind is errors.RuntimeFailed and status == TOO_SLOW:
+        found = replace(found, status=TOO_SLOW)
     if row.retry_after_s is None:
         return found
     wait_s = retry_after_s if retry_after_s and kind in (errors.ColdStartDeadline, errors.JobExpired) else None

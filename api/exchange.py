@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from api.asgi import Receive, Scope, Send
-from api.errors import Wrong
+from api.errors import Wrong, dialect_of
 from broker import errors
 from broker.frames import FrameReader, Restarted
 from broker.records import Frame
@@ -51,7 +51,8 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
-        self.event_of: Callable[[Wrong], bytes] = self._event_of
+        self.dialect = dialect_of(self.path)
+        self.event_of: Callable[[Wrong], bytes] = self.dialect.event
         self.in_band = False
         self.why: type[Interrupted] | None = None
         self.sending_since = 0.0
@@ -156,14 +157,11 @@ class Exchange:
             if wrong.code == errors.BodyTooLarge.code:
                 await self._refuse_body(wrong)
             else:
-                await self.answer(wrong.status_at(self.path), [*wrong.headers(), *headers], wrong.body(self.path))
+                await self.answer(self.dialect.status(wrong), [*wrong.headers(), *headers], self.dialect.body(wrong))
         elif self.in_band:
             await self.write(self.event_of(wrong), last=True)
         else:
             raise CutConnection(wrong.code)
-
-    def _event_of(self, wrong: Wrong) -> bytes:
-        return wrong.event(self.path)
 
     def _expect(self, until: float) -> None:
         """Sees to it that `next` ends in time. One timer lives on over all frames: a timeout for each would cost more
@@ -206,9 +204,9 @@ class Exchange:
 
     async def _refuse_body(self, wrong: Wrong) -> None:
         """Answers before the body is read, and drops what comes for a moment: a reset would take our answer with it."""
-        body = wrong.body(self.path)
+        body = self.dialect.body(wrong)
         size = (b"content-length", str(len(body)).encode())
-        await self.start(wrong.status_at(self.path), [*wrong.headers(), size, (b"connection", b"close")])
+        await self.start(self.dialect.status(wrong), [*wrong.headers(), size, (b"connection", b"close")])
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         try:
             async with asyncio.timeout(LINGER_S_MAX):

@@ -16,9 +16,9 @@ from broker.hosts import Fleet
 from broker.metrics import Metrics
 from broker.policies import Active, PolicyBook
 from broker.readers import Readers
-from broker.status import Places
 from broker.store import Store
 from broker.trust import secrets as scanner
+from broker.waits import Waits
 
 log = logging.getLogger("warmlane.api")
 
@@ -48,7 +48,7 @@ class Gateway:
         self.hub = Hub(store, name=api_id or new_api_id())
         self.due = Due(store, self.book, self.fleet)
         self.readers = Readers(store, self.due)
-        self.places = Places(store, self.fleet)
+        self.waits = Waits(store, self.fleet)
         self.metrics = Metrics(version=version)
         self.exchanges: set[Exchange] = set()
         self.stopping = False

@@ -35,7 +35,7 @@ async def send_stream(visit: Visit) -> None:
             if not exchange.started:
                 await exchange.start(200, [*voice.headers, *visit.waiting_headers()], in_band=True)
             await exchange.write(beat)
-            until = visit.loop.time() + HEARTBEAT_S
+            until = visit.loop.time() + min(HEARTBEAT_S, visit.patience_s)
             continue
         if isinstance(found, Restarted):
             if visit.delivered:
@@ -50,7 +50,7 @@ async def send_stream(visit: Visit) -> None:
         if last is None:
             await exchange.write(_passed(voice, parts))
             visit.delivered = True
-            until = visit.loop.time() + HEARTBEAT_S
+            until = visit.loop.time() + min(HEARTBEAT_S, visit.patience_s)
         elif not failed:
             await exchange.write(_passed(voice, [*parts, voice.done]), last=True)
             return visit.finished()
@@ -74,7 +74,7 @@ async def send_whole(visit: Visit) -> None:
             if not exchange.started:
                 await exchange.start(200, [*JSON, *visit.waiting_headers()])
             await exchange.write(b" ")
-            until = visit.loop.time() + HEARTBEAT_S
+            until = visit.loop.time() + min(HEARTBEAT_S, visit.patience_s)
             continue
         if isinstance(found, Restarted):
             whole.clear()

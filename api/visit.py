@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,6 +14,7 @@ from api.gateway import Gateway
 from api.voices import CountedVoice, voice_of
 from broker import admission, dispatch, errors, jobs, lanes
 from broker.frames import FrameReader
+from broker.lifecycle import ENDED, State
 from broker.metrics import OTHER
 from broker.records import JobRecord
 from broker.store import OUTAGE_LIMIT_S
@@ -22,16 +24,22 @@ log = logging.getLogger("warmlane.api")
 DOOR_OUTAGE_S = 5.0
 """How long a request waits at the door while Redis is away; it holds nothing yet and may as well try elsewhere."""
 DOOR_PAUSE_S = 0.1
+JOIN_TRIES = 3
 QUICK_S = 0.05
 """An answer that began within this is not worth a look into the job's record for its headers."""
 RECORD_S_MAX = 0.25
 
 PATIENCE_SHARE = 0.8
-"""The part of an SDK's read timeout after which a fallback is tried: it has to answer within the rest."""
+"""The part of an SDK's read timeout after which a fallback is tried: it has to answer within the rest. It is also the
+longest silence that the client has to bear, for its timeout counts anew with each byte."""
+PATIENCE_S_MIN = 0.5
 
+WITHIN_MS_MAX = 86_400_000
+
+_MS = re.compile(r"[0-9]{1,8}")
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?")
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_SESSION = re.compile(r"[\x21-\x7e]{1,128}")
+KEY = re.compile(r"[\x21-\x7e]{1,255}")
+SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
 
 
@@ -52,6 +60,7 @@ class Wishes:
     session: str = ""
     leave: bool | None = None
     promote_within_ms: int | None = None
+    patience_s: float = math.inf  # how long the client is to hear nothing
     idempotency_key: str = ""
     keep: bool = False
     may_retry: bool = False
@@ -65,13 +74,13 @@ class Wishes:
         if on_disconnect not in ("", "keep", "cancel"):
             raise errors.BadRequest("X-Gateway-On-Disconnect must be keep or cancel", "X-Gateway-On-Disconnect")
         key = header(b"idempotency-key")
-        if key and not _KEY.fullmatch(key):
+        if key and not KEY.fullmatch(key):
             raise errors.BadRequest("Idempotency-Key must be 1 to 255 visible characters", "Idempotency-Key")
         session = header(b"x-session-affinity")
-        if session and not _SESSION.fullmatch(session):
+        if session and not SESSION.fullmatch(session):
             raise errors.BadRequest("X-Session-Affinity must be 1 to 128 visible characters", "X-Session-Affinity")
         within = header(b"x-slo-ttft-ms")
-        if within and not (within.isdecimal() and within.isascii() and 0 < int(within[:12]) <= 86_400_000):
+        if within and not (_MS.fullmatch(within) and 0 < int(within) <= WITHIN_MS_MAX):
             raise errors.BadRequest("X-SLO-TTFT-Ms must be a whole number of milliseconds above 0", "X-SLO-TTFT-Ms")
         leave = header(b"x-gateway-allow-remote").lower()
         if leave not in ("", "true", "false"):
@@ -81,6 +90,7 @@ class Wishes:
             session=session,
             leave=None if leave == "" else leave == "true",
             promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
+            patience_s=_patience_s(header(b"x-stainless-read-timeout"), header(b"x-stainless-timeout")),
             idempotency_key=key,
             keep=on_disconnect == "keep",
             may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
@@ -98,12 +108,20 @@ class Visit:
     """A client at a job."""
 
     def __init__(
-        self, gateway: Gateway, exchange: Exchange, job: JobRecord, *, hold_s: float, may_leave: bool = True
+        self,
+        gateway: Gateway,
+        exchange: Exchange,
+        job: JobRecord,
+        *,
+        hold_s: float,
+        patience_s: float = math.inf,
+        may_leave: bool = True,
     ) -> None:
         self.exchange = exchange
         self.stream = job.stream
         self.voice = voice_of(job)
-        self.hold_s = hold_s
+        self.hold_s = min(hold_s, patience_s)
+        self.patience_s = patience_s
         self.job_id = job.id
         self.lane = ""
         self.delivered = False
@@ -128,19 +146,19 @@ class Visit:
         """Lets the job in, or finds the one that an Idempotency-Key leads to; raises Refused, ClientGone."""
         gateway = self._gateway
         try:
-            admitted = await self._admit(body, wishes)
+            admitted = await self._let_in(body, wishes)
         except errors.Refused as refusal:
             gateway.metrics.refused(self._known_lane(getattr(refusal, "lane", self._job.asked)), refusal.code)
             if wishes.lane and isinstance(refusal, errors.UnknownModel):
                 raise errors.UnknownLane(refusal.asked, refusal.suggestions) from None
             raise
         self.lane = admitted.lane
-        if admitted.attached:
-            await self._join(admitted.job_id)
-        if not self._anew:  # else the client may have heard this voice already
+        if not self.exchange.started:  # else the client has heard this voice already
             self.voice = voice_of(replace(self._job, id=self.job_id), body)
             if isinstance(self.voice, CountedVoice):
                 self.exchange.event_of = self.voice.failed
+        elif isinstance(self.voice, CountedVoice):
+            self.voice.taken_over(self.job_id)
         gateway.readers.add(self._name, self.job_id, sees=self.stream)
         gateway.metrics.submitted(self.lane, attached=admitted.attached)
 
@@ -170,9 +188,9 @@ class Visit:
         nobody_returns = not self._attached and (grace_ms == 0 or (grace_ms > 0 and self.delivered))
         try:
             left = await jobs.detach(self._gateway.store, self.job_id, reader=self._name)
-            if left == 0 and nobody_returns:
-                await jobs.cancel(self._gateway.store, self.job_id, message="its client hung up")
-        except (errors.NoSuchJob, errors.AlreadyEnded):
+            if left == 0 and nobody_returns:  # but a retry may have come since
+                await jobs.cancel(self._gateway.store, self.job_id, message="its client hung up", only="unread")
+        except (errors.NoSuchJob, errors.AlreadyEnded, errors.NotDue):
             pass
         except errors.BrokerUnavailable as e:  # then the end of the lease does it
             log.debug("event=leave_later job=%s reason=%s", self.job_id, e)
@@ -247,6 +265,13 @@ class Visit:
         lane, model = self._known_lane(self.lane), self._known_model(self._model)
         self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
 
+    async def _let_in(self, body: bytes, wishes: Wishes) -> admission.Admitted:
+        for _ in range(JOIN_TRIES):
+            admitted = await self._admit(body, wishes)
+            if not admitted.attached or await self._join(admitted.job_id, by_key=bool(wishes.idempotency_key)):
+                return admitted
+        raise errors.ModelUnavailable("the earlier jobs of this request end as fast as they begin", retry_after_s=1)
+
     async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
         g = self._gateway
         unsure, began = False, self.loop.time()
@@ -282,20 +307,23 @@ class Visit:
         except errors.NoSuchJob:
             return None
 
-    async def _join(self, job_id: str) -> None:
-        """Follows the earlier job from its first frame."""
+    async def _join(self, job_id: str, *, by_key: bool) -> bool:
+        """Follows the earlier job from its first frame; False where it is gone, or ended so just now that it frees its
+        key: then the request is a new one."""
         g = self._gateway
-        g.hub.close(self.reader)
-        self.job_id, self._attached = job_id, True
-        self.reader = g.hub.open(job_id)
         try:
-            await jobs.attach(
+            state, _, _ = await jobs.attach(
                 g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self.stream
             )  # fmt: skip
         except errors.NoSuchJob:
-            gone = errors.ModelUnavailable("the earlier job of this request is just gone", retry_after_s=1)
-            raise gone from None
+            return False
+        if by_key and state in ENDED - {State.DONE}:
+            return False
+        g.hub.close(self.reader)
+        self.job_id, self._attached = job_id, True
+        self.reader = g.hub.open(job_id)
         self.reader.look()
+        return True
 
     async def _record(self) -> JobRecord | None:
         try:
@@ -323,23 +351,29 @@ async def _words(gateway: Gateway, job: JobRecord) -> str:
         return f"{job.model} on {job.owner} is generating"
     if job.owner:
         return f"{job.model} on {job.owner} reads the prompt, {max(0, now - job.claimed_at) // 1000} s so far"
-    view = gateway.fleet.view(job.lane)
-    ahead = await gateway.places.ahead(job.lane, job.entry)
-    words = f"waiting in lane {job.lane} behind {ahead}, {job.model} is {view.availability}"
-    fresh = gateway.fleet.fresh_tokens(job.model, session=job.session, tokens=job.tokens)
-    left_ms = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now, fresh_tokens=fresh)
-    if left_ms is not None and left_ms < 86_400_000:
-        words += f", about {max(1, round(left_ms / 1000))} s to the first token"
-    return words
+    wait = await gateway.waits.of(job)
+    words = wait.words() if wait is not None else f"the job is {job.state.value}"
+    return f"the answer broke off and goes on as soon as it can: {words}" if job.continue_by else words
 
 
 def _soonest_ms(within_ms: str, read_timeout_s: str) -> int | None:
     """How soon the first token is wanted: as the client says, and before its SDK hangs up. What an SDK says of itself
     may be anything, such as the 600 s that nobody chose or no number at all; then it says nothing."""
     found = [int(within_ms)] if within_ms else []
-    if _SECONDS.fullmatch(read_timeout_s) and float(read_timeout_s) > 0:
-        found.append(max(1, round(float(read_timeout_s) * 1000 * PATIENCE_SHARE)))
+    if timeout_s := _seconds(read_timeout_s):
+        found.append(max(1, round(timeout_s * 1000 * PATIENCE_SHARE)))
     return min(found, default=None)
+
+
+def _patience_s(*timeouts_s: str) -> float:
+    """How long a client is to hear nothing: Python's SDKs hang up after so long without a byte, Node's when no headers
+    came within theirs."""
+    found = [seconds for text in timeouts_s if (seconds := _seconds(text))]
+    return max(PATIENCE_S_MIN, min(found) * PATIENCE_SHARE) if found else math.inf
+
+
+def _seconds(text: str) -> float:
+    return float(text) if _SECONDS.fullmatch(text) else 0.0
 
 
 def _is_sdk(exchange: Asking) -> bool:

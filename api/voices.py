@@ -109,6 +109,10 @@ class CountedVoice:
     def heartbeat(self, note: str) -> bytes:
         return self._voice.heartbeat(note)
 
+    def taken_over(self, job_id: str) -> None:
+        """Tells that another job makes the answer, in which the client is not to see another response."""
+        self._voice.taken_over(job_id)
+
     def passing(self, data: bytes) -> bytes:
         """Counts what a worker wrote."""
         return self._voice.passing(data)

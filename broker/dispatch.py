@@ -20,6 +20,10 @@ INTERACTIVE_MEMORY_MS = 600_000
 AFFINITY_MS = 250
 """For this long a job is left to the host that has its session's prompt in a cache."""
 
+FORETOLD_MS_MAX = 86_400_000
+SHORT_PROMPT_TOKENS = 512
+"""A prompt that is read in next to no time, however fast the model reads."""
+
 Availability = Literal["warm", "degraded", "waking", "cold", "unavailable"]
 
 
@@ -124,6 +128,27 @@ def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens:
     turns = behind / slots if view.availability in ("warm", "degraded") else math.ceil(behind / slots)
     reading = fresh_tokens * 1000 / view.prefill_tps if view.prefill_tps > 0 else 0.0
     return ready + turns * service + reading + (view.first_token_ms or 0.0)
+
+
+def foretold_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0) -> int | None:
+    """Predicts the first token for those who wait: only where everything that it depends on has been measured.
+
+    A decision needs some number and assumes what it does not know; a person would take it for a promise.
+    """
+    found = first_token_in_ms(view, ahead=ahead, now_ms=now_ms, fresh_tokens=fresh_tokens)
+    if found is None or found > FORETOLD_MS_MAX:
+        return None
+    loads = view.availability in ("cold", "waking")
+    if loads and (view.load_ms <= 0 or view.room_at > now_ms):
+        return None  # others make room at that instant at the earliest
+    if view.availability == "waking" and now_ms - view.waking_since > view.load_ms:
+        return None  # it waits for something before it loads, or takes longer than it ever did
+    at_once = max(1, view.slots_total) if loads else view.slots_free
+    if ahead >= at_once and view.service_ms <= 0:
+        return None
+    if fresh_tokens > SHORT_PROMPT_TOKENS and view.prefill_tps <= 0:
+        return None
+    return round(found)
 
 
 def promotion_helps(here: float | None, there: float | None, *, there_budget_ms: int, overdue: bool) -> bool:

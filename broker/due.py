@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from broker import dispatch, errors, jobs, lanes
+from broker import continuing, dispatch, errors, jobs, lanes
 from broker.capabilities import cannot_do
 from broker.hosts import Fleet
 from broker.lifecycle import HELD, State
@@ -92,10 +92,12 @@ class Due:
             await store.command("ZREM", store.keys.due, job_id)
             return Looked("gone")
         if 0 < job.abandon_at <= now and self._leases_count():
-            await jobs.cancel(store, job_id, message="its client went away", if_abandoned=True)
+            await jobs.cancel(store, job_id, message="its client went away", only="abandoned")
             return Looked("abandoned", late_ms=now - job.abandon_at)
         if job.state in HELD:
             return await self._held(job, now)
+        if job.continue_by:
+            return await self._half_told(job, now)
         if job.give_up_at <= now:
             await lanes.expire(store, job, self._reason(job))
             return Looked("expired", late_ms=now - job.give_up_at)
@@ -110,8 +112,10 @@ class Due:
             return Looked("not_due")
         if not self._leases_count():
             return Looked("not_due")
-        policy = self._book.active.policy
-        again = await lanes.recover(self._store, job, max_losses=policy.max_losses)
+        active = self._book.active
+        within_ms = continuing.within_ms(active, job) if job.seen else None
+        go_on = await continuing.judge(self._store, job, within_ms=within_ms)
+        again = await lanes.recover(self._store, job, max_losses=active.policy.max_losses, go_on=go_on)
         log.warning(
             "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
             job.id,
@@ -121,6 +125,14 @@ class Due:
             "queued" if again else "failed",
         )
         return Looked("recovered" if again else "lost", late_ms=now - job.lease_until)
+
+    async def _half_told(self, job: JobRecord, now: int) -> Looked:
+        """A part of its answer is told and it waits to be gone on from: it stays with its model, and not for long."""
+        if job.continue_by > now:
+            return Looked("not_due")
+        words = f"the answer broke off, and {job.model} could not go on with it in time"
+        await lanes.expire(self._store, job, errors.WorkerLost(words))
+        return Looked("expired", late_ms=now - job.continue_by)
 
     def _leases_count(self) -> bool:
         """Whether leases may be judged: when Redis or we just came back, nobody has had a chance to renew yet."""

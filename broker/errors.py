@@ -232,6 +232,8 @@ class RuntimeRefused(JobEnded):
     """The runtime read the request and refused it with a 4xx."""
 
     code = "runtime_refused"
+    STATUSES: ClassVar = (400, 404, 413, 415, 422)
+    """Those of a runtime that are its word on the request; any other is the runtime's own trouble."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)

@@ -1,7 +1,8 @@
 """How an answer reaches its readers: one listening connection per process, many readers, and the log behind them.
 
 Pub/sub carries, the log decides. A reader that misses a message, reads too slowly or comes late refills from the log,
-so it gets every frame once and in order, or is told that the answer started again (`Restarted`).
+so it gets every frame once and in order, or is told that the answer started again (`Restarted`). An attempt that goes
+on from an earlier one counts on behind its last frame: `1-17`, then `2-18`. Whether that is so, the log says.
 """
 
 import asyncio
@@ -209,7 +210,7 @@ class FrameReader:
         self._queue = deque(frames + pushed)
         self._bytes = sum(len(f.data) for f in self._queue)
         first = frames[0]
-        if first.attempt > attempt and seq > 0:
+        if first.attempt > attempt and seq > 0 and first.seq != seq + 1:
             self._after = (first.attempt, 0)
             return Restarted(first.attempt)
         self._after = (first.attempt, first.seq - 1)

@@ -31,13 +31,29 @@ class Holding:
     boot: str
 
 
-async def first_token(store: Store, held: Holding, data: bytes) -> None:
-    """Logs the first frame; from here on the job is streaming. Raises StaleAttempt, AlreadyEnded."""
+@dataclass(frozen=True)
+class GoOn:
+    """A judgement: the answer can be gone on from its frame `last_seq`, if a worker takes it within this time."""
+
+    last_seq: int
+    within_ms: int
+
+    @staticmethod
+    def args(judged: "GoOn | None") -> tuple[int, int]:
+        """What the scripts are told; None = the answer cannot be gone on from."""
+        return (judged.last_seq, judged.within_ms) if judged is not None else (-1, 0)
+
+
+async def first_token(store: Store, held: Holding, data: bytes, *, seq: int = 1) -> None:
+    """Logs the attempt's first frame; from here on the job is streaming. Raises StaleAttempt, AlreadyEnded, FrameGap.
+
+    `seq` is above 1 where the attempt goes on from an earlier one's frames.
+    """
     keys = store.keys
     await store.run_through(
         "first_token",
         [keys.job(held.job_id), keys.frames(held.job_id)],
-        [store.now_arg(), held.job_id, held.attempt, 1, data, keys.frames_channel("")],
+        [store.now_arg(), held.job_id, held.attempt, seq, data, keys.frames_channel("")],
     )
 
 
@@ -93,11 +109,12 @@ async def end(
 
 
 async def release(
-    store: Store, held: Holding, *, loss: bool, max_losses: int, error: errors.BrokerError
+    store: Store, held: Holding, *, loss: bool, max_losses: int, error: errors.BrokerError, go_on: GoOn | None = None
 ) -> Literal["queued", "failed"]:
     """Gives a held job back to its lane; after too many losses it ends with `error` instead.
 
-    Raises BadTransition when a client has seen part of the answer: then only `end` is honest.
+    Raises BadTransition when a client has seen part of the answer and `go_on` does not say that another attempt can go
+    on from there: then only `end` is honest. Raises Moved when frames came since that was judged.
     """
     args = [
         store.now_arg(),
@@ -109,6 +126,7 @@ async def release(
         max_losses,
         error.code,
         str(error),
+        *GoOn.args(go_on),
     ]
     reply = await store.run_through("release", closing_keys(store, held.job_id, held.lane), args)
     return "queued" if reply[0] == b"queued" else "failed"
@@ -121,16 +139,20 @@ async def renew(store: Store, held: Holding, *, lease_ms: int) -> None:
 
 
 async def cancel(
-    store: Store, job_id: str, *, message: str = "cancelled by its caller", if_abandoned: bool = False
+    store: Store,
+    job_id: str,
+    *,
+    message: str = "cancelled by its caller",
+    only: Literal["", "abandoned", "unread"] = "",
 ) -> str:
     """Ends a job in any live state and tells its worker; gives the state that it was in.
 
-    `if_abandoned`: only if no reader is left whose lease and grace still run (raises NotDue otherwise).
+    `only` = if no reader is left whose lease and grace still run, or none whose lease does (raises NotDue otherwise).
     Raises NoSuchJob, AlreadyEnded.
     """
     for _ in range(MOVED_TRIES):
         job = await read(store, job_id)
-        args = [store.now_arg(), job_id, GROUP, *prefixes(store), job.lane, job.entry, int(if_abandoned), message]
+        args = [store.now_arg(), job_id, GROUP, *prefixes(store), job.lane, job.entry, only, message]
         try:
             was: bytes = await store.run("cancel", closing_keys(store, job_id, job.lane), args)
             return was.decode()

@@ -88,12 +88,13 @@ TABLE: tuple[Family, ...] = (
         False,
         "`<fingerprint>/<id>[/<reader that fetched it>]` of jobs that an SDK's retry may come back to -> until when",
     ),
+    Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family("usage:<day>", "hash", "90 days", True, "counters of the day"),
     Family("policy", "hash", "always", True, "active policy, its version and history, retiring lanes"),
     Family("frames:<api>", "channel", "-", False, "frames for the readers of one api process"),
-    Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload"),
+    Family("control:<host>", "channel", "-", False, "cancel, stop, an operator's drain, undrain, unload, count"),
 )
 
 
@@ -181,6 +182,10 @@ class Keyspace:
     def retries(self, caller: str, session: str) -> str:
         """Zset of the jobs of a session that an SDK's retry may come back to."""
         return f"{self._prefix}retries:{caller}:{session}"
+
+    def count(self, question_id: str) -> str:
+        """String with a prompt whose tokens are to be counted."""
+        return f"{self._prefix}count:{question_id}"
 
     def usage(self, day: str) -> str:
         """Hash of a day's counters; `day` is YYYY-MM-DD in UTC."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from broker import downgrades, errors
 from broker.hosts import Fleet
-from broker.jobs import closing_keys, prefixes
+from broker.jobs import GoOn, closing_keys, prefixes
 from broker.keyspace import GROUP
 from broker.lifecycle import State
 from broker.policies import Active
@@ -315,31 +315,41 @@ async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
     await store.run("expire", closing_keys(store, job.id, job.lane), args)
 
 
-async def recover(store: Store, job: JobRecord, *, max_losses: int, host: str = "", boot: str = "") -> bool:
-    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue.
+async def recover(
+    store: Store, job: JobRecord, *, max_losses: int, host: str = "", boot: str = "", go_on: GoOn | None = None
+) -> bool:
+    """Puts a job back whose worker is lost, or ends it `worker_lost`; True if it waits again. Raises NotDue, and Moved
+    when frames came since `go_on` was judged.
 
     A worker that has its name for itself passes `host` and `boot`: jobs of its earlier lives need no lease to end.
     """
     message = f"the worker on {job.owner or 'its host'} went away while it served this request"
     args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.attempt, max_losses, message, host, boot]
+    args += GoOn.args(go_on)
     reply = await store.run("recover", closing_keys(store, job.id, job.lane), args)
     return bool(reply[0] == b"queued")
 
 
 async def held_by(store: Store, lane: str, host: str, *, limit: int = 1000) -> list[str]:
-    """Lists the jobs of a lane that a host's consumer holds, as the pending list shows them."""
+    """Lists the jobs of a lane that a host's consumer holds."""
+    found = []
+    for entry in await held_entries(store, lane, host=host, limit=limit):
+        for entry_id, values in await store.command("XRANGE", store.keys.lane(lane), entry, entry):
+            found.append(Waiting.from_entry(lane, entry_id, values).job)
+    return found
+
+
+async def held_entries(store: Store, lane: str, *, host: str = "", limit: int) -> list[str]:
+    """Lists the oldest held entries of a lane, of one host or of all, as the pending list shows them."""
+    consumer = [host] if host else []
     try:
-        rows = await store.command("XPENDING", store.keys.lane(lane), GROUP, "-", "+", limit, host)
+        rows = await store.command("XPENDING", store.keys.lane(lane), GROUP, "-", "+", limit, *consumer)
     except errors.BrokerUnavailable as e:
         if "NOGROUP" in str(e):
             return []
         raise
-    found = []
-    for row in rows:
-        entry = row["message_id"] if isinstance(row, dict) else row[0]
-        for entry_id, values in await store.command("XRANGE", store.keys.lane(lane), entry, entry):
-            found.append(Waiting.from_entry(lane, entry_id, values).job)
-    return found
+    ids = (row["message_id"] if isinstance(row, dict) else row[0] for row in rows)
+    return [entry.decode() if isinstance(entry, bytes) else str(entry) for entry in ids]
 
 
 async def sweep(store: Store, lane: str, *, page: int = 200) -> tuple[int, int]:
@@ -390,6 +400,8 @@ _TOLD_BY_CLAIM = (
     "priority",
     "session",
     "tokens",
+    "continues",
+    "last_seq",
     "leaves",
 )
 

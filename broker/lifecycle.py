@@ -63,8 +63,8 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.FINISH: State.DONE,
         Event.FAIL: State.FAILED,
         Event.CANCEL: State.CANCELLED,
-        Event.RELEASE: State.QUEUED,  # only while unseen
-        Event.RECOVER: State.QUEUED,  # only while unseen
+        Event.RELEASE: State.QUEUED,  # while unseen, or where the answer can be gone on from
+        Event.RECOVER: State.QUEUED,  # the same
     },
 }
 

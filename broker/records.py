@@ -88,6 +88,13 @@ class JobRecord(_Hash):
     _always = frozenset(
         "attempt caller entry grace_ms keep_ms last_seq losses mode priority promotions session tokens zone".split()
     )
+    HIDDEN: ClassVar[frozenset[str]] = frozenset(
+        (
+            "apis boot idem retries exits judged leaves left last_seq usage grace_ms keep_ms entry asked_number "
+            "error_message"
+        ).split()
+    )
+    """What is ours alone to know, or is told in another form."""
 
     id: str
     state: State = State.QUEUED
@@ -123,6 +130,7 @@ class JobRecord(_Hash):
     policy_version: int = 0
     apis: str = ""
     last_seq: int = 0
+    continues: int = 0  # the attempt up to which the frames stand and are gone on from, 0 = none was lost and stands
     grace_ms: int = -1  # how long it outlives its last reader, -1 = it does not depend on readers
     keep_ms: int = 600_000
     idem: str = ""  # key that binds an Idempotency-Key to it
@@ -138,6 +146,7 @@ class JobRecord(_Hash):
     first_token_by: int = 0  # start + cold-start budget of the lane that was asked for, 0 = batch work; never moved
     ended_at: int = 0
     give_up_at: int = 0
+    continue_by: int = 0  # until when an answer that has begun waits to be gone on from, 0 = it does not
     abandon_at: int = 0
     lease_until: int = 0
     served_by: str = ""  # policy key and host that produced the answer, `coder-small@gpu1`
@@ -157,26 +166,9 @@ class JobRecord(_Hash):
 
     def public(self) -> dict[str, Any]:
         """What a client may see of its job."""
-        hidden = {
-            "apis",
-            "boot",
-            "idem",
-            "retries",
-            "exits",
-            "judged",
-            "leaves",
-            "left",
-            "last_seq",
-            "usage",
-            "grace_ms",
-            "keep_ms",
-            "entry",
-            "asked_number",
-        }
-        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.HIDDEN}
         out["usage"] = json.loads(self.usage) if self.usage else None
         out["error"] = {"code": self.error, "message": self.error_message} if self.error else None
-        del out["error_message"]
         return out
 
 
@@ -198,6 +190,7 @@ class ModelOnHost(_Hash):
     parallel: int = 0  # generations that really run at once, where that is fewer than maxConcurrent; else 0
     last_load_ms: float = 0  # how long its last load here took, 0 = none since the worker began
     progress: float = -1  # 0..1 of the load that goes on, by the runtime's own figures; -1 = it does not say
+    counts: bool = False  # whether its runtime tells how many tokens a prompt has
     manageable: bool = True  # whether it is ours to unload
     room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     footprint_bytes: int = 0  # learned on this host, 0 = it was never loaded there
@@ -303,6 +296,10 @@ class Frame:
         found = {_text(pairs[i]): pairs[i + 1] for i in range(0, len(pairs), 2)}
         data = found["data"]
         return cls(int(attempt), int(seq), _text(found["kind"]), data.encode() if isinstance(data, str) else data)
+
+    def message(self, job_id: str) -> bytes:
+        """Writes it as the scripts do, for the frames channel."""
+        return f"{job_id} {self.id} {self.kind}\n".encode() + self.data
 
     @classmethod
     def from_message(cls, message: bytes) -> tuple[str, Self]:

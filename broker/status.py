@@ -1,7 +1,6 @@
 """One picture of the gateway: what `gateway status`, the status endpoint, the page and the gauges show."""
 
 import asyncio
-import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -19,9 +18,6 @@ from broker.today import Today, by_model
 
 NO_HOST = "absent"
 """The state of a model that no live host serves."""
-
-PLACES_MAX = 1024
-PLACES_AGE_S = 2.0
 
 _BEST_FIRST = ("warm", "degraded", "waking", "unloading", "cold", "quarantined")
 
@@ -191,30 +187,6 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
     )
-
-
-class Places:
-    """Says how many jobs wait before one: one look into a lane serves everybody who waits in it for a moment."""
-
-    def __init__(self, store: Store, fleet: Fleet) -> None:
-        self._store = store
-        self._fleet = fleet
-        self._seen: dict[str, tuple[float, list[tuple[int, int]]]] = {}
-
-    async def ahead(self, lane: str, entry: str) -> int:
-        """Counts the jobs before this entry, PLACES_MAX at most, less those that run: mostly the oldest do."""
-        now = asyncio.get_running_loop().time()
-        at, line = self._seen.get(lane, (0.0, []))
-        if not at or now - at > PLACES_AGE_S:
-            line = [_entry_id(w.entry) async for w in waiting_entries(self._store, lane, limit=PLACES_MAX)]
-            self._seen[lane] = (now, line)
-        running = self._fleet.picture.running.get(lane, 0)
-        return max(0, bisect.bisect_left(line, _entry_id(entry)) - running) if entry else 0
-
-
-def _entry_id(entry: str) -> tuple[int, int]:
-    ms, _, number = entry.partition("-")
-    return int(ms), int(number or 0)
 
 
 async def usage_today(store: Store) -> dict[str, int]:

@@ -142,7 +142,8 @@ class Store:
             raise errors.BrokerUnavailable(f"Redis does not answer: {e}") from None
 
     async def _ask(self, *args: Any) -> Any:
-        return await cast(Any, self.client).execute_command(*args)
+        listed = {"parse_detail": True} if args[0] == "XPENDING" and len(args) > 3 else {}  # else redis-py misreads it
+        return await cast(Any, self.client).execute_command(*args, **listed)
 
     async def hash(self, key: str) -> dict[bytes, bytes]:
         """Reads a whole hash; an absent one is empty."""

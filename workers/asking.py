@@ -7,10 +7,10 @@ of `THROUGH`, or of both.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from broker.dialects import (
     anthropic,
+    going_on,
     ollama,
     ollama_embeddings,
     ollama_request,
@@ -26,52 +26,12 @@ from broker.dialects.ollama_stream import FromChat, NativeReader
 from broker.dialects.openai import ChatReader, rewrite_chat
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
 from broker.dialects.openai_embeddings import EmbeddingReader, rewrite_embeddings
-from broker.dialects.openai_stream import RuntimeComplaint
+from broker.dialects.partial import Partial
 from broker.records import JobRecord
+from workers.answers import AnswerReader, ContinuedReader
 from workers.runtimes.base import Endpoint
 
 CHAT = "/v1/chat/completions"
-
-
-class AnswerReader(Protocol):
-    """Takes a runtime's bytes in and gives the client's out."""
-
-    @property
-    def has_content(self) -> bool:
-        """Whether a first token has come."""
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the answer is whole."""
-
-    @property
-    def error(self) -> str | None:
-        """What went wrong, or None."""
-
-    @property
-    def complaint(self) -> RuntimeComplaint | None:
-        """The same, as the runtime said it."""
-
-    @property
-    def usage(self) -> dict[str, int] | None:
-        """The tokens that the runtime counted."""
-
-    @property
-    def timings(self) -> dict[str, Any] | None:
-        """The runtime's own timings, where it tells them."""
-
-    @property
-    def prompt_read(self) -> tuple[int, int] | None:
-        """Prompt tokens read so far, and of how many, where it tells them."""
-
-    def feed(self, data: bytes) -> None:
-        """Reads what came from the network."""
-
-    def end(self) -> None:
-        """Tells that the runtime closed the answer."""
-
-    def take(self) -> bytes:
-        """Gives the client's bytes that are ready."""
 
 
 class Asking:
@@ -85,6 +45,13 @@ class Asking:
         own = path not in THROUGH or (path in OWN and path in endpoint.speaks)
         # what a newer api lets in and we do not know is asked as it is: the runtime says what it thinks of it
         self._way = OWN.get(path, OWN[CHAT]) if own else THROUGH[path]
+        self._partial: Partial | None = None
+
+    def go_on(self, partial: Partial) -> None:
+        """Asks for the rest of an answer of which the client has this. That goes through chat: whatever the client's
+        dialect, only there a runtime can be asked to go on."""
+        self._partial = partial
+        self._way = THROUGH.get(self._job.endpoint, self._way)
 
     def translate_instead(self) -> bool:
         """Asks through chat from now on: this version of the runtime lacks the other. False if that is no help."""
@@ -101,11 +68,25 @@ class Asking:
 
     def request(self, slot: int | None) -> bytes:
         """What it is asked; `slot` is the one that has the session's prompt in its cache."""
-        return self._way.request(self._body, self._to, slot)
+        request = self._way.request(self._body, self._to, slot)
+        if self._partial is None:
+            return request
+        if self._way.path == openai_completions.PATH:
+            return going_on.ask_completion_on(request, self._partial)
+        return going_on.ask_chat_on(request, self._partial, flags=self._to.knows_continue)
 
     def reader(self) -> AnswerReader:
         """Who reads the answer."""
-        return self._way.reader(self._job, self._body)
+        reader = self._way.reader(self._job, self._body)
+        if self._partial is None:
+            return reader
+        return ContinuedReader(
+            reader,
+            self._partial,
+            model=self._job.model,
+            echoes=not self._to.knows_continue,
+            completion=self._way.path == openai_completions.PATH,
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from broker import errors, jobs
+from broker import continuing, errors, jobs
 from broker.dialects.openai_stream import read_complaint
 from broker.jobs import Holding
 from broker.records import Claimed
@@ -43,6 +43,7 @@ class Limits:
     first_token_timeout_ms: int
     stall_timeout_ms: int
     max_losses: int
+    go_on_within_ms: int | None = None  # how long a half-told answer may wait for another attempt; None = it ends
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Ended:
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
     timings: dict[str, Any] | None = None  # the runtime's own, where it tells them
+    whole: bool = True  # else it went on with an earlier attempt's answer, and its times teach nothing
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Attempt:
         self._served_by = served_by
         self._slot = slot if slot is not None and slot < endpoint.slots else None
         self._on_refusal = on_refusal  # before the job is anybody's again, or the next slot would take it
+        self._body = claimed.body
         self._asking = Asking(self.job, claimed.body, endpoint)
         self._reader = self._asking.reader()
         self._exchange: Exchange | None = None
@@ -101,13 +104,13 @@ class Attempt:
         self._complaint = bytearray()
         self._gone = False  # the runtime says that it does not have the model
         self._stop: errors.BrokerError | None = None
-        self._seq = 0
+        self._seq = self._stands = self.job.last_seq if self.job.continues else 0  # frames of earlier attempts
         self._buffered = 0
 
     @property
     def delivered(self) -> bool:
-        """Whether the first token is in the log."""
-        return self._seq > 0
+        """Whether this attempt's first token is in the log."""
+        return self._seq > self._stands
 
     def stop(self, why: errors.BrokerError | None = None) -> None:
         """Ends the attempt from outside: quietly when the job is not ours any more, else with `why`."""
@@ -151,11 +154,14 @@ class Attempt:
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
             timings=self._reader.timings,
+            whole=not self.job.continues,
         )
 
     async def _stream(self) -> None:
         if self._stop is not None:
             raise self._stop
+        if self.job.continues:
+            await self._go_on()
         self._exchange = await self._ask(fresh=False)
         reader = self._reader
         while True:
@@ -181,6 +187,17 @@ class Attempt:
             await self._flush(data)
             if over:
                 raise self._failure()
+
+    async def _go_on(self) -> None:
+        """Makes this attempt one at the rest of the answer. What was judged when it was lost is looked at once more:
+        the log may be another after an outage of Redis."""
+        partial, last_seq = await continuing.so_far(self._store, self.job)
+        fits = last_seq == self._stands and continuing.may_go_on(self.job.endpoint, self._body)
+        if partial is None or not fits:
+            raise errors.WorkerLost("the answer broke off where it cannot be gone on from")
+        log.info("event=go_on job=%s attempt=%d told=%d", self.job.id, self.held.attempt, len(partial.text))
+        self._asking.go_on(partial)
+        self._reader = self._asking.reader()
 
     def _lacks_the_dialect(self) -> bool:
         """Whether the runtime, asked in the client's dialect, knows no such page: an older version, asked once more."""
@@ -219,7 +236,7 @@ class Attempt:
         if data:
             if not self.delivered:
                 self._first_token_s = self._loop.time() - self._started
-                await jobs.first_token(self._store, self.held, data)
+                await jobs.first_token(self._store, self.held, data, seq=self._seq + 1)
             else:
                 await jobs.emit(self._store, self.held, self._seq + 1, data)
             self._seq += 1
@@ -326,7 +343,7 @@ class Attempt:
         if status in (400, 404) and complaint.model_gone:
             self._gone = True
             return errors.RuntimeFailed(f"the runtime does not have the model now: {words}")
-        if status in (400, 404, 413, 415, 422):
+        if status in errors.RuntimeRefused.STATUSES:
             return errors.RuntimeRefused(words, status=status)
         when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""
         retryable = status in (408, 425, 500, 502, 504, *BUSY)
@@ -349,11 +366,17 @@ class Attempt:
         return "failed"
 
     async def _give_back(self, error: errors.BrokerError) -> str | None:
-        """Puts the job back into its lane; None when its client has seen part of the answer."""
+        """Puts the job back into its lane; None when its client has seen a part of the answer that no other attempt can
+        go on from."""
+        go_on = None
+        if self._seq:  # else there is nothing to go on from
+            go_on = await continuing.judge(
+                self._store, self.job, within_ms=self._limits.go_on_within_ms, body=self._body
+            )
         loss = not isinstance(error, errors.WorkerLost)  # a drain is nobody's failure
         try:
             where = await jobs.release(
-                self._store, self.held, loss=loss, max_losses=self._limits.max_losses, error=error
+                self._store, self.held, loss=loss, max_losses=self._limits.max_losses, error=error, go_on=go_on
             )
         except errors.BadTransition:
             return None

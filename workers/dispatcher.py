@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from broker import dispatch, errors, hosts, jobs, lanes
+from broker import continuing, dispatch, errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import Claimed, ModelFacts, Waiting
@@ -247,7 +247,12 @@ class Dispatcher:
         if job.priority != "batch":
             self._interactive_at[waker.name] = claimed.record.claimed_at
         model, max_losses = waker.model, active.policy.max_losses
-        limits = Limits(model.first_token_timeout_ms, model.stall_timeout_ms, max_losses)
+        limits = Limits(
+            model.first_token_timeout_ms,
+            model.stall_timeout_ms,
+            max_losses,
+            go_on_within_ms=continuing.within_ms(active, claimed.record),
+        )
         served_by = f"{waker.name}@{self._host}"
         endpoint = waker.runtime.endpoint()
         return Attempt(
@@ -323,7 +328,7 @@ class Dispatcher:
     def _learn(self, waker: Waker, ended: Ended, *, new_session: bool) -> None:
         if ended.suspect:
             waker.upkeep.suspect()
-        if ended.outcome != "done":
+        if ended.outcome != "done" or not ended.whole:
             return
         usage = ended.usage or {}
         rates = self._rates_of(waker)

@@ -22,12 +22,13 @@ from pathlib import Path
 import psutil
 from ulid import ULID
 
-from broker import errors, hosts, jobs, lanes
+from broker import continuing, errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
 from broker.store import Store
 from workers import part
+from workers.counting import Counting
 from workers.dispatcher import Dispatcher
 from workers.errands import Errands
 from workers.picture import LanePicture, Tails
@@ -66,6 +67,7 @@ class Host:
         self.residents: Residents
         self.dispatcher: Dispatcher
         self.errands: Errands
+        self.counting: Counting
         self._settings = settings
         self._store = store
         self._book = PolicyBook(store)
@@ -153,6 +155,7 @@ class Host:
             tasks=tasks,
         )
         self.errands = Errands(self.residents.wakers, tasks=tasks, set_aside=self.set_aside)
+        self.counting = Counting(self._store, self.residents.wakers, tasks=tasks)
 
     def set_aside(self, drained: bool) -> None:
         """Follows an operator: claims no more and wakes nothing, or takes work again. What runs goes on."""
@@ -161,7 +164,7 @@ class Host:
         self._changed()
 
     def _hear(self, message: bytes) -> None:
-        if not self.errands.hear(message):
+        if not (self.errands.hear(message) or self.counting.hear(message)):
             self.dispatcher.told(message)
 
     async def _recover_earlier_life(self) -> None:
@@ -173,8 +176,15 @@ class Host:
             for job_id in await lanes.held_by(self._store, lane, self.name):
                 with contextlib.suppress(errors.Lost, errors.NoSuchJob, errors.BadTransition):
                     job = await jobs.read(self._store, job_id)
+                    within_ms = continuing.within_ms(active, job) if job.seen else None
+                    go_on = await continuing.judge(self._store, job, within_ms=within_ms)
                     again = await lanes.recover(
-                        self._store, job, max_losses=active.policy.max_losses, host=self.name, boot=self.boot
+                        self._store,
+                        job,
+                        max_losses=active.policy.max_losses,
+                        host=self.name,
+                        boot=self.boot,
+                        go_on=go_on,
                     )
                     log.warning("event=recover job=%s attempt=%d again=%s", job_id, job.attempt, again)
 

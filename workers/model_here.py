@@ -97,6 +97,7 @@ class ModelHere:
             parallel=self.overlap.parallel,
             last_load_ms=round(self.last_load_ms, 1),
             progress=round(self.progress, 2),
+            counts=bool(self.runtime.endpoint().tokenizer),
             manageable=self.runtime.manageable,
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
             prompts=json.dumps(prompts) if (prompts := self.slots.estimates()) else "",

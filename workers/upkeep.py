@@ -120,6 +120,11 @@ class Upkeep:
         self._unreachable += 1
         return f"the runtime is {state}" if state == "absent" or self._unreachable >= 2 else ""
 
+    def wedged(self, *, settle_s: float) -> bool:
+        """Whether the runtime itself said, when every slot had been settling for this long, that they are all busy.
+        Until it is asked nobody knows, and one that cannot tell is never wedged: its slots are free then."""
+        return self._slots.wedged(self._busy_asked_at - settle_s)
+
     def note_first_token(
         self, ms: float, *, prompt_tokens: int, cached_tokens: int, prefill_tps: float, budget_ms: int
     ) -> None:

@@ -361,7 +361,7 @@ class Waker(ModelHere):
                 await self.upkeep.probe(self.model.first_token_budget_ms)
         if self.runtime.manageable and await self._idle_too_long() and self.slots.idle:  # one may have come meanwhile
             await self.unload("idle")
-        if self.slots.wedged(self._loop.time() - self.model.settle_ms / 1000):
+        if self.upkeep.wedged(settle_s=self.model.settle_ms / 1000):
             self.readiness.stuck()
         verdict = self.readiness.verdict(self.state)
         if verdict != self.state:

@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from api.auth import Caller, Gate
+from api.described import Described, described, says
 from broker import errors
+from broker.dialects.json_schema import text, whole
 from broker.trust import audit
 
 router = APIRouter(tags=["operator"])
@@ -18,6 +20,16 @@ _ID = re.compile(r"(?:\d{1,19}-\d{1,19})?")
 
 
 @router.get("/v1/audit")
+@described(
+    Described(
+        "What left the machine", "operator", says("A page of its records, never a word of what they tell of.", "Audit"),
+        query={
+            "since_ms": whole("Records of the last so many ms; of a week unless said.", least=1, most=SINCE_MS_MAX),
+            "after": text("The `next` of the page before.", pattern=f"^{_ID.pattern}$"),
+        },
+        fails=(errors.BadRequest, errors.BrokerUnavailable),
+    )
+)  # fmt: skip
 async def read_audit(
     gateway: Gate, _caller: Caller, since_ms: int = 7 * audit.DAY_MS, after: str = ""
 ) -> dict[str, Any]:

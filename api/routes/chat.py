@@ -2,12 +2,13 @@
 
 import logging
 import sys
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ulid import ULID
 
 from api import errors as told
 from api.asgi import Receive, Scope, Send
+from api.described import EVENTS, Described, generation
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
@@ -33,6 +34,11 @@ class ChatCompletions:
     """The endpoint. Each request is one exchange, and from its admission on one visit to a job."""
 
     path = PATH
+    methods = ("POST",)
+    described: ClassVar[Described] = generation(
+        "Chat", tag="openai", body="ChatRequest", answer="ChatCompletion",
+        stream=(EVENTS, "Chunks of the answer; the last event is `data: [DONE]`. Comments keep a wait alive."),
+    )  # fmt: skip
     keep_ms_max = sys.maxsize
     """An ended job can be read for `keepMs` of the policy, and no longer than this."""
 
@@ -59,13 +65,15 @@ class ChatCompletions:
             self._gateway.exchanges.discard(exchange)
 
     async def _serve(self, exchange: Exchange) -> None:
-        gateway = self._gateway
         if exchange.method != "POST":
             wrong = told.Wrong("method_not_allowed", f"{self.path} takes POST only", 405, told.INVALID)
             return await exchange.refuse(wrong, [(b"allow", b"POST")])
-        caller = gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        caller = self._gateway.keys.caller_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
         body = await exchange.read_body()
-        wishes = Wishes.of(exchange)
+        await self._answer(exchange, body, Wishes.of(exchange), caller)
+
+    async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: str) -> None:
+        gateway = self._gateway
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):
             return await exchange.answer(200, JSON, job)
@@ -74,6 +82,7 @@ class ChatCompletions:
             exchange,
             job,
             hold_s=gateway.book.active.policy.header_hold_ms / 1000 if job.stream else WHOLE_HOLD_S,
+            patience_s=wishes.patience_s,
             may_leave=self.leave_of(caller).may_leave,
         )
         exchange.watch()

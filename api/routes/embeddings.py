@@ -1,5 +1,6 @@
 """POST /v1/embeddings: as a chat request goes, but the answer is one object of vectors and never a stream."""
 
+from api.described import generation
 from api.routes.chat import ChatCompletions
 from api.visit import Wishes
 from broker.dialects import openai_embeddings
@@ -15,6 +16,7 @@ class Embeddings(ChatCompletions):
     """The endpoint."""
 
     path = PATH
+    described = generation("Make vectors", tag="openai", body="EmbeddingsRequest", answer="Embeddings")
     keep_ms_max = KEEP_MS_MAX
 
     def _job(self, body: bytes, wishes: Wishes, caller: str) -> JobRecord:

@@ -7,8 +7,10 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 
 from api.auth import Gate, caller_of
+from api.described import JSON, Answer, Described, described, says
 from api.gateway import Gateway
 from broker import errors
+from broker.dialects.json_schema import ref, text
 from broker.metrics import CONTENT_TYPE
 from broker.status import Snapshot, snapshot, usage_today
 
@@ -19,6 +21,7 @@ ASK_S_MAX = 1.0
 
 
 @router.api_route("/healthz", methods=["GET", "HEAD"])
+@described(Described("Is this process alive?", "health", says("It is.", "Health"), keyless=True))
 async def healthz(gateway: Gate) -> dict[str, Any]:
     """Says that this process lives, and what it thinks of its Redis."""
     told: dict[str, Any] = {
@@ -37,6 +40,12 @@ async def healthz(gateway: Gate) -> dict[str, Any]:
 
 
 @router.api_route("/readyz", methods=["GET", "HEAD"])
+@described(
+    Described(
+        "Can anybody serve?", "health", keyless=True,
+        answers={200: Answer("Some model can.", {JSON: ref("Ready")}), 503: Answer("None can.", {JSON: ref("Ready")})},
+    )
+)  # fmt: skip
 async def readyz(gateway: Gate) -> JSONResponse:
     """Says whether some lane's model answers now or can be woken: 200, or 503 with the reasons."""
     reasons = await _unready(gateway)
@@ -44,6 +53,7 @@ async def readyz(gateway: Gate) -> JSONResponse:
 
 
 @router.get("/metrics", dependencies=[Depends(caller_of)])
+@described(Described("Figures for Prometheus", "health", {200: Answer("They are.", {"text/plain": text()})}))
 async def metrics(gateway: Gate) -> Response:
     """The page that Prometheus reads."""
     shown: Snapshot | None = None
@@ -62,6 +72,12 @@ async def metrics(gateway: Gate) -> Response:
 
 
 @router.get("/v1/status", dependencies=[Depends(caller_of)])
+@described(
+    Described(
+        "Models, lanes and hosts", "health", says("As they are now.", "Status"),
+        fails=(errors.ModelUnavailable, errors.BrokerUnavailable),
+    )
+)  # fmt: skip
 async def status(gateway: Gate) -> dict[str, Any]:
     """The snapshot that `gateway status` prints."""
     return (await snapshot(gateway.store, gateway.book, gateway.fleet)).as_json()

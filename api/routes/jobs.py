@@ -10,11 +10,13 @@ from fastapi.responses import Response
 
 from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
+from api.described import EVENTS, UNSEEN, Answer, Described, described, says
 from api.exchange import Exchange, Interrupted
 from api.gateway import Gateway
 from api.stream import HEARTBEAT_S
 from api.voices import EVENT_STREAM
 from broker import errors, jobs, lanes
+from broker.dialects.json_schema import text
 from broker.frames import FrameReader, Restarted
 from broker.lifecycle import ENDED
 from broker.records import Frame, JobRecord
@@ -24,14 +26,24 @@ router = APIRouter(tags=["jobs"])
 _ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _FRAME_ID = re.compile(r"([0-9]{1,9})-([0-9]{1,12})")
 
+_WITHIN = {"job_id": text("As `X-Gateway-Job` told it.")}
+_FAILS = (errors.NoSuchJob, errors.BrokerUnavailable)
+
 
 @router.get("/v1/jobs/{job_id}")
+@described(Described("Look at a job", "jobs", says("As it is now.", "Job"), within=_WITHIN, fails=_FAILS))
 async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
-    """Shows a job of the caller."""
-    return (await _own_job(gateway, job_id, caller)).public()
+    """Shows a job of the caller, and how its wait goes."""
+    return await _shown(gateway, await _own_job(gateway, job_id, caller))
 
 
 @router.delete("/v1/jobs/{job_id}")
+@described(
+    Described(
+        "Cancel a job", "jobs", says("As it is now; one that had ended stays as it ended.", "Job"), within=_WITHIN,
+        fails=_FAILS,
+    )
+)  # fmt: skip
 async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Cancels a job in any state; one that has ended stays as it ended."""
     await _own_job(gateway, job_id, caller)
@@ -39,10 +51,24 @@ async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, An
         await jobs.cancel(gateway.store, job_id)
     except errors.AlreadyEnded:
         pass
-    return (await jobs.read(gateway.store, job_id)).public()
+    return await _shown(gateway, await jobs.read(gateway.store, job_id))
 
 
 @router.get("/v1/jobs/{job_id}/events", response_class=Response)
+@described(
+    Described(
+        "Follow a job", "jobs", within=_WITHIN, fails=(errors.BadRequest, *_FAILS),
+        headers={"Last-Event-ID": text("The last frame that was seen, like 1-17: what follows it is sent.")},
+        answers={
+            200: Answer(
+                "Its frames: events `frame` and `end` with {kind, data}; `restarted` voids earlier attempts; `gone`.",
+                {EVENTS: UNSEEN},
+                {"X-Gateway-Job": text("The job's id.")},
+            ),
+            204: Answer("All of it has been seen."),
+        },
+    )
+)  # fmt: skip
 async def follow_job(job_id: str, request: Request, gateway: Gate, caller: Caller) -> Response:
     """Streams a job's frames as server-sent events, from the first or from after `Last-Event-ID`.
 
@@ -120,6 +146,11 @@ def _frame(frame: Frame) -> bytes:
 def _event(name: str, frame_id: str, said: dict[str, Any]) -> bytes:
     id_line = f"id: {frame_id}\n" if frame_id else ""
     return f"{id_line}event: {name}\ndata: {json.dumps(said, separators=(',', ':'))}\n\n".encode()
+
+
+async def _shown(gateway: Gateway, job: JobRecord) -> dict[str, Any]:
+    wait = await gateway.waits.of(job)
+    return {**job.public(), "wait": None if wait is None else wait.as_json()}
 
 
 async def _own_job(gateway: Gateway, job_id: str, caller: str) -> JobRecord:

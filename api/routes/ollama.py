@@ -9,9 +9,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
 from api.auth import Caller, Gate
+from api.described import Answer, Described, described, says
 from api.gateway import Gateway
 from broker import errors
 from broker.dialects import ollama, ollama_models, ollama_stream
+from broker.dialects.json_schema import one_of
 from broker.dialects.ollama_models import Shown
 from broker.policies import Active
 from broker.policy.sentences import near_words
@@ -28,19 +30,27 @@ FOR_EVER_MS = 100 * 365 * 86_400_000
 """How much longer a model stays of which the policy says no end."""
 
 
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+_ALIVE = "Ollama is running"
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+@described(
+    Described("Is anybody there?", "ollama", {200: Answer("Yes.", {"text/plain": one_of(_ALIVE)})}, keyless=True)
+)
 async def alive() -> PlainTextResponse:
     """Says what an Ollama says at its address: clients look for these words."""
-    return PlainTextResponse("Ollama is running")
+    return PlainTextResponse(_ALIVE)
 
 
 @router.api_route("/api/version", methods=["GET", "HEAD"])
+@described(Described("Whose api this is", "ollama", says("Both versions.", "OllamaVersion"), keyless=True))
 async def version(gateway: Gate) -> dict[str, str]:
     """Tells whose API this is; clients refuse one that is too old for them."""
     return {"version": ollama_models.VERSION, "warmlane": gateway.version}
 
 
 @router.api_route("/api/tags", methods=["GET", "HEAD"])
+@described(Described("What can be asked for", "ollama", says("Names.", "OllamaTags"), fails=(errors.ModelUnavailable,)))
 async def tags(gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Lists every name that a client may ask for."""
     active = gateway.book.active
@@ -49,6 +59,12 @@ async def tags(gateway: Gate, caller: Caller) -> dict[str, Any]:
 
 
 @router.get("/api/ps")
+@described(
+    Described(
+        "What is loaded", "ollama", says("Models and their memory.", "OllamaRunning"),
+        fails=(errors.ModelUnavailable, errors.BrokerUnavailable),
+    )
+)  # fmt: skip
 async def running(gateway: Gate, _caller: Caller) -> dict[str, Any]:
     """Lists the models that are loaded, with the memory that they hold on all hosts."""
     active = gateway.book.active
@@ -63,6 +79,12 @@ async def running(gateway: Gate, _caller: Caller) -> dict[str, Any]:
 
 
 @router.post("/api/show")
+@described(
+    Described(
+        "What a model can do", "ollama", says("As far as the policy knows.", "OllamaShown"), body="OllamaShowRequest",
+        fails=(errors.BadRequest, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable),
+    )
+)  # fmt: skip
 async def show(request: Request, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Tells what a model can do, as far as the policy knows."""
     asked = ollama_models.asked_to_show(await _small_body(request))

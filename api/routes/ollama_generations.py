@@ -2,6 +2,7 @@
 
 import time
 
+from api.described import generation
 from api.routes.chat import ChatCompletions
 from api.routes.embeddings import KEEP_MS_MAX
 from api.routes.ollama import known_name
@@ -11,11 +12,19 @@ from broker.dialects.ollama_embeddings import AskedVectors
 from broker.dialects.ollama_request import Asked
 from broker.records import JobRecord
 
+LINES = (
+    ollama.CONTENT_TYPE,
+    "A line for each piece of the answer, the last one with `done`; one with `error` may end it.",
+)
+
 
 class OllamaChat(ChatCompletions):
     """The endpoint. A request without a message is answered at once: it wants a model loaded or unloaded."""
 
     path = ollama.CHAT
+    described = generation(
+        "Chat, as an Ollama", tag="ollama", body="OllamaChatRequest", answer="OllamaChatAnswer", stream=LINES
+    )
 
     def _read(self, body: bytes) -> Asked:
         return ollama_request.read_chat(body)
@@ -44,6 +53,10 @@ class OllamaGenerate(OllamaChat):
     """The endpoint."""
 
     path = ollama.GENERATE
+    described = generation(
+        "Generate, as an Ollama", tag="ollama", body="OllamaGenerateRequest", answer="OllamaGenerateAnswer",
+        stream=LINES,
+    )  # fmt: skip
 
     def _read(self, body: bytes) -> Asked:
         return ollama_request.read_generate(body)
@@ -53,6 +66,9 @@ class OllamaEmbed(ChatCompletions):
     """The endpoint."""
 
     path = ollama.EMBED
+    described = generation(
+        "Make vectors, as an Ollama", tag="ollama", body="OllamaEmbedRequest", answer="OllamaVectors"
+    )
     keep_ms_max = KEEP_MS_MAX
 
     def _read(self, body: bytes) -> AskedVectors:
@@ -72,6 +88,9 @@ class OllamaEmbeddings(OllamaEmbed):
     """The older endpoint, which takes one text."""
 
     path = ollama.EMBEDDINGS
+    described = generation(
+        "Make a vector, as an older Ollama", tag="ollama", body="OllamaEmbeddingsRequest", answer="OllamaVector"
+    )
 
     def _read(self, body: bytes) -> AskedVectors:
         return ollama_embeddings.read_embeddings(body)

@@ -8,8 +8,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from api.auth import Caller, Gate
+from api.described import Described, described, says
 from api.gateway import Gateway
 from broker import errors, operator
+from broker.dialects.json_schema import one_of, text
 from broker.policy.sentences import near_words
 from broker.status import snapshot
 
@@ -20,6 +22,19 @@ HOST_VERBS = ("drain", "undrain")
 
 
 @router.post("/v1/models/{name:path}/{verb}")
+@described(
+    Described(
+        "Warm, unload, reset, pin or unpin a model", "operator", says("The model's status then.", "ModelStatus"),
+        within={
+            "name": text("A model, or a name that leads to one; it may hold slashes."),
+            "verb": one_of(*MODEL_VERBS),
+        },
+        fails=(
+            errors.BadRequest, errors.UnknownModel, errors.WishRefused, errors.ModelUnavailable,
+            errors.BrokerUnavailable,
+        ),
+    )
+)  # fmt: skip
 async def ask_of_model(name: str, verb: str, gateway: Gate, _caller: Caller) -> dict[str, Any]:
     """Does it, or begins it; gives the model's status as it is then."""
     _known_verb(verb, MODEL_VERBS)
@@ -38,6 +53,16 @@ async def ask_of_model(name: str, verb: str, gateway: Gate, _caller: Caller) -> 
 
 
 @router.post("/v1/hosts/{host}/{verb}")
+@described(
+    Described(
+        "Drain or undrain a host", "operator", says("The host's status then.", "HostStatus"),
+        within={"host": text("A live host, as /v1/status names it."), "verb": one_of(*HOST_VERBS)},
+        fails=(
+            errors.BadRequest, errors.UnknownHost, errors.WishRefused, errors.ModelUnavailable,
+            errors.BrokerUnavailable,
+        ),
+    )
+)  # fmt: skip
 async def ask_of_host(host: str, verb: str, gateway: Gate, _caller: Caller) -> dict[str, Any]:
     """Does it once the host's worker shows that it heard; gives the host's status as it is then."""
     _known_verb(verb, HOST_VERBS)

@@ -52,7 +52,7 @@ class Asked:
 
 def read_messages(body: bytes) -> Asked:
     """Reads a messages request, or says in one sentence what is wrong with it."""
-    members = json_splice.scan(body)
+    members = json_splice.read(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:
@@ -122,9 +122,9 @@ def error_event(code: str, message: str, *, status: int, retry_after_s: int | No
     return b"event: error\ndata: " + json_splice.encode(body) + b"\n\n"
 
 
-def token_count(asked: Asked) -> dict[str, int]:
-    """Answers a count of tokens with our estimate: it wakes no model and asks none."""
-    return {"input_tokens": max(1, asked.prompt_tokens)}
+def token_count(tokens: int) -> dict[str, int]:
+    """Answers a request to count the tokens of a prompt."""
+    return {"input_tokens": max(1, tokens)}
 
 
 def texts(content: object) -> Iterable[dict[str, Any]]:
@@ -181,7 +181,7 @@ def _holds_files(messages: list[dict[str, Any]]) -> bool:
         for block in texts(left.pop()):
             source = block.get("source") if block["type"] in ("image", "document") else None
             kind = source.get("type") if isinstance(source, dict) else None
-            if kind == "file" or (kind in _ATTACHED and block["type"] == "document"):
+            if kind == "file" or (block["type"] == "document" and isinstance(kind, str) and kind in _ATTACHED):
                 return True
             if block["type"] == "tool_result":
                 left.append(block.get("content"))
@@ -224,7 +224,8 @@ def _weigh(value: object) -> tuple[int, int, int]:
         return (len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))), 0, 0
     if isinstance(value, dict):
         source = value.get("source")
-        if isinstance(source, dict) and source.get("type") in _ATTACHED:
+        kind = source.get("type") if isinstance(source, dict) else None
+        if isinstance(kind, str) and kind in _ATTACHED:
             return 0, 1, int(value.get("type") == "image")
         value = [inner for key, inner in value.items() if key not in ("type", "cache_control", "signature")]
     text = attachments = images = 0

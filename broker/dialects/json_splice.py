@@ -13,6 +13,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from broker.errors import BadRequest
 
+DEPTH_MAX = 200
+"""Objects and lists within each other, the body itself among them. Well below what Python's own stack bears, which
+depends on who reads: what the api can read, a worker must be able to read and to write anew."""
+
 
 class Member(NamedTuple):
     """One `"key": value` of the object; the three offsets count bytes of the body."""
@@ -22,6 +26,14 @@ class Member(NamedTuple):
     key_start: int
     start: int
     end: int
+
+
+def read(body: bytes) -> list[Member]:
+    """Scans what a client sent; refuses what is nested more deeply than DEPTH_MAX."""
+    members = scan(body)
+    if len(body.translate(None, _NO_BRACKETS)) > 2 * DEPTH_MAX:
+        _check_depth(members)
+    return members
 
 
 def scan(body: bytes, *, finite: bool = True) -> list[Member]:
@@ -102,7 +114,31 @@ def _refuse_constant(word: str) -> NoReturn:
     raise BadRequest(f"the body is not valid JSON: {word} is not a JSON number")
 
 
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (_INFINITE, -_INFINITE):
+        raise BadRequest("the body holds a number that is too large")
+    return value
+
+
+def _check_depth(members: list[Member]) -> None:
+    level = [member.value for member in members if isinstance(member.value, _CONTAINERS)]
+    for _ in range(DEPTH_MAX):
+        if not level:
+            return
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if type(value) is dict else value)
+            if isinstance(inner, _CONTAINERS)
+        ]
+    raise BadRequest("the body is nested too deeply")
+
+
+_CONTAINERS = (dict, list)
+_NO_BRACKETS = bytes(range(256)).translate(None, b"[]{}")
+_INFINITE = float("inf")
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _LENIENT = json.JSONDecoder()
 _SPACE = frozenset(" \t\n\r")
 _skip_space = re.compile(r"[ \t\n\r]*").match

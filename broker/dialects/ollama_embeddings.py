@@ -204,7 +204,7 @@ def _shortened(vector: bytes, dimensions: int) -> bytes:
 
 
 def _scan(body: bytes) -> dict[str, Any]:
-    request = {member.key: member.value for member in json_splice.scan(body)}
+    request = {member.key: member.value for member in json_splice.read(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")

@@ -71,7 +71,7 @@ def show(model: Shown) -> dict[str, Any]:
 
 def asked_to_show(body: bytes) -> str:
     """Reads which model an /api/show request is about; older clients call it `name`."""
-    request = {member.key: member.value for member in json_splice.scan(body)}
+    request = {member.key: member.value for member in json_splice.read(body)}
     name = request.get("model") or request.get("name")
     if not isinstance(name, str):
         raise BadRequest("model must be the name of a model", "model")

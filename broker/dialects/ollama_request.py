@@ -144,7 +144,7 @@ def _asked(shape: Shape, request: dict[str, Any], *, tokens: int, images: int, s
 
 
 def _scan(body: bytes) -> tuple[list[json_splice.Member], dict[str, Any]]:
-    members = json_splice.scan(body)
+    members = json_splice.read(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:
@@ -183,7 +183,9 @@ def _images(images: object, where: str) -> list[str]:
 
 
 def _calls(calls: object, where: str) -> None:
-    for index, call in enumerate(calls if isinstance(calls, list) else [] if calls is None else [calls]):
+    if calls is not None and not isinstance(calls, list):
+        raise BadRequest(f"{where} must be a list", where)
+    for index, call in enumerate(calls or ()):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRequest(f"{where}[{index}] must be an object with a function that has a name", where)

@@ -58,7 +58,7 @@ class ChatFacts:
 
 def read_chat(body: bytes) -> ChatFacts:
     """Reads a chat request, or says in one sentence what is wrong with it. Unknown keys are the runtime's to judge."""
-    members = json_splice.scan(body)
+    members = json_splice.read(body)
     request = {member.key: member.value for member in members}
     model = request.get("model")
     if not isinstance(model, str) or not model:
@@ -187,13 +187,14 @@ def _choices(n: object) -> int:
 
 def _max_tokens(request: Mapping[str, Any]) -> int | None:
     """Reads the bound of the answer; the newer name wins where a client sends both."""
-    for key in ("max_completion_tokens", "max_tokens"):
+    found: int | None = None
+    for key in ("max_tokens", "max_completion_tokens"):
         value = request.get(key)
         if value is not None:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise BadRequest(f"{key} must be a whole number above 0", key)
-            return value
-    return None
+            found = value
+    return found
 
 
 def _session(cache_key: object, messages: list[dict[str, Any]]) -> str:
@@ -222,8 +223,9 @@ def _weigh(value: object) -> tuple[int, int, int]:
     if isinstance(value, str):
         return (len(value) if value.isascii() else len(value.encode(errors="surrogatepass"))), 0, 0
     if isinstance(value, dict):
-        if value.get("type") in _ATTACHMENTS:
-            return 0, 1, int(value["type"] in _IMAGES)
+        kind = value.get("type")
+        if isinstance(kind, str) and kind in _ATTACHMENTS:
+            return 0, 1, int(kind in _IMAGES)
         value = list(value.values())
     text = attachments = images = 0
     if isinstance(value, list):

@@ -34,7 +34,7 @@ class CompletionFacts:
 
 def read_completion(body: bytes) -> CompletionFacts:
     """Reads a request, or says in one sentence what is wrong with it. Unknown keys are the runtime's to judge."""
-    request = {member.key: member.value for member in json_splice.scan(body)}
+    request = {member.key: member.value for member in json_splice.read(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")

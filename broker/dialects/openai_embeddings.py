@@ -37,11 +37,11 @@ class EmbeddingFacts:
 def read_embeddings(body: bytes) -> EmbeddingFacts:
     """Reads a request for vectors, or says in one sentence what is wrong with it. Unknown keys are the runtime's to
     judge."""
-    request = {member.key: member.value for member in json_splice.scan(body)}
+    request = {member.key: member.value for member in json_splice.read(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")
-    if request.get("stream"):
+    if request.get("stream") is not None and request["stream"] is not False:
         raise BadRequest("embeddings are not streamed; leave stream out", "stream")
     sizes = _sizes(request.get("input"))
     return EmbeddingFacts(model, len(sizes), sum(sizes), max(sizes))
@@ -146,7 +146,7 @@ def _sizes(given: object) -> list[int]:
         return [_tokens_of(given)]
     if not isinstance(given, list) or not given:
         raise BadRequest("input must be a text, a list of texts, or token numbers", "input")
-    if all(isinstance(item, int) for item in given):
+    if all(type(item) is int for item in given):
         return [len(given)]
     sizes = []
     for index, item in enumerate(given):

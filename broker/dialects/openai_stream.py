@@ -82,7 +82,9 @@ class ChatReader:
         self._seen: set[int] = set()
         self._ready: list[bytes] = []
         self._held_bytes = 0
-        self._ended = False
+        self._ended = self._done = False
+        self._totals: list[dict[str, Any]] = []  # usages of chunks without a choice, where several choices are made
+        self._last_chunk = b""
         # How this runtime spells what the byte check looks for, learnt from the first content chunk.
         self._old_name = self._new_name = self._null = b""
 
@@ -93,8 +95,13 @@ class ChatReader:
 
     @property
     def succeeded(self) -> bool:
-        """Whether every choice has a finish reason and nothing went wrong; `[DONE]` or a clean end prove nothing."""
-        return self.complaint is None and bool(self.finish_reasons) and self._seen <= self.finish_reasons.keys()
+        """Whether every choice has a finish reason and nothing went wrong; `[DONE]` or a clean end prove nothing.
+
+        Choices may be made one after the other, so all those asked for must have come. Only `[DONE]` says that this
+        runtime makes fewer.
+        """
+        all_came = len(self.finish_reasons) >= (1 if self._done else self._n)
+        return self.complaint is None and all_came and self._seen <= self.finish_reasons.keys()
 
     def feed(self, data: bytes) -> None:
         """Reads what came from the network."""
@@ -117,6 +124,12 @@ class ChatReader:
         self._ended = True
         if not self.succeeded:
             self._fail("the runtime ended the stream without a finish reason")
+        elif self._last_chunk:
+            changes: dict[str, object] = {"model": self._new_model}
+            if len(self._totals) > 1:
+                changes["usage"] = _whole_usage(self._totals)
+            renamed = json_splice.splice(self._last_chunk, changes, finite=False)
+            self._ready.append(b"data: " + renamed + b"\n\n")
 
     def take(self) -> bytes:
         """Gives the client's bytes that are ready and not taken yet."""
@@ -172,6 +185,7 @@ class ChatReader:
         if stray:
             return self._complain(read_complaint(stray))
         if data is None or self._is_empty(data.strip()):
+            self._done |= data is not None and data.strip() == b"[DONE]"
             return None
         payload = data.replace(b"\n", b" ")
         try:
@@ -198,8 +212,11 @@ class ChatReader:
                 return
         self._read_figures(chunk, last=finished or not choices)
         self.has_content |= content
-        hidden = not choices and isinstance(chunk.get("usage"), dict) and not self._include_usage
-        if hidden or not isinstance(choices, list) or self.complaint is not None:
+        total = not choices and isinstance(chunk.get("usage"), dict)
+        if total and self._n > 1 and self._include_usage:
+            self._last_chunk = payload  # llama.cpp tells the usage of each choice when that ends; ours is of all
+            return
+        if (total and not self._include_usage) or not isinstance(choices, list) or self.complaint is not None:
             return
         self._pass_on(payload, chunk, learn=content and not finished)
         if not self.has_content:
@@ -259,6 +276,9 @@ class ChatReader:
                 self.usage = _usage_of_timings(timings)
         usage = chunk.get("usage")
         if isinstance(usage, dict):
+            if self._n > 1 and not chunk.get("choices"):
+                self._totals.append(usage)
+                usage = _whole_usage(self._totals)
             self.usage = _usage(usage, self.timings or {})
 
     def _fail(self, sentence: str) -> None:
@@ -272,6 +292,17 @@ class ChatReader:
 def _end_of_event(blob: bytes, at: int) -> int:
     end = blob.find(b"\n\n", at)
     return end + 2 if end >= 0 else len(blob)
+
+
+def _whole_usage(totals: list[dict[str, Any]]) -> dict[str, Any]:
+    """Makes one usage of those that came without a choice: the prompt is counted once, what was made adds up."""
+    whole = dict(totals[-1])
+    made = [count for total in totals if isinstance(count := total.get("completion_tokens"), int)]
+    if len(totals) > 1 and len(made) == len(totals):
+        whole["completion_tokens"] = sum(made)
+        if isinstance(whole.get("prompt_tokens"), int):
+            whole["total_tokens"] = whole["prompt_tokens"] + sum(made)
+    return whole
 
 
 def _usage(usage: dict[str, Any], timings: dict[str, Any]) -> dict[str, int]:

@@ -23,7 +23,7 @@ BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 TOKENS_PER_IMAGE = 1024
 
-_REFUSED: Final = {
+REFUSED: Final = {
     "previous_response_id": "previous_response_id is not supported: the gateway keeps no responses; "
     "send the whole conversation in input",
     "background": "background is not supported: leave it out, and read the answer as it is made",
@@ -36,7 +36,7 @@ _KNOWN: Final = frozenset(
     "tool_choice parallel_tool_calls max_tool_calls text reasoning max_output_tokens temperature top_p top_logprobs "
     "truncation prompt_cache_key prompt_cache_retention prompt_cache_options moderation context_management "
     "client_metadata".split()
-) | frozenset(_REFUSED)
+) | frozenset(REFUSED)
 _NOT_OURS: Final = frozenset({"messages", "n", "max_tokens", "max_completion_tokens", "response_format", "functions"})
 """Chat's own words for what this dialect says otherwise."""
 
@@ -123,11 +123,11 @@ def responses_reader(body: bytes, *, served_as: str, job_id: str) -> ResponsesRe
 
 
 def _read(body: bytes) -> _Read:
-    request = {member.key: member.value for member in json_splice.scan(body)}
+    request = {member.key: member.value for member in json_splice.read(body)}
     model = request.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be the name of a model", "model")
-    for key, sentence in _REFUSED.items():
+    for key, sentence in REFUSED.items():
         if request.get(key):
             raise BadRequest(sentence, key)
     for key in ("stream", "store", "parallel_tool_calls"):

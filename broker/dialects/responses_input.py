@@ -10,9 +10,9 @@ from typing import Any, Final
 from broker.dialects.responses_tools import Tools, chat_name
 from broker.errors import BadRequest
 
-_ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-_TEXTS: Final = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
-_NOT_FOR_CHAT: Final = frozenset(
+ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+TEXTS: Final = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
+NOT_FOR_CHAT: Final = frozenset(
     "web_search_call file_search_call computer_call computer_call_output code_interpreter_call image_generation_call "
     "local_shell_call local_shell_call_output mcp_list_tools mcp_approval_request mcp_approval_response mcp_call "
     "tool_search_call tool_search_output compaction".split()
@@ -53,9 +53,11 @@ class _Builder:
     def add(self, item: object, where: str) -> None:
         if not isinstance(item, dict):
             raise BadRequest(f"{where} must be an object", where)
-        kind = item.get("type") or ("message" if "role" in item else None)
+        kind = item.get("type")
+        if kind is None and "role" in item:
+            kind = "message"
         if kind == "message":
-            role = _ROLES.get(str(item.get("role")))
+            role = ROLES.get(str(item.get("role")))
             if role is None:
                 raise BadRequest(f"{where}.role must be user, assistant, system or developer", f"{where}.role")
             self.say(role, _content(item.get("content"), f"{where}.content", whole=role != "user"))
@@ -69,8 +71,8 @@ class _Builder:
             self._reason(item, where)
         elif kind == "item_reference":
             raise BadRequest("item references are not supported: the gateway keeps no items; send the item", where)
-        elif kind not in _NOT_FOR_CHAT:
-            raise BadRequest(f"{where} is of type {kind!s}, which is not supported", where)
+        elif not isinstance(kind, str) or kind not in NOT_FOR_CHAT:
+            raise BadRequest(f"{where} is of type {str(kind)[:40]}, which is not supported", where)
 
     def say(self, role: str, content: str | list[Message]) -> None:
         if role == "assistant":
@@ -127,7 +129,7 @@ def _part(part: object, where: str) -> Message:
     if not isinstance(part, dict):
         raise BadRequest(f"{where} must be an object", where)
     kind = part.get("type")
-    if kind in _TEXTS:
+    if isinstance(kind, str) and kind in TEXTS:
         return {"type": "text", "text": _text(part, "text", where)}
     if kind == "refusal":
         return {"type": "text", "text": _text(part, "refusal", where)}
@@ -136,7 +138,7 @@ def _part(part: object, where: str) -> Message:
             raise BadRequest(f"{where} must have an image_url: the gateway keeps no files", f"{where}.image_url")
         detail = {"detail": part["detail"]} if isinstance(part.get("detail"), str) else {}
         return {"type": "image_url", "image_url": {"url": part["image_url"], **detail}}
-    raise BadRequest(f"{where} is of type {kind!s}, which is not supported", where)
+    raise BadRequest(f"{where} is of type {str(kind)[:40]}, which is not supported", where)
 
 
 def _text(item: Message, key: str, where: str) -> str:

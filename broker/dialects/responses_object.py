@@ -52,10 +52,11 @@ class ResponseObject:
             request = {}
         echoed = {key: request[key] for key in _ECHOED if request.get(key) is not None}
         self.id = f"resp_{job_id}"
+        self.created_at = created_s(job_id)
         self._base: dict[str, Any] = {
             "id": self.id,
             "object": "response",
-            "created_at": created_s(job_id),
+            "created_at": self.created_at,
             "status": "in_progress",
             "background": False,
             "error": None,

@@ -11,10 +11,10 @@ from typing import Any, Final
 from broker.dialects import sse
 from broker.dialects.openai_stream import ChatReader
 from broker.dialects.responses_object import CREATED, IN_PROGRESS, ResponseObject, event
+from broker.dialects.responses_run import THOUGHTS, Run, string_in
 from broker.dialects.responses_tools import Tools
 from broker.dialects.through_chat import ThroughChat
 
-_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 _CUT_SHORT: Final = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _FINAL: Final = (b"event: response.completed\n", b"event: response.incomplete\n")
 
@@ -34,6 +34,7 @@ class ResponsesReader(ThroughChat):
         self._ready: list[bytes] = []
         self._items: list[_Item] = []
         self._open: _Item | None = None  # a thought or a message
+        self._run: Run | None = None  # of chunks that add to it
         self._calls: list[_Call] = []
         self._finish = ""
         self._reasoning_tokens = 0
@@ -58,8 +59,15 @@ class ResponsesReader(ThroughChat):
         self._ready.clear()
         return taken
 
+    def count_from(self, number: int) -> None:
+        """Counts the events to come from here on: those before them have been told."""
+        self._number = number
+
     def _read(self, blob: bytes) -> None:
         for piece in blob.split(b"\n\n"):
+            if not piece or (self._run is not None and self._goes_on(self._run, piece)):
+                continue
+            self._run = None
             data = sse.read_event(piece).data
             if data is None or self._broken is not None:
                 continue
@@ -71,6 +79,26 @@ class ResponsesReader(ThroughChat):
                 self._breaks()
                 continue
             self._read_chunk(chunk)
+            self._learn(piece, chunk)
+
+    def _goes_on(self, run: Run, chunk: bytes) -> bool:
+        """Tells a chunk that is the last one but for its string."""
+        found = run.string_of(chunk)
+        if found is None or self._open is None:
+            return False
+        told, text = found
+        if text:
+            self._open.text.append(text)
+            self._ready.append(run.event(self._number, told))
+            self._number += 1
+        return True
+
+    def _learn(self, chunk: bytes, told: dict[str, Any]) -> None:
+        """Remembers a chunk that adds to what is open and says nothing else."""
+        found, item = string_in(chunk, told), self._open
+        if found is not None and item is not None:
+            _, start, end = found
+            self._run = Run(chunk[:start], chunk[end:], event(item.delta, 0, **self._growth(item, "")))
 
     def _read_chunk(self, chunk: dict[str, Any]) -> None:
         usage = chunk.get("usage")
@@ -87,7 +115,7 @@ class ResponsesReader(ThroughChat):
                 self._read_delta(delta)
 
     def _read_delta(self, delta: dict[str, Any]) -> None:
-        thought = next((delta[key] for key in _THOUGHTS if isinstance(delta.get(key), str) and delta[key]), "")
+        thought = next((delta[key] for key in THOUGHTS if isinstance(delta.get(key), str) and delta[key]), "")
         if thought:
             self._grow("summary" if self._object.wants_summary else "thought", thought)
         for key, kind in (("content", "text"), ("refusal", "refusal")):
@@ -109,8 +137,11 @@ class ResponsesReader(ThroughChat):
             self._say("response.output_item.added", output_index=item.index, item=item.json("in_progress", bare=True))
             self._say(item.added, **item.place(), part=item.part(""))
         item.text.append(piece)
-        extra: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
-        self._say(item.delta, **item.place(), delta=piece, **extra)
+        self._say(item.delta, **self._growth(item, piece))
+
+    def _growth(self, item: "_Item", piece: str) -> dict[str, Any]:
+        extra: dict[str, Any] = {"logprobs": []} if item.kind == "text" else {}
+        return {**item.place(), "delta": piece, **extra}
 
     def _shut(self, status: str) -> None:
         """Says that the open thought or message is done."""

@@ -125,6 +125,6 @@ def _named(one: dict[str, Any], names: dict[str, ToolName]) -> str:
     found = chat_name(name, one.get("namespace", "")) if isinstance(name, str) else ""
     if one.get("type") not in ("function", "custom") or found not in names:
         raise BadRequest(
-            f"tool_choice names {name or one.get('type')!s}, which is no tool of this request", "tool_choice"
+            f"tool_choice names {str(name or one.get('type'))[:40]}, which is no tool of this request", "tool_choice"
         )
     return found

@@ -9,7 +9,7 @@ import itertools
 import re
 from typing import Final
 
-from broker.dialects.responses_object import CREATED, IN_PROGRESS, ResponseObject, event
+from broker.dialects.responses_object import CREATED, IN_PROGRESS, ResponseObject, created_s, event
 
 _OPENINGS: Final = tuple(f"event: {kind}\n".encode() for kind in (CREATED, IN_PROGRESS))
 _NUMBER: Final = re.compile(rb'^(data: \{"type":"[^"]*","sequence_number":)(\d+)', re.MULTILINE)
@@ -21,6 +21,11 @@ class ResponsesVoice:
     def __init__(self, body: bytes, *, job_id: str, model: str) -> None:
         self._object = ResponseObject(body, job_id=job_id, model=model)
         self._next = 0
+        self._other: tuple[bytes, bytes] | None = None  # how a job that took over names the response
+
+    def taken_over(self, job_id: str) -> None:
+        """Tells that another job makes the answer; its client goes on hearing of the response that it knows."""
+        self._other = _name(f"resp_{job_id}", created_s(job_id))
 
     def heartbeat(self, note: str) -> bytes:
         """Says that the client still waits, and in a comment how the wait goes."""
@@ -28,6 +33,9 @@ class ResponsesVoice:
 
     def passing(self, data: bytes) -> bytes:
         """Counts a worker's events, whole ones as it wrote them, and leaves out an opening that was said before."""
+        if self._other is not None:
+            for other, ours in zip(self._other, _name(self._object.id, self._object.created_at), strict=True):
+                data = data.replace(other, ours)
         if self._next:
             while data.startswith(_OPENINGS):
                 data = data[data.index(b"\n\n") + 2 :]
@@ -64,6 +72,11 @@ class ResponsesVoice:
     def _count(self) -> int:
         number, self._next = self._next, self._next + 1
         return number
+
+
+def _name(response_id: str, created_at: int) -> tuple[bytes, bytes]:
+    """How an event writes id and time; inside of a text the quotes would be escaped."""
+    return b'"id":"%s"' % response_id.encode(), b'"created_at":%d,' % created_at
 
 
 def failure_code(code: str, status: int, retry_after_s: int | None) -> str:

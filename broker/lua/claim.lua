@@ -7,7 +7,7 @@
 --   ARGV[12] rules         digest of those in force for that model, `-` = this runtime leads elsewhere
 --   ARGV[13] provider      its address           ARGV[14] audit_ms   how long records are kept
 -- Returns {attempt, claimed_at, body, and of the job's hash: zone, endpoint, stream, include_usage, choices, mode,
--- priority, session, tokens, leaves}.
+-- priority, session, tokens, continues, last_seq, leaves}. A job that `continues` goes on counting behind its last frame.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE, UNJUDGED.
 --- @include now_ms
 --- @include check
@@ -17,7 +17,7 @@ local now, id = now_ms(ARGV[1]), ARGV[2]
 local stale = same_policy(KEYS[4], ARGV[6])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[2], "state", "lane", "entry", "zone", "attempt", "abandon_at", "endpoint", "stream",
-  "include_usage", "choices", "mode", "priority", "session", "tokens", "leaves")
+  "include_usage", "choices", "mode", "priority", "session", "tokens", "continues", "last_seq", "leaves")
 local to, refusal = follow(f[1], "claim", KEYS[2])
 if not to then return refusal end
 if f[2] ~= ARGV[4] or f[3] ~= ARGV[5] then return redis.error_reply("MOVED " .. f[2] .. " " .. f[3]) end
@@ -27,14 +27,18 @@ if ARGV[10] == "remote" then
 end
 
 redis.call("XCLAIM", KEYS[1], ARGV[3], ARGV[7], "0", ARGV[5], "FORCE", "JUSTID")
-local attempt = tonumber(f[5] or 0) + 1
+local attempt, last = tonumber(f[5] or 0) + 1, "0"
+if tonumber(f[15] or 0) > 0 then
+  last = f[16]
+  redis.call("HSET", KEYS[2], "continue_by", "0")
+end
 local lease_until = now + tonumber(ARGV[9])
 redis.call("HSET", KEYS[2], "state", to, "model", ARGV[11], "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8],
-  "claimed_at", ms(now), "lease_until", ms(lease_until), "last_seq", "0", "retry_at", "0")
+  "claimed_at", ms(now), "lease_until", ms(lease_until), "last_seq", last, "retry_at", "0")
 redis.call("ZADD", KEYS[3], ms(earliest(lease_until, f[6])), id)
 if ARGV[10] == "remote" then
   note_leaving(KEYS[6], KEYS[2], now, tonumber(ARGV[14]), { "job", id, "attempt", attempt, "lane", ARGV[4],
     "model", ARGV[11], "provider", ARGV[13], "host", ARGV[7], "rules", ARGV[12] })
 end
 return { attempt, ms(now), redis.call("GET", KEYS[5]), f[4], f[7], f[8], f[9], f[10], f[11], f[12], f[13], f[14],
-  f[15] }
+  f[15], last, f[17] }

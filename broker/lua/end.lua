@@ -21,11 +21,13 @@ local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
 if refusal then return refusal end
 local seq, last, set = tonumber(ARGV[9]), tonumber(f.last_seq), { "served_by", ARGV[14] }
 local from, to, wrong = f.state, nil, nil
-if from == "claimed" and seq == 1 then -- its first token comes with its end: two steps in one
+if from == "claimed" and seq == last + 1 then -- its first token comes with its end: two steps in one
   from, wrong = follow(from, "first_token", KEYS[1])
   if not from then return wrong end
-  set[3], set[4] = "first_token_at", ms(now)
-  f.first_token_at = ms(now)
+  if tonumber(f.continues or 0) == 0 then
+    set[3], set[4] = "first_token_at", ms(now)
+    f.first_token_at = ms(now)
+  end
 end
 to, wrong = follow(from, ARGV[8], KEYS[1])
 if not to then return wrong end

@@ -1,4 +1,4 @@
--- Ends a job that still waits at its give-up instant.
+-- Ends a job that still waits at its give-up instant, or, with half an answer told, until which it might go on.
 --   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
 --   ARGV[7] lane_name   ARGV[8] entry   ARGV[9] code   ARGV[10] message
@@ -18,7 +18,8 @@ local to, refusal = follow(f.state, "expire", KEYS[1])
 if not to then return refusal end
 local elsewhere = placed(f.lane, f.entry, ARGV[7], ARGV[8])
 if elsewhere then return elsewhere end
-local give_up_at = tonumber(redis.call("HGET", KEYS[1], "give_up_at"))
+local instants = redis.call("HMGET", KEYS[1], "give_up_at", "continue_by")
+local give_up_at = tonumber(instants[2] or 0) > 0 and tonumber(instants[2]) or tonumber(instants[1])
 if give_up_at > now then return redis.error_reply("NOTDUE " .. ms(give_up_at)) end
 
 close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],

@@ -1,4 +1,4 @@
--- Moves a job that has no first token yet into its fallback lane.
+-- Moves a job that has no first token yet into its fallback lane: no other model finishes the sentence of one that has.
 --   KEYS[1] from_lane   KEYS[2] to_lane   KEYS[3] job   KEYS[4] due   KEYS[5] policy   KEYS[6] model of the target
 --   KEYS[7] downgrades   KEYS[8] sticky   both of the model that the job asked for
 --   KEYS[9 ..] the target model's hashes on its hosts, then all lanes of the target model
@@ -8,7 +8,7 @@
 --   ARGV[17] max_share of downgrades, 1 = no cap   ARGV[18] window   ARGV[19] binding_from
 --   ARGV[20] sticky_ms, 0 = its session does not stay on the fallback
 -- Returns the new entry.
--- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, TRUSTZONE, LANEFULL, DOWNGRADES.
+-- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, SEEN, TRUSTZONE, LANEFULL, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include room
@@ -21,12 +21,13 @@ local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry", "asked_model",
-  "asked_number", "session")
+  "asked_number", "session", "continues")
 local to, refusal = follow(f[2], "promote", KEYS[3])
 if not to then return refusal end
 local elsewhere = placed(f[5], f[6], ARGV[5], ARGV[6])
 if elsewhere then return elsewhere end
 if f[1] ~= ARGV[7] then return redis.error_reply("STALE attempt " .. ARGV[7] .. ", job is at " .. f[1]) end
+if tonumber(f[10] or 0) > 0 then return redis.error_reply("SEEN " .. id) end
 if ARGV[12] == "remote" then -- whoever allowed the request to leave asked for that lane itself, or spilled there
   return redis.error_reply("TRUSTZONE " .. id .. " may not be promoted out of the machine")
 end

@@ -4,8 +4,12 @@
 --   ARGV[7] attempt   ARGV[8] max_losses   ARGV[9] message
 --   ARGV[10] host   ARGV[11] boot   whoever asks is the only worker of this host: its earlier boots are dead, whatever
 --                                   their leases say; "" = go by the lease
--- Returns {"queued", entry}, or {"failed", ""} when its client has seen part of the answer or the losses are used up.
--- Errors: NOJOB, ENDED, BADTRANSITION, STALE, NOTDUE.
+--   ARGV[12] go_on_from   the last frame of an answer that can be gone on from (MOVED when there are more by now),
+--                         "-1" = it cannot
+--   ARGV[13] go_on_within_ms   how long it may wait for that
+-- Returns {"queued", entry}; or {"failed", ""} when its client has seen part of an answer that cannot be gone on from, or
+-- the losses are used up.
+-- Errors: NOJOB, ENDED, BADTRANSITION, STALE, NOTDUE, MOVED.
 --- @flags allow-oom
 --- @include now_ms
 --- @include check
@@ -15,6 +19,7 @@
 --- @include usage
 --- @include retries
 --- @include close
+--- @include go_on
 local now, id = now_ms(ARGV[1]), ARGV[2]
 local f = read_job(KEYS[1])
 local to, wrong = follow(f.state, "recover", KEYS[1])
@@ -23,14 +28,17 @@ local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
 if refusal then return refusal end
 local proved_dead = ARGV[10] ~= "" and f.owner == ARGV[10] and f.boot ~= ARGV[11]
 if tonumber(f.lease_until) > now and not proved_dead then return redis.error_reply("NOTDUE " .. f.lease_until) end
+local stands, goes_on, news = standing(f, ARGV[12])
+if news then return news end
 
 f.losses = redis.call("HINCRBY", KEYS[1], "losses", 1)
-if (f.state == "streaming" and f.seen == "1") or f.losses > tonumber(ARGV[8]) then
+if (stands and not goes_on) or f.losses > tonumber(ARGV[8]) then
   close({ job = KEYS[1], lane = KEYS[2], due = KEYS[3], frames = KEYS[4], request = KEYS[5], readers = KEYS[6],
     dead = KEYS[7] },
     { group = ARGV[3], frames_prefix = ARGV[4], control_prefix = ARGV[5], usage_prefix = ARGV[6] },
     f, now, id, "failed", { code = "worker_lost", message = ARGV[9], counts = { "recovered:" .. f.lane .. ":failed", 1 } })
   return { "failed", "" }
 end
-usage(ARGV[6], now, "recovered:" .. f.lane .. ":queued", 1)
-return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id) }
+usage(ARGV[6], now, "recovered:" .. f.lane .. ":" .. (goes_on and "continued" or "queued"), 1)
+return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
+  goes_on and now + tonumber(ARGV[13])) }

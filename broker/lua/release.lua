@@ -2,8 +2,11 @@
 --   KEYS[1] job   KEYS[2] lane   KEYS[3] due   KEYS[4] frames   KEYS[5] request   KEYS[6] readers   KEYS[7] dead
 --   ARGV[1] now   ARGV[2] id   ARGV[3] group   ARGV[4] frames_prefix   ARGV[5] control_prefix   ARGV[6] usage_prefix
 --   ARGV[7] attempt   ARGV[8] loss, 1 = counts against max_losses   ARGV[9] max_losses   ARGV[10] code   ARGV[11] message
+--   ARGV[12] go_on_from   the last frame of an answer that can be gone on from (MOVED when there are more by now),
+--                         "-1" = it cannot
+--   ARGV[13] go_on_within_ms   how long it may wait for that
 -- Returns {"queued", entry}, or {"failed", ""} when the losses are used up.
--- Errors: NOJOB, ENDED, STALE, BADTRANSITION, SEEN.
+-- Errors: NOJOB, ENDED, STALE, BADTRANSITION, SEEN, MOVED.
 --- @flags allow-oom
 --- @include now_ms
 --- @include check
@@ -13,13 +16,16 @@
 --- @include usage
 --- @include retries
 --- @include close
+--- @include go_on
 local now, id = now_ms(ARGV[1]), ARGV[2]
 local f = read_job(KEYS[1])
 local refusal = holds(f.state, f.attempt, ARGV[7], KEYS[1])
 if refusal then return refusal end
 local to, wrong = follow(f.state, "release", KEYS[1])
 if not to then return wrong end
-if f.state == "streaming" and f.seen == "1" then return redis.error_reply("SEEN " .. id) end
+local stands, goes_on, news = standing(f, ARGV[12])
+if news then return news end
+if stands and not goes_on then return redis.error_reply("SEEN " .. id) end
 
 f.losses = redis.call("HINCRBY", KEYS[1], "losses", ARGV[8])
 if ARGV[8] == "1" and f.losses > tonumber(ARGV[9]) then
@@ -30,4 +36,5 @@ if ARGV[8] == "1" and f.losses > tonumber(ARGV[9]) then
   return { "failed", "" }
 end
 usage(ARGV[6], now, "released:" .. f.lane, 1)
-return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id) }
+return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
+  goes_on and now + tonumber(ARGV[13])) }

@@ -44,6 +44,8 @@ def _models(content: Content) -> Iterator[Finding]:
             yield (*path, "command"), "must hold {port}, because we choose where the server listens"
         if model.shared and model.replicas > 1:
             yield (*path, "replicas"), "all hosts reach the same runtime, so only one of them serves it"
+        if model.on_loss == "continue" and model.embeddings:
+            yield (*path, "onLoss"), "must be error, because vectors cannot be gone on with in the middle"
         yield from _remote(path, model)
 
 
@@ -55,6 +57,11 @@ def _remote(path: Path, model: Model) -> Iterator[Finding]:
         if model.api_key_env is not None:
             yield (*path, "apiKeyEnv"), f"only an openai model has a key, and this one is {model.backend}"
         return
+    if model.on_loss == "continue":
+        yield (
+            (*path, "onLoss"),
+            "must be error, because a provider begins a new turn instead of going on with an answer",
+        )
     if model.trust != "remote":
         yield (*path, "trust"), "must be remote, because prompts for an openai model leave the machine"
     if model.url is None:

@@ -220,6 +220,11 @@ class Model(Part):
     first_token_budget_ms: SomeMs = Field(8_000, description="Probes slower than this make the model degraded.")
     first_token_timeout_ms: SomeMs = Field(300_000, description="Longest wait for a first token on a warm model.")
     stall_timeout_ms: SomeMs = Field(60_000, description="Longest silence of the runtime after the first token.")
+    on_loss: Literal["continue", "error"] = Field(
+        "error",
+        description="What becomes of a half-told answer whose worker or runtime is lost: another attempt goes on from "
+        "plain text, or its client hears an error.",
+    )
     wake_timeout_ms: SomeMs = Field(300_000, description="Longest wait for the model to load and answer.")
     min_stay_ms: Ms = Field(60_000, description="How long a woken model stays before another may take its memory.")
     idle_unload_ms: SomeMs = Field(900_000, description="Unload after this long without work, unless kept warm.")

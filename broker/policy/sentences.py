@@ -25,12 +25,7 @@ _PLACES: dict[type[BaseModel], str] = {
 }
 _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
     Content: frozenset({"callers", "usageDays"}),
-    Model: frozenset(
-        {
-            "wakeForBatch",
-            "onLoss",
-        }
-    ),
+    Model: frozenset({"wakeForBatch"}),
 }
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 

@@ -88,6 +88,28 @@ def test_an_alias_serves_a_client_that_knows_only_claude(up: House) -> None:
     assert found.model == "tiny" and counted.input_tokens > 0
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"messages": [{"role": "user", "content": "def f(x):\n\treturn x ** 2  # größer\n" * 10}]},
+        {"tools": [{"name": "read", "description": "Reads a file.", "input_schema": {"type": "object"}}]},
+        {"messages": [*ASK["messages"], {"role": "assistant", "content": "Badu"}]},
+    ],
+    ids=["short", "code", "tools", "continued"],
+)
+def test_the_count_of_tokens_is_the_runtimes_own(up: House, more: dict[str, Any]) -> None:
+    """To the token what the answer says of the same prompt; an estimate is a quarter of its bytes."""
+    asked = ASK | more
+    with client(up) as sdk:
+        counting = {key: asked[key] for key in ("model", "system", "messages", "tools") if key in asked}
+        counted = sdk.messages.with_raw_response.count_tokens(**counting)
+        answer = sdk.messages.create(**(asked | {"max_tokens": 1}))
+    usage = answer.usage
+    assert counted.parse().input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+    assert "x-gateway-estimate" not in counted.headers
+
+
 def test_a_conversation_that_the_client_began_is_continued(up: House) -> None:
     turns = [*ASK["messages"], {"role": "assistant", "content": "Badu"}]
     with client(up) as sdk:

@@ -58,6 +58,6 @@ def test_errors_are_the_sdks_own(shared_house: House) -> None:
         assert caught.value.param == "prompt"
         with pytest.raises(openai.BadRequestError) as long:
             client.completions.create(model="tiny", prompt="word " * 3000, max_tokens=3)
-        assert long.value.code == "context_length_exceeded"
+        assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="nothing", prompt="Hi")

@@ -53,4 +53,4 @@ def test_an_answer_is_parsed_by_its_schema(shared_house: House) -> None:
 def test_a_prompt_that_is_too_long_is_the_clients_own_error(shared_house: House) -> None:
     with sdk(shared_house.url, max_retries=0) as client, pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(model="tiny", input="word " * 6000, max_output_tokens=4)
-    assert refused.value.code == "context_length_exceeded"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")

@@ -103,6 +103,23 @@ async def test_cached_tokens_are_told_to_the_client_and_in_status(shared_house: 
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
+def test_every_choice_comes_whole_with_the_usage_of_all(shared_house: House) -> None:
+    """Two choices of one real llama.cpp: no end of one is the end of the answer, and the last chunk counts both."""
+    asked: dict[str, Any] = {"model": "tiny", "messages": user("hi"), "n": 2, "max_tokens": 5, "temperature": 1}
+    with sdk(shared_house.url, max_retries=0) as client:
+        whole = client.chat.completions.create(**asked)
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert [(choice.index, choice.finish_reason) for choice in whole.choices] == [(0, "length"), (1, "length")]
+    assert all(choice.message.content for choice in whole.choices)
+    ends = {c.index: c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason}
+    assert ends == {0: "length", 1: "length"} and [chunk.usage is not None for chunk in chunks].index(True) == (
+        len(chunks) - 1
+    )
+    for usage in (whole.usage, chunks[-1].usage):
+        assert usage is not None and usage.completion_tokens == 10
+        assert usage.total_tokens == usage.prompt_tokens + 10
+
+
 def test_an_unknown_model_is_not_found(shared_house: House) -> None:
     attempts = Attempts()
     with sdk(shared_house.url, attempts=attempts) as client, pytest.raises(openai.NotFoundError) as caught:
@@ -120,7 +137,7 @@ def test_a_malformed_request_is_a_bad_one(shared_house: House) -> None:
         assert caught.value.code == "invalid_request"
         with pytest.raises(openai.BadRequestError) as too_long:
             client.chat.completions.create(model="tiny", messages=user("word " * 3000), max_tokens=5)
-        assert too_long.value.code == "context_length_exceeded"
+        assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "messages")
 
 
 @pytest.mark.parametrize("stream", [True, False])

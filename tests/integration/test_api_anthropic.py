@@ -13,6 +13,7 @@ import anthropic
 import pytest
 
 from api import stream as stream_module
+from broker import counts
 from broker.lifecycle import State
 from tests.support.fake_ollama import FakeOllama
 from tests.support.live_api import LiveApi, RawClient, live_api
@@ -22,6 +23,7 @@ from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, worker_world
 from tests.unit.dialects import runtime_streams as streams
 from tests.unit.dialects.test_anthropic_stream import NATIVE
+from workers import counting
 from workers.runtimes.http_server import Exchange
 
 pytestmark = pytest.mark.real
@@ -235,8 +237,97 @@ async def test_a_count_of_tokens_wakes_nothing(redis_server: RedisServer, tmp_pa
             assert 1 <= short.input_tokens < 20 and 1200 < long.input_tokens < 1500
             with pytest.raises(anthropic.NotFoundError):
                 await sdk.messages.count_tokens(model="nobody", messages=ASK["messages"])
+            raw = await sdk.messages.with_raw_response.count_tokens(model="coder", messages=ASK["messages"])
+            assert raw.headers["x-gateway-estimate"] == "true"
             assert not [key async for key in world.store.scan(world.store.keys.job("*"))]
             assert not fake.loads_started
+
+
+class Counts(Scripted):
+    """A vLLM that counts, once it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[dict[str, Any]] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.reply: dict[str, Any] = {"count": 4711, "max_model_len": 8192, "tokens": [1, 2]}
+        self.status = 200
+
+    async def _handle(self, exchange: Exchange) -> None:
+        if exchange.path != "/tokenize":
+            return await super()._handle(exchange)
+        self.asked.append(exchange.json())
+        await self.may_answer.wait()
+        await exchange.answer(self.reply, status=self.status)
+
+
+@asynccontextmanager
+async def a_counter(server: RedisServer, directory: Path) -> AsyncIterator[tuple[Counts, World, LiveApi]]:
+    async with Counts().running() as fake:
+        model = {"backend": "vllm", "model": "weights", "url": fake.url, "keepWarm": True}
+        async with running(server, directory, coder=model) as (world, api):
+            await api.gateway.fleet.look()
+            yield fake, world, api
+
+
+async def count(api: LiveApi, **more: Any) -> tuple[int, bool]:
+    """What the client is told, and whether it is called an estimate."""
+    asked: dict[str, Any] = {"model": "coder", "messages": ASK["messages"]} | more
+    async with client(api) as sdk:
+        raw = await sdk.messages.with_raw_response.count_tokens(**asked)
+        found = await raw.parse()
+    return found.input_tokens, raw.headers.get("x-gateway-estimate") == "true"
+
+
+async def test_a_warm_models_runtime_counts_the_tokens(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Over the broker, whichever machine it is on; no job, no slot, and nothing stays behind."""
+    async with a_counter(redis_server, tmp_path) as (fake, world, api):
+        before = len(fake.chat_bodies)
+        assert await count(api, system="Be brief.", tools=[TOOL]) == (4711, False)
+        [asked] = fake.asked
+        assert asked["model"] == "weights" and asked["tools"][0]["function"]["name"] == "read"
+        assert asked["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        assert len(fake.chat_bodies) == before
+        for key in (world.store.keys.job("*"), world.store.keys.count("*")):
+            assert not [found async for found in world.store.scan(key)]
+
+
+async def test_what_nobody_counts_at_once_is_estimated(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that hangs, that refuses, that says nonsense; a picture; a prompt beyond the limit."""
+    monkeypatch.setattr(counts, "ANSWER_S_MAX", 0.3)
+    async with a_counter(redis_server, tmp_path) as (fake, _, api):
+        fake.may_answer.clear()
+        assert await count(api) == (5, True)
+        fake.may_answer.set()
+        for fake.status, fake.reply in ((404, {"detail": "Not Found"}), (200, {"tokens": []}), (500, {"count": 3})):
+            assert await count(api) == (5, True)
+        fake.status, fake.reply = 200, {"count": 7}
+        assert await count(api) == (7, False)
+        asked = len(fake.asked)
+        source = {"type": "base64", "media_type": "image/png", "data": "aGk="}
+        picture = {"role": "user", "content": [{"type": "image", "source": source}]}
+        assert (await count(api, messages=[picture]))[1]
+        monkeypatch.setattr(counts, "PROMPT_BYTES_MAX", 100)
+        assert await count(api) == (5, True)
+        assert len(fake.asked) == asked
+
+
+async def test_only_a_few_prompts_are_counted_at_a_time(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others need not wait for it."""
+    monkeypatch.setattr(counting, "AT_ONCE_MAX", 2)
+    monkeypatch.setattr(counts, "ANSWER_S_MAX", 10.0)
+    async with a_counter(redis_server, tmp_path) as (fake, _, api):
+        fake.may_answer.clear()
+        first = [asyncio.create_task(count(api)) for _ in range(2)]
+        await until(lambda: len(fake.asked) == 2, what="two questions at the runtime")
+        assert await count(api) == (5, True)
+        fake.may_answer.set()
+        assert await asyncio.gather(*first) == [(4711, False)] * 2
 
 
 async def test_a_full_lane_is_an_overload_that_is_tried_again(redis_server: RedisServer, tmp_path: Path) -> None:

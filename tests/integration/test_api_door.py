@@ -45,6 +45,7 @@ async def test_what_is_refused_before_it_is_a_job(scene: Scene) -> None:
             await client.post(path, content=chat_body("x", model="bigg")),
             await client.post(path, content=chat_body("x"), headers={"x-gateway-lane": "fast-edti"}),
             await client.post(path, content=chat_body("x"), headers={"x-slo-ttft-ms": "soon"}),
+            await client.post(path, content=chat_body("x"), headers={"x-slo-ttft-ms": "000000000001" + "9" * 5000}),
             await client.post(path, content=chat_body("x"), headers={"x-gateway-on-disconnect": "maybe"}),
             await client.post(path, content=chat_body("x", n=99)),
             await client.post(path, content=chat_body("x " * 400, model="hasty")),
@@ -60,6 +61,7 @@ async def test_what_is_refused_before_it_is_a_job(scene: Scene) -> None:
         (400, "invalid_request"),
         (400, "invalid_request"),
         (400, "invalid_request"),
+        (400, "invalid_request"),
         (400, "context_length_exceeded"),
         (405, "method_not_allowed"),
         (404, "not_found"),
@@ -68,6 +70,34 @@ async def test_what_is_refused_before_it_is_a_job(scene: Scene) -> None:
     assert "did you mean big" in found[1].json()["error"]["message"]
     assert await scene.store.command("ZCARD", scene.store.keys.due) == 0
     assert not [k for k in await scene.store.command("KEYS", f"{scene.store.keys.namespace}:job:*")]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/nothing", None),
+        ("GET", "/api/nothing", None),
+        ("GET", "/v1/messages/nothing", None),
+        ("PUT", "/v1/jobs/x", "DELETE, GET"),
+        ("OPTIONS", "/api/tags", "GET, HEAD"),
+        ("DELETE", "/api/chat", "POST"),
+        ("HEAD", "/v1/messages", "POST"),
+        ("GET", "/v1/messages/count_tokens", "POST"),
+        ("TRACE", "/openapi.json", "GET, HEAD"),
+    ],
+)
+async def test_what_is_not_served_is_told_in_the_dialect_of_its_path(
+    scene: Scene, method: str, path: str, allow: str | None
+) -> None:
+    """And a method that a path does not take names those that it takes."""
+    async with httpx.AsyncClient(base_url=scene.api.url) as client:
+        answer = await client.request(method, path)
+    assert (answer.status_code, answer.headers.get("allow")) == (405 if allow else 404, allow)
+    code = "method_not_allowed" if allow else "not_found"
+    if method != "HEAD":
+        told = answer.json()
+        assert (told if path.startswith("/api/") else told["error"])["code"] == code
+        assert ("type" in told) == path.startswith("/v1/messages")
 
 
 @pytest.mark.parametrize("says_its_size", [True, False])

@@ -57,7 +57,7 @@ async def test_a_client_that_may_retry_is_waited_for(scene: Scene) -> None:
 
     async def settled() -> bool:
         try:
-            await jobs.cancel(scene.store, job_id, if_abandoned=True)
+            await jobs.cancel(scene.store, job_id, only="abandoned")
         except errors.NotDue:
             return False
         return True

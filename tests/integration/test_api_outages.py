@@ -183,6 +183,7 @@ async def test_settling_looks_only_at_what_is_overdue(scene: Scene, monkeypatch:
     client = await RawClient.open(scene.api)
     await client.chat("wait")
     job = await scene.only_job()
+    await scene.until_state(job.id, State.CLAIMED)  # a claim sets the instant anew
     await scene.api.gateway.readers.settle()
     assert looked == []
     now = await scene.store.now_ms()

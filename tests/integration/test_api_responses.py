@@ -10,6 +10,8 @@ import openai
 import pytest
 
 from api import stream as stream_module
+from api.visit import Visit
+from broker.dialects import responses_object, responses_voice
 from broker.lifecycle import State
 from tests.support.clients import async_sdk
 from tests.support.live_api import LiveApi, RawClient, live_api
@@ -155,6 +157,50 @@ async def test_a_cold_start_is_heard_as_events_in_one_count(
         assert events[0].response.id == events[-1].response.id  # type: ignore[union-attr]
         job = await world.store.command("EXISTS", world.store.keys.job(events[0].response.id.removeprefix("resp_")))
         assert job == 1
+
+
+async def test_a_job_that_redis_lost_goes_on_as_the_same_response(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another job, and its client has heard of the first one already: id and time are the first one's."""
+    monkeypatch.setattr(stream_module, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(Visit, "redis_came_back", True)
+    for module in (responses_object, responses_voice):  # within a second the times of both would be one
+        monkeypatch.setattr(module, "created_s", lambda job_id: sum(job_id.encode()))
+    sleepy = simulated(keepWarm=False, options={"coldStartMs": 1500})
+    async with running(redis_server, tmp_path, coder=simulated(), sleepy=sleepy) as (world, api):
+        raw = await RawClient.open(api)
+        await raw.send("POST", "/v1/responses", asked(model="sleepy", max_output_tokens=5))
+        assert await raw.head() == 200
+        heard = await raw.until_said(b"response.in_progress")
+        lost, keys = raw.headers["x-gateway-job"], world.store.keys
+        [(entry, _)] = await world.store.command("XRANGE", keys.lane("sleepy"), "-", "+")
+        await world.store.command("XDEL", keys.lane("sleepy"), entry)
+        await world.store.command("ZREM", keys.due, lost)
+        await world.store.command("DEL", keys.job(lost), keys.request(lost), keys.readers(lost))
+        events = events_of(heard + await raw.body())
+        said = [event["response"] for event in events if "response" in event]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert said[-1]["status"] in ("completed", "incomplete") and said[-1]["output"][0]["content"][0]["text"]
+        assert {(response["id"], response["created_at"]) for response in said} == {(f"resp_{lost}", sum(lost.encode()))}
+        assert lost not in said[-1]["output"][0]["id"]  # another job has made it
+
+
+async def test_a_promoted_job_stays_the_same_response(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client has heard of it before another model answers."""
+    monkeypatch.setattr(stream_module, "HEARTBEAT_S", 0.2)
+    sleepy = simulated(keepWarm=False, fallback="coder", coldStartBudgetMs=600, options={"coldStartMs": 20_000})
+    async with running(redis_server, tmp_path, coder=simulated(), sleepy=sleepy) as (world, api):
+        scheduler = await world.scheduler()
+        raw = await RawClient.open(api)
+        await raw.send("POST", "/v1/responses", asked(model="sleepy", max_output_tokens=5))
+        assert await raw.head() == 200
+        said = [event["response"] for event in events_of(await raw.body()) if "response" in event]
+        assert (said[0]["model"], said[-1]["model"]) == ("sleepy", "coder") and len(said) > 2
+        assert len({(response["id"], response["created_at"]) for response in said}) == 1
+        await world.stop_scheduler(scheduler)
 
 
 async def test_a_loss_in_the_middle_is_a_failed_response(redis_server: RedisServer, tmp_path: Path) -> None:

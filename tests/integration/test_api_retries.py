@@ -145,6 +145,6 @@ async def test_a_new_request_of_the_session_ends_what_it_left_behind(scene: Scen
         return (await scene.job(job_id)).abandon_at < before.abandon_at
 
     await until_true(over, what="the abandoned job's grace is over", timeout_s=1)
-    await jobs.cancel(scene.store, job_id, if_abandoned=True)  # as the scheduler does, to which it is due now
+    await jobs.cancel(scene.store, job_id, only="abandoned")  # as the scheduler does, to which it is due now
     assert (await scene.job(job_id)).state is State.CANCELLED
     assert (await scene.job(scene.worker.seen[1].id)).live

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -22,6 +23,34 @@ async def test_models_are_listed_under_every_name(scene: Scene) -> None:
             await client.models.retrieve("nothing")
     async with httpx.AsyncClient(base_url=scene.api.url) as plain:
         assert (await plain.get("/v1/models/qwen/coder:32b")).json()["id"] == "qwen/coder:32b"
+
+
+async def test_models_are_told_to_a_client_of_anthropic_in_its_words(scene: Scene) -> None:
+    """By its version header, which it always sends; OpenAI's form stays for all others."""
+    version = {"anthropic-version": "2023-06-01"}
+    async with httpx.AsyncClient(base_url=scene.api.url) as plain:
+        listed = [model["id"] for model in (await plain.get("/v1/models?limit=1")).json()["data"]]
+        assert len(listed) > 4
+        page = (await plain.get("/v1/models", params={"limit": 2}, headers=version)).json()
+        assert [model["id"] for model in page["data"]] == listed[:2]
+        assert (page["has_more"], page["first_id"], page["last_id"]) == (True, *listed[:2])
+        every = (await plain.get("/v1/models", headers=version)).json()
+        assert [model["id"] for model in every["data"]] == listed and every["has_more"] is False
+        hasty = (await plain.get("/v1/models/hasty", headers=version)).json()
+        assert hasty == {
+            "type": "model", "id": "hasty", "display_name": "hasty", "created_at": "1970-01-01T00:00:00Z",
+            "lifecycle": "active", "max_input_tokens": 50,
+        }  # fmt: skip
+        assert hasty in every["data"]
+        assert (await plain.get("/v1/models/nobody", headers=version)).status_code == 404
+        for wrong in ({"limit": "0"}, {"limit": "1001"}, {"limit": "x"}, {"after_id": "nobody"}):
+            refused = await plain.get("/v1/models", params=wrong, headers=version)
+            assert refused.status_code == 400, wrong
+    async with anthropic.AsyncAnthropic(base_url=scene.api.url, api_key="any") as sdk:
+        assert [model.id async for model in sdk.models.list(limit=2)] == listed
+        back = [model.id async for model in sdk.models.list(limit=2, before_id=listed[-1])]
+        assert sorted(back) == sorted(listed[:-1])
+        assert (await sdk.models.retrieve("qwen/coder:32b")).id == "qwen/coder:32b"
 
 
 async def test_ready_means_that_somebody_can_serve(scene: Scene) -> None:

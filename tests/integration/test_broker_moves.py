@@ -131,11 +131,11 @@ async def test_a_reader_keeps_its_job_and_its_leaving_ends_it(world: World) -> N
     await jobs.attach(world.store, job_id, reader="api1/r1", lease_ms=10_000, sees=False)
     assert (await world.job(job_id)).abandon_at == world.now + 10_000
     async with world.refused(errors.NotDue):
-        await jobs.cancel(world.store, job_id, if_abandoned=True)
+        await jobs.cancel(world.store, job_id, only="abandoned")
     assert await jobs.detach(world.store, job_id, reader="api1/r1") == 0
     assert (await world.job(job_id)).abandon_at == world.now
     await world.healthy()
-    await jobs.cancel(world.store, job_id, if_abandoned=True)
+    await jobs.cancel(world.store, job_id, only="abandoned")
     silent = await world.submit(reader="api1/r1", grace_ms=500)
     world.now += 10_500
     assert (await world.due.look(silent)).outcome == "abandoned"

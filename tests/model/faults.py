@@ -79,6 +79,48 @@ FAULTS = [
         r'redis.call("HDEL", \1)\n  local change = 0\n',
     ),
     Fault(
+        "a lost answer that stands is dropped",
+        ("release", "recover"),
+        r"  if continue_by then\n(    redis\.call\(\"HSET\", job, \"continues\".*\n)  else\n",
+        r"  if continue_by then\n\1  end\n  do\n",
+    ),
+    Fault(
+        "the claim of an answer that goes on counts its frames anew",
+        ("claim",),
+        r"\n  last = f\[16\]\n",
+        "\n",
+    ),
+    Fault(
+        "an answer goes on from a log that has grown since it was judged",
+        ("release", "recover"),
+        r"  if f\.last_seq ~= from then .*\n",
+        "",
+    ),
+    Fault(
+        "another model finishes the sentence",
+        ("promote",),
+        r"if tonumber\(f\[10\] or 0\) > 0 then return .*\n",
+        "",
+    ),
+    Fault(
+        "half an answer waits as long as a whole one",
+        ("release", "recover", "claim", "postpone", "attach", "rejoin", "detach"),
+        r"  elseif f\[1\] == \"queued\" and tonumber\(f\[8\] or 0\) > 0 then.*\n.*\n",
+        "",
+    ),
+    Fault(
+        "an answer that goes on has its first token once more",
+        ("first_token",),
+        r"if tonumber\(f\[5\] or 0\) == 0 then (redis.*) end\n",
+        r"\1\n",
+    ),
+    Fault(
+        "an answer that stands starts again before its next first token",
+        ("release", "recover"),
+        r" or tonumber\(f\.continues or 0\) > 0\n",
+        "\n",
+    ),
+    Fault(
         "attach sets seen for a stream:false waiter",
         ("attach",),
         r"if sees == \"1\" then (redis\.call\(\"HSET\", job, \"seen\")",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from broker import downgrades, errors, jobs, lanes
-from broker.jobs import Holding
+from broker.jobs import GoOn, Holding
 from broker.lifecycle import ENDED, HELD, State
 from broker.policies import Active
 from broker.policy import Lane
@@ -44,10 +44,14 @@ DRAWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {}
 
 Call = Callable[[], Awaitable[Any]]
 Expected = type[errors.BrokerError] | None
+GOES_ON_WITHIN_MS = 2_000
 TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
+BEGUN = ("submit", "claim", "first_token", "emit")
 SERVED = ("submit", "claim", "first_token", "emit", "end")
 picks = st.integers(0, 15)
+judgements = st.sampled_from([None, 0, 0, 0, 1])
+"""How many frames came since it was judged that an answer can be gone on from; None = it cannot."""
 
 
 def takes(**drawn: st.SearchStrategy[Any]) -> Callable[[Step], Step]:
@@ -64,6 +68,18 @@ def several(*names: str) -> st.SearchStrategy[list[tuple[str, dict[str, Any]]]]:
     """A few steps of one kind of actor, in any order; a name that stands here twice is drawn twice as often."""
     one = st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), DRAWN[name]))
     return st.lists(one, min_size=1, max_size=4)
+
+
+def judged(job: JobRecord, behind: int | None) -> GoOn | None:
+    return None if behind is None else GoOn(job.last_seq - behind, GOES_ON_WITHIN_MS)
+
+
+def straight(step: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The same step taken by somebody who is not confused: with the newest job that fits, and the next frame."""
+    name, arguments = step
+    newest = -4 if name in ("claim", "recover") else 0
+    plain = {"claim": {"confused": ""}, "first_token": {"ahead": 1}, "emit": {"ahead": 1}, "end": {"ahead": 1}}
+    return name, arguments | {"pick": newest} | plain.get(name, {})
 
 
 class NothingFits(Exception):
@@ -203,7 +219,7 @@ class Verbs(RuleBasedStateMachine):
         record = JobRecord(
             id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
-            session=session, exits=exits if remote else "", judged=self.judged(lane, judged) if remote else "",
+            session=session, exits=exits if remote else "", judged=self.verdict_now(lane, judged) if remote else "",
             leaves="hash", left="{}",
         )  # fmt: skip
         idem = self.now.keys.get(w.store.keys.idem("anonymous", key)) if key else None
@@ -327,15 +343,15 @@ class Verbs(RuleBasedStateMachine):
         if job.live and reader in there and not alive and job.grace_ms >= 0:
             assert self.now.jobs[job.id].abandon_at == self.world.now + job.grace_ms
 
-    @takes(pick=picks, if_abandoned=st.booleans())
-    def cancel(self, pick: int, if_abandoned: bool) -> None:
+    @takes(pick=picks, only=st.sampled_from(["", "abandoned", "unread"]))
+    def cancel(self, pick: int, only: Any) -> None:
         job = self.some_job(pick)
         expected: Expected = None if job.live else errors.AlreadyEnded
-        if job.live and if_abandoned and not 0 < job.abandon_at <= self.world.now:
+        if job.live and only == "abandoned" and not 0 < job.abandon_at <= self.world.now:
             expected = errors.NotDue
-        self.act(
-            f"cancel {job.state}", lambda: jobs.cancel(self.world.store, job.id, if_abandoned=if_abandoned), expected
-        )
+        if job.live and only == "unread" and any(t > self.world.now for t in self.now.readers(job.id).values()):
+            expected = errors.NotDue
+        self.act(f"cancel {job.state}", lambda: jobs.cancel(self.world.store, job.id, only=only), expected)
 
     # -- workers --
 
@@ -369,9 +385,10 @@ class Verbs(RuleBasedStateMachine):
             assert got.body == self.bodies[job.id]
             assert [getattr(got.record, name) for name in CLAIMED] == [getattr(record, name) for name in CLAIMED]
             self.held.append(Holding(job.id, job.lane, got.attempt, host + "-boot"))
-            self.said[job.id] = []
+            if not record.continues:
+                self.said[job.id] = []
 
-    def judged(self, lane: str, word: str) -> str:
+    def verdict_now(self, lane: str, word: str) -> str:
         """The verdict under the rules in force for a lane, "" where it leads nowhere or nobody judged."""
         into = self.world.book.active.lane(lane)
         rules = self.world.rules(lane) if word and into is not None else ""
@@ -393,7 +410,7 @@ class Verbs(RuleBasedStateMachine):
         lane, active = w.book.active.lane(job.lane), self.old if confused == "policy" else w.book.active
         if lane is None:
             return
-        judged = self.judged(job.lane, "yes" if passes else "no")
+        judged = self.verdict_now(job.lane, "yes" if passes else "no")
         expected: Expected = None
         if active.version != w.book.active.version:
             expected = errors.StalePolicy
@@ -404,18 +421,24 @@ class Verbs(RuleBasedStateMachine):
         args = [active.version, job.lane, entry, judged, "hash", "{}"]
         self.act(f"judge {job.state}", lambda: w.store.run("judge", keys, args), expected)
 
-    @takes(pick=picks)
-    def first_token(self, pick: int) -> None:
+    @takes(pick=picks, ahead=st.sampled_from([1] * 10 + [0, 2]))
+    def first_token(self, pick: int, ahead: int) -> None:
         held, job = self.some_hold(pick, State.CLAIMED)
         expected = self.fenced(held, job)
-        data = b"%d-1" % held.attempt
-        repeat = job.state is State.STREAMING
+        again = job.state is State.STREAMING
+        seq = max(1, job.last_seq + ahead - again)
+        data = b"%d-%d" % (held.attempt, seq)
+        repeat = again and seq <= job.last_seq
+        if expected is None and not repeat and (again or seq != job.last_seq + 1):
+            expected = errors.BadTransition if again else errors.FrameGap
         self.act(
-            f"first token for {job.state}", lambda: jobs.first_token(self.world.store, held, data), expected,
+            f"first token {seq} for {job.state} after {job.last_seq}",
+            lambda: jobs.first_token(self.world.store, held, data, seq=seq),
+            expected,
             marks=not repeat,
-        )  # fmt: skip
+        )
         if expected is None and not repeat:
-            self.said[job.id] = [data]
+            self.said[job.id].append(data)
 
     @takes(pick=picks, ahead=st.sampled_from([1, 1, 1, 0, 2]))
     def emit(self, pick: int, ahead: int) -> None:
@@ -442,7 +465,7 @@ class Verbs(RuleBasedStateMachine):
         seq = 0 if ahead is None else job.last_seq + ahead
         data, error = b"" if logged else b"%d-%d" % (held.attempt, seq), None if finish else BROKE
         expected = self.fenced(held, job)
-        if expected is None and finish and job.state is State.CLAIMED and seq != 1:
+        if expected is None and finish and job.state is State.CLAIMED and seq != job.last_seq + 1:
             expected = errors.BadTransition
         elif expected is None and seq > job.last_seq + (0 if logged else 1):
             expected = errors.FrameGap
@@ -454,19 +477,32 @@ class Verbs(RuleBasedStateMachine):
         if expected is None and seq == job.last_seq + 1:
             self.said[job.id].append(data)
 
-    @takes(pick=picks, loss=st.booleans())
-    def release(self, pick: int, loss: bool) -> None:
+    @takes(pick=picks, loss=st.booleans(), behind=judgements)
+    def release(self, pick: int, loss: bool, behind: int | None) -> None:
         held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
         expected = self.fenced(held, job)
-        if expected is None and job.state is State.STREAMING and job.seen:
-            expected = errors.BadTransition
+        if expected is None and self.stands(job) and behind != 0:
+            expected = errors.BadTransition if behind is None else errors.Moved
         got = self.act(
-            f"release {job.state}",
-            lambda: jobs.release(self.world.store, held, loss=loss, max_losses=1, error=BROKE),
+            f"release {job.state}, judged {behind} behind {job.last_seq}",
+            lambda: jobs.release(
+                self.world.store, held, loss=loss, max_losses=1, error=BROKE, go_on=judged(job, behind)
+            ),
             expected,
         )
         if got is not None:
             assert got == ("failed" if loss and job.losses >= 1 else "queued")
+            self.waits_to_go_on(job, put_back=got == "queued")
+
+    def stands(self, job: JobRecord) -> bool:
+        """Whether a client has been given a part of the answer, so that it may not start again."""
+        return job.seen and bool(self.said.get(job.id)) and (job.state is State.STREAMING or job.continues > 0)
+
+    def waits_to_go_on(self, was: JobRecord, *, put_back: bool) -> None:
+        """What stands is gone on from within the time given, what does not begins anew."""
+        job = self.now.jobs[was.id]
+        by = self.world.now + GOES_ON_WITHIN_MS if put_back and self.stands(was) else 0
+        assert job.continue_by == by and (not by or job.continues == was.attempt), (job, by)
 
     @takes(pick=picks, right=st.sampled_from([True, True, False]))
     def renew(self, pick: int, right: bool) -> None:
@@ -491,6 +527,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif moved:
             expected = errors.Moved
+        elif job.continues:
+            expected = errors.BadTransition
         elif to.trust == "remote":
             expected = errors.TrustZoneRefused
         elif self.full(to):
@@ -499,8 +537,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.DowngradesCapped
         self.act(f"promote {job.state}", lambda: lanes.promote(w.store, w.book.active, w.fleet, picture, to), expected)
 
-    @takes(pick=picks)
-    def recover(self, pick: int) -> None:
+    @takes(pick=picks, behind=judgements)
+    def recover(self, pick: int, behind: int | None) -> None:
         job = self.some_job(pick, State.CLAIMED, State.STREAMING)
         expected: Expected = None
         if not job.live:
@@ -509,9 +547,16 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif job.lease_until > self.world.now:
             expected = errors.NotDue
-        again = self.act(f"recover {job.state}", lambda: lanes.recover(self.world.store, job, max_losses=1), expected)
+        elif self.stands(job) and behind:
+            expected = errors.Moved
+        again = self.act(
+            f"recover {job.state}, judged {behind} behind {job.last_seq}",
+            lambda: lanes.recover(self.world.store, job, max_losses=1, go_on=judged(job, behind)),
+            expected,
+        )
         if again is not None:
-            assert again == (job.losses < 1 and not (job.state is State.STREAMING and job.seen))
+            assert again == (job.losses < 1 and (behind == 0 or not self.stands(job)))
+            self.waits_to_go_on(job, put_back=again)
 
     @takes(pick=picks)
     def expire(self, pick: int) -> None:
@@ -521,7 +566,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.AlreadyEnded
         elif job.state in HELD:
             expected = errors.BadTransition
-        elif job.give_up_at > self.world.now:
+        elif (job.continue_by or job.give_up_at) > self.world.now:
             expected = errors.NotDue
         self.act(
             f"expire {job.state}", lambda: lanes.expire(self.world.store, job, errors.JobExpired("late")), expected
@@ -606,16 +651,17 @@ class Verbs(RuleBasedStateMachine):
 
     @rule(
         first=DRAWN["submit"], second=DRAWN["submit"],
-        between=several("detach", "detach", "claim", "first_token", "end", "end"),
+        between=several("detach", "detach", "claim", "first_token", "end", "end"), served=DRAWN["end"],
         again=several("rejoin", "rejoin", "submit"),
     )  # fmt: skip
     def an_sdk_tries_again(
         self, first: dict[str, Any], second: dict[str, Any], between: list[tuple[str, dict[str, Any]]],
-        again: list[tuple[str, dict[str, Any]]],
+        served: dict[str, Any], again: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """Its first try waits, perhaps beside one that is just the same; it hangs up, and comes back."""
         sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
-        self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again, *again])
+        self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again])
+        self.do([straight(("claim", {"host": "gpu1"})), straight(("end", served)), *again])
 
     @rule(
         first=DRAWN["submit"], claim=DRAWN["claim"], heard=st.booleans(),
@@ -632,7 +678,7 @@ class Verbs(RuleBasedStateMachine):
             if not heard:
                 self.detach(self.pick_of(job_id), "api1/r1")
             self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED)})
-            self.first_token(0)
+            self.first_token(0, ahead=1)
             self.end(0, finish=True, ahead=1, logged=False)
             for reader in again:
                 self.rejoin(self.pick_of(job_id), reader, b"")
@@ -675,6 +721,30 @@ class Verbs(RuleBasedStateMachine):
             self.world.now += lanes.JOB_LEASE_MS
         self.do([("recover" if silent else "release", steps["recover" if silent else "release"])])
         self.do([("claim", steps["claim"]), *late])
+
+    @rule(
+        begun=st.tuples(*(DRAWN[name] for name in BEGUN)), silent=st.booleans(), lost=DRAWN["release"],
+        meanwhile=several("promote", "expire", "look", "attach", "cancel"), taken=DRAWN["claim"],
+        patient=st.sampled_from([True, True, False]),
+        then=several("first_token", "first_token", "emit", "end", "release", "recover", "look"),
+    )  # fmt: skip
+    def an_answer_goes_on(
+        self, begun: tuple[dict[str, Any], ...], silent: bool, lost: dict[str, Any],
+        meanwhile: list[tuple[str, dict[str, Any]]], patient: bool, taken: dict[str, Any],
+        then: list[tuple[str, dict[str, Any]]],
+    ) -> None:  # fmt: skip
+        """A client hears the begin of it, the worker is lost, and another goes on, if one comes in time."""
+        seen = {"sync": True, "stream": True, "reader": True, "key": "", "stale": False, "later": 0}
+        submitted, *more = zip(BEGUN, begun, strict=True)
+        self.do([(submitted[0], submitted[1] | seen), *map(straight, more)])
+        if silent:
+            self.world.now += lanes.JOB_LEASE_MS
+        words = {name: value for name, value in lost.items() if name != "loss" or not silent}
+        self.do([straight(("recover" if silent else "release", words)), *meanwhile])
+        if not patient:
+            self.world.now += GOES_ON_WITHIN_MS
+            self.do(meanwhile)
+        self.do([straight(("claim", taken)), *then, *then])
 
     @rule(moved=st.tuples(*(DRAWN[name] for name in MOVED)), held=st.booleans())
     def a_job_is_moved(self, moved: tuple[dict[str, Any], ...], held: bool) -> None:
@@ -719,7 +789,22 @@ def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MOST_LIVE = 4
-CLAIMED = ("id", "lane", "entry", "state", "attempt", "owner", "boot", "model", "stream", "mode", "zone", "lease_until")
+CLAIMED = (
+    "id",
+    "lane",
+    "entry",
+    "state",
+    "attempt",
+    "owner",
+    "boot",
+    "model",
+    "stream",
+    "mode",
+    "zone",
+    "lease_until",
+    "continues",
+    "last_seq",
+)
 QUICK = settings(
     max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,

@@ -18,7 +18,7 @@ from broker import errors, hosts, jobs, lanes
 from broker.due import Due
 from broker.frames import Hub, replay
 from broker.hosts import Fleet
-from broker.jobs import Holding
+from broker.jobs import GoOn, Holding
 from broker.policies import PolicyBook
 from broker.records import Frame, HostRecord, JobRecord, ModelOnHost, Waiting
 from broker.store import Store
@@ -171,8 +171,8 @@ class World:
         assert lane is not None, to
         await lanes.promote(self.store, self.book.active, self.fleet, await self.job(job_id), lane)
 
-    async def recover(self, job_id: str, *, max_losses: int = 3) -> bool:
-        return await lanes.recover(self.store, await self.job(job_id), max_losses=max_losses)
+    async def recover(self, job_id: str, *, max_losses: int = 3, go_on: GoOn | None = None) -> bool:
+        return await lanes.recover(self.store, await self.job(job_id), max_losses=max_losses, go_on=go_on)
 
     async def healthy(self) -> Snapshot:
         """Fails with the sentences that do not hold; gives the picture."""

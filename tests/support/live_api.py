@@ -206,10 +206,10 @@ class Scene:
 
 
 @asynccontextmanager
-async def live_scene(store: Store, *, keys: str = "") -> AsyncIterator[Scene]:
+async def live_scene(store: Store, *, keys: str = "", policy: str = POLICY) -> AsyncIterator[Scene]:
     """Everything warm, nothing asked for yet."""
     book = PolicyBook(store)
-    await book.apply(POLICY)
+    await book.apply(policy)
     worker = ScriptedWorker(store, book)
     async with worker.running(), live_api(store, keys=keys) as running:
         scene = Scene(store, running, worker)

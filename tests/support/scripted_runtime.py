@@ -49,6 +49,8 @@ class ScriptedRuntime:
         self.active = 0
         self.trap = ""
         self.after = 2  # pieces before the trap closes
+        self.falls: int | None = None  # how many answers fall into it, probes left out; None = all, and probes
+        self.echo = False  # an answer that is gone on with begins with what there was of it, as some versions do
         self.mute = False
         self.lingering = 0  # closed generations that llama-server has not noticed yet
         self.prefill_steps = 0  # prompt_progress chunks, where the client asked for them
@@ -93,10 +95,11 @@ class ScriptedRuntime:
             await exchange.write(self._chunk(body, self._role()))
             if self.mute:
                 await asyncio.get_running_loop().create_future()
-            if self.trap:
-                await self._fall(exchange, body)
-            else:
+            if not self.trap or (self.falls is not None and (not self.falls or body.get("max_tokens") == 1)):
                 await self._say(exchange, body)
+            else:
+                self.falls = None if self.falls is None else self.falls - 1
+                await self._fall(exchange, body)
         finally:
             self.active -= 1
 
@@ -109,19 +112,20 @@ class ScriptedRuntime:
         await exchange.answer({"object": "list", "data": data, "model": body["model"]})
 
     async def _say(self, exchange: Exchange, body: dict[str, Any]) -> None:
-        count = body.get("max_tokens") or 8
+        told = self._told(body)
+        count = body.get("max_tokens") or 8 - told
         for number in range(count):
-            await exchange.write(self._chunk(body, {"content": f" {number}" if number else self.word}))
+            await exchange.write(self._chunk(body, {"content": self._piece(body, number)}))
         await exchange.write(self._chunk(body, self._role() if self.opening == "" else {}, finish="length"))
         if (body.get("stream_options") or {}).get("include_usage"):
-            usage = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}
+            usage = {"prompt_tokens": 5 + told, "completion_tokens": count, "total_tokens": 5 + told + count}
             await exchange.write(_event({**self._envelope(body, []), "usage": usage}))
         await exchange.write(b"data: [DONE]\n\n")
         await exchange.end()
 
     async def _fall(self, exchange: Exchange, body: dict[str, Any]) -> None:
         for number in range(0 if self.trap in ("role only", "repeated token") else self.after):
-            await exchange.write(self._chunk(body, {"content": f" {number}" if number else self.word}))
+            await exchange.write(self._chunk(body, {"content": self._piece(body, number)}))
         match self.trap:
             case "silent end" | "role only":
                 pass
@@ -143,6 +147,16 @@ class ScriptedRuntime:
             case other:
                 raise ValueError(f"no trap {other!r}")
         await exchange.end()
+
+    def _piece(self, body: dict[str, Any], number: int) -> str:
+        """One of the numbered words of an answer; one that the request has begun goes on behind its last word."""
+        told = self._told(body)
+        piece = f" {told + number}" if told + number else self.word
+        return body["messages"][-1]["content"] + piece if self.echo and told and number == 0 else piece
+
+    def _told(self, body: dict[str, Any]) -> int:
+        last = (body.get("messages") or [{}])[-1]
+        return len(last["content"].split()) if last.get("role") == "assistant" else 0
 
     def _role(self) -> dict[str, Any]:
         return {"role": "assistant", "content": self.opening}
@@ -172,6 +186,8 @@ class ScriptedLlamaServer(ScriptedRuntime):
                 await exchange.answer({"models": [{"name": "weights"}], "object": "list", "data": [entry]})
             case "POST", "/v1/chat/completions":
                 await self._chat(exchange)
+            case "POST", "/v1/embeddings":
+                await self._embed(exchange)
             case _:
                 await _refuse(exchange, 404, "File Not Found", "not_found_error")
 

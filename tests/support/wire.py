@@ -34,6 +34,8 @@ class Wire:
     url: str = ""
     asked: list[tuple[str, float]] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    hung_up: list[tuple[str, float]] = field(default_factory=list)
+    """What a client closed its connection on before the server did: the last path that it asked there, and when."""
 
     def requests(self, path: str) -> list[float]:
         """When each request for a path passed."""
@@ -42,6 +44,12 @@ class Wire:
     def clear(self) -> None:
         self.asked.clear()
         self.replies.clear()
+        self.hung_up.clear()
+
+    async def cut(self) -> None:
+        """Breaks the connections that are open now, as a network may."""
+        for task in list(self._open):
+            task.cancel()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Wire"]:
@@ -61,15 +69,24 @@ class Wire:
         assert task is not None
         self._open.add(task)
         there = urlsplit(self.to)
+        asked: list[str] = []
+
+        def note_request(data: bytes) -> None:
+            if found := _REQUEST.match(data):
+                asked.append(found[2].decode().split("?")[0])
+                self.asked.append((asked[-1], time.monotonic()))
+
         try:
             up_reader, up_writer = await asyncio.open_connection(there.hostname, there.port)
             try:
                 ways = [
-                    asyncio.create_task(self._pass(reader, up_writer, self._note_request)),
+                    asyncio.create_task(self._pass(reader, up_writer, note_request)),
                     asyncio.create_task(self._pass(up_reader, writer, self._note_status)),
                 ]
                 try:
                     await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)  # a hang-up is passed on at once
+                    if asked and ways[0].done() and not ways[1].done():
+                        self.hung_up.append((asked[-1], time.monotonic()))
                 finally:
                     for way in ways:
                         way.cancel()
@@ -87,10 +104,6 @@ class Wire:
             note(data)
             writer.write(data)
             await writer.drain()
-
-    def _note_request(self, data: bytes) -> None:
-        if found := _REQUEST.match(data):
-            self.asked.append((found[2].decode().split("?")[0], time.monotonic()))
 
     def _note_status(self, data: bytes) -> None:
         if found := _STATUS.match(data):

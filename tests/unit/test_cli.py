@@ -233,6 +233,8 @@ async def test_watch_prints_until_it_is_interrupted(running: LiveApi) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "GATEWAY_URL": running.url, "GATEWAY_KEY": "secret"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # a shell's background job ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     heads = 0

@@ -13,6 +13,7 @@ from broker.dispatch import (
     ModelView,
     choose,
     first_token_in_ms,
+    foretold_ms,
     promotion_helps,
     ready_in_ms,
     retry_after_s,
@@ -217,6 +218,35 @@ def test_a_first_token_waits_for_the_prompt_to_be_read(
 ) -> None:
     found = first_token_in_ms(view, ahead=ahead, now_ms=NOW, fresh_tokens=fresh_tokens)
     assert found == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    ("view", "ahead", "fresh_tokens", "expected"),
+    [
+        (WARM, 0, 512, 300),
+        (WARM, 1, 0, 300),
+        (WARM, 4, 0, 1_800),
+        (replace(WARM, service_ms=0), 1, 0, 300),  # a slot is free for it
+        (replace(WARM, service_ms=0), 2, 0, None),  # how long those before it take is not known
+        (replace(WARM, service_ms=0, slots_free=0), 0, 0, None),
+        (WARM, 0, 513, None),  # how fast it reads is not known
+        (replace(WARM, prefill_tps=950), 0, 9_500, 10_300),
+        (replace(WARM, availability="cold"), 1, 0, 8_300),
+        (replace(WARM, availability="cold", service_ms=0), 1, 0, 8_300),
+        (replace(WARM, availability="cold", service_ms=0), 2, 0, None),
+        (replace(WARM, availability="cold", load_ms=0), 0, 0, None),
+        (replace(WARM, availability="cold", room_at=NOW + 30_000), 0, 0, None),  # not sooner, but when?
+        (replace(WARM, availability="waking", waking_since=NOW - 5_000), 0, 0, 3_300),
+        (replace(WARM, availability="waking", waking_since=NOW - 9_000), 0, 0, None),  # longer than it ever took
+        (replace(WARM, availability="waking", waking_since=0), 0, 0, None),  # it waits for something before it loads
+        (replace(WARM, availability="unavailable"), 0, 0, None),
+        (replace(WARM, service_ms=1e9), 3, 0, None),
+    ],
+)
+def test_who_waits_is_told_a_measured_time_or_none(
+    view: ModelView, ahead: int, fresh_tokens: int, expected: int | None
+) -> None:
+    assert foretold_ms(view, ahead=ahead, now_ms=NOW, fresh_tokens=fresh_tokens) == expected
 
 
 @pytest.mark.parametrize(

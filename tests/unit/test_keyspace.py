@@ -23,6 +23,7 @@ MADE = {
     "host": (("gpu-box.local",), "host:<host>"),
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<key>"),
     "retries": (("laptop-3", "tab:7"), "retries:<caller>:<session>"),
+    "count": (("01J9ZK",), "count:<id>"),
     "usage": (("2026-10-30",), "usage:<day>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}

@@ -84,6 +84,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "firstTokenBudgetMs": 8_000,
         "firstTokenTimeoutMs": 300_000,
         "stallTimeoutMs": 60_000,
+        "onLoss": "error",
         "wakeTimeoutMs": 300_000,
         "minStayMs": 60_000,
         "idleUnloadMs": 900_000,
@@ -194,7 +195,7 @@ IN_A_MODEL = [
     ("apiKeyEnv: KEY", "apiKeyEnv: only an openai model has a key, and this one is simulated"),
     ("embeddings: 1", "embeddings: must be true or false, not 1"),
     ("wakeForBatch: true", f"wakeForBatch: 'wakeForBatch' {NOT_YET}"),
-    ("onLoss: error", f"onLoss: 'onLoss' {NOT_YET}"),
+    ("onLoss: retry", "onLoss: must be one of continue, error, not 'retry'"),
     ("keepWarm: yes", "keepWarm: must be true or false, not 'yes'"),
     ("keepWarm: 1", "keepWarm: must be true or false, not 1"),
     ("maxConcurrent: 0", "maxConcurrent: must be at least 1, not 0"),
@@ -290,6 +291,11 @@ def test_a_wrong_command_of_a_llama_server_is_one_sentence(lines: list[str], wor
     assert problems(model(*lines, backend="llama.cpp")) == [f"line 5: models.m.command: {words}"]
 
 
+def test_vectors_are_not_gone_on_with() -> None:
+    words = "line 6: models.m.onLoss: must be error, because vectors cannot be gone on with in the middle"
+    assert problems(model("embeddings: true", "onLoss: continue")) == [words]
+
+
 KEY_WORDS = "is the name of an environment variable, in capitals like OPENAI_API_KEY; the key itself stays out of here"
 REMOTE = {"url": "url: https://api.example.com", "trust": "trust: remote"}
 
@@ -318,6 +324,11 @@ REMOTE = {"url": "url: https://api.example.com", "trust": "trust: remote"}
         (
             [*REMOTE.values(), "replicas: 2"],
             "line 7: models.m.replicas: all hosts reach the same runtime, so only one of them serves it",
+        ),
+        (
+            [*REMOTE.values(), "onLoss: continue"],
+            "line 7: models.m.onLoss: must be error, because a provider begins a new turn instead of going on with an "
+            "answer",
         ),
     ],
 )

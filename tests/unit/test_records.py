@@ -78,7 +78,7 @@ def test_a_frame_is_the_same_from_the_log_and_from_the_channel(attempt: int, seq
     assert Frame.from_entry(frame.id.encode(), values) == frame
     assert Frame.from_entry(frame.id, dict(zip(values[::2], values[1::2], strict=True))) == frame
     message = f"01J9 {frame.id} {kind}\n".encode() + data
-    assert Frame.from_message(message) == ("01J9", frame)
+    assert Frame.from_message(message) == ("01J9", frame) and frame.message("01J9") == message
 
 
 @pytest.mark.parametrize("kind", ["content", *State])

@@ -13,6 +13,7 @@ from broker.records import HostRecord, Learned, ModelOnHost
 from broker.store import Store, refusal
 from broker.trust import door
 from tests.support.broker_world import START, World, fake_world
+from tests.support.invariants import take, take_by_script
 
 # what these verbs' headers call `X[n ..]`: any number of further names
 OPEN_ENDED = {
@@ -109,7 +110,7 @@ def test_a_header_names_every_error_that_the_verb_can_raise(verb: str) -> None:
     text = scripts._read(verb)
     raised = set(re.findall(r'error_reply\("([A-Z]+)', text))
     calls = {"follow(": {"NOJOB", "ENDED", "BADTRANSITION"}, "holds(": {"NOJOB", "ENDED", "STALE"}}
-    calls |= {"placed(": {"MOVED"}, "same_policy(": {"STALEPOLICY"}}
+    calls |= {"placed(": {"MOVED"}, "standing(": {"MOVED"}, "same_policy(": {"STALEPOLICY"}}
     calls |= {"may_not_leave(": {"TRUSTZONE", "UNJUDGED"}}
     for call, words in calls.items():
         if re.search(r"\b" + re.escape(call), text):
@@ -193,6 +194,18 @@ async def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list[str
         await world.apply()
         await call_everything(world)
     return found
+
+
+async def test_the_picture_of_a_fake_server_is_what_its_script_would_tell() -> None:
+    """The model test reads a fake server from within, thousands of times: every kind of key comes out the same."""
+    async with fake_world() as world:
+        await world.apply()
+        await call_everything(world)
+        await world.claim(await world.submit("side"))
+        read, told = await take(world.store), await take_by_script(world.store)
+        assert {key.type for key in read.keys.values()} == {"hash", "string", "zset", "stream"}
+        assert any(stream.groups and stream.groups[0][1] for stream in read.lanes.values())
+        assert read.keys == told.keys and read == told
 
 
 def test_the_callers_send_what_the_headers_promise(sent: dict[str, list[tuple[list[str], dict[str, Any]]]]) -> None:

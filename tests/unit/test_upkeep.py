@@ -18,10 +18,23 @@ async def nothing() -> None:
     """Nobody weighs anything here."""
 
 
-def upkeep_of(slots: Slots, *, waited_for: bool) -> Upkeep:
+class Busy:
+    """A runtime that says how many generations run, None = it cannot tell."""
+
+    def __init__(self, busy: int | None) -> None:
+        self.busy = busy
+
+    async def state(self) -> str:
+        return "loaded"
+
+    async def busy_slots(self) -> int | None:
+        return self.busy
+
+
+def upkeep_of(slots: Slots, *, waited_for: bool = False, runtime: Any = None) -> Upkeep:
     quiet: Any = lambda: None  # noqa: E731
     return Upkeep(
-        "big", cast(Runtime, None), slots, Overlap(2), Readiness(), resident=lambda: True, leaving=lambda: False,
+        "big", cast(Runtime, runtime), slots, Overlap(2), Readiness(), resident=lambda: True, leaving=lambda: False,
         waited_for=lambda: waited_for, weigh=nothing, kick=quiet, changed=quiet,
     )  # fmt: skip
 
@@ -50,3 +63,18 @@ async def test_when_a_model_is_probed(
     upkeep = upkeep_of(slots, waited_for=waited_for)
     upkeep._probed_at = now - 3_600
     assert upkeep.probe_due(degraded=degraded, idle_since=now - idle_s) is due
+
+
+@pytest.mark.parametrize(("busy", "wedged"), [(1, True), (0, False), (None, False)])
+async def test_only_a_runtime_that_was_asked_and_says_so_is_wedged(busy: int | None, wedged: bool) -> None:
+    """An answer was closed just over the limit ago; the runtime was asked last a second ago, just before the limit."""
+    slots, now = Slots(1), asyncio.get_running_loop().time()
+    slots.take("a", now_s=now - 60)
+    slots.give_back("a", clean=False, now_s=now - 30.5)
+    upkeep = upkeep_of(slots, runtime=Busy(busy))
+    upkeep._busy_asked_at = now - 1
+    assert not upkeep.wedged(settle_s=30)
+    upkeep._busy_asked_at = now - 3
+    await upkeep.ask(settle_s=30)
+    assert upkeep.wedged(settle_s=30) is wedged
+    assert slots.free == (0 if wedged else 1)

@@ -88,6 +88,12 @@ class Endpoint:
     speaks: frozenset[str] = frozenset()
     """Endpoints of other dialects than OpenAI's that it answers itself."""
 
+    knows_continue: bool = True
+    """Whether `continue_final_message` tells it to go on with an answer; else a last message of the assistant does."""
+
+    tokenizer: Literal["", "llama", "vllm"] = ""
+    """How it is asked for the tokens of a prompt; "" = it cannot be."""
+
     def path(self, path: str) -> str:
         """Gives the path of a request, with what the runtime must be told beside its body."""
         return f"{path}?{self.query}" if self.query else path

@@ -124,8 +124,15 @@ class LlamaServer:
         return self._child.process_ids() if self._child is not None else []
 
     def endpoint(self) -> Endpoint:
-        extra = {} if self._model.embeddings else PROGRESS
-        return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots, extra=extra)
+        if self._model.embeddings:
+            return Endpoint(base_url=self._base_url, model=self._model.model, slots=self._slots)
+        return Endpoint(
+            base_url=self._base_url,
+            model=self._model.model,
+            slots=self._slots,
+            extra=PROGRESS,
+            tokenizer="llama",
+        )
 
     async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token; `cache_prompt` is off so that the probe measures work and not the last probe's leftovers."""

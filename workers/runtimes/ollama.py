@@ -208,7 +208,9 @@ class Ollama:
         return []
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA, speaks=SPEAKS)
+        return Endpoint(
+            base_url=self._url, model=self._model, drops=NOT_FOR_OLLAMA, speaks=SPEAKS, knows_continue=False
+        )
 
     async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token, without keep_alive and options; refuses on a model that the probe itself would load."""

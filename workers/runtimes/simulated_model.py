@@ -36,6 +36,7 @@ class Faults:
     error_in_stream: int | None = None
     error_status: int | None = None
     first_token_delay_ms: float = 0.0
+    echo: bool = False  # a continued answer begins with what it continues, as some versions of llama-server do
     times: int | None = None
 
     def change(self, wanted: object) -> None:
@@ -152,6 +153,7 @@ class Generation:
     include_usage: bool
     cache_prompt: bool
     slot: int | None
+    begun: str = ""  # how the answer begins that is to be gone on with
     step: str = "waiting"
     tokens: int = 0
     cached_tokens: int = 0
@@ -168,11 +170,14 @@ class Generation:
         await self._prefill(slot, faults, prefill_tps)
         self.step = "decoding"
         began, per_token_s = time.perf_counter(), 1 / decode_tps if decode_tps else 0.0
+        told = len(self.begun.split())
+        if faults.echo and self.begun:
+            yield self.begun
         while self.tokens < self.limit:
             await faults.strike(self.tokens)
             # Against the clock and not after each other, so that a late timer does not slow the whole answer down.
             await asyncio.sleep(max(0.0, began + self.tokens * per_token_s - time.perf_counter()))
-            piece = f" {self.tokens}" if self.tokens else "simulated"
+            piece = f" {told + self.tokens}" if told + self.tokens else "simulated"
             self.tokens += 1
             slot.cached += piece
             yield piece

@@ -6,6 +6,7 @@ Every answer says "simulated", and its words are numbered (`simulated 1 2 3 …`
 piece shows. A closed connection is noticed at once, whatever the generation is doing: llama-server is slower at that
 (see its runtime), so a test that passes here says nothing about how soon a real slot is free.
 
+Asked to go on with an answer (`continue_final_message`), it counts on.
 `POST /simulated/faults` with {"stall_after_tokens": 3, "times": 1} breaks the next generation, `GET /simulated/stats`
 tells what the server has seen. Times are `time.monotonic()` in ms, which all processes of a machine share.
 """
@@ -232,17 +233,19 @@ class SimulatedServer:
             limit = -1
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < -1:
             raise ValueError("'max_tokens' must be a whole number")
-        slot = body.get("id_slot")
+        slot, begun = body.get("id_slot"), _begun(body)
+        left = max(0, self.settings.answer_tokens - len(begun.split()))
         return Generation(
             number=self.stats.requests_started + 1,
             model=str(body.get("model") or self.settings.model),
             prompt=json.dumps(body["messages"], separators=(",", ":")),
-            limit=self.settings.answer_tokens if limit == -1 else limit,
+            limit=left if limit == -1 else limit,
             finish_reason="stop" if limit == -1 else "length",
             stream=bool(body.get("stream")),
             include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
             cache_prompt=body.get("cache_prompt", True) is not False,
             slot=slot if isinstance(slot, int) and 0 <= slot < self.settings.parallel else None,
+            begun=begun,
         )
 
     async def _fails_at_once(self, exchange: Exchange, faults: Faults) -> bool:
@@ -299,6 +302,15 @@ class SimulatedServer:
         choice = {"index": 0, "message": message, "finish_reason": generation.finish_reason}
         figures = {"usage": _usage(generation), "timings": _timings(generation)}
         await exchange.answer(_envelope(generation, "chat.completion", [choice]) | figures)
+
+
+def _begun(body: dict[str, Any]) -> str:
+    """The answer so far, where the request asks to go on with one: its words count as said."""
+    last = body["messages"][-1] if body["messages"] else None
+    if not body.get("continue_final_message") or not isinstance(last, dict) or last.get("role") != "assistant":
+        return ""
+    content = last.get("content")
+    return content if isinstance(content, str) else ""
 
 
 def _chunk(generation: Generation, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:

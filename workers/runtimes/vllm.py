@@ -162,7 +162,7 @@ class Vllm:
         return []
 
     def endpoint(self) -> Endpoint:
-        return Endpoint(self._url, model=self._model, speaks=SPEAKS)
+        return Endpoint(self._url, model=self._model, speaks=SPEAKS, tokenizer="vllm")
 
     async def probe(self, *, timeout_s: float, slot: int | None = None) -> float:
         """Times one token; refuses on a sleeping server, where it would wait for ever."""

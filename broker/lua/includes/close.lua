@@ -1,7 +1,8 @@
 -- What `close` must know of a job, and what those who end it ask for besides, by name.
 local function read_job(job)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
-    "caller", "model", "seen", "lease_until", "boot", "asked_model", "first_token_at", "first_token_by", "retries" }
+    "caller", "model", "seen", "lease_until", "boot", "asked_model", "first_token_at", "first_token_by", "retries",
+    "continues" }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f

@@ -19,13 +19,19 @@ local function leave(lane, group, entry)
   redis.call("XDEL", lane, entry)
 end
 -- Puts a held job back to wait in its own lane, under a new entry that every tailing worker sees. The stream is as
--- long as before: it takes back the place that it held. What was logged of the lost answer is dropped.
-local function put_back(lane, group, due, frames, job, id)
+-- long as before: it takes back the place that it held. What was logged of the lost answer is dropped, or, with
+-- `continue_by`, stands: another attempt goes on from the frames up to attempt `continues`, if it comes until then.
+local function put_back(lane, group, due, frames, job, id, continues, continue_by)
   leave(lane, group, redis.call("HGET", job, "entry"))
   local entry = enter(lane, group, job, id)
   redis.call("HSET", job, "state", "queued", "entry", entry, "owner", "", "boot", "", "lease_until", "0",
-    "first_token_at", "0", "retry_at", "0")
-  if redis.call("EXISTS", frames) == 1 then redis.call("XTRIM", frames, "MAXLEN", "0") end
+    "retry_at", "0")
+  if continue_by then
+    redis.call("HSET", job, "continues", continues, "continue_by", ms(continue_by))
+  else
+    redis.call("HSET", job, "first_token_at", "0")
+    if redis.call("EXISTS", frames) == 1 then redis.call("XTRIM", frames, "MAXLEN", "0") end
+  end
   schedule(due, job, id)
   return entry
 end

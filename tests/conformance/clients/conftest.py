@@ -13,8 +13,8 @@ from tests.support.scripted_answers import ScriptedAnswers
 from tests.support.wire import Beside, Wire
 from tests.support.worker_world import policy, simulated
 
-COLD_MS = 3000
-LONG_COLD_MS = 20_000
+COLD_STARTS = {"cold-chat": 3000, "cold-stream": 3000, "impatient": 4000, "long": 20_000}
+"""Words of models, each client's own, and how many ms they load for."""
 
 Drive = Callable[[Client], Driver]
 
@@ -40,7 +40,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, llama: Llama, beside: Beside) -
         }
         warm = list(models)
         for name in ["control", *(client.name for client in CLIENTS)]:
-            for word, cold_ms in (("cold-chat", COLD_MS), ("cold-stream", COLD_MS), ("long", LONG_COLD_MS)):
+            for word, cold_ms in COLD_STARTS.items():
                 options = {"coldStartMs": cold_ms, "decodeTps": 100}
                 known = {"keepWarm": False, "memoryMb": 1, "coldStartBudgetMs": 60_000, "contextTokens": 8192}
                 models[f"{word}-{name}"] = simulated(**known, options=options)

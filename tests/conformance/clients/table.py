@@ -19,8 +19,8 @@ import pytest
 from tests.conformance.clients import environments
 
 EVERYTHING = frozenset({"chat", "stream", "schema", "tools", "reasoning", "embed", "cancel", "late error"})
-STAINLESS = EVERYTHING | {"come back"}  # these say with each try which one it is
-MESSAGES = STAINLESS - {"schema", "embed"}
+STAINLESS = EVERYTHING | {"timeout", "come back"}  # these say their timeout, and with each try which one it is
+MESSAGES = STAINLESS - {"schema", "embed"} | {"models"}
 ANSWER_S_MAX = 100.0
 
 
@@ -50,7 +50,14 @@ CLIENTS = [
         "anthropic-python", "anthropic_python.py", "NotFoundError", "APIStatusError", can=MESSAGES, path="/v1/messages"
     ),
     Client("anthropic-node", "anthropic_node.mjs", "NotFoundError", "APIError", can=MESSAGES, path="/v1/messages"),
-    Client("ollama-python", "ollama_python.py", "ResponseError", "ResponseError", retries=False, path="/api/chat"),
+    Client(
+        "ollama-python",
+        "ollama_python.py",
+        "ResponseError",
+        "ResponseError",
+        retries=False,
+        path="/api/chat",
+    ),
     Client("ollama-js", "ollama_js.mjs", "ResponseError", "Error", retries=False, path="/api/chat"),
     Client("litellm", "litellm_python.py", "NotFoundError", "MidStreamFallbackError", long=True),
     Client("aider", "aider_command.py", "NotFoundError", can=frozenset({"chat", "stream"}), long=True),

@@ -15,7 +15,7 @@ from tests.support import scripted_answers as scripted
 from tests.support.clients import user
 from tests.support.gateway_process import House
 from tests.support.waiting import block_until
-from tests.support.wire import Wire
+from tests.support.wire import Beside, Wire
 from tests.support.worker_world import eventually, words
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]  # the first use of a client installs it
@@ -59,6 +59,16 @@ def test_an_answer_keeps_to_a_schema(client: Client, drive: Drive, up: House) ->
 def test_vectors(client: Client, drive: Drive, up: House) -> None:
     [vectors] = drive(client).run("embed", up.url, "embed-small").events
     assert (vectors["saw"], vectors["count"], vectors["width"]) == ("vectors", 2, 64)
+
+
+@pytest.mark.parametrize("client", rows("models"))
+def test_models_are_listed_page_by_page(client: Client, drive: Drive, up: House) -> None:
+    """Anthropic's clients take no list of OpenAI's form; two to a page, they find every name once."""
+    names = [model["id"] for model in httpx.get(f"{up.url}/v1/models").json()["data"]]
+    seen = drive(client).run("models", up.url, "pretend")
+    assert [model["id"] for model in seen.of("model")] == names and len(names) > 2
+    assert {model["year"] for model in seen.of("model")} == {1970} and all(m["name"] for m in seen.of("model"))
+    assert (seen.answer["id"], seen.answer["type"]) == ("pretend", "model")
 
 
 @pytest.mark.parametrize("client", rows("tools"))
@@ -141,16 +151,22 @@ async def test_a_full_lane_is_tried_again_when_it_said_so(client: Client, drive:
 
 
 @pytest.mark.parametrize("client", rows("come back"))
-async def test_a_try_that_took_too_long_for_the_client_is_come_back_to(
-    client: Client, drive: Drive, up: House, wire: Wire
+async def test_a_try_whose_connection_broke_is_come_back_to(
+    client: Client, drive: Drive, up: House, wire: Wire, beside: Beside
 ) -> None:
-    """Its own timeout ends the first try: the next gets what that one began, and the runtime generates once."""
-    runtime = up.runtime("pretend")
+    """The network cuts its first try off: the next gets what that one began, and the runtime generates once."""
+    driver, runtime = await asyncio.to_thread(drive, client), up.runtime("pretend")
     before = (await runtime.stats())["requests_started"]
-    more = {"timeout_s": 1.5, "prompt": f"{client.name} is in a hurry"}
-    seen = await asyncio.to_thread(drive(client).run, "chat", wire.url, "pretend", max_tokens=200, **more)
+    driver.order("chat", wire.url, "pretend", max_tokens=200, prompt=f"{client.name} comes back")
+
+    async def begun() -> bool:
+        return bool((await runtime.stats())["requests_started"] > before)
+
+    await eventually(begun, what="the runtime has the request", timeout_s=20)
+    await asyncio.to_thread(beside.call, wire.cut())
+    seen = await asyncio.to_thread(driver.hear)
     assert seen.answer["text"] == words(200)
-    assert len(wire.requests(client.path)) > 1
+    assert len(wire.requests(client.path)) == 2
     assert (await runtime.stats())["requests_started"] == before + 1
 
 
@@ -177,11 +193,19 @@ async def test_a_cold_start_of_twenty_seconds(client: Client, drive: Drive, up: 
     await wait_for_cold(client, "stream", drive, up, wire, word="long")
 
 
-async def wait_for_cold(client: Client, do: str, drive: Drive, up: House, wire: Wire, *, word: str) -> None:
+@pytest.mark.parametrize("client", rows("timeout"))
+async def test_a_timeout_shorter_than_the_cold_start(client: Client, drive: Drive, up: House, wire: Wire) -> None:
+    """Each SDK says its request's timeout; what comes within it keeps it waiting, for longer than it in all."""
+    await wait_for_cold(client, "chat", drive, up, wire, word="impatient", timeout_s=2)
+
+
+async def wait_for_cold(
+    client: Client, do: str, drive: Drive, up: House, wire: Wire, *, word: str, **more: float
+) -> None:
     """No timeout, no error, no second attempt; the runtime generates as often as for one plain request."""
     driver = await asyncio.to_thread(drive, client)
     model = f"{word}-{client.name}"
-    seen = await asyncio.to_thread(driver.run, do, wire.url, model, max_tokens=6)
+    seen = await asyncio.to_thread(driver.run, do, wire.url, model, max_tokens=6, **more)
     assert words(6) in seen.answer["text"]
     if client.name != "aider":
         assert seen.answer["text"] == words(6)

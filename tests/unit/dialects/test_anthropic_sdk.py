@@ -158,7 +158,7 @@ def test_a_refusal_is_tried_again_when_it_says(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_count_is_an_answer() -> None:
-    count = json.dumps(anthropic.token_count(anthropic.read_messages(json.dumps(ASK).encode()))).encode()
+    count = json.dumps(anthropic.token_count(anthropic.read_messages(json.dumps(ASK).encode()).prompt_tokens)).encode()
     client = answered(count, headers={"content-type": "application/json"})
     asked = {key: value for key, value in ASK.items() if key != "max_tokens"}
     assert client.messages.count_tokens(**asked).input_tokens == 7

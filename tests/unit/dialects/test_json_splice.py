@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.dialects.json_splice import scan, splice, without
+from broker.dialects.json_splice import DEPTH_MAX, read, scan, splice, without
 from broker.errors import BadRequest
 
 AWKWARD = (
@@ -85,6 +85,29 @@ def test_a_bad_body_is_refused_in_one_sentence(body: bytes, sentence: str) -> No
     with pytest.raises(BadRequest) as refused:
         scan(body)
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["1e400", "-1e400", "1" + "0" * 400 + ".0"])
+def test_a_number_that_no_runtime_can_hold_is_refused(word: str) -> None:
+    """Python reads it as infinity, which no JSON can say: what is written anew out of such a body is no JSON."""
+    with pytest.raises(BadRequest, match="too large"):
+        scan(b'{"a":[%s]}' % word.encode())
+    assert scan(b'{"a":%s}' % word.encode(), finite=False)[0].value in (float("inf"), float("-inf"))
+
+
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])
+def test_depth_has_a_limit_that_every_reader_stays_below(start: str, end: str) -> None:
+    """The interpreter's own limit depends on who calls, so a body that the api read might break a worker."""
+
+    def nested(depth: int) -> bytes:
+        return b'{"x":[1,2,"[[[[{{{{"],"a":%s1%s}' % (start.encode() * (depth - 1), end.encode() * (depth - 1))
+
+    assert read(nested(DEPTH_MAX))[1].key == "a"
+    for depth in (DEPTH_MAX + 1, 100_000):
+        with pytest.raises(BadRequest, match="nested too deeply"):
+            read(nested(depth))
+    flat = b'{"a":[%s]}' % b",".join([b'{"b":[]}'] * 1000)
+    assert len(read(flat)[0].value) == 1000
 
 
 def test_a_lenient_scan_keeps_the_words_that_json_does_not_have() -> None:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from broker.dialects.responses import responses_reader
@@ -294,3 +294,78 @@ def test_a_failure_says_what_codex_acts_upon() -> None:
     assert failure_code("context_length_exceeded", 400, None) == "context_length_exceeded"
     assert failure_code("cancelled", 499, None) == "invalid_prompt"
     assert failure_code("runtime_failed", 502, None) == "server_error"
+
+
+# --- runs of text ------------------------------------------------------------------------------------------------
+
+ODD = [
+    llama({"content": "a"}, "stop"),
+    llama({"content": "b", "refusal": "c"}),
+    llama({"content": "d", "reasoning_content": "e"}),
+    llama({"content": None, "reasoning": "f"}),
+    llama({"content": {"text": "no string"}}),
+    llama({"content": "g"}, usage={"completion_tokens": 1, "completion_tokens_details": {"reasoning_tokens": 1}}),
+    llama({"content": "h"}, choices=[{"finish_reason": None, "index": 1, "delta": {"content": "i"}}]),
+    llama({"content": 'j","content":"k'}),
+    llama({"content": "l"}, extra={"content": "m"}),
+    llama(call(0, id="c1", name="read", arguments="{}")),
+    b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content": "n"}}],"model":"tiny"}\n\n',
+    b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"content":"o" }}],"model":"tiny"}\n\n',
+    llama({"content": "p"}).replace(b'"p"', b'"p\x01"'),
+    llama({"content": "q"}).replace(b'"q"', b'"q\xff"'),
+    llama({"content": "r"}).replace(b'"r"', b'"\\u0072\\/\\ud83d"'),
+    llama({"content": "s"}).replace(b'"s"', b'"s",7'),
+    llama({"content": "t"}).replace(b'"t"', b"12"),
+]
+WORDS = (
+    st.sampled_from(["", " word", "\n", '"', "\\", "\x7f", "größer", "\u2028", "\U0001f642", "}}", '"content":"'])
+    | st.text()
+)
+CHUNKS = st.lists(
+    st.builds(lambda text, key: llama({key: text}), WORDS, st.sampled_from(["content", "content", "reasoning_content"]))
+    | st.builds(lambda text: llama({"content": text}).replace(json.dumps(text).encode(), _raw(text)), WORDS)
+    | st.sampled_from(ODD),
+    max_size=12,
+)
+
+
+def _raw(text: str) -> bytes:
+    """The string as C++ writes it: nothing escaped that need not be."""
+    return json.dumps(text, ensure_ascii=False).encode(errors="replace")
+
+
+def _twin(beside: str) -> bytes:
+    """A chunk with a string of the same name beside the one that counts."""
+    delta = '{"index":0,"delta":{"content":"x"},"finish_reason":null}'
+    return f'data: {{"beside":{{"content":"{beside}"}},"choices":[{delta}],"model":"tiny"}}\n\n'.encode()
+
+
+@given(CHUNKS, st.booleans())
+@example([_twin("x"), _twin("y")], False)
+@settings(max_examples=400, deadline=None)
+def test_a_run_of_text_is_told_to_the_byte_as_one_by_one(chunks: list[bytes], summary: bool) -> None:
+    """Most strings go over unparsed; whatever only looks alike is read as before."""
+    more = {"reasoning": {"summary": "auto"}} if summary else {}
+    stream = b"".join(chunks) + llama({}, "stop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResponsesReader, "_learn", lambda *_: None)
+        slow, slowly = read(stream, **more)
+    fast, reader = read(stream, **more)
+    assert fast == slow and (reader.error, reader.usage) == (slowly.error, slowly.usage)
+    assert read(stream, *range(0, len(stream), 41), **more)[0] == slow
+
+
+def test_a_run_of_text_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes it cheap: of a thousand chunks the first few are read, and those with something to escape."""
+    parsed: list[dict[str, Any]] = []
+    real = ResponsesReader._read_chunk
+
+    def counted(self: ResponsesReader, chunk: dict[str, Any]) -> None:
+        parsed.append(chunk)
+        real(self, chunk)
+
+    monkeypatch.setattr(ResponsesReader, "_read_chunk", counted)
+    texts = [" word", "\n", " größer"] * 300
+    taken, _ = read(b"".join(llama({"content": text}) for text in texts) + llama({}, "stop"))
+    assert len(parsed) <= 3
+    assert events(taken)[-1]["response"]["output"][0]["content"][0]["text"] == "".join(texts)

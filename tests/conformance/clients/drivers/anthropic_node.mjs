@@ -3,13 +3,13 @@ import Anthropic from "@anthropic-ai/sdk";
 import { WEATHER, serve, user } from "./lines.mjs";
 
 const TOOL = { name: WEATHER.name, description: WEATHER.description, input_schema: WEATHER.parameters };
-const limits = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
-const client = (order) => new Anthropic({ baseURL: order.url, apiKey: "any", ...limits(order) });
+const client = (order) => new Anthropic({ baseURL: order.url, apiKey: "any" });
+const patience = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
 const words = (order) => ({ model: order.model, messages: user(order), max_tokens: order.max_tokens });
 const textOf = (answer) => answer.content.map((block) => (block.type === "text" ? block.text : "")).join("");
 
 async function* chat(order) {
-  const answer = await client(order).messages.create(words(order));
+  const answer = await client(order).messages.create(words(order), patience(order));
   yield {
     saw: "answer",
     text: textOf(answer),
@@ -41,4 +41,12 @@ async function* stream(order) {
   yield { saw: "answer", text: textOf(answer), finish: answer.stop_reason };
 }
 
-await serve({ chat, stream, tools: stream, reasoning: stream });
+async function* models(order) {
+  for await (const model of client(order).models.list({ limit: 2 })) {
+    yield { saw: "model", id: model.id, name: model.display_name, year: new Date(model.created_at).getUTCFullYear() };
+  }
+  const one = await client(order).models.retrieve(order.model);
+  yield { saw: "answer", id: one.id, type: one.type };
+}
+
+await serve({ models, chat, stream, tools: stream, reasoning: stream });

@@ -7,13 +7,14 @@ TOOL = {"name": WEATHER["name"], "description": WEATHER["description"], "input_s
 
 
 def _client(order: Order) -> anthropic.Anthropic:
-    more = {"timeout": order["timeout_s"]} if "timeout_s" in order else {}
-    return anthropic.Anthropic(base_url=order["url"], api_key="any", **more)
+    return anthropic.Anthropic(base_url=order["url"], api_key="any")
 
 
 def chat(order: Order) -> Seen:
+    more = {"timeout": order["timeout_s"]} if "timeout_s" in order else {}
+    known = {"model": order["model"], "messages": user(order), "max_tokens": order["max_tokens"]}
     with _client(order) as client:
-        answer = client.messages.create(model=order["model"], messages=user(order), max_tokens=order["max_tokens"])
+        answer = client.messages.create(**known, **more)
     text = "".join(block.text for block in answer.content if block.type == "text")
     yield {
         "saw": "answer", "text": text, "finish": answer.stop_reason, "model": answer.model,
@@ -41,4 +42,12 @@ def stream(order: Order) -> Seen:
     yield {"saw": "answer", "text": text, "finish": answer.stop_reason}
 
 
-serve({"chat": chat, "stream": stream, "tools": stream, "reasoning": stream})
+def models(order: Order) -> Seen:
+    with _client(order) as client:
+        for model in client.models.list(limit=2):  # the client turns the pages
+            yield {"saw": "model", "id": model.id, "name": model.display_name, "year": model.created_at.year}
+        one = client.models.retrieve(order["model"])
+    yield {"saw": "answer", "id": one.id, "type": one.type}
+
+
+serve({"models": models, "chat": chat, "stream": stream, "tools": stream, "reasoning": stream})

@@ -2,8 +2,8 @@
 import OpenAI from "openai";
 import { SCHEMA, WEATHER, serve, user } from "./lines.mjs";
 
-const limits = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
-const client = (order) => new OpenAI({ baseURL: `${order.url}/v1`, apiKey: "any", ...limits(order) });
+const client = (order) => new OpenAI({ baseURL: `${order.url}/v1`, apiKey: "any" });
+const patience = (order) => (order.timeout_s ? { timeout: order.timeout_s * 1000 } : {});
 const words = (order) => ({ model: order.model, messages: user(order), max_tokens: order.max_tokens });
 
 async function* chat(order) {
@@ -11,7 +11,7 @@ async function* chat(order) {
     order.do === "schema"
       ? { response_format: { type: "json_schema", json_schema: { name: "answer", schema: SCHEMA, strict: true } } }
       : {};
-  const answer = await client(order).chat.completions.create({ ...words(order), ...more });
+  const answer = await client(order).chat.completions.create({ ...words(order), ...more }, patience(order));
   const [choice] = answer.choices;
   yield {
     saw: "answer",

@@ -1,0 +1,314 @@
+"""Every answer that the OpenAPI document describes is real: each status, code and media type of each endpoint is
+provoked here, and is as it is described. One that nobody can provoke fails, and so does one that is not described.
+
+A new endpoint, or an error that it may tell, wants a row of `PROVOKED` or of `Rest`.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from api import app, visit
+from broker import errors, jobs, operator
+from broker.capabilities import EMBEDDING_ENDPOINTS
+from broker.policies import PolicyBook
+from broker.store import Store
+from tests.support.broker_world import new_namespace
+from tests.support.described import Book
+from tests.support.live_api import LiveApi, RawClient, live_api, until_true
+from tests.support.redis_server import RedisServer, start_server
+from tests.support.scripted_worker import ScriptedWorker, Turn
+from tests.support.worker_world import policy, simulated, worker_world
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+
+SLOTS = 2  # of each model of a scripted worker; a lane that waits for them takes as many jobs more
+KEYS = "ann:secret-a"
+KEY = {"authorization": "Bearer secret-a"}
+# --- generations -------------------------------------------------------------------------------------------------
+
+COMPLETIONS = "/v1/completions"
+GENERATIONS = [kind.path for kind in app.HOT if kind.path != "/v1/messages/count_tokens"]
+REFUSES = {f"refuses-{status}": status for status in errors.RuntimeRefused.STATUSES}
+ENDS = ("completes", "breaks", "slow", "lost", *REFUSES)
+ASK: dict[str, Callable[[str], dict[str, Any]]] = {
+    COMPLETIONS: lambda said: {"prompt": said},
+    "/v1/embeddings": lambda said: {"input": said},
+    "/v1/responses": lambda said: {"input": said},
+    "/api/generate": lambda said: {"prompt": said, "stream": False},
+    "/api/embed": lambda said: {"input": said},
+    "/api/embeddings": lambda said: {"prompt": said},
+}
+
+
+def ask(path: str, model: str, said: str = "Hi", **more: Any) -> dict[str, Any]:
+    """A request of this endpoint; its model is the one of that name which gives the endpoint's kind of answer."""
+    shape = ASK.get(path, lambda said: {"messages": [{"role": "user", "content": said}], "stream": False})
+    return {"model": f"vec-{model}" if path in EMBEDDING_ENDPOINTS else model, **shape(said), **more}
+
+
+def models() -> dict[str, Any]:
+    """Two of each: one for text, one for vectors."""
+    roomy = {"maxQueue": 50, "maxConcurrent": 50}
+    one = {
+        name: simulated(**roomy) for name in ("plain", "waits", "completes", "breaks", "slow", "lost", "gone", *REFUSES)
+    }
+    one |= {
+        "full": simulated(maxQueue=1),
+        "narrow": simulated(contextTokens=10, **roomy),
+        "hasty": simulated(maxWaitMs=200, **roomy),
+        "cold": simulated(maxWaitMs=200, **roomy),
+        "far": {"backend": "openai", "model": "far", "url": "http://127.0.0.1:9", "trust": "remote", **roomy},
+    }
+    return one | {f"vec-{name}": {**model, "embeddings": True} for name, model in one.items()}
+
+
+class Worker(ScriptedWorker):
+    """The model's name says what becomes of its jobs; what must wait is never claimed."""
+
+    def _free(self, model: str) -> bool:
+        return _plain(model) in ENDS
+
+    async def _run(self, turn: Turn) -> None:
+        name = _plain(turn.record.model)
+        if name == "completes":
+            await jobs.first_token(turn.store, turn.held, completed("It is"))
+            return await jobs.end(turn.store, turn.held, "finish", seq=2, data=completed(" so.", finish="stop"))
+        ends: dict[str, errors.BrokerError] = {
+            "breaks": errors.RuntimeFailed("the runtime closed the connection"),
+            "slow": errors.RuntimeFailed("no first token within 1 s", status=504),
+            "lost": errors.WorkerLost("Redis lost a part of this answer"),
+        }
+        status = REFUSES.get(name, 400)
+        await turn.fail(ends.get(name) or errors.RuntimeRefused("the runtime does not like it", status=status))
+
+
+def _plain(model: str) -> str:
+    return model.removeprefix("vec-")
+
+
+def completed(text: str, *, finish: str | None = None) -> bytes:
+    """What a worker passes on of a runtime's completions, which the simulated one does not know."""
+    said = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "completes"}
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+    return b"data: " + json.dumps({**said, "choices": [choice]}).encode() + b"\n\n"
+
+
+class Stage:
+    """An api and a scripted worker, and whoever asks."""
+
+    def __init__(self, api: LiveApi, book: Book, http: httpx.AsyncClient) -> None:
+        self.api = api
+        self.book = book
+        self.http = http
+
+    async def ask(self, method: str, path: str, at: str = "", **more: Any) -> httpx.Response:
+        """Asks `at`, which is a place of the described `path`; judges the answer."""
+        headers = KEY | more.pop("headers", {})
+        answer = await self.http.request(method, at or path, headers=headers, **more)
+        self.book.judge(method.lower(), path, answer)
+        return answer
+
+    async def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
+        return await self.ask("POST", path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+    async def oversized(self, path: str, size: int = 50_000_000) -> None:
+        """Says how large its body is, and is answered before it has sent any of it."""
+        client = await RawClient.open(self.api)
+        lines = [
+            f"POST {path} HTTP/1.1",
+            "host: t",
+            f"authorization: {KEY['authorization']}",
+            f"content-length: {size}",
+        ]
+        client.writer.write("\r\n".join([*lines, "", ""]).encode())
+        status = await client.head()
+        answer = httpx.Response(status, headers=client.headers, content=await client.body())
+        client.close()
+        self.book.judge("post", path, answer)
+
+
+@asynccontextmanager
+async def stage(store: Store, book: Book | None = None) -> AsyncIterator[Stage]:
+    async with live_api(store, keys=KEYS) as api, httpx.AsyncClient(base_url=api.url, timeout=30) as http:
+        book = book or Book((await http.get("/openapi.json")).json())
+        yield Stage(api, book, http)
+
+
+async def refused_generation(on: Stage, path: str) -> None:
+    """Provokes whatever a generation of this endpoint may be refused with, or end with."""
+    wrong_kind = ask("/v1/embeddings" if path not in EMBEDDING_ENDPOINTS else "/v1/chat/completions", "plain")["model"]
+    long = "word " * 100
+    await on.ask("POST", path, json=ask(path, "plain"), headers={"authorization": "Bearer nonsense"})
+    await on.post(path, {"model": 7})
+    await on.post(path, ask(path, "plain") | {"model": wrong_kind})
+    await on.post(path, ask(path, "narrow", long))
+    await on.post(path, ask(path, "far"))
+    await on.post(path, ask(path, "nobody"))
+    await on.post(path, ask(path, "plain"), x_gateway_lane="nowhere")
+    await on.post(path, ask(path, "full"))
+    await on.post(path, ask(path, "gone"))
+    await on.oversized(path)
+    for model in ("breaks", "slow", "lost", "hasty", "cold", *REFUSES):
+        await on.post(path, ask(path, model))
+    key = f"key{path.replace('/', '-')}"
+    waiting = asyncio.create_task(on.post(path, ask(path, "waits"), idempotency_key=key), name=f"waits at {path}")
+    store = on.api.gateway.store
+    bound = store.keys.idem("ann", key)
+    job_id = (await until_true(lambda: store.command("GET", bound), what="the key is bound")).decode()
+    await on.post(path, ask(path, "waits", "something else"), idempotency_key=key)
+    await on.ask("DELETE", "/v1/jobs/{job_id}", f"/v1/jobs/{job_id.split()[0].split(':')[0]}")
+    assert (await waiting).status_code == 499
+
+
+# --- all other endpoints -----------------------------------------------------------------------------------------
+
+
+async def refused_rest(on: Stage) -> None:
+    """Provokes what the others refuse while a policy is there and Redis answers."""
+    for path, item in on.book.document["paths"].items():
+        for method in item:
+            if "401" in item[method]["responses"]:
+                await on.ask(method.upper(), path, re.sub("{.*?}", "x", path), headers={"authorization": ""})
+    for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
+        await on.ask(method, "/v1/jobs/{job_id}" + end, "/v1/jobs/nobody" + end)
+    await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
+    for wrong in ("after=the-last", "since_ms=0"):
+        await on.ask("GET", "/v1/audit", f"/v1/audit?{wrong}")
+    as_anthropic = {"anthropic-version": "2023-06-01"}
+    await on.ask("GET", "/v1/models", "/v1/models?limit=none", headers=as_anthropic)
+    await on.ask("GET", "/v1/models", headers=as_anthropic)
+    await on.ask("GET", "/v1/models/{name}", "/v1/models/plain", headers=as_anthropic)
+    models, hosts = "/v1/models/{name}/{verb}", "/v1/hosts/{host}/{verb}"
+    for path, at in (
+        (models, "/v1/models/plain/worm"),
+        (models, "/v1/models/nobody/warm"),
+        (models, "/v1/models/far/unload"),
+        (hosts, "/v1/hosts/gpu1/drown"),
+        (hosts, "/v1/hosts/nobody/drain"),
+        (hosts, "/v1/hosts/gpu1/drain"),  # its worker is deaf
+    ):
+        await on.ask("POST", path, at)
+    for path in ("/api/show", "/v1/messages/count_tokens"):
+        await on.post(path, {})
+        await on.post(path, ask("/v1/messages", "nobody"))
+    await on.oversized("/v1/messages/count_tokens")
+    await on.ask("POST", "/api/show", content=b" " * 70_000)
+
+
+NEED_A_POLICY = [
+    ("GET", "/api/ps", ""), ("GET", "/api/tags", ""), ("HEAD", "/api/tags", ""), ("GET", "/readyz", ""),
+    ("HEAD", "/readyz", ""), ("GET", "/v1/models", ""), ("GET", "/v1/models/{name}", "/v1/models/plain"),
+    ("GET", "/v1/status", ""), ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
+    ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
+]  # fmt: skip
+NEED_REDIS = [
+    ("GET", "/api/ps", ""), ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""),
+    ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
+    ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
+    ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
+    ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
+]  # fmt: skip
+
+
+async def all_of(asking: Iterable[Awaitable[Any]]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for one in asking:
+            tasks.create_task(_awaited(one), name="asks")
+
+
+async def _awaited(one: Awaitable[Any]) -> None:
+    await one
+
+
+async def answered(on: Stage) -> None:
+    """Provokes every good answer, before a worker with simulated models."""
+    job_id = ""
+    for path in GENERATIONS:
+        if path == COMPLETIONS:
+            continue
+        whole = await on.post(path, ask(path, "plain"))
+        job_id = whole.headers["x-gateway-job"]
+        if path not in EMBEDDING_ENDPOINTS:
+            streamed = await on.post(path, ask(path, "plain", stream=True))
+            assert streamed.headers["content-type"] != whole.headers["content-type"]
+    await on.post("/v1/messages/count_tokens", ask("/v1/messages", "plain"))
+    at = f"/v1/jobs/{job_id}"
+    await on.ask("GET", "/v1/jobs/{job_id}", at)
+    await on.ask("DELETE", "/v1/jobs/{job_id}", at)
+    followed = await on.ask("GET", "/v1/jobs/{job_id}/events", at + "/events")
+    last = re.findall(r"^id: (\S+)$", followed.text, re.MULTILINE)[-1]
+    for seen in (last, "the last"):
+        await on.ask("GET", "/v1/jobs/{job_id}/events", at + "/events", headers={"last-event-id": seen})
+    await on.ask("GET", "/v1/models/{name}", "/v1/models/plain")
+    await on.ask("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/pin")
+    for verb in ("drain", "undrain"):
+        await on.ask("POST", "/v1/hosts/{host}/{verb}", f"/v1/hosts/gpu1/{verb}")
+    await on.post("/api/show", {"model": "plain"})
+    for path, item in on.book.document["paths"].items():
+        for method in item:
+            if method != "post" and "{" not in path:
+                await on.ask(method.upper(), path)
+
+
+@pytest.fixture
+def own_server() -> Iterator[RedisServer]:
+    """A server that the test may kill."""
+    server = start_server()
+    yield server
+    server.close()
+
+
+async def test_every_described_answer_is_real(
+    own_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator, "HEARD_S_MAX", 0.3)
+    monkeypatch.setattr(visit, "DOOR_OUTAGE_S", 0.3)
+    store = await Store.open(own_server.url, namespace=new_namespace(), name="test-api")
+    async with stage(store) as on:
+        book = on.book
+        for method, path, at in NEED_A_POLICY:
+            await on.ask(method, path, at)
+        for path, body in (("/v1/messages/count_tokens", ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):
+            await on.post(path, body)
+
+    async with worker_world(own_server.socket_url, tmp_path) as world:
+        await world.apply({"plain": simulated(), "vec-plain": simulated(embeddings=True)})
+        await world.warm_host()
+        monkeypatch.setattr(operator, "HEARD_S_MAX", 5)
+        async with stage(await world._open("api"), book) as on:
+            await answered(on)
+        monkeypatch.setattr(operator, "HEARD_S_MAX", 0.3)
+
+    policies = PolicyBook(store)
+    await policies.apply(policy(models()))
+    worker = Worker(store, policies)
+    async with worker.running(), stage(store, book) as on:
+        states = {"gone": "quarantined", "vec-gone": "quarantined", "cold": "waking", "vec-cold": "waking"}
+        await worker.beat(**states)
+        await on.api.gateway.fleet.look()
+        filled = [path for path in ("/v1/chat/completions", "/v1/embeddings") for _ in range(SLOTS + 1)]
+        for path in filled:
+            client = await RawClient.open(on.api)
+            await client.send("POST", path, json.dumps(ask(path, "full")).encode(), **KEY)
+
+        async def are_full() -> bool:
+            return int(await store.command("ZCARD", store.keys.due)) == len(filled)
+
+        await until_true(are_full, what="both lanes are full")
+        await all_of(refused_generation(on, path) for path in GENERATIONS)
+        await refused_rest(on)
+        for stream in (False, True):
+            await on.post(COMPLETIONS, ask(COMPLETIONS, "completes", stream=stream))
+        own_server.kill()
+        await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
+        await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
+    await store.close()
+    assert book.seen == book.described()
