@@ -54,6 +54,9 @@ def _remote(path: Path, model: Model) -> Iterator[Finding]:
     if model.remote is not None and model.trust != "remote":
         yield (*path, "remote"), "narrows what leaves, and this model is local"
     if model.backend != "openai":
+        if model.on_loss == "continue" and model.trust == "remote":
+            words = "must be error, because a request is judged before it leaves, and its half-told answer is not"
+            yield (*path, "onLoss"), words
         if model.api_key_env is not None:
             yield (*path, "apiKeyEnv"), f"only an openai model has a key, and this one is {model.backend}"
         return

@@ -27,6 +27,10 @@ HOLDS = {
 
 LONG_BYTES = 3_000
 
+TOLD = "half of an answer"
+FRAME = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"%s"}}]}\n\n' % TOLD.encode()
+"""What a worker has told a client when it is lost."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -43,7 +47,7 @@ class Rules:
     def text(self) -> str:
         def model(name: str, **more: Any) -> dict[str, Any]:
             if name not in self.remote:
-                return {"backend": "simulated", "model": name, "maxQueue": 1, **more}
+                return {"backend": "simulated", "model": name, "maxQueue": 3, "onLoss": "continue", **more}
             narrow = {"remote": {"allow": list(self.far_only)}} if name == "far" and self.far_only is not None else {}
             far = {"backend": "openai", "model": name, "url": self.url, "trust": "remote", "maxQueue": 2}
             return far | narrow | more
@@ -56,7 +60,7 @@ class Rules:
         }
         redact = [{"name": "customer", "pattern": "ACME"}] if self.redact else []
         rules = {"allow": list(self.allow), "maxBytes": self.max_bytes, "redact": redact}
-        return json.dumps({"models": models, "remote": rules})
+        return json.dumps({"models": models, "remote": rules, "maxLosses": 9})
 
     def lets(self, kind: str, lane: str) -> bool:
         """Whether a request of this kind may leave by a lane, as far as its content goes."""
@@ -69,14 +73,15 @@ class Rules:
         return holds == "" or holds in allowed
 
 
+ALL = ("systemPrompts", "toolOutput", "fileContext", "images")
 RULES = (
     Rules(),
-    Rules(allow=("systemPrompts", "toolOutput", "fileContext", "images")),
+    Rules(allow=ALL, far_only=("systemPrompts", "images")),
     Rules(allow=("systemPrompts", "toolOutput"), far_only=("systemPrompts",)),
     Rules(max_bytes=LONG_BYTES),
     Rules(redact=True, allow=("images",)),
     Rules(url="https://two.example"),
-    Rules(remote=("near", "far", "cloud")),
+    Rules(remote=("near", "far", "cloud"), allow=ALL),
     Rules(remote=("cloud",)),
     Rules(remote=("home", "near"), allow=("toolOutput",), redact=True),
 )
@@ -140,8 +145,12 @@ def _no_secrets(_text: bytes) -> list[secrets.Match]:
     return []
 
 
-def _no_consent_kept(endpoint: str, body: bytes, consent: str = "", asked: str = "") -> str:
-    return _hash_of(endpoint, body, "local", asked)
+def _no_consent_by_key(endpoint: str, body: bytes, consent: str = "", asked: str = "") -> str:
+    return _hash_of(endpoint, body, consent if asked else "local", asked)
+
+
+def _no_consent_of_sdks(endpoint: str, body: bytes, consent: str = "", asked: str = "") -> str:
+    return _hash_of(endpoint, body, "local" if asked else consent, asked)
 
 
 @contextmanager
@@ -171,6 +180,7 @@ FAULTS: dict[str, Plant] = dict(
         _in_lua("the claim does not ask for consent", "claim", re.escape('if zone ~= "remote" then') + ".*\n"),
         _in_lua("the claim does not ask by which lane", "claim", r'if exits ~= "" and not (.*\n){3}'),
         _in_lua("the claim does not ask by which rules", "claim", r"  if judged ~= rules then .*\n"),
+        _in_lua("the claim does not ask for a begun answer", "claim", r"  if tonumber\(f\[3\] or 0\) > 0 then .*\n"),
         _in_lua("the claim leaves no record", "claim", r"  redis\.call\(\"XADD\", audit(.*\n){2}"),
         _in_lua("a promotion leads out", "promote", r'if ARGV\[12\] == "remote" then .*\n(.*\n){2}'),
         _in_python("due tries to promote out", due.Due, "_may_enter", _enters_remote),
@@ -181,7 +191,8 @@ FAULTS: dict[str, Plant] = dict(
         _in_python("a model's own rules are not asked", door, "rules_of", lambda remote, _model: remote),
         _in_python("the runtime that is held is not asked", door, "asked_at_claim", _asks_the_policy_only),
         _in_python("the body itself is sent", door, "copy_that_leaves", _sends_the_body),
-        _in_python("a retry joins whatever has its body", lanes, "hash_of", _no_consent_kept),
+        _in_python("a retry joins whatever has its key", lanes, "hash_of", _no_consent_by_key),
+        _in_python("an SDK joins whatever has its body", lanes, "hash_of", _no_consent_of_sdks),
         ("who judges anew lets all pass", _judges_once),
     ]
 )

@@ -26,9 +26,10 @@ from broker.policy import Model
 from broker.records import JobRecord, Waiting
 from broker.store import Store
 from broker.trust import audit, door, secrets
-from tests.model.leaks import FAULTS, HOLDS, RULES, Plant, Request, Rules, body_of
+from tests.model.leaks import FAULTS, FRAME, HOLDS, RULES, TOLD, Plant, Request, Rules, body_of
 from tests.support.broker_world import LONG_MS, World, fake_redis, new_namespace
 from workers import dispatcher as dispatcher_module
+from workers.attempt import Attempt
 from workers.dispatcher import Dispatcher
 from workers.picture import LanePicture
 from workers.runtimes.base import Endpoint
@@ -41,7 +42,8 @@ RECENT = 5
 MODELS = ("near", "far", "home", "cloud")
 picks = st.integers(0, 7)
 numbers = st.integers(0, len(RULES) - 1)
-consents = st.sampled_from([("local", ""), ("local", ""), ("remote", ""), ("remote", "far"), ("remote", "cloud far")])
+LOCAL, LEAVES, BY_FAR = ("local", ""), ("remote", ""), ("remote", "far")
+consents = st.sampled_from([LOCAL, LOCAL, LEAVES, BY_FAR, ("remote", "cloud far")])
 
 
 class Leak(AssertionError):
@@ -69,7 +71,7 @@ class Worker:
             {}, cast(Swaps, None), host=name, boot=f"{name}-boot", tasks=cast(asyncio.TaskGroup, None),
         )  # fmt: skip
 
-    async def serve(self, waiting: Waiting, model: str) -> tuple[jobs.Holding, Sent, bool] | None:
+    async def serve(self, waiting: Waiting, model: str) -> tuple[Attempt, Sent, bool] | None:
         """Claims a job as the dispatcher does; gives what it would send to where, and whether that is out."""
         held = self.held[model]
         endpoint = Endpoint(base_url=held.url or "http://127.0.0.1:1", headers={}, model=held.model)
@@ -79,8 +81,10 @@ class Worker:
         attempt = await self.dispatcher._claim(cast(Waker, waker), waiting, 0)
         if attempt is None:
             return None
+        if attempt.job.continues:
+            await attempt._go_on()
         sent = Sent(endpoint.base_url, waiting.job, attempt._asking.request(None))
-        return attempt.held, sent, held.trust == "remote"
+        return attempt, sent, held.trust == "remote"
 
 
 class Door(RuleBasedStateMachine):
@@ -93,6 +97,7 @@ class Door(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.bodies: dict[tuple[str, int], bytes] = {}
         self.sent: list[Sent] = []
+        self.gone_on = 0  # answers that went on where they had begun
         self.holdings: list[jobs.Holding] = []
         self.world = self.wait(self._open())
 
@@ -135,8 +140,8 @@ class Door(RuleBasedStateMachine):
         body = self.bodies.setdefault((kind, word), body_of(kind, word, "any"))
         request = Request(kind, body, *consent)
         job = JobRecord(
-            id=w.new_id(), asked=model, zone=consent[0], exits=consent[1], keep_ms=LONG_MS, session="s", grace_ms=4_000,
-            priority="batch" if batch else "interactive", mode="sync",
+            id=w.new_id(), asked=model, zone=consent[0], exits=consent[1], keep_ms=LONG_MS, grace_ms=LONG_MS,
+            session=f"{kind}-{word}-{model}", priority="batch" if batch else "interactive", mode="sync", stream=True,
         )  # fmt: skip
         try:
             admitted = self.wait(
@@ -160,7 +165,7 @@ class Door(RuleBasedStateMachine):
 
     # -- workers --
 
-    @rule(worker=st.integers(0, 1), pick=picks, then=st.sampled_from(["done", "lost", "lost", "released"]),
+    @rule(worker=st.integers(0, 1), pick=picks, then=st.sampled_from(["done", "lost", "released", "begun", "silent"]),
           unheard=st.sampled_from([False, False, True]))  # fmt: skip
     def work(self, worker: int, pick: int, then: str, unheard: bool) -> None:
         job = self.some_job(pick, State.QUEUED)
@@ -175,18 +180,22 @@ class Door(RuleBasedStateMachine):
             served = self.wait(one.serve(waiting, lane.model))
         if served is None:
             return
-        held, sent, out = served
+        attempt, sent, out = served
         if out:
-            self.judge(sent, self.requests[job.id], job.lane, held)
+            self.judge(sent, self.requests[job.id], job.lane, attempt.held)
+        elif attempt.job.continues:
+            assert json.loads(sent.body)["messages"][-1]["content"] == TOLD * (attempt._stands)
+            self.gone_on += 1
+        if then in ("begun", "silent"):
+            attempt._seq += 1
+            self.wait(jobs.first_token(w.store, attempt.held, FRAME, seq=attempt._seq))
         match then:
-            case "lost":
-                self.holdings.append(held)
-            case "released":
-                self.wait(
-                    jobs.release(w.store, held, loss=False, max_losses=9, error=errors.WorkerLost("drain"))
-                )  # fmt: skip
+            case "lost" | "silent":
+                self.holdings.append(attempt.held)
+            case "released" | "begun":
+                self.wait(attempt._give_back(errors.WorkerLost("drain")))
             case _:
-                self.wait(jobs.end(w.store, held, "finish", seq=1, data=b"answer"))
+                self.wait(jobs.end(w.store, attempt.held, "finish", seq=attempt._seq + 1, data=b"answer"))
 
     def judge(self, sent: Sent, request: Request, lane: str, held: jobs.Holding) -> None:
         """The double was given something: may it be there, by the policy of this moment?"""
@@ -199,6 +208,8 @@ class Door(RuleBasedStateMachine):
             raise Leak(f"a {request.kind} request left by {lane} under {self.rules}")
         if sent.url != self.rules.url:
             raise Leak(f"{sent.job} left to {sent.url}, and the policy leads to {self.rules.url}")
+        if TOLD in sent.body.decode():
+            raise Leak(f"{sent.job} left with the answer that was begun, which nobody has judged")
         if self.rules.redact and b"ACME" in sent.body:
             raise Leak(f"{sent.job} left without its redaction")
         words = json.loads(request.body)["messages"]
@@ -247,7 +258,7 @@ class Door(RuleBasedStateMachine):
             with suppress(errors.BrokerError):
                 job = self.wait(self.world.job(held.job_id))
                 if job.state in HELD:
-                    self.wait(self.world.recover(held.job_id, max_losses=9))
+                    self.wait(self.world.due.look(held.job_id))
         self.holdings.clear()
 
     # -- operator --
@@ -257,17 +268,33 @@ class Door(RuleBasedStateMachine):
         self.rules = RULES[number]
         self.wait(self.world.apply(self.rules.text))
 
-    @rule(number=numbers, kind=st.sampled_from(list(HOLDS)), consent=consents, model=st.sampled_from(MODELS),
-          worker=st.integers(0, 1), late=st.booleans())  # fmt: skip
-    def a_policy_changes_under_a_waiting_job(
-        self, number: int, kind: str, consent: tuple[str, str], model: str, worker: int, late: bool
+    @rule(
+        number=st.sampled_from([6, 6, 8, *range(len(RULES))]), kind=st.sampled_from(["plain", "plain", *HOLDS]),
+        consent=st.sampled_from([LEAVES, LEAVES, BY_FAR, LOCAL]), worker=st.integers(0, 1),
+        late=st.sampled_from([False, False, True]), begun=picks,
+    )  # fmt: skip
+    def a_policy_changes_under_waiting_jobs(
+        self, number: int, kind: str, consent: tuple[str, str], worker: int, late: bool, begun: int
     ) -> None:
-        self.ask(kind, consent, model, 0, "", False, False)
+        """One job in each lane; the answer to one has perhaps begun, and waits to go on."""
+        for model in MODELS:
+            self.ask(kind, consent, model, 0, "", False, False)
+        for _ in range(2 if begun < len(MODELS) else 0):
+            self.work(worker, begun, "begun", False)
         self.change(number)
         if not late:
             self.take_over(worker)
-        for pick in range(6):
+        for pick in range(2 * len(MODELS)):
             self.work(worker, pick // 2, "done", False)  # the first time it may have to be judged
+
+    @rule(kind=st.sampled_from(list(HOLDS)), consent=consents, then=consents, model=st.sampled_from(MODELS),
+          key=st.sampled_from(["", "k"]))  # fmt: skip
+    def a_client_tries_again(
+        self, kind: str, consent: tuple[str, str], then: tuple[str, str], model: str, key: str
+    ) -> None:
+        """Perhaps with another consent."""
+        self.ask(kind, consent, model, 2, key, False, False)
+        self.ask(kind, then, model, 2, key, True, False)
 
     @rule(consent=consents, model=st.sampled_from(MODELS))
     def a_deadline_passes(self, consent: tuple[str, str], model: str) -> None:
@@ -340,7 +367,6 @@ def test_no_path_leads_a_local_only_request_out_for_long() -> None:
 
 
 Story = Callable[[Door], None]
-LOCAL, LEAVES, BY_FAR = ("local", ""), ("remote", ""), ("remote", "far")
 
 
 def story(*steps: tuple[Any, ...], rules: int = 0, warm: bool = True) -> Story:
@@ -367,6 +393,9 @@ STORIES: dict[str, Story] = {
     "the claim does not ask by which rules": story(
         asks("tool", LEAVES, "cloud"), ("change", 0), ("take_over", 0), *WORKS, rules=1
     ),
+    "the claim does not ask for a begun answer": story(
+        asks("plain", LEAVES, "near"), ("work", 0, 0, "begun", False), ("change", 6), ("take_over", 0), *WORKS
+    ),
     "the claim leaves no record": story(asks("plain", LEAVES, "cloud"), *WORKS),
     "a promotion leads out": story(asks("plain", LEAVES, "near"), ("promote", 0, "far")),
     "due tries to promote out": story(
@@ -379,7 +408,10 @@ STORIES: dict[str, Story] = {
     "a model's own rules are not asked": story(asks("tool", LEAVES, "far"), rules=2),
     "the runtime that is held is not asked": story(asks("plain", LEAVES, "far"), ("change", 5), *WORKS),
     "the body itself is sent": story(asks("plain", LEAVES, "cloud"), *WORKS, rules=4),
-    "a retry joins whatever has its body": story(asks("plain", LEAVES, "near", "k"), asks("plain", LOCAL, "near", "k")),
+    "a retry joins whatever has its key": story(asks("plain", LEAVES, "near", "k"), asks("plain", LOCAL, "near", "k")),
+    "an SDK joins whatever has its body": story(
+        asks("plain", LEAVES, "near"), ("ask", "plain", LOCAL, "near", 0, "", True, False)
+    ),
     "who judges anew lets all pass": story(
         asks("tool", LEAVES, "cloud"), ("change", 0), ("take_over", 0), *WORKS, rules=1
     ),
@@ -412,7 +444,7 @@ def test_the_search_finds_what_is_planted(fault: str) -> None:
 
 
 def test_the_search_sees_requests_leave() -> None:
-    """Else it would prove nothing: those that may leave do."""
+    """Else it would prove nothing: those that may leave do, and an answer that was begun here goes on here."""
     machine = Door()
     try:
         machine.begin(1)
@@ -421,6 +453,10 @@ def test_the_search_sees_requests_leave() -> None:
             machine.work(0, 0, "done", False)
         left = {machine.requests[sent.job].kind for sent in machine.sent}
         assert left == {kind for kind, holds in HOLDS.items() if holds != "never"}
-        assert all(door.hash_of_copy(sent.body) for sent in machine.sent)
+        for step in ("begun", "silent", "done"):
+            machine.ask("plain", ("remote", ""), "near", 0, "", False, False) if step == "begun" else None
+            machine.work(0, 0, step, False)
+            machine.time_passes(11_000) if step == "silent" else None
+        assert machine.gone_on == 2
     finally:
         machine.teardown()

@@ -49,6 +49,8 @@ TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
 BEGUN = ("submit", "claim", "first_token", "emit")
 SERVED = ("submit", "claim", "first_token", "emit", "end")
+MAY_LEAVE = {"remote": True, "exits": "", "judged": "yes"}
+SDK = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0} | MAY_LEAVE
 picks = st.integers(0, 15)
 judgements = st.sampled_from([None, 0, 0, 0, 1])
 """How many frames came since it was judged that an answer can be gone on from; None = it cannot."""
@@ -397,7 +399,7 @@ class Verbs(RuleBasedStateMachine):
     def kept_in(self, job: JobRecord, lane: Lane) -> Expected:
         """Why a claim that leads out refuses the job: its consent first, then the verdict on its content."""
         rules = self.world.rules(lane.name)
-        if job.zone != "remote" or (job.exits and lane.name not in job.exits.split()):
+        if job.zone != "remote" or (job.exits and lane.name not in job.exits.split()) or job.continues:
             return errors.TrustZoneRefused
         if job.judged != rules:
             return errors.TrustZoneRefused if job.judged == "-" + rules else errors.Unjudged
@@ -659,8 +661,7 @@ class Verbs(RuleBasedStateMachine):
         served: dict[str, Any], again: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """Its first try waits, perhaps beside one that is just the same; it hangs up, and comes back."""
-        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
-        self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again])
+        self.do([("submit", first | SDK), ("submit", second | SDK), *between, *again])
         self.do([straight(("claim", {"host": "gpu1"})), straight(("end", served)), *again])
 
     @rule(
@@ -671,13 +672,12 @@ class Verbs(RuleBasedStateMachine):
         self, first: dict[str, Any], claim: dict[str, Any], heard: bool, again: list[str]
     ) -> None:
         """An SDK's answer comes to its end, with its client there or gone; then its retries come."""
-        sdk = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0}
         with suppress(NothingFits):
-            self.submit(**first | sdk)
+            self.submit(**first | SDK)
             job_id = self.ids[-1]
             if not heard:
                 self.detach(self.pick_of(job_id), "api1/r1")
-            self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED)})
+            self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED), "confused": ""})
             self.first_token(0, ahead=1)
             self.end(0, finish=True, ahead=1, logged=False)
             for reader in again:
@@ -734,7 +734,7 @@ class Verbs(RuleBasedStateMachine):
         then: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """A client hears the begin of it, the worker is lost, and another goes on, if one comes in time."""
-        seen = {"sync": True, "stream": True, "reader": True, "key": "", "stale": False, "later": 0}
+        seen = {"sync": True, "stream": True, "reader": True, "key": "", "stale": False, "later": 0} | MAY_LEAVE
         submitted, *more = zip(BEGUN, begun, strict=True)
         self.do([(submitted[0], submitted[1] | seen), *map(straight, more)])
         if silent:

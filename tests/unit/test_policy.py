@@ -340,6 +340,12 @@ def test_a_wrong_remote_provider_is_one_sentence(lines: list[str], words: str) -
     assert "secret" not in " ".join(found)
 
 
+def test_no_remote_model_goes_on_with_an_answer() -> None:
+    words = "must be error, because a request is judged before it leaves, and its half-told answer is not"
+    found = problems(model("url: http://x", "trust: remote", "onLoss: continue", backend="vllm"))
+    assert found == [f"line 7: models.m.onLoss: {words}"]
+
+
 def test_a_remote_provider_needs_its_address_and_its_trust() -> None:
     policy = Policy.parse(model(*REMOTE.values(), "apiKeyEnv: EXAMPLE_KEY", backend="openai"))
 

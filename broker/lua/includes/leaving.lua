@@ -1,12 +1,14 @@
 -- Refuses a claim that would lead out a job which may not leave: without its consent, by another lane than it named,
--- or without a verdict on its content under the rules in force. Returns nil where it may.
+-- with a half-told answer that it would have to go on from, which no rule has judged, or without a verdict on its
+-- content under the rules in force. Returns nil where it may.
 local function may_not_leave(job, id, zone, lane, rules)
-  local f = redis.call("HMGET", job, "exits", "judged")
+  local f = redis.call("HMGET", job, "exits", "judged", "continues")
   local exits, judged = f[1] or "", f[2] or ""
   if zone ~= "remote" then return redis.error_reply("TRUSTZONE " .. id .. " may not leave the machine") end
   if exits ~= "" and not string.find(" " .. exits .. " ", " " .. lane .. " ", 1, true) then
     return redis.error_reply("TRUSTZONE " .. id .. " may not leave by lane " .. lane)
   end
+  if tonumber(f[3] or 0) > 0 then return redis.error_reply("TRUSTZONE the answer begun of " .. id .. " may not leave") end
   if rules == "-" then return redis.error_reply("TRUSTZONE this runtime leads elsewhere than lane " .. lane) end
   if judged == "-" .. rules then return redis.error_reply("TRUSTZONE what " .. id .. " holds may not leave") end
   if judged ~= rules then return redis.error_reply("UNJUDGED " .. id .. " was not judged by the rules in force") end

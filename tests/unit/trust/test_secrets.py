@@ -22,7 +22,7 @@ from tests.support.made_up_secrets import CARRIERS, KINDS, NAMED, base64_of
 ALL: Any = ["systemPrompts", "toolOutput", "fileContext", "images"]
 OPEN = Remote(allow=ALL, maxBytes=20 * 1024 * 1024)
 FALSE_ALARMS_MAX = 0.005
-"""Of the files of ordinary code: measured 0 of 740 (library), 2 of 400 (its tests), 5 of 3,000 (packages)."""
+"""Of the files of ordinary code: measured 0 of 740 (library), 3 of 1,050 (its tests), 5 of 3,000 (packages)."""
 
 
 def user(text: str) -> dict[str, Any]:
