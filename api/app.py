@@ -31,6 +31,7 @@ from api.listen import Listen
 from api.openapi import Document
 from api.routes import (
     anthropic,
+    audit,
     chat,
     completions,
     embeddings,
@@ -84,6 +85,7 @@ HOT = (
 REST = (
     operator.router,
     keys.router,
+    audit.router,
     models.router,
     jobs.router,
     ollama.router,

@@ -15,7 +15,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from api.cli_audit import audit
 from api.cli_doctor import doctor
+from api.cli_explain import policy_explain
 from api.cli_init import init
 from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
@@ -38,12 +40,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
 )  # fmt: skip
 job_app = typer.Typer(help="Look at a job, or cancel it.", no_args_is_help=True)
+policy_app.command("explain")(policy_explain)
 app.add_typer(policy_app, name="policy")
 app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.command()(init)
 app.command()(doctor)
+app.command()(audit)
 app.command()(drain)
 app.command()(undrain)
 app.command()(usage)

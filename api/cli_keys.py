@@ -36,7 +36,7 @@ def key_new(
         bool, typer.Option("--remote", help="Its requests may leave the machine if they ask to.")
     ] = False,
     remote_lanes: Annotated[
-        str, typer.Option(help="Names for which they need not ask, with commas; with --remote.")
+        str, typer.Option(help="Remote lanes into which they need not ask, with commas; with --remote.")
     ] = "",
     admin: Annotated[bool, typer.Option("--admin", help="May change models, hosts, keys; sees all jobs.")] = False,
     expires: Annotated[str, typer.Option(help="How long it is good, like 90d or 12h.  [default: always]")] = "",
@@ -113,7 +113,7 @@ def _rights(rights: dict[str, Any]) -> str:
     limits = (("max_waiting", "waiting"), ("max_running", "running"), ("tokens_per_day", "tokens a day"))
     said += [f"at most {rights[name]:,} {words}" for name, words in limits if rights[name]]
     if rights["remote"]:
-        always = f" (always for {', '.join(rights['remote_lanes'])})" if rights["remote_lanes"] else ""
+        always = f" (into {', '.join(rights['remote_lanes'])} without asking)" if rights["remote_lanes"] else ""
         said.append(f"leave the machine{always}")
     if rights["admin"]:
         said.append("administer")

@@ -77,7 +77,7 @@ def policy_apply(file: PolicyFile, data: DataDir = None) -> None:
             print(f"warning: {warning}", file=sys.stderr)
         return before.version if before else 0, await book.apply(text, by="cli")
 
-    before, after = _with_store(apply, data)
+    before, after = with_store(apply, data)
     print(f"version {after} is active" if after != before else f"version {after} says the same and stays active")
 
 
@@ -161,10 +161,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _with_book(work: Callable[[PolicyBook], Awaitable[T]], data: Path | None) -> T:
-    return _with_store(lambda book, _store: work(book), data)
+    return with_store(lambda book, _store: work(book), data)
 
 
-def _with_store(work: Callable[[PolicyBook, Store], Awaitable[T]], data: Path | None) -> T:
+def with_store(work: Callable[[PolicyBook, Store], Awaitable[T]], data: Path | None) -> T:
     settings = read_settings(BrokerSettings)
 
     async def run_it() -> T:

@@ -79,6 +79,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.StaleAttempt: Row(500, _BROKEN),
     errors.Moved: Row(503, BUSY, 1),
     errors.StalePolicy: Row(503, BUSY, 1),
+    errors.Unjudged: Row(503, BUSY, 1),
     errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
     errors.CallerBusy: Row(503, BUSY, 1),

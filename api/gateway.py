@@ -15,10 +15,11 @@ from broker.frames import Hub
 from broker.hosts import Fleet
 from broker.keybook import KeyBook
 from broker.metrics import Metrics
-from broker.policies import PolicyBook
+from broker.policies import Active, PolicyBook
 from broker.readers import Readers
 from broker.refusals import Refusals
 from broker.store import Store
+from broker.trust import secrets as scanner
 from broker.waits import Waits
 
 log = logging.getLogger("warmlane.api")
@@ -90,6 +91,7 @@ class Gateway:
                 tasks.create_task(self.readers.keep(), name="readers"),
                 tasks.create_task(self.refusals.keep(), name="refusals"),
                 tasks.create_task(self._cut_stalled(), name="stalled clients"),
+                tasks.create_task(self._prepare_scanner(), name="scanner for secrets"),
             ]
             try:
                 async with asyncio.timeout(START_S_MAX):
@@ -108,6 +110,18 @@ class Gateway:
     def _stop(self) -> None:
         for exchange in list(self.exchanges):
             exchange.interrupt(Stopping)
+
+    async def _prepare_scanner(self) -> None:
+        """Compiles the scanner's rules once a policy has a remote model, before a request has to wait for it."""
+        wanted = asyncio.Event()
+
+        def look(active: Active) -> None:
+            if any(model.trust == "remote" for model in active.models().values()):
+                wanted.set()
+
+        self.book.on_change(look)
+        await wanted.wait()
+        await asyncio.to_thread(scanner.prepare)
 
     async def _cut_stalled(self) -> None:
         loop = asyncio.get_running_loop()

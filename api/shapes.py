@@ -9,12 +9,13 @@ from broker.callers import Key, Keyring, Rights
 from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, ref, text, thing, whole
 from broker.records import JobRecord
 from broker.status import Snapshot
+from broker.trust.audit import Left
 from broker.usage_report import BY, Used
 
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_keys(), **_HEALTH, **_usage()}
+    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage()}
 
 
 def _status() -> dict[str, Schema]:
@@ -83,6 +84,13 @@ def _figure(words: str, example: Any) -> Schema:
     if example is None:
         return maybe(number(words))
     return {**thing({}, words=words), "additionalProperties": whole()} if example == {} else whole(words)
+
+
+def _audit() -> dict[str, Schema]:
+    left, _ = _read_off(Left)
+    left = {**left, "required": list(left["properties"])}
+    more = text("The `after` of the next page, empty where this is the last.")
+    return {"Left": left, "Audit": thing({"records": list_of(ref("Left")), "next": more})}
 
 
 def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ulid import ULID
 
@@ -43,13 +44,22 @@ SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
 
 
+class Asking(Protocol):
+    """Whoever has the headers of a request."""
+
+    headers: dict[bytes, bytes]
+
+    def header(self, name: bytes) -> str:
+        """Gives a header's text, "" if it was not sent."""
+
+
 @dataclass(frozen=True)
 class Wishes:
     """What the headers of a request ask of the gateway."""
 
     lane: str = ""
     session: str = ""
-    zone: str = "local"
+    leave: bool | None = None
     promote_within_ms: int | None = None
     patience_s: float = math.inf  # how long the client is to hear nothing
     idempotency_key: str = ""
@@ -58,7 +68,7 @@ class Wishes:
     is_retry: bool = False
 
     @classmethod
-    def of(cls, exchange: Exchange) -> "Wishes":
+    def of(cls, exchange: Asking) -> "Wishes":
         """Reads the headers; raises BadRequest."""
         header = exchange.header
         on_disconnect = header(b"x-gateway-on-disconnect").lower()
@@ -79,7 +89,7 @@ class Wishes:
         return cls(
             lane=header(b"x-gateway-lane"),
             session=session,
-            zone="remote" if leave == "true" else "local",
+            leave=None if leave == "" else leave == "true",
             promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
             patience_s=_patience_s(header(b"x-stainless-read-timeout"), header(b"x-stainless-timeout")),
             idempotency_key=key,
@@ -367,5 +377,5 @@ def _seconds(text: str) -> float:
     return float(text) if _SECONDS.fullmatch(text) else 0.0
 
 
-def _is_sdk(exchange: Exchange) -> bool:
+def _is_sdk(exchange: Asking) -> bool:
     return any(name.startswith(b"x-stainless-") for name in exchange.headers)

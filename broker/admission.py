@@ -11,6 +11,9 @@ from broker.policies import Active, PolicyBook
 from broker.policy import Lane
 from broker.records import JobRecord
 from broker.store import Store
+from broker.trust import door
+from broker.trust.content import Content
+from broker.trust.secrets import CannotScan
 
 log = logging.getLogger("warmlane.admission")
 
@@ -46,13 +49,13 @@ async def admit(
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
 
     `job.asked` is what the client wrote. `may_retry`: its SDK may send the request again; `is_retry`: it does so now.
-    `rights` limit how much its caller may have. A lane that is full, or that has given the caller its share, spills to
-    its fallback; a lane that no live host can serve, whose model cannot hold the prompt, or that leads out of the job's
-    trust zone is passed over.
+    `rights` limit how much its caller may have, and whether its requests may leave at all. A lane that is full, or that
+    has given the caller its share, spills to its fallback; a lane that no live host can serve, whose model cannot hold
+    the prompt, or that leads out where the job may not leave is passed over.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
         found = await lanes.find_by_key(
-            store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=body, zone=job.zone
+            store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=body, consent=job.consent
         )
         if found is not None:
             return Admitted(found, "", attached=True)
@@ -106,15 +109,19 @@ async def _admit(
         priority="batch" if job.priority == "batch" else "interactive",
     )
     refusals: list[errors.Refused] = []
+    leaving = Leaving(active, job, body)
     for lane in await _in_order(store, active, job, asked):
-        refusal = refuses(active, fleet, job, lane)
+        refusal = refuses(active, fleet, job, lane, may_leave=rights.remote)
+        entering = job
+        if refusal is None and lane.trust == "remote":
+            entering, refusal = await leaving.by(lane)
         if refusal is None:
             try:
                 found = await lanes.submit(
                     store,
                     active,
                     fleet,
-                    job,
+                    entering,
                     lane,
                     body,
                     asked=asked,
@@ -165,9 +172,33 @@ async def _in_order(store: Store, active: Active, job: JobRecord, asked: Lane) -
     return [fallback, *(lane for lane in found if lane is not fallback)]
 
 
-def refuses(active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> errors.Refused | None:
-    """Says why a lane cannot take the job at all, or None. Room is the script's to judge."""
+class Leaving:
+    """One request's way out: its content is looked into when the first remote lane comes up, once for all of them."""
+
+    def __init__(self, active: Active, job: JobRecord, body: bytes) -> None:
+        self._active = active
+        self._job = job
+        self._body = body
+        self._content: Content | None = None
+
+    async def by(self, lane: Lane) -> tuple[JobRecord, errors.TrustZoneRefused | None]:
+        """Gives the job with the verdict on it, or why its content may not leave by this lane."""
+        try:
+            if self._content is None:
+                self._content = await door.look_into(self._job, self._body, self._active.policy.remote)
+        except CannotScan as why:
+            return self._job, door.refusal(lane, (str(why),))
+        verdict = door.verdict(self._content, self._active, lane)
+        return verdict.onto(self._job), door.refusal(lane, verdict.against) if verdict.against else None
+
+
+def refuses(
+    active: Active, fleet: Fleet, job: JobRecord, lane: Lane, *, may_leave: bool = True
+) -> errors.Refused | None:
+    """Says why a lane cannot take the job at all, or None. Room is the script's to judge, and what a job holds that
+    would leave is `Leaving`'s."""
     refusal = cannot_do(job, lane.model, active.policy.models[lane.model])
+    refusal = refusal or door.no_consent(job, lane, may_leave=may_leave)
     if refusal is not None:
         return refusal
     view = fleet.view(lane.name, active)

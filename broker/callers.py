@@ -43,8 +43,8 @@ class Rights:
 
     `lanes`: the names it may ask for, empty = all. `priority`: the most urgent that its work may be. `max_waiting` and
     `max_running`: its jobs that may do so at once; `tokens_per_day`: read anew or made, of a day in UTC; 0 = no limit.
-    `remote`: its requests may leave the machine if they say so; those for `remote_lanes` need not say so. `admin`:
-    policy, models, hosts, keys and other callers' jobs.
+    `remote`: its requests may leave the machine if they say so; into `remote_lanes` they may without a word, since
+    agents can't send headers. `admin`: policy, models, hosts, keys and other callers' jobs.
     """
 
     lanes: tuple[str, ...] = ()
@@ -68,10 +68,6 @@ class Rights:
     def may_ask_for(self, name: str, lane: str = "") -> bool:
         """Whether it may ask for this name, or for the lane that the name leads to."""
         return not self.lanes or name in self.lanes or lane in self.lanes
-
-    def may_leave(self, name: str, *, asked: bool) -> bool:
-        """Whether a request for this name may leave the machine; `asked`: the request itself says that it may."""
-        return self.remote and (asked or name in self.remote_lanes)
 
 
 EVERYTHING = Rights(remote=True, admin=True)

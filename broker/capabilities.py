@@ -1,6 +1,6 @@
 """Whether a model can do a job at all. Pure: admission asks it before a job enters a lane, `due` before one moves.
 
-Room, warmth and price are other questions; what is refused here no waiting cures.
+Trust, room, warmth and price are other questions; what is refused here no waiting cures.
 """
 
 from broker import errors
@@ -12,7 +12,7 @@ EMBEDDING_ENDPOINTS = frozenset({"/v1/embeddings", "/api/embed", "/api/embedding
 
 
 def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
-    """Says why the model of this name cannot do the job, or None: the kind of answer, the trust zone, the context."""
+    """Says why the model of this name cannot do the job, or None: the kind of answer, the context."""
     wants_vectors = job.endpoint in EMBEDDING_ENDPOINTS
     if wants_vectors != model.embeddings:
         gives = "vectors and no text" if model.embeddings else "text and no vectors"
@@ -23,10 +23,6 @@ def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
         )
     if "files" in job.needs.split() and model.backend not in SPEAK_ANTHROPIC:
         return errors.WrongEndpoint(f"{name} reads text and pictures, and no documents or files by their id")
-    if model.trust == "remote" and job.zone != "remote":
-        return errors.TrustZoneRefused(
-            f"{name} is a remote model, and the request does not allow that it leaves (X-Gateway-Allow-Remote: true)"
-        )
     need = (job.longest or job.tokens) + job.max_tokens
     if model.context_tokens is not None and need > model.context_tokens:
         what = "input" if wants_vectors else "prompt"

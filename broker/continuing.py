@@ -50,11 +50,12 @@ _AS_CHAT: Mapping[str, Callable[[bytes], bytes]] = {
 
 def within_ms(active: Active, job: JobRecord) -> int | None:
     """How long a job's answer may wait to be gone on from: its lane's cold-start budget, of a batch lane the model's.
-    None = its model does not go on with answers, or not with this one: an Ollama puts a template around the prompt of a
-    completion, and would begin a turn behind the text."""
+    None = its model does not go on with answers, or not with this one: nobody has judged whether a half-told answer may
+    leave the machine; an Ollama puts a template around the prompt of a completion, and would begin a turn behind the
+    text."""
     lane = active.lane(job.lane)
     model = active.model(lane.model) if lane is not None else None
-    if lane is None or model is None or model.on_loss != "continue":
+    if lane is None or model is None or model.on_loss != "continue" or model.trust == "remote":
         return None
     if model.backend == "ollama" and job.endpoint == openai_completions.PATH:
         return None

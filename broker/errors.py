@@ -38,6 +38,7 @@ BrokerError
 │   ├── StaleAttempt            stale_attempt             not the holder any more: stop, quietly
 │   ├── Moved                   moved                     the job is in another lane or entry: read again
 │   ├── StalePolicy             stale_policy              decided under an old policy: reload and decide again
+│   ├── Unjudged                unjudged                  its content was not judged by the rules in force
 │   ├── NotDue                  not_due                   the instant has not passed yet
 │   ├── FrameGap                frame_gap                 a frame is missing before this one
 │   ├── CallerBusy              caller_busy               its caller runs as many jobs as its key may
@@ -355,6 +356,12 @@ class StalePolicy(Lost):
     """The policy changed since we decided."""
 
     code = "stale_policy"
+
+
+class Unjudged(Lost):
+    """The job's content was not judged by the rules in force: judge it, then try again."""
+
+    code = "unjudged"
 
 
 class NotDue(Lost):

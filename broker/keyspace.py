@@ -112,6 +112,7 @@ TABLE: tuple[Family, ...] = (
         "tokens computed for the caller on the day: read anew, or made",
     ),
     Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
+    Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family(
         "usage:<day>",
@@ -145,6 +146,7 @@ class Keyspace:
         self.due = self._prefix + "due"
         self.hosts = self._prefix + "hosts"
         self.dead = self._prefix + "dead"
+        self.audit = self._prefix + "audit"
         self.policy = self._prefix + "policy"
         self.no_idem = self.idem("-", "-")
         """What stands in a script's keys where a request has no Idempotency-Key."""

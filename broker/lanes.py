@@ -10,13 +10,15 @@ from broker.jobs import GoOn, closing_keys, prefixes
 from broker.keyspace import GROUP
 from broker.lifecycle import State
 from broker.policies import Active
-from broker.policy import Lane, Trust
+from broker.policy import Lane, Model
 from broker.records import Claimed, JobRecord, Waiting
 from broker.store import Store
+from broker.trust import door
 
 WANTED_FOR_MS = 60_000
 """A request keeps its model wanted for at least this long, and up to a quarter more: the demand that wakes it."""
 
+DAY_MS = 86_400_000
 READER_LEASE_MS = 10_000
 JOB_LEASE_MS = 10_000
 
@@ -66,7 +68,7 @@ async def submit(
     record["asked_model"] = asked.model
     if idem:
         record["idem"] = idem
-    fingerprint = hash_of(job.endpoint, body, job.zone, job.asked) if retried and not idem else ""
+    fingerprint = hash_of(job.endpoint, body, job.consent, job.asked) if retried and not idem else ""
     index = keys.retries(job.caller, job.session or fingerprint or "-")
     if fingerprint:
         record["retries"] = f"{index} {fingerprint}"
@@ -77,7 +79,7 @@ async def submit(
     promote_after = promote_after_ms(lane)
     if promote_after and promote_within_ms is not None:
         promote_after = max(1, min(promote_after, promote_within_ms))
-    body_hash = hash_of(job.endpoint, body, job.zone) if idem else "-"
+    body_hash = hash_of(job.endpoint, body, job.consent) if idem else "-"
     reply = await store.run(
         "submit",
         [
@@ -126,9 +128,9 @@ async def submit(
 
 
 async def find_by_key(
-    store: Store, *, caller: str, key: str, endpoint: str, body: bytes, zone: str = "local"
+    store: Store, *, caller: str, key: str, endpoint: str, body: bytes, consent: str = "local"
 ) -> str | None:
-    """Finds the job that a caller's Idempotency-Key leads to; raises IdempotencyMismatch for another body or zone.
+    """Finds the job that a caller's Idempotency-Key leads to; raises IdempotencyMismatch for another body or consent.
 
     Only a look: what `submit` finds in its script decides.
     """
@@ -138,7 +140,7 @@ async def find_by_key(
     job_id, _, body_hash = held.decode().partition(" ")
     if not await store.command("EXISTS", store.keys.job(job_id)):
         return None
-    if body_hash != hash_of(endpoint, body, zone):
+    if body_hash != hash_of(endpoint, body, consent):
         raise errors.IdempotencyMismatch(
             f"the Idempotency-Key was used for job {job_id} with another body or another leave to go to a remote model"
         )
@@ -152,7 +154,7 @@ async def rejoin(store: Store, job: JobRecord, body: bytes, *, reader: str) -> S
     moment ago. Two retries at once never get the same one.
     """
     keys = store.keys
-    fingerprint = hash_of(job.endpoint, body, job.zone, job.asked)
+    fingerprint = hash_of(job.endpoint, body, job.consent, job.asked)
     found = await store.run(
         "rejoin",
         [keys.retries(job.caller, job.session or fingerprint), keys.due],
@@ -168,10 +170,10 @@ async def rejoin(store: Store, job: JobRecord, body: bytes, *, reader: str) -> S
     return Submitted(found[0].decode(), found[1].decode(), attached=True) if found else None
 
 
-def hash_of(endpoint: str, body: bytes, zone: str = "local", asked: str = "") -> str:
+def hash_of(endpoint: str, body: bytes, consent: str = "local", asked: str = "") -> str:
     """What makes two requests the same: one that may not leave joins none that may. An SDK's retry also asks for the
     same lane; an Idempotency-Key says enough without."""
-    return hashlib.sha256(f"{endpoint}\n{zone}\n{asked}\n".encode() + body).hexdigest()[:32]
+    return hashlib.sha256(f"{endpoint}\n{consent}\n{asked}\n".encode() + body).hexdigest()[:32]
 
 
 async def claim(
@@ -182,20 +184,22 @@ async def claim(
     host: str,
     boot: str,
     lease_ms: int = JOB_LEASE_MS,
-    runtime_trust: Trust = "local",
+    runtime: Model | None = None,
 ) -> Claimed:
     """Takes exactly this job; raises Moved, AlreadyEnded, NoSuchJob or BadTransition when the race was lost.
 
-    `runtime_trust` is where the runtime leads that would serve it now: until a worker has taken a changed definition
-    over, that may be further than the lane does under the active policy. Raises TrustZoneRefused by the wider one.
+    `runtime` is the definition of the runtime that would serve it now: until a worker has taken a changed one over,
+    that may lead further than the lane does under the active policy. Raises TrustZoneRefused by the wider one, and
+    Unjudged where it leads out and the job's content was judged by other rules.
     """
     lane = active.lane(waiting.lane)
     if lane is None:
         raise errors.StalePolicy(f"lane {waiting.lane} is not in the policy")
     keys = store.keys
+    trust, rules, provider = door.asked_at_claim(active, lane, runtime)
     attempt, at_ms, body, *told = await store.run(
         "claim",
-        [keys.lane(waiting.lane), keys.job(waiting.job), keys.due, keys.policy, keys.request(waiting.job)],
+        [keys.lane(waiting.lane), keys.job(waiting.job), keys.due, keys.policy, keys.request(waiting.job), keys.audit],
         [
             store.now_arg(),
             waiting.job,
@@ -206,8 +210,11 @@ async def claim(
             host,
             boot,
             lease_ms,
-            "remote" if "remote" in (lane.trust, runtime_trust) else "local",
+            trust,
             lane.model,
+            rules,
+            provider,
+            active.policy.audit_days * DAY_MS,
         ],
     )
     record = JobRecord.from_values(
@@ -401,6 +408,7 @@ _TOLD_BY_CLAIM = (
     "tokens",
     "continues",
     "last_seq",
+    "leaves",
 )
 
 _SET_BY_SCRIPT = frozenset(

@@ -89,7 +89,10 @@ class JobRecord(_Hash):
         "attempt caller entry grace_ms keep_ms last_seq losses mode priority promotions session tokens zone".split()
     )
     HIDDEN: ClassVar[frozenset[str]] = frozenset(
-        "apis boot idem retries last_seq usage grace_ms keep_ms entry asked_number error_message".split()
+        (
+            "apis boot idem retries exits judged leaves left last_seq usage grace_ms keep_ms entry asked_number "
+            "error_message"
+        ).split()
     )
     """What is ours alone to know, or is told in another form."""
 
@@ -104,7 +107,11 @@ class JobRecord(_Hash):
     caller: str = "anonymous"
     max_running: int = 0  # jobs of its caller that may run at once, by the key that it came with, 0 = no limit
     session: str = ""
-    zone: str = "local"
+    zone: str = "local"  # `remote`: it is allowed to leave, as far as its caller has a say; never given afterwards
+    exits: str = ""  # remote lanes by which it may leave, with spaces between them, "" = any
+    judged: str = ""  # digest of the `remote:` rules that its content passed, `-` before those that it did not
+    leaves: str = ""  # hash of the copy of its body that would leave
+    left: str = ""  # JSON of what its audit record says of that copy: bytes, passed, redacted
     priority: str = "interactive"
     endpoint: str = "/v1/chat/completions"
     mode: str = "sync"
@@ -153,6 +160,11 @@ class JobRecord(_Hash):
     def live(self) -> bool:
         """Whether it has not ended."""
         return self.state not in ENDED
+
+    @property
+    def consent(self) -> str:
+        """How far it may leave, in one word or more: what two requests must share to be the same."""
+        return f"{self.zone} {self.exits}".rstrip()
 
     def public(self) -> dict[str, Any]:
         """What a client may see of its job."""

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import pytest_asyncio
 
+from broker.trust import secrets
 from tests.support.redis_server import RedisServer, start_server
 
 # Shrinking one failure of the model test has taken minutes: CI reports the failure as found, a developer shrinks it.
@@ -30,6 +31,12 @@ def redis_server() -> Iterator[RedisServer]:
     server = start_server()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def scanner() -> None:
+    """Has the scanner for secrets compile its rules before a test counts seconds."""
+    secrets.prepare()
 
 
 @pytest.fixture(autouse=True)

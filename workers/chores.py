@@ -1,4 +1,4 @@
-"""Slow housekeeping, as plain functions: repair lanes, let retiring ones go, forget hosts and models that are gone.
+"""Slow housekeeping, as plain functions: repair lanes, let retiring ones go, forget what is gone or old.
 
 Each may run twice, late, or not at all for a while: nothing that a client waits for depends on them.
 """
@@ -8,6 +8,7 @@ import logging
 from broker import hosts, lanes, usage
 from broker.policies import PolicyBook
 from broker.store import Store
+from broker.trust import audit
 
 log = logging.getLogger("warmlane.chores")
 
@@ -28,9 +29,10 @@ async def sweep(store: Store, book: PolicyBook) -> None:
 
 
 async def forget(store: Store, book: PolicyBook) -> None:
-    """Drops hosts that have been silent for a day, what was learned of models that the policy no longer has, and the
-    counters of days that are older than it wants."""
+    """Drops hosts that have been silent for a day, what was learned of models that the policy no longer has, audit
+    records whose time is over, and the counters of days that are older than it wants."""
     active = await book.reload()
     await hosts.forget(store, known=set(active.models()) if active is not None else None)
     if active is not None:
+        await audit.trim(store, days=active.policy.audit_days)
         await usage.keep(store, usage_days=active.policy.usage_days)

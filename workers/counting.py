@@ -47,7 +47,8 @@ class Counting:
             waker = self._wakers.get(question.model)
             chat = await counts.take(self._store, question)
             tokens = 0
-            if waker is not None and waker.resident and chat is not None and self._counted <= AT_ONCE_MAX:
+            few = self._counted <= AT_ONCE_MAX
+            if few and waker is not None and waker.resident and waker.counts and chat is not None:
                 tokens = await count(waker.runtime.endpoint(), chat)
             await counts.answer(self._store, question, tokens)
         except errors.BrokerUnavailable as e:

@@ -5,12 +5,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from broker import continuing, dispatch, errors, hosts, jobs, lanes
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import Claimed, ModelFacts, Waiting
 from broker.store import Store
+from broker.trust import door
+from broker.trust.secrets import CannotScan
 from workers.attempt import Attempt, Ended, Limits
 from workers.learned import definition_of
 from workers.picture import LanePicture
@@ -197,7 +200,10 @@ class Dispatcher:
     async def _serve(self, waker: Waker, job: Waiting, slot: int, *, new_session: bool) -> None:
         clean, tokens, estimate, served = True, 0, 0, False
         try:
-            attempt = await self._claim(waker, job, slot)
+            try:
+                attempt = await self._claim(waker, job, slot)
+            finally:
+                self.claiming -= 1
             if attempt is None:
                 return
             served = True
@@ -226,8 +232,11 @@ class Dispatcher:
         """Takes the job; None when the race was lost or Redis is away."""
         active = self._book.active
         try:
-            trust = waker.model.trust  # of the runtime that it holds now: the slot that we took keeps it from another
-            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot, runtime_trust=trust)
+            # the runtime that it holds now: the slot that we took keeps it from another
+            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot, runtime=waker.model)
+        except errors.Unjudged:
+            await self._judge(active, job)
+            return None
         except errors.StalePolicy:
             self._picture.unspend(job)
             await self._reload()
@@ -245,8 +254,11 @@ class Dispatcher:
         except (errors.Lost, errors.NoSuchJob, errors.BadTransition, errors.TrustZoneRefused) as e:
             log.debug("event=claim_lost job=%s reason=%s", job.job, e)
             return None
-        finally:
-            self.claiming -= 1
+        if waker.model.trust == "remote":
+            leaving = await self._leaving(active, claimed)
+            if leaving is None:
+                return None
+            claimed = leaving
         if job.priority != "batch":
             self._interactive_at[waker.name] = claimed.record.claimed_at
         model, max_losses = waker.model, active.policy.max_losses
@@ -268,6 +280,37 @@ class Dispatcher:
             slot=slot,
             on_refusal=waker.refused,
         )
+
+    async def _judge(self, active: Active, job: Waiting) -> None:
+        """Judges a job by the rules in force, which came after its last verdict; then it may be claimed, or stays."""
+        lane = active.lane(job.lane)
+        try:
+            if lane is not None and await door.judge_anew(
+                self._store, active, await jobs.read(self._store, job.job), lane
+            ):
+                self._picture.unspend(job)
+            else:
+                log.info("event=stays job=%s lane=%s reason=it does not pass the rules in force", job.job, job.lane)
+        except errors.StalePolicy:
+            self._picture.unspend(job)
+            await self._reload()
+        except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable, CannotScan) as e:
+            log.info("event=judge_later job=%s reason=%s", job.job, e)  # the next look at the lane brings it back
+
+    async def _leaving(self, active: Active, claimed: Claimed) -> Claimed | None:
+        """Puts the copy that leaves in the place of the body; None where that is not what was judged."""
+        record = claimed.record
+        try:
+            copy = await door.copy_that_leaves(claimed.body, active.policy.remote, record.leaves)
+        except errors.TrustZoneRefused as e:
+            log.error("event=stays job=%s attempt=%d reason=%s", record.id, claimed.attempt, e)
+            held = jobs.Holding(record.id, record.lane, claimed.attempt, record.boot)
+            try:
+                await jobs.end(self._store, held, "fail", error=e)
+            except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as lost:
+                log.info("event=stop job=%s attempt=%d reason=%s", record.id, claimed.attempt, lost)
+            return None
+        return replace(claimed, body=copy)
 
     async def _claimed_unheard(self, job: Waiting) -> Claimed | None:
         """Waits for Redis and asks whether the claim was made, only its reply lost: nobody else would start the job

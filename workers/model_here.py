@@ -46,6 +46,12 @@ class ModelHere:
         return self.state in ("warm", "degraded")
 
     @property
+    def counts(self) -> bool:
+        """Whether it may be asked how many tokens a prompt has. Such a prompt has no consent and no verdict, so none of
+        them leaves the machine."""
+        return bool(self.runtime.endpoint().tokenizer) and self.model.trust == "local"
+
+    @property
     def ours(self) -> bool:
         """Whether a load of it takes this host's memory, and is ours to begin and to end."""
         return self.runtime.local and self.runtime.manageable
@@ -97,7 +103,7 @@ class ModelHere:
             parallel=self.overlap.parallel,
             last_load_ms=round(self.last_load_ms, 1),
             progress=round(self.progress, 2),
-            counts=bool(self.runtime.endpoint().tokenizer),
+            counts=self.counts,
             manageable=self.runtime.manageable,
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
             prompts=json.dumps(prompts) if (prompts := self.slots.estimates()) else "",

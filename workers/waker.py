@@ -58,7 +58,7 @@ class Waker(ModelHere):
     @property
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
-        leads_elsewhere = self.wanted_model.trust != self.model.trust  # it waits for the runtime that the policy means
+        leads_elsewhere = _leads(self.wanted_model) != _leads(self.model)  # it waits for the one that the policy means
         willing = self.resident and not self.upkeep.suspected and not self.going and not leads_elsewhere
         return willing and self.slots.free > 0
 
@@ -389,3 +389,8 @@ class Waker(ModelHere):
             except errors.BrokerUnavailable:
                 log.debug("event=model_state_time model=%s reason=redis away", self.name)
         self._around.changed()
+
+
+def _leads(model: Model) -> tuple[str | None, ...]:
+    """Where the prompts for a model go, as far as it matters which remote one that is."""
+    return (model.trust, model.backend, model.url, model.model) if model.trust == "remote" else (model.trust,)

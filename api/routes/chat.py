@@ -18,6 +18,7 @@ from broker import errors
 from broker.callers import Caller
 from broker.dialects import openai
 from broker.records import JobRecord
+from broker.trust import door
 
 log = logging.getLogger("warmlane.api")
 
@@ -138,6 +139,11 @@ class ChatCompletions:
             max_tokens=facts.max_tokens or 0,
         )
 
+    def job_of(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | None:
+        """The job that a request would be, None where it needs none; raises Refused."""
+        job = self._job(body, wishes, caller)
+        return job if isinstance(job, JobRecord) else None
+
     def _job_of(self, wishes: Wishes, caller: Caller, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
         """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it.
 
@@ -147,6 +153,7 @@ class ChatCompletions:
         if rights.lanes:
             tokens = facts.get("longest") or facts.get("tokens", 0)
             lane_of(self._gateway, caller, asked, endpoint=self.path, prompt_tokens=tokens)
+        zone, exits = door.consent(wishes.leave, may_leave=rights.remote, standing=frozenset(rights.remote_lanes))
         return JobRecord(
             id=str(ULID()),
             asked=asked,
@@ -154,7 +161,8 @@ class ChatCompletions:
             priority=rights.priority,
             max_running=rights.max_running,
             session=wishes.session or session,
-            zone="remote" if rights.may_leave(asked, asked=wishes.zone == "remote") else "local",
+            zone=zone,
+            exits=exits,
             grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
             keep_ms=min(policy.keep_ms, self.keep_ms_max),
             endpoint=self.path,

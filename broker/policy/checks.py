@@ -21,6 +21,7 @@ def problems(content: Content) -> list[Finding]:
         *_lanes(content),
         *_routing(content),
         *_fallbacks(content),
+        *_redactions(content),
     ]
     return found or list(_circles(content, make_lanes(content)))
 
@@ -50,7 +51,12 @@ def _models(content: Content) -> Iterator[Finding]:
 
 def _remote(path: Path, model: Model) -> Iterator[Finding]:
     """What a remote provider must say, and what only it may say."""
+    if model.remote is not None and model.trust != "remote":
+        yield (*path, "remote"), "narrows what leaves, and this model is local"
     if model.backend != "openai":
+        if model.on_loss == "continue" and model.trust == "remote":
+            words = "must be error, because a request is judged before it leaves, and its half-told answer is not"
+            yield (*path, "onLoss"), words
         if model.api_key_env is not None:
             yield (*path, "apiKeyEnv"), f"only an openai model has a key, and this one is {model.backend}"
         return
@@ -63,6 +69,14 @@ def _remote(path: Path, model: Model) -> Iterator[Finding]:
         yield (*path, "trust"), "must be remote, because prompts for an openai model leave the machine"
     if model.url is None:
         yield (*path, "url"), "is missing: where does the provider listen? https://api.openai.com, for one"
+
+
+def _redactions(content: Content) -> Iterator[Finding]:
+    names: set[str] = set()
+    for index, redaction in enumerate(content.remote.redact):
+        if redaction.name in names:
+            yield ("remote", "redact", index, "name"), f"there are two redactions '{redaction.name}'"
+        names.add(redaction.name)
 
 
 def _options(path: Path, model: Model) -> Iterator[Finding]:

@@ -10,11 +10,12 @@ import shlex
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.alias_generators import to_camel
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
 from broker.policy.hours import ActiveHours, parse_hours
+from broker.policy.part import Part
+from broker.policy.remote import Remote, RemoteOfModel
 
 BATCH = ".batch"
 PLACEHOLDERS = ("model", "port", "parallel", "context")
@@ -177,12 +178,6 @@ class Schema(GenerateJsonSchema):
         return False
 
 
-class Part(BaseModel):
-    """A part of the file: frozen, strict, and with no room for unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=to_camel)
-
-
 class Model(Part):
     """One model: the runtime that serves it, its weights, and what its own lane allows."""
 
@@ -240,6 +235,7 @@ class Model(Part):
     hosts: list[Host] | None = Field(None, description="The hosts that may serve the model; all when left out.")
     replicas: int = Field(1, ge=1, le=64, description="How many hosts load the model, where that many may serve it.")
     trust: Trust = Field("local", description="Where prompts for this model go.")
+    remote: RemoteOfModel | None = Field(None, description="What goes to this remote model, where that is less.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options for the runtime, passed on as they are.")
 
     @property
@@ -293,6 +289,10 @@ class Content(Part):
     lanes: dict[Name, LaneEntry] = Field(
         default_factory=dict, description="Lanes with a waiting line of their own, and changes to a model's lane."
     )
+    remote: Remote = Field(
+        default_factory=Remote, description="What of a request may go to remote models, if it may leave at all."
+    )
+    audit_days: int = Field(90, ge=1, le=3_650, description="How long the records of what left are kept.")
     max_losses: int = Field(3, ge=0, le=100, description="How often a job starts again after its worker was lost.")
     header_hold_ms: Ms = Field(5_000, description="How long a stream's headers wait for a real status.")
     disconnect_grace_ms: Ms = Field(4_000, description="How long a job waits for the retry of a client that hung up.")

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from broker.policy.content import Content, LaneEntry, Match, Model, Rule
 from broker.policy.document import Path, shown
+from broker.policy.remote import Redaction, Remote, RemoteOfModel
 
 PROBLEMS_MAX = 100
 
@@ -18,9 +19,12 @@ _PLACES: dict[type[BaseModel], str] = {
     LaneEntry: "in a lane",
     Match: "in a rule's match",
     Rule: "in a routing rule",
+    Remote: "in remote",
+    RemoteOfModel: "in a model's remote",
+    Redaction: "in a redaction",
 }
 _NOT_YET: dict[type[BaseModel], frozenset[str]] = {
-    Content: frozenset({"callers", "remote", "auditDays"}),
+    Content: frozenset({"callers"}),
     Model: frozenset({"wakeForBatch"}),
 }
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
@@ -87,7 +91,8 @@ def _words(kind: str, path: Path, value: Any, ctx: dict[str, Any]) -> str:
 
 def _unit(path: Path) -> str:
     key = str(path[-1]) if path else ""
-    return " of milliseconds" if key.endswith("Ms") else " of megabytes" if key.endswith("Mb") else ""
+    units = {"Ms": " of milliseconds", "Mb": " of megabytes", "Bytes": " of bytes", "Days": " of days"}
+    return next((unit for end, unit in units.items() if key.endswith(end)), "")
 
 
 def _not_one_of(path: Path, value: Any, allowed: tuple[str, ...]) -> str:
@@ -124,13 +129,26 @@ def _part_at(path: Path) -> type[BaseModel]:
         return Content
     if path[0] == "routing":
         return Match if path[-1] == "match" else Rule
+    if path[0] == "remote":
+        return Redaction if "redact" in path[1:2] and len(path) > 2 else Remote
+    if path[0] == "models" and path[2:3] == ("remote",):
+        return RemoteOfModel
     return Model if path[0] == "models" else LaneEntry
 
 
 def _field_type(path: Path) -> Any:
-    """Gives the Literal of the field at a path, also where it may be left out."""
+    """Gives the Literal of the field at a path, also where it may be left out or stands in a list."""
+    if isinstance(path[-1], int):
+        return _literal_in(_field_type(path[:-1]))
     for info in _part_at(path[:-1]).model_fields.values():
         if info.alias == path[-1]:
             wider = typing.get_args(info.annotation)
             return next((option for option in wider if typing.get_origin(option) is typing.Literal), info.annotation)
     return None
+
+
+def _literal_in(kind: Any) -> Any:
+    """Finds the Literal that a list's entries are."""
+    if kind is None or typing.get_origin(kind) is typing.Literal:
+        return kind
+    return next((found for option in typing.get_args(kind) if (found := _literal_in(option)) is not None), None)

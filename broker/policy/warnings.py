@@ -31,6 +31,7 @@ def warnings_of(
         *_idle_downgrade_keys(content, lanes),
         *_memory(content, lanes, host_memory_mb, size_of),
         *_weak_rules(content),
+        *_idle_remote(content),
     ]
 
 
@@ -54,6 +55,16 @@ def _open_keys(content: Content) -> Iterator[Finding]:
     for name, model in content.models.items():
         if model.api_key_env and str(model.url).startswith("http:") and not is_loopback(str(model.url)):
             yield ("models", name, "url"), "is not https, so everyone on the way can read the key and the prompts"
+
+
+def _idle_remote(content: Content) -> Iterator[Finding]:
+    if "remote" in content.model_fields_set and all(model.trust == "local" for model in content.models.values()):
+        yield ("remote",), "has no effect, because no model is remote"
+    for name, model in content.models.items():
+        for kind in model.remote.allow or () if model.remote is not None else ():
+            if kind not in content.remote.allow:
+                path: Path = ("models", name, "remote", "allow")
+                yield path, f"{kind} does not leave for any model, because `remote:` does not allow it"
 
 
 def _weak_fallbacks(content: Content, lanes: dict[str, Lane]) -> Iterator[Finding]:

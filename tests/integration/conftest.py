@@ -14,6 +14,11 @@ from tests.support.live_api import Scene, live_scene
 BOTH_SERVERS = ["fake", pytest.param("real", marks=pytest.mark.real)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _scanner_is_ready(scanner: None) -> None:
+    """A request that may leave waits for the scanner, and a test for the request."""
+
+
 @pytest_asyncio.fixture(params=BOTH_SERVERS)
 async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
     """A world with the test policy applied and no host alive yet."""

@@ -263,9 +263,9 @@ class Counts(Scripted):
 
 
 @asynccontextmanager
-async def a_counter(server: RedisServer, directory: Path) -> AsyncIterator[tuple[Counts, World, LiveApi]]:
+async def a_counter(server: RedisServer, directory: Path, **more: Any) -> AsyncIterator[tuple[Counts, World, LiveApi]]:
     async with Counts().running() as fake:
-        model = {"backend": "vllm", "model": "weights", "url": fake.url, "keepWarm": True}
+        model = {"backend": "vllm", "model": "weights", "url": fake.url, "keepWarm": True} | more
         async with running(server, directory, coder=model) as (world, api):
             await api.gateway.fleet.look()
             yield fake, world, api
@@ -313,6 +313,18 @@ async def test_what_nobody_counts_at_once_is_estimated(
         monkeypatch.setattr(counts, "PROMPT_BYTES_MAX", 100)
         assert await count(api) == (5, True)
         assert len(fake.asked) == asked
+
+
+async def test_no_prompt_leaves_to_be_counted(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question has no consent and no verdict. No api asks it of a remote model, and no worker passes it on."""
+    async with a_counter(redis_server, tmp_path, trust="remote") as (fake, _, api):
+        assert api.gateway.fleet.picture.on_host["coder"]["gpu1"].state == "warm"
+        assert counts._who_counts(api.gateway.fleet.picture, "coder") == ""
+        monkeypatch.setattr(counts, "_who_counts", lambda *_: "gpu1")
+        assert await count(api) == (5, True)
+        assert fake.asked == []
 
 
 async def test_only_a_few_prompts_are_counted_at_a_time(

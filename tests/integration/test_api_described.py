@@ -225,6 +225,8 @@ async def refused_rest(on: Stage) -> None:
         await on.ask(method, "/v1/jobs/{job_id}" + end, "/v1/jobs/nobody" + end)
     await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
     await on.ask("GET", "/v1/usage", "/v1/usage?by=modle")
+    for wrong in ("after=the-last", "since_ms=0"):
+        await on.ask("GET", "/v1/audit", f"/v1/audit?{wrong}")
     as_anthropic = {"anthropic-version": "2023-06-01"}
     await on.ask("GET", "/v1/models", "/v1/models?limit=none", headers=as_anthropic)
     await on.ask("GET", "/v1/models", headers=as_anthropic)
@@ -240,6 +242,7 @@ async def refused_rest(on: Stage) -> None:
     ):
         await on.ask("POST", path, at)
     await on.ask("GET", "/v1/usage", "/v1/usage?caller=ann", headers=on.keys["bob"])
+    await on.ask("GET", "/v1/audit", headers=on.keys["bob"])
     for path, at in ((models, "/v1/models/plain/pin"), (hosts, "/v1/hosts/gpu1/drain")):
         await on.ask("POST", path, at, headers=on.keys["bob"])
     await refused_keys(on)
@@ -287,7 +290,8 @@ NEED_A_POLICY = [
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
 ]  # fmt: skip
 NEED_REDIS = [
-    ("GET", "/api/ps", ""), ("GET", "/v1/status", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
+    ("GET", "/api/ps", ""), ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""),
+    ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"), ("GET", "/v1/keys", ""), ("GET", "/v1/usage", ""),

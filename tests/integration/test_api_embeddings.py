@@ -30,10 +30,12 @@ MODELS = {
 
 
 @asynccontextmanager
-async def running(server: RedisServer, directory: Path, models: dict[str, Any]) -> AsyncIterator[tuple[World, LiveApi]]:
+async def running(
+    server: RedisServer, directory: Path, models: dict[str, Any], **more: Any
+) -> AsyncIterator[tuple[World, LiveApi]]:
     """An api in front of a worker whose models are warm."""
     async with worker_world(server.socket_url, directory) as world:
-        await world.apply(models)
+        await world.apply(models, **more)
         await world.warm_host()
         async with live_api(await world._open("api")) as api:
             yield world, api
@@ -168,7 +170,9 @@ async def test_the_header_opens_the_way_out_and_nothing_else_does(
             "far-vectors": {**far, "trust": "remote", "embeddings": True},
             "near": simulated(maxQueue=0, fallback="far", options={"decodeTps": 1}),
         }
-        async with running(redis_server, tmp_path, models) as (_, api), async_sdk(api.url, max_retries=0) as client:
+        rules = {"allow": ["fileContext"]}  # an input to be embedded counts as a file
+        world = running(redis_server, tmp_path, models, remote=rules)
+        async with world as (_, api), async_sdk(api.url, max_retries=0) as client:
             for more in ({}, {"X-Gateway-Allow-Remote": "false"}):
                 with pytest.raises(openai.PermissionDeniedError) as refused:
                     await client.chat.completions.create(model="far", messages=user("secret"), extra_headers=more)

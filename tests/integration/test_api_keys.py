@@ -126,19 +126,24 @@ async def test_batch_work_stays_batch_work(guarded: Scene) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rights", "asks", "zone"),
+    ("rights", "asks", "zone", "exits"),
     [
-        ({}, "true", "local"),
-        ({"remote": True}, "true", "remote"),
-        ({"remote": True}, "", "local"),
-        ({"remote": True, "remoteLanes": ["big"]}, "", "remote"),
-        ({"remote": True, "remoteLanes": ["small"]}, "", "local"),
+        ({}, "true", "local", ""),
+        ({"remote": True}, "true", "remote", ""),
+        ({"remote": True}, "", "local", ""),
+        ({"remote": True, "remoteLanes": ["far", "big"]}, "", "remote", "big far"),
+        ({"remote": True, "remoteLanes": ["far"]}, "true", "remote", ""),
+        ({"remote": True, "remoteLanes": ["far"]}, "false", "local", ""),
+        ({"remoteLanes": ["far"]}, "true", "local", ""),
     ],
 )
-async def test_who_may_leave_the_machine(guarded: Scene, rights: dict[str, Any], asks: str, zone: str) -> None:
+async def test_who_may_leave_the_machine(
+    guarded: Scene, rights: dict[str, Any], asks: str, zone: str, exits: str
+) -> None:
     key = await new(guarded.api, "bot", **rights)
     answer = await chat(guarded.api, key, **({"x_gateway_allow_remote": asks} if asks else {}))
-    assert (await guarded.job(answer.headers["x-gateway-job"])).zone == zone
+    job = await guarded.job(answer.headers["x-gateway-job"])
+    assert (job.zone, job.exits) == (zone, exits)
 
 
 async def test_only_an_administrator_administers(guarded: Scene) -> None:

@@ -160,7 +160,7 @@ async def test_a_local_job_is_not_claimed_for_a_runtime_that_leads_out(world: Wo
     job_id = await world.submit("big")
     waiting, active = await world.waiting(job_id), world.book.active
     async with world.refused(errors.TrustZoneRefused):
-        await lanes.claim(world.store, active, waiting, host="gpu1", boot="boot1", runtime_trust="remote")
+        await lanes.claim(world.store, active, waiting, host="gpu1", boot="boot1", runtime=active.models()["far"])
     await lanes.claim(world.store, active, waiting, host="gpu1", boot="boot1")
 
 

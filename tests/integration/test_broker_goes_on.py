@@ -9,7 +9,7 @@ from broker.jobs import GoOn, Holding
 from broker.lifecycle import State
 from broker.records import JobRecord
 from tests.integration.test_broker_frames import read_on, told
-from tests.support.broker_world import World, hub_of, stale, turns
+from tests.support.broker_world import World, hub_of, policy_with, stale, turns
 
 LOST = errors.RuntimeFailed("the runtime closed the connection")
 WITHIN_MS = 2_000
@@ -110,6 +110,21 @@ async def test_no_other_model_finishes_the_sentence(world: World) -> None:
     world.now += 1_000_000
     assert (await world.due.look(job_id, hasten=True)).outcome == "lost"
     assert held.attempt == 2
+
+
+async def test_no_answer_goes_on_out_of_the_machine(world: World) -> None:
+    """The policy makes its model remote while it waits. Whatever its request may: nobody has judged the answer."""
+    job_id, _ = await half_told(world, zone="remote")
+    await world.apply(policy_with(("weights-big\n", "weights-big\n    trust: remote\n")))
+    job = await world.job(job_id)
+    args = [world.book.active.version, job.lane, job.entry, world.rules("big"), "hash", "{}"]
+    await world.store.run("judge", [world.store.keys.job(job_id), world.store.keys.policy], args)
+    async with world.refused(errors.TrustZoneRefused):
+        await world.claim(job_id)
+    world.now += WITHIN_MS
+    assert (await world.due.look(job_id)).outcome == "expired"
+    assert (await world.job(job_id)).error == "worker_lost"
+    await world.healthy()
 
 
 async def test_the_wait_to_go_on_has_its_own_end(world: World) -> None:

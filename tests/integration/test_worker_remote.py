@@ -4,6 +4,7 @@ The double writes down everything that reaches it, so each test can say that not
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest_asyncio
 
 from broker import errors
 from broker.lifecycle import State
+from broker.trust import door
 from tests.support.fake_provider import FakeProvider
+from tests.support.invariants import take
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, until, worker_world
 from workers import quarantine, readiness, upkeep
@@ -283,6 +286,99 @@ async def test_two_workers_offer_its_slots_once(world: World, provider: FakeProv
     assert told.reason == "another host has it now"
     assert (await world.model("far", "gpu2")).state == "warm"
     assert (await (await world.submit("far", zone="remote")).end()).served_by == "far@gpu2"
+
+
+async def audit(world: World) -> list[dict[str, str]]:
+    return (await take(world.store)).audit
+
+
+async def test_each_dispatch_is_on_record_and_no_word_of_it(world: World, provider: FakeProvider) -> None:
+    """Who, when, by which lane, to whom, how much, past which rules; also for the second attempt at the same job."""
+    await world.apply({"far": remote(provider, keepWarm=True)})
+    await world.host()
+    await world.until_model("far", "warm")
+    assert await audit(world) == [], "a probe holds nobody's words"
+    provider.refusals.append((500, {}))
+    ask = await world.submit("far", zone="remote", content="a word of it", caller="ann")
+    record = await ask.end()
+
+    assert (record.state, record.attempt) == (State.DONE, 2)
+    first, second = await audit(world)
+    assert (first["attempt"], second["attempt"]) == ("1", "2")
+    told = {key: first[key] for key in ("job", "caller", "lane", "model", "host", "provider")}
+    assert told == {
+        "job": ask.job_id, "caller": "ann", "lane": "far", "model": "far", "host": "gpu1",
+        "provider": provider.url.removeprefix("http://"),
+    }  # fmt: skip
+    left = json.loads(first["left"])
+    assert left["passed"] == ["maxBytes", "secrets"] and left["redacted"] == {} and left["bytes"] > 50
+    assert abs(int(first["at"]) - record.submitted_at) < 10_000
+    assert "a word of it" not in str(first) and KEY not in str(first)
+
+
+async def test_the_provider_gets_the_redacted_copy_and_nobody_else_does(world: World, provider: FakeProvider) -> None:
+    """The stored body stays as its client wrote it: a local model that takes the job over reads the original."""
+    redact = [{"name": "customer", "pattern": "ACME", "replacement": "[customer]"}]
+    await world.apply({"far": remote(provider, keepWarm=True)}, remote={"redact": redact})
+    await world.host()
+    await world.until_model("far", "warm")
+    ask = await world.submit("far", zone="remote", content="what ACME owes ACME", mode="async")
+    await ask.end()
+
+    assert provider.prompts == ["what [customer] owes [customer]"]
+    assert "ACME" not in str([request.body for request in provider.received])
+    [told] = await audit(world)
+    assert json.loads(told["left"])["redacted"] == {"customer": 2}
+    assert b"what ACME owes" in await world.store.command("GET", world.store.keys.request(ask.job_id))
+
+
+async def test_a_waiting_job_is_judged_anew_by_rules_that_came_later(world: World, provider: FakeProvider) -> None:
+    """One still passes and is served, under the new rules and with the new redaction; one does not, and stays."""
+    far = remote(provider, keepWarm=True, maxWaitMs=2_500, maxConcurrent=1)
+    await world.apply({"far": far}, remote={"allow": ["fileContext"]})
+    await world.host()
+    await world.until_model("far", "warm")
+    provider.go.clear()
+    runs = await world.submit("far", zone="remote", content="runs")
+    await until(lambda: provider.prompts == ["runs"], what="the provider has the first")
+    passes = await world.submit("far", zone="remote", content="hello ACME")
+    stays = await world.submit("far", zone="remote", content="<file>x</file>")
+    redact = [{"name": "customer", "pattern": "ACME"}]
+    await world.apply({"far": far}, remote={"redact": redact})
+    provider.go.set()
+    assert (await runs.end()).state is State.DONE
+    await world.scheduler()
+    assert (await passes.end()).state is State.DONE
+    assert (await stays.end()).state is State.EXPIRED
+
+    assert provider.prompts == ["runs", "hello [redacted]"]
+    assert [told["job"] for told in await audit(world)] == [runs.job_id, passes.job_id]
+
+
+async def test_a_copy_that_is_not_what_was_judged_is_not_sent(
+    world: World, provider: FakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an api and a worker of two versions make of the same redaction."""
+    redact = [{"name": "customer", "pattern": "ACME"}]
+    await world.apply({"far": remote(provider, keepWarm=True)}, remote={"redact": redact})
+    await world.host()
+    await world.until_model("far", "warm")
+    monkeypatch.setattr(door, "redacted", lambda body, _rules: (body, {}))
+    ask = await world.submit("far", zone="remote", content="ACME")
+    record = await ask.end()
+
+    assert (record.state, record.error) == (State.FAILED, "trust_zone")
+    assert provider.prompts == []
+    monkeypatch.undo()
+
+
+async def test_a_standing_consent_leads_out_by_its_own_lane_only(world: World, provider: FakeProvider) -> None:
+    await world.apply({"far": remote(provider, keepWarm=True), "further": remote(provider)})
+    await world.host()
+    await world.until_model("far", "warm")
+    with pytest.raises(errors.TrustZoneRefused, match="allows lane far only"):
+        await world.submit("further", zone="remote", exits="far")
+    assert (await (await world.submit("far", zone="remote", exits="far")).end()).state is State.DONE
 
 
 async def _silent(*, take: bool) -> None:

@@ -34,6 +34,7 @@ POLICIES = [
     policy_with(("weights-big\n", "weights-big\n    trust: remote\n")),
     "models:\n  big:\n    backend: simulated\n    model: weights-big\n    maxQueue: 3\n",
     CAPPED,
+    POLICY + "remote: { allow: [images] }\n",
 ]
 LANES = ("big", "small", "side", "far")
 BROKE = errors.RuntimeFailed("broke")
@@ -48,6 +49,8 @@ TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
 BEGUN = ("submit", "claim", "first_token", "emit")
 SERVED = ("submit", "claim", "first_token", "emit", "end")
+MAY_LEAVE = {"remote": True, "exits": "", "judged": "yes"}
+SDK = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0} | MAY_LEAVE
 picks = st.integers(0, 15)
 judgements = st.sampled_from([None, 0, 0, 0, 1])
 """How many frames came since it was judged that an answer can be gone on from; None = it cannot."""
@@ -217,14 +220,16 @@ class Verbs(RuleBasedStateMachine):
     @takes(
         lane=st.sampled_from(LANES), sync=st.booleans(), stream=st.booleans(), grace=st.sampled_from([-1, 0, 4_000]),
         reader=st.booleans(), later=st.sampled_from([0, 0, 0, 1_500]), key=st.sampled_from(["", "", "a", "b"]),
-        body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), stale=st.sampled_from([False] * 5 + [True]),
+        body=st.sampled_from([b"x", b"x", b"y"]), remote=st.booleans(), exits=st.sampled_from(["", "", "far", "side"]),
+        judged=st.sampled_from(["yes", "yes", "yes", "no", ""]), stale=st.sampled_from([False] * 5 + [True]),
         spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
         retried=st.booleans(), who=st.sampled_from(["ann", "ann", "bob"]),
         limits=st.sampled_from([(0, 0), (0, 0), (0, 0), (1, 0), (0, 1)]),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
-        remote: bool, stale: bool, spills: bool, session: str, retried: bool, who: str, limits: tuple[int, int],
+        remote: bool, exits: str, judged: str, stale: bool, spills: bool, session: str, retried: bool, who: str,
+        limits: tuple[int, int],
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -233,7 +238,8 @@ class Verbs(RuleBasedStateMachine):
         record = JobRecord(
             id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
-            session=session, caller=who, max_running=limits[1],
+            session=session, exits=exits if remote else "", judged=self.verdict_now(lane, judged) if remote else "",
+            leaves="hash", left="{}", caller=who, max_running=limits[1],
         )  # fmt: skip
         idem = self.now.keys.get(w.store.keys.idem(who, key)) if key else None
         twin = idem.value.decode().split(" ")[0] if idem else ""
@@ -243,7 +249,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.ModelUnavailable
         elif active.version != w.book.active.version:
             expected = errors.StalePolicy
-        elif twin and (self.bodies[twin], self.now.jobs[twin].zone) != (body, record.zone):
+        elif twin and (self.bodies[twin], self.now.jobs[twin].consent) != (body, record.consent):
             expected = errors.IdempotencyMismatch
         elif not twin and 0 < limits[0] <= len(self.now.waits(who)):
             expected = errors.CallerLimit
@@ -305,8 +311,8 @@ class Verbs(RuleBasedStateMachine):
         body = other or self.bodies[like.id]
         fitting = {
             job.id for job in self.now.jobs.values()
-            if job.retries and (job.caller, job.session, job.zone, self.bodies[job.id])
-            == (like.caller, like.session, like.zone, body)
+            if job.retries and (job.caller, job.session, job.consent, self.bodies[job.id])
+            == (like.caller, like.session, like.consent, body)
             and (
                 (job.live and (not self.heard(self.now, job.id) or reader in self.now.readers(job.id)))
                 or (self.unheard.get(job.id) in ("", reader) and now < job.ended_at + 60_000)
@@ -395,8 +401,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif (lane_name, picture.entry) != (job.lane, job.entry):
             expected = errors.Moved
-        elif lane.trust == "remote" and job.zone != "remote":
-            expected = errors.TrustZoneRefused
+        elif lane.trust == "remote" and self.kept_in(job, lane):
+            expected = self.kept_in(job, lane)
         elif 0 < job.max_running <= sum(j.caller == job.caller and j.state in HELD for j in self.now.jobs.values()):
             expected = errors.CallerBusy
         got = self.act(
@@ -411,6 +417,39 @@ class Verbs(RuleBasedStateMachine):
             self.held.append(Holding(job.id, job.lane, got.attempt, host + "-boot"))
             if not record.continues:
                 self.said[job.id] = []
+
+    def verdict_now(self, lane: str, word: str) -> str:
+        """The verdict under the rules in force for a lane, "" where it leads nowhere or nobody judged."""
+        into = self.world.book.active.lane(lane)
+        rules = self.world.rules(lane) if word and into is not None else ""
+        return {"yes": rules, "no": rules and "-" + rules, "": ""}[word]
+
+    def kept_in(self, job: JobRecord, lane: Lane) -> Expected:
+        """Why a claim that leads out refuses the job: its consent first, then the verdict on its content."""
+        rules = self.world.rules(lane.name)
+        if job.zone != "remote" or (job.exits and lane.name not in job.exits.split()) or job.continues:
+            return errors.TrustZoneRefused
+        if job.judged != rules:
+            return errors.TrustZoneRefused if job.judged == "-" + rules else errors.Unjudged
+        return None
+
+    @takes(pick=picks, passes=st.booleans(), confused=st.sampled_from(["", "", "", "entry", "policy"]))
+    def judge(self, pick: int, passes: bool, confused: str) -> None:
+        """A worker writes a verdict under the rules in force onto a waiting job; it never gives consent."""
+        job, w = self.some_job(pick, State.QUEUED), self.world
+        lane, active = w.book.active.lane(job.lane), self.old if confused == "policy" else w.book.active
+        if lane is None:
+            return
+        judged = self.verdict_now(job.lane, "yes" if passes else "no")
+        expected: Expected = None
+        if active.version != w.book.active.version:
+            expected = errors.StalePolicy
+        elif job.state is not State.QUEUED or confused == "entry":
+            expected = errors.Moved
+        entry = "1-1" if confused == "entry" else job.entry
+        keys = [w.store.keys.job(job.id), w.store.keys.policy]
+        args = [active.version, job.lane, entry, judged, "hash", "{}"]
+        self.act(f"judge {job.state}", lambda: w.store.run("judge", keys, args), expected)
 
     @takes(pick=picks, ahead=st.sampled_from([1] * 10 + [0, 2]))
     def first_token(self, pick: int, ahead: int) -> None:
@@ -670,7 +709,7 @@ class Verbs(RuleBasedStateMachine):
             job_id = self.ids[-1]
             if not heard:
                 self.detach(self.pick_of(job_id), "api1/r1")
-            self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED)})
+            self.claim(**claim | {"pick": self.pick_of(job_id, State.QUEUED), "confused": ""})
             self.first_token(0, ahead=1)
             self.end(0, finish=True, ahead=1, logged=False)
             for reader in again:
@@ -699,7 +738,17 @@ class Verbs(RuleBasedStateMachine):
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
-    @rule(steps=several("claim", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
+    @rule(job=DRAWN["submit"], number=st.integers(0, len(POLICIES) - 1), judge=DRAWN["judge"], claim=DRAWN["claim"])
+    def a_job_may_leave(self, job: dict[str, Any], number: int, judge: dict[str, Any], claim: dict[str, Any]) -> None:
+        """It waits in a lane that leads out; perhaps the rules change; perhaps it is judged anew; a worker comes."""
+        with suppress(NothingFits):
+            self.submit(**job | {"lane": "far", "remote": True, "exits": "", "stale": False, "later": 0})
+            self.apply(number)
+            pick = self.pick_of(self.ids[-1], State.QUEUED)
+            self.judge(**judge | {"pick": pick})
+            self.claim(**claim | {"pick": pick, "confused": ""})
+
+    @rule(steps=several("claim", "judge", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
     def workers_work(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
@@ -736,7 +785,7 @@ class Verbs(RuleBasedStateMachine):
         then: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """A client hears the begin of it, the worker is lost, and another goes on, if one comes in time."""
-        seen = PLAIN | {"sync": True, "stream": True, "reader": True}
+        seen = PLAIN | {"sync": True, "stream": True, "reader": True} | MAY_LEAVE
         submitted, *more = zip(BEGUN, begun, strict=True)
         self.do([(submitted[0], submitted[1] | seen), *map(straight, more)])
         if silent:

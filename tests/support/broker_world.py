@@ -22,6 +22,7 @@ from broker.jobs import GoOn, Holding
 from broker.policies import PolicyBook
 from broker.records import Frame, HostRecord, JobRecord, ModelOnHost, Waiting
 from broker.store import Store
+from broker.trust import door
 from tests.support.invariants import Snapshot, take, violations
 
 START = 1_790_000_000_000
@@ -115,12 +116,21 @@ class World:
         record = JobRecord(**{"id": self.new_id(), "asked": lane, "keep_ms": LONG_MS} | fields)
         into = self.book.active.lane(lane)
         assert into is not None, lane
+        if record.zone == "remote":
+            record = replace(record, judged=self.rules(lane))
         done = await lanes.submit(
             self.store, self.book.active, self.fleet, record, into, body, reader=reader, idempotency_key=key,
             promote_within_ms=promote_within_ms, give_up_within_ms=give_up_within_ms,
             asked=self.book.active.lane(instead_of),
         )  # fmt: skip
         return done.job_id
+
+    def rules(self, lane: str) -> str:
+        """The digest under which a job may leave by this lane now, "" where the lane leads nowhere."""
+        into = self.book.active.lane(lane)
+        assert into is not None, lane
+        trust, rules, _ = door.asked_at_claim(self.book.active, into, None)
+        return rules if trust == "remote" else ""
 
     async def fill(self, lane: str, **fields: Any) -> list[str]:
         """Submits until the lane is full."""

@@ -20,6 +20,7 @@ from broker.lifecycle import ENDED, HELD, TRANSITIONS, Event, State
 from broker.policies import Active
 from broker.records import Frame, JobRecord, decode_hash
 from broker.store import Store
+from broker.trust import door
 from tests.support.reckoning import Counted, counted, miscounted
 
 # A test may list keys; the verbs never do. Nothing here is written.
@@ -95,6 +96,12 @@ class Snapshot:
         """What all days count."""
         figures = self.of("usage:<day>:<caller>:<lane>:<model>:<model>")
         return counted(self.names, {name: key.value for name, key in figures.items()})
+
+    @property
+    def audit(self) -> list[dict[str, str]]:
+        """The records of what left, oldest first."""
+        key = self.keys.get(self.names.audit)
+        return [decode_hash(list(values)) for _, values in key.value.entries] if key else []
 
     def readers(self, job_id: str) -> dict[str, int]:
         """Reader -> end of its lease."""
@@ -194,6 +201,7 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
             "asked_number",
             "first_token_by",
             "zone",
+            "exits",
             "mode",
             "stream",
             "caller",
@@ -233,7 +241,7 @@ def missteps(before: Snapshot, after: Snapshot, active: Active) -> list[str]:
             if now.state not in (State.QUEUED, State.SCHEDULED):
                 found.append(f"job {job_id} began as {now.state}")
         elif (was.state, was.lane, was.entry, was.attempt) != (now.state, now.lane, now.entry, now.attempt):
-            found += _move(before, was, now, active)
+            found += _move(before, after, was, now, active)
         if now.model != now.asked_model and (was is None or was.model == was.asked_model):
             if not may_downgrade(before, active, now.asked_model, was):
                 found.append(
@@ -504,7 +512,7 @@ def _downgrades(s: Snapshot) -> list[str]:
     return found
 
 
-def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> list[str]:
+def _move(before: Snapshot, after: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> list[str]:
     found = []
     arrows = dict(TRANSITIONS.get(was.state, {}))
     if was.state is State.CLAIMED and now.state in ENDED and now.last_seq > was.last_seq + 1:
@@ -520,9 +528,7 @@ def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> l
         if there is not None and there.trust == "remote":
             found.append(f"job {was.id} was moved into lane {now.lane}, which leads out")
     if now.state is State.CLAIMED and was.state is State.QUEUED:
-        lane = active.lane(now.lane)
-        if lane is None or (lane.trust == "remote" and now.zone != "remote"):
-            found.append(f"promise 7: local-only job {was.id} was claimed in lane {now.lane}, which leads out")
+        found += _left(before, after, was, active)
         if now.attempt != was.attempt + 1 or now.entry != was.entry:
             found.append(f"claim of {was.id}: attempt {was.attempt} to {now.attempt}, entry {was.entry} to {now.entry}")
     elif now.attempt != was.attempt:
@@ -533,6 +539,24 @@ def _move(before: Snapshot, was: JobRecord, now: JobRecord, active: Active) -> l
             found.append(f"job {was.id} was put back under the old entry {now.entry}: no tailing worker sees it")
         if was.state is State.STREAMING and was.seen and now.continues != was.attempt:
             found.append(f"job {was.id} was started again although a client has seen part of its answer")
+    return found
+
+
+def _left(before: Snapshot, after: Snapshot, job: JobRecord, active: Active) -> list[str]:
+    """Promise 7, at a claim: consent, a verdict by the rules in force, and a record of it, written in the same step."""
+    lane = active.lane(job.lane)
+    new = len(after.audit) - len(before.audit)
+    if lane is None or lane.trust == "local":
+        return [f"claim of {job.id} in local lane {job.lane} wrote {new} audit records"] if new else []
+    _, rules, _ = door.asked_at_claim(active, lane, None)
+    found = []
+    if job.zone != "remote" or (job.exits and lane.name not in job.exits.split()):
+        found.append(f"promise 7: local-only job {job.id} was claimed in lane {job.lane}, which leads out")
+    if job.judged != rules:
+        found.append(f"promise 7: job {job.id} was claimed in lane {job.lane} judged by {job.judged!r}, not {rules!r}")
+    told = after.audit[-1] if new == 1 else {}
+    if (told.get("job"), told.get("attempt"), told.get("lane")) != (job.id, str(job.attempt + 1), job.lane):
+        found.append(f"promise 7: the claim of {job.id} in lane {job.lane}, which leads out, is not in the audit log")
     return found
 
 

@@ -384,3 +384,11 @@ def test_how_long_an_answer_waits_to_be_gone_on_with() -> None:
     assert [asked(lane) for lane in ("a", "a.batch", "quick", "b", "c", "gone")] == [700, 700, 40, 25_000, None, None]
     assert asked("a", "/v1/completions") == 700
     assert asked("b", "/v1/completions") is None, "an Ollama puts a template around it"
+
+
+def test_no_answer_goes_on_with_a_remote_model() -> None:
+    """No policy says so, but one that changes meanwhile may find an answer begun."""
+    policy = Policy.parse(POLICY)
+    policy.models["a"] = policy.models["a"].model_copy(update={"trust": "remote"})
+    active = Active(policy=policy, version=1, revision=1)
+    assert continuing.within_ms(active, JobRecord(id="j", lane="a")) is None

@@ -79,22 +79,6 @@ def test_a_lane_is_open_by_its_name_or_by_the_one_asked_for(rights: Rights, name
     assert rights.may_ask_for(name, lane) is may
 
 
-@pytest.mark.parametrize(
-    ("rights", "asked", "may"),
-    [
-        (Rights(), True, False),
-        (Rights(remote=True), True, True),
-        (Rights(remote=True), False, False),
-        (Rights(remote=True, remote_lanes=("far",)), False, True),
-        (Rights(remote=True, remote_lanes=("near",)), False, False),
-        (Rights(remote_lanes=("far",)), False, False),
-        (EVERYTHING, False, False),
-    ],
-)
-def test_what_may_leave_the_machine(rights: Rights, asked: bool, may: bool) -> None:
-    assert rights.may_leave("far", asked=asked) is may
-
-
 @pytest.mark.parametrize("name", ["", "-bot", "a b", "a:b", "x" * 65, "anonymous", "ann\n"])
 def test_what_cannot_be_a_name(name: str) -> None:
     with pytest.raises(ValueError):

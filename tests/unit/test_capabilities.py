@@ -25,9 +25,6 @@ def model(**keys: Any) -> Model:
         ({"endpoint": CHAT}, {"embeddings": True}, errors.WrongEndpoint),
         ({"endpoint": VECTORS}, {"embeddings": True}, None),
         ({"endpoint": "/api/embed"}, {"embeddings": True}, None),
-        ({"endpoint": CHAT}, {"trust": "remote"}, errors.TrustZoneRefused),
-        ({"endpoint": CHAT, "zone": "remote"}, {"trust": "remote"}, None),
-        ({"endpoint": CHAT, "zone": "remote"}, {}, None),
         ({"endpoint": CHAT, "tokens": 90, "max_tokens": 10}, {"contextTokens": 100}, None),
         ({"endpoint": CHAT, "tokens": 90, "max_tokens": 11}, {"contextTokens": 100}, errors.ContextTooLong),
         ({"endpoint": VECTORS, "tokens": 900, "longest": 100}, {"embeddings": True, "contextTokens": 100}, None),
@@ -39,7 +36,6 @@ def model(**keys: Any) -> Model:
         ({"endpoint": "/v1/messages", "needs": "files tools"}, {}, errors.WrongEndpoint),
         ({"endpoint": "/v1/messages", "needs": "files"}, {"backend": "vllm", "url": "http://127.0.0.1:1"}, None),
         ({"endpoint": "/v1/messages", "needs": "tools images"}, {}, None),
-        ({"endpoint": VECTORS, "zone": "local"}, {"trust": "remote"}, errors.WrongEndpoint),  # no header would help
     ],
 )
 def test_what_a_model_cannot_do(
@@ -51,7 +47,5 @@ def test_what_a_model_cannot_do(
 
 
 def test_a_refusal_says_what_would_help() -> None:
-    far = cannot_do(JobRecord(id="j"), "far", model(trust="remote"))
-    assert "X-Gateway-Allow-Remote: true" in str(far)
     long = cannot_do(JobRecord(id="j", tokens=90, max_tokens=20), "m", model(contextTokens=100))
     assert str(long) == "prompt (about 90 tokens) and answer (20) need 110 tokens of context; m has 100"

@@ -32,7 +32,7 @@ MADE = {
     "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
-FIXED = ("due", "hosts", "dead", "callers", "policy")
+FIXED = ("due", "hosts", "audit", "dead", "callers", "policy")
 OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
 
 

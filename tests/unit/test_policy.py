@@ -95,11 +95,14 @@ def test_defaults_are_those_of_the_design() -> None:
         "hosts": None,
         "replicas": 1,
         "trust": "local",
+        "remote": None,
         "options": {},
     }
     assert policy.model_dump(by_alias=True, exclude={"models"}) == {
         "routing": [],
         "lanes": {},
+        "remote": {"allow": [], "maxBytes": 262_144, "redact": []},
+        "auditDays": 90,
         "maxLosses": 3,
         "headerHoldMs": 5_000,
         "disconnectGraceMs": 4_000,
@@ -339,6 +342,12 @@ def test_a_wrong_remote_provider_is_one_sentence(lines: list[str], words: str) -
     assert "secret" not in " ".join(found)
 
 
+def test_no_remote_model_goes_on_with_an_answer() -> None:
+    words = "must be error, because a request is judged before it leaves, and its half-told answer is not"
+    found = problems(model("url: http://x", "trust: remote", "onLoss: continue", backend="vllm"))
+    assert found == [f"line 7: models.m.onLoss: {words}"]
+
+
 def test_a_remote_provider_needs_its_address_and_its_trust() -> None:
     policy = Policy.parse(model(*REMOTE.values(), "apiKeyEnv: EXAMPLE_KEY", backend="openai"))
 
@@ -475,16 +484,14 @@ WHOLE_FILES = [
         "line 2: models.m.model: must be 1 to 1024 characters on one line",
     ),
     (model() + "\ncallers: {}", f"line 5: callers: 'callers' {NOT_YET}"),
-    (model() + "\nremote: {}", f"line 5: remote: 'remote' {NOT_YET}"),
-    (model() + "\nauditDays: 90", f"line 5: auditDays: 'auditDays' {NOT_YET}"),
     (model() + "\nusageDays: 0", "line 5: usageDays: must be at least 1, not 0"),
     (model() + "\nlane: {}", "line 5: lane: unknown key 'lane', did you mean 'lanes'?"),
     (model() + "\nkeepWarm: true", "line 5: keepWarm: unknown key 'keepWarm' here, it belongs in a model"),
     (model() + "\nreplicas: 2", "line 5: replicas: unknown key 'replicas' here, it belongs in a model"),
     (
         model() + "\nzzz: 1",
-        "line 5: zzz: unknown key 'zzz', known here are models, routing, lanes, maxLosses, headerHoldMs, "
-        "disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays",
+        "line 5: zzz: unknown key 'zzz', known here are models, routing, lanes, remote, auditDays, maxLosses, "
+        "headerHoldMs, disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays",
     ),
     (model() + "\nmaxLosses: -1", "line 5: maxLosses: must be at least 0, not -1"),
     (model() + "\nmaxLosses: 101", "line 5: maxLosses: must be at most 100, not 101"),

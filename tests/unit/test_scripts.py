@@ -14,6 +14,7 @@ from broker.lifecycle import LIVE, Event, as_lua, next_state
 from broker.records import HostRecord, Learned, ModelOnHost
 from broker.refusals import Refusals
 from broker.store import Store, refusal
+from broker.trust import door
 from tests.support.broker_world import START, World, fake_world
 from tests.support.invariants import take, take_by_script
 
@@ -113,6 +114,7 @@ def test_a_header_names_every_error_that_the_verb_can_raise(verb: str) -> None:
     calls = {"follow(": {"NOJOB", "ENDED", "BADTRANSITION"}, "holds(": {"NOJOB", "ENDED", "STALE"}}
     calls |= {"no_place(": {"LANEFULL", "CALLERSHARE"}}
     calls |= {"placed(": {"MOVED"}, "standing(": {"MOVED"}, "same_policy(": {"STALEPOLICY"}}
+    calls |= {"may_not_leave(": {"TRUSTZONE", "UNJUDGED"}}
     for call, words in calls.items():
         if re.search(r"\b" + re.escape(call), text):
             raised |= words
@@ -158,6 +160,8 @@ async def call_everything(world: World) -> None:
     lock = await wake.take(store, "big", host="h", boot="b")
     assert lock is not None
     await wake.drop(store, lock)
+    far = await world.job(await world.submit("far", zone="remote", endpoint="/v1/chat/completions"))
+    assert await door.judge_anew(store, world.book.active, far, world.book.active.lanes()["far"])
     await operator.pin(store, "big", pinned=True)
     await KeyBook(store).new("ann", EVERYTHING, by="anonymous")
     refusals = Refusals(store, world.book)

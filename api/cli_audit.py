@@ -1,0 +1,65 @@
+"""`gateway audit`: what left the machine, as its records say."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from api.cli_policy import USAGE, AsJson, Failed
+from api.client import ask, part
+
+_UNITS_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_since = re.compile(r"([1-9]\d{0,4})([mhd])")
+
+
+def audit(
+    since: Annotated[str, typer.Option(help="How far back: 90m, 12h, 7d.")] = "7d",
+    as_json: AsJson = False,
+) -> None:
+    """Lists what left the machine: when, whose, to whom, how much, past which rules. Never what it said."""
+    found = _since.fullmatch(since)
+    if found is None:
+        raise Failed("--since takes a number with m, h or d behind it, such as 7d.", USAGE)
+    since_ms = int(found.group(1)) * _UNITS_MS[found.group(2)]
+    asyncio.run(_print(since_ms, as_json=as_json))
+
+
+async def _print(since_ms: int, *, as_json: bool) -> None:
+    records = [record async for record in _records(since_ms)]
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    if not records:
+        print("nothing left the machine in that time")
+    for record in records:
+        print(_line(record))
+
+
+async def _records(since_ms: int) -> AsyncIterator[dict[str, Any]]:
+    after = ""
+    while True:
+        told = await ask("GET", f"/v1/audit?since_ms={since_ms}&after={part(after)}")
+        for record in told["records"]:
+            yield record
+        after = told["next"]
+        if not after:
+            return
+
+
+def _line(record: dict[str, Any]) -> str:
+    at = datetime.fromtimestamp(record["at"] / 1000, UTC)
+    words = [
+        f"{at:%Y-%m-%d %H:%M:%S} UTC",
+        record["caller"],
+        f"{record['job']}/{record['attempt']}",
+        f"{record['lane']} -> {record['provider']}",
+        f"{record['bytes']} bytes",
+        f"passed {', '.join(record['passed'])}",
+    ]
+    if record["redacted"]:
+        words.append("redacted " + ", ".join(f"{name} x{count}" for name, count in record["redacted"].items()))
+    return "  ".join(words)
