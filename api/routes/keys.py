@@ -2,12 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from api.auth import Admin, Gate
 from api.described import JSON, Answer, Described, described, says
+from api.small_body import read_as
 from broker import errors
 from broker.callers import ANONYMOUS, NAME_PATTERN, Rights
 from broker.dialects.json_schema import ref, text
@@ -77,14 +78,14 @@ async def list_keys(gateway: Gate, _admin: Admin) -> dict[str, Any]:
 @described(
     Described(
         "Make a caller", "keys", {201: Answer("The key, this once.", {JSON: ref("NewKey")})}, body="NewCaller",
-        fails=(errors.BadRequest, *_FAILS),
+        fails=(errors.BadRequest, errors.BodyTooLarge, *_FAILS),
     )
 )  # fmt: skip
-async def new_key(asked: NewCaller, gateway: Gate, admin: Admin, response: Response) -> dict[str, Any]:
+async def new_key(request: Request, gateway: Gate, admin: Admin) -> dict[str, Any]:
     """Makes a caller; its key is in this answer, and nowhere else ever again."""
+    asked = await read_as(NewCaller, request)
     expires_at = await gateway.store.now_ms() + asked.expires_in_s * SECOND_MS if asked.expires_in_s else 0
     made = await gateway.keys.new(asked.name, asked.rights, by=admin.name, expires_at=expires_at)
-    response.headers["cache-control"] = "no-store"
     return {"name": made.caller, "id": made.id, "key": made.shown, "expires_at": made.expires_at}
 
 
@@ -92,16 +93,14 @@ async def new_key(asked: NewCaller, gateway: Gate, admin: Admin, response: Respo
 @described(
     Described(
         "Give a caller another key", "keys", says("The key, this once.", "NewKey"), within=_WITHIN, body="Rotation",
-        bodyless=True, fails=(errors.BadRequest, errors.UnknownCaller, *_FAILS),
+        bodyless=True, fails=(errors.BadRequest, errors.BodyTooLarge, errors.UnknownCaller, *_FAILS),
     )
 )  # fmt: skip
-async def rotate_key(
-    name: str, gateway: Gate, admin: Admin, response: Response, asked: Rotation | None = None
-) -> dict[str, Any]:
+async def rotate_key(name: str, request: Request, gateway: Gate, admin: Admin) -> dict[str, Any]:
     """Gives a caller a new key; the old ones end at once or after `keepOldS`."""
-    kept_ms = asked.keep_old_s * SECOND_MS if asked else 0
+    asked = await read_as(Rotation, request, default=Rotation())
+    kept_ms = asked.keep_old_s * SECOND_MS
     made = await gateway.keys.rotate(name, by=admin.name, keep_old_ms=kept_ms)
-    response.headers["cache-control"] = "no-store"
     return {"name": made.caller, "id": made.id, "key": made.shown, "expires_at": made.expires_at}
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse
 from api.auth import Caller, Gate, lane_of
 from api.described import Answer, Described, described, says
 from api.gateway import Gateway
+from api.small_body import small_body
 from broker import callers, errors
 from broker.dialects import ollama, ollama_models, ollama_stream
 from broker.dialects.json_schema import one_of
@@ -25,7 +26,6 @@ RESIDENT = ("warm", "degraded")
 FRESH_S = 0.1
 """A model that has just loaded is looked for right away."""
 
-SHOW_BYTES_MAX = 64 << 10
 FOR_EVER_MS = 100 * 365 * 86_400_000
 """How much longer a model stays of which the policy says no end."""
 
@@ -87,7 +87,7 @@ async def running(gateway: Gate, _caller: Caller) -> dict[str, Any]:
 )  # fmt: skip
 async def show(request: Request, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Tells what a model can do, as far as the policy knows."""
-    asked = ollama_models.asked_to_show(await _small_body(request))
+    asked = ollama_models.asked_to_show(await small_body(request))
     active = gateway.book.active
     shown = _shown(gateway, active, known_name(active, asked), caller)
     if shown is None:
@@ -100,15 +100,6 @@ def known_name(active: Active, asked: str) -> str:
     short = asked.removesuffix(":latest")
     names = active.policy.names()
     return short if asked not in names and short in names else asked
-
-
-async def _small_body(request: Request) -> bytes:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > SHOW_BYTES_MAX:
-            raise errors.BodyTooLarge(SHOW_BYTES_MAX)
-    return body
 
 
 def _shown(gateway: Gateway, active: Active, name: str, caller: callers.Caller) -> Shown | None:

@@ -266,6 +266,8 @@ async def refused_keys(on: Stage) -> None:
         await on.ask(method, path, at, json=body, headers=on.keys["bob"])
     await on.post("/v1/keys", {})
     await on.post("/v1/keys", {"name": "ann"})
+    for path, at in (("/v1/keys", ""), (rotate, "/v1/keys/bob/rotate")):
+        await on.ask("POST", path, at, content=b" " * 70_000)
     await on.ask("POST", rotate, "/v1/keys/bob/rotate", json={"keepOldS": -1})
     for name in ("ann", "nobody"):
         await on.ask("POST", rotate, f"/v1/keys/{name}/rotate")

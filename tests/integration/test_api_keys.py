@@ -14,7 +14,7 @@ from broker.callers import Rights
 from broker.keybook import KeyBook
 from broker.lifecycle import State
 from broker.store import Store
-from tests.support.live_api import LiveApi, Scene, chat_body, live_api, live_scene, until_true
+from tests.support.live_api import LiveApi, RawClient, Scene, chat_body, live_api, live_scene, until_true
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(40)
@@ -233,6 +233,15 @@ async def test_nobody_can_rotate_or_revoke_what_is_not_there(guarded: Scene) -> 
         assert error(answer) == (404, "caller_not_found")
         assert "did you mean laptop-3" in answer.json()["error"]["message"]
     assert error(await call(guarded.api, "DELETE", "/v1/keys/root")) == (409, "wish_refused")
+
+
+async def test_nobody_fills_our_memory_with_wishes(guarded: Scene) -> None:
+    """Who may not change keys is told so before any body is read; from an administrator a small one is."""
+    key = await new(guarded.api, "bot")
+    for secret, status in ((key, 403), ("nonsense", 401), ("of-all", 413)):
+        client = await RawClient.open(guarded.api)
+        await client.send("POST", "/v1/keys", b" " * 70_000, authorization=f"Bearer {secret}")
+        assert await client.head() == status
 
 
 async def test_two_changes_at_once_are_both_made(store: Store) -> None:
