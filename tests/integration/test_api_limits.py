@@ -100,6 +100,16 @@ async def test_a_head_that_is_none_is_refused_at_once(scene: Scene, sent: bytes,
     await answers(scene)
 
 
+async def test_nonsense_is_counted_and_fills_no_log(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """A line for each would be a way to fill our disk."""
+    client = await RawClient.open(scene.api)
+    client.writer.write(b"nonsense\r\n\r\n")
+    await refused(client, 400, "bad_http")
+    said = [record for record in caplog.records if record.name == "uvicorn.error" and record.levelname == "WARNING"]
+    assert said and not any(map(app._worth_a_line, said))
+    assert counted(scene, "bad_http") == 1
+
+
 async def test_a_head_as_large_as_it_may_be_is_served(scene: Scene) -> None:
     """The limit counts the head alone: the body that came in the same packet is not part of it."""
     client = await RawClient.open(scene.api)
