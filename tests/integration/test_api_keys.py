@@ -217,7 +217,7 @@ async def test_the_first_key_is_an_administrators(store: Store) -> None:
         ({"name": "bot", "remotelanes": ["big"]}, "Extra inputs"),
         ({"name": "bot", "admin": "perhaps"}, "boolean"),
         ({}, "required"),
-        ([], "valid"),
+        ([], "object"),
     ],
 )
 async def test_a_bad_wish_makes_no_key(guarded: Scene, body: Any, words: str) -> None:
