@@ -348,11 +348,11 @@ def no_pauses(scanner: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 QUICK = settings(
-    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,
 )  # fmt: skip
 HUNT = settings(
-    QUICK, max_examples=250, stateful_step_count=12, derandomize=True, database=None, phases=[Phase.generate]
+    QUICK, max_examples=600, stateful_step_count=12, derandomize=True, database=None, phases=[Phase.generate]
 )
 
 

@@ -4,12 +4,14 @@ import asyncio
 import json
 import random
 
+import httpx
 import pytest
 
 from broker.policies import PolicyBook
 from broker.store import Store
 from broker.trust import audit
 from tests.support.broker_world import fake_world
+from tests.support.described import Book
 from tests.support.live_api import LiveApi, live_api
 from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, gateway
 
@@ -52,6 +54,10 @@ async def test_the_records_are_read_page_by_page(gateway: Gateway, monkeypatch: 
             code, out, _ = await ask(api, gateway, monkeypatch, "--since", "9d", "--json")
             told = json.loads(out)
             assert len(told) == 4 and told[-1]["redacted"] == {"customer": 2}
+            async with httpx.AsyncClient(base_url=api.url) as http:
+                page = await http.get("/v1/audit")
+                assert len(page.json()["records"]) == 2 and page.json()["next"]
+                Book((await http.get("/openapi.json")).json()).judge("get", "/v1/audit", page)
             code, out, err = await ask(api, gateway, monkeypatch, "--since", "soon")
             assert (code, out) == (2, "") and "such as 7d" in err
 
