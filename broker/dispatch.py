@@ -5,10 +5,11 @@ that gates a write is checked again inside the script that writes.
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from broker.fairness import Levels
 from broker.records import Waiting
 
 UNKNOWN_SERVICE_MS = 5_000.0
@@ -23,6 +24,8 @@ AFFINITY_MS = 250
 FORETOLD_MS_MAX = 86_400_000
 SHORT_PROMPT_TOKENS = 512
 """A prompt that is read in next to no time, however fast the model reads."""
+
+_ALL_THE_SAME: Mapping[str, Levels] = {}
 
 Availability = Literal["warm", "degraded", "waking", "cold", "unavailable"]
 
@@ -56,13 +59,19 @@ def choose(
     cached: Container[str] = frozenset(),
     open_slots: int | None = None,
     elsewhere: Container[str] = frozenset(),
+    levels: Mapping[str, Levels] = _ALL_THE_SAME,
 ) -> Waiting | None:
     """Picks the job that should be claimed next, or None if no slot may be given away.
 
     Order: interactive before batch; then jobs whose slack until their cold-start deadline is under one service time,
-    earliest deadline first; then jobs whose session's prompt is cached in a free slot; then age. With two slots or
-    more, the last free one is kept for interactive work during active hours, and while there was some within
-    INTERACTIVE_MEMORY_MS.
+    earliest deadline first; then jobs whose session's prompt is cached in a free slot; then those of the caller that
+    was served least; then age. With two slots or more, the last free one is kept for interactive work during active
+    hours, and while there was some within INTERACTIVE_MEMORY_MS.
+
+    `levels` say, by priority, how far the callers that wait have been served; nothing where only one waits. A near
+    deadline and a cached prompt count only for a caller that is not ahead of the least served by more than one mean
+    charge. Otherwise fairness would end where it begins to matter: the jobs of whoever floods a lane wait for long,
+    so their deadlines are always near, and its sessions always sit in the slots.
 
     `interactive_at` is the instant of the last interactive claim; `active` = the model's active hours go on. `cached`
     are the sessions that free slots hold and that may still go before others. `open_slots` are the free slots that are
@@ -74,26 +83,35 @@ def choose(
     expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
     reserved = total >= 2 and free == 1 and expected
     urgent_until = now_ms + (service_ms or UNKNOWN_SERVICE_MS)
-    kept = open_slots is not None and open_slots < 1
+    kept, caches = open_slots is not None and open_slots < 1, bool(cached)
     best: Waiting | None = None
     best_rank: tuple[float, ...] = ()
+    best_level = level = 0.0
+    people_served, batch_served = levels.get("interactive"), levels.get("batch")
     # A worker looks at hundreds of jobs for each that it takes: most are passed over after two or three comparisons.
     for job in waiting:
         batch = job.priority == "batch"
         if batch and reserved:
             continue
         urgent = 0 < job.promote_at < urgent_until
-        known = bool(cached) and job.session in cached
+        known = caches and job.session in cached
+        if levels:
+            served, level = batch_served if batch else people_served, 0.0
+            if served is not None:
+                level = served.of.get(job.caller, 0.0)
+                if level > served.ahead_above:
+                    urgent = known = False
         if not known and not urgent:
             if kept:
                 continue
-            if best is not None and batch >= best_rank[0] and job.submitted > best.submitted:
-                continue  # younger than one that is at least of its kind
+            if best is not None and batch >= best_rank[0] and level >= best_level:
+                if job.submitted > best.submitted or level > best_level:
+                    continue  # younger, or served more, than one that is at least of its kind
             if elsewhere and job.session in elsewhere and now_ms - job.submitted < AFFINITY_MS:
                 continue
-        rank = (batch, not urgent, job.promote_at if urgent else 0, not known, job.submitted)
+        rank = (batch, not urgent, job.promote_at if urgent else 0, not known, level, job.submitted)
         if best is None or rank < best_rank or (rank == best_rank and job.job < best.job):
-            best, best_rank = job, rank
+            best, best_rank, best_level = job, rank, level
     return best
 
 
