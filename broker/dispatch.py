@@ -18,6 +18,9 @@ UNKNOWN_SERVICE_MS = 5_000.0
 INTERACTIVE_MEMORY_MS = 600_000
 """For this long after interactive work, one of two or more slots is kept for the next."""
 
+STOP_MS = 2_000
+"""How long a running job may take to stop and its slot to settle, when the slot is needed for another."""
+
 AFFINITY_MS = 250
 """For this long a job is left to the host that has its session's prompt in a cache."""
 
@@ -37,6 +40,7 @@ class ModelView:
     availability: Availability
     slots_total: int = 0
     slots_free: int = 0
+    slots_yielding: int = 0  # held by batch work that is put back where people would miss their deadline
     waiting: int = 0
     first_token_ms: float = 0
     service_ms: float = 0
@@ -115,6 +119,34 @@ def choose(
     return best
 
 
+def in_need(
+    waiting: Iterable[Waiting],
+    *,
+    now_ms: int,
+    budgets_ms: Mapping[str, int],
+    first_token_ms: float,
+    prefill_tps: float,
+) -> tuple[int, int | None]:
+    """Counts the interactive jobs that will miss their deadline unless a slot is made free for them now, and says at
+    which instant the next will be one of them; None = none waits.
+
+    The deadline is `promote_at`, or, where a job has no fallback, its submit and the cold-start budget of its lane
+    (`budgets_ms`). A slot must begin to be made free so long before as a stop takes (STOP_MS), and the first token.
+    """
+    need, next_at = 0, None
+    for job in waiting:
+        if job.priority == "batch":
+            continue
+        deadline = job.promote_at or job.submitted + budgets_ms.get(job.lane, 0)
+        reading_ms = job.tokens * 1000 / prefill_tps if prefill_tps > 0 else 0.0
+        at = int(deadline - STOP_MS - first_token_ms - reading_ms)
+        if at <= now_ms:
+            need += 1
+        elif next_at is None or at < next_at:
+            next_at = at
+    return need, next_at
+
+
 def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
     """Predicts when the model can take a job: 0 = now, inf = never, None = nothing was learned yet."""
     if view.availability in ("warm", "degraded"):
@@ -190,6 +222,7 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
 
     On a warm model a job whose turn it is stays, however long its prompt: its claim ends the cold-start clock. Nor is
     a deadline that has passed already any reason to hurry, and without a measured service time nothing is predicted.
+    The slots that batch work holds are people's in time: it is put back for them.
     """
     if view.availability == "unavailable":
         return True
@@ -199,7 +232,8 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
         return False
     if view.availability in ("cold", "waking"):
         return True
-    return left_ms > 0 and view.service_ms > 0 and ahead >= view.slots_free
+    soon_free = view.slots_free + (view.slots_yielding if priority == "interactive" else 0)
+    return left_ms > 0 and view.service_ms > 0 and ahead >= soon_free
 
 
 def retry_after_s(view: ModelView) -> int:

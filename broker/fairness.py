@@ -1,12 +1,12 @@
 """How much has been computed for each caller, and who has had more than the others that wait. Pure: no Redis, no clock.
 
-The service of a caller is counted in tokens: prompt tokens that were read anew, and tokens that were made. Among callers
-that wait, the one that was served least goes first; what it had while nobody else wanted anything counts for nothing
-(*start-time fair queueing*: a caller that comes begins at the level of the least served that waits).
+The service of a caller is counted in tokens: prompt tokens that were read anew, and tokens that were made. Among
+callers that wait, the one that was served least goes first; what it had while nobody else wanted anything counts for
+nothing (*start-time fair queueing*: a caller that comes begins at the level of the least served that waits).
 
 One that comes back may be behind that level by the largest job of late, and no more. It cannot save up service by being
-idle; but a caller of small jobs whose next one is a moment late, while a large one of somebody else takes the slot, must
-have what it missed by that, or large jobs would get the more of the model the larger they are.
+idle; but a caller of small jobs whose next one is a moment late, while a large one of somebody else takes the slot,
+must have what it missed by that, or large jobs would get the more of the model the larger they are.
 """
 
 from collections.abc import Collection, Mapping

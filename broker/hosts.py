@@ -115,6 +115,7 @@ class Picture:
             availability=availability,
             slots_total=total,
             slots_free=max(0, total - used),
+            slots_yielding=sum(m.slots_yielding for m in ready),
             waiting=self.waiting.get(lane, 0),
             first_token_ms=best.first_token_ewma_ms if best else 0.0,
             service_ms=facts.service_ms,

@@ -401,6 +401,7 @@ _TOLD_BY_CLAIM = (
     "priority",
     "session",
     "tokens",
+    "put_backs",
     "continues",
     "last_seq",
 )

@@ -287,6 +287,7 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "BADTRANSITION": errors.BadTransition,
     "TRUSTZONE": errors.TrustZoneRefused,
     "CALLERBUSY": errors.CallerBusy,
+    "NOTPUTBACK": errors.NotPutBack,
     "IDEMMISMATCH": errors.IdempotencyMismatch,
     "SEEN": errors.BadTransition,
     "DOWNGRADES": errors.DowngradesCapped,

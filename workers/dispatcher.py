@@ -13,6 +13,7 @@ from broker.store import Store
 from workers.attempt import Attempt, Ended, Limits
 from workers.learned import definition_of
 from workers.picture import LanePicture
+from workers.put_back import PutBacks
 from workers.rates import Answer, Rates
 from workers.shares import Charge, Shares
 from workers.stream_client import StreamClient
@@ -63,6 +64,9 @@ class Dispatcher:
         self._unlearned: set[str] = set()
         self._told_early: set[tuple[str, int]] = set()
         self._shares = Shares(picture)
+        self._put_backs = PutBacks(
+            store, self.attempts, tasks=tasks, now_ms=fleet.now_ms, again=lambda: self.dispatch()
+        )
         self._held_back: dict[str, float] = {}  # callers that run as many jobs as they may -> until when
         self._renew_now = asyncio.Event()
         self._end: errors.BrokerError | None = None
@@ -109,6 +113,12 @@ class Dispatcher:
                 self._serving.add(serving)
                 serving.add_done_callback(self._serving.discard)
                 self._swaps.look()  # that may have been the last of its batch
+            if waker.willing and not waker.slots.free:
+                self._make_way(name, waker, active)
+
+    def yielding(self, name: str) -> int:
+        """How many slots of a model batch work holds that is put back for people."""
+        return self._put_backs.count(name)
 
     def stop_attempts(self, why: errors.BrokerError) -> None:
         """Ends every attempt, those of claims under way too: unseen jobs go back to their lanes, seen ones are told
@@ -155,6 +165,7 @@ class Dispatcher:
         """Closes idle connections to the runtimes."""
         if self._again is not None:
             self._again.cancel()
+        self._put_backs.close()
         self._client.close()
 
     def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
@@ -182,6 +193,18 @@ class Dispatcher:
             self._held_back = {caller: until for caller, until in self._held_back.items() if until > now}
             waiting = (w for w in waiting if w.caller not in self._held_back)
         return waiting if waker.state == "warm" else (w for w in waiting if _takes_degraded(w, active))
+
+    def _make_way(self, name: str, waker: Waker, active: Active) -> None:
+        if not self._put_backs.count(name):
+            return
+        rates = self._rates_of(waker)
+        self._put_backs.look(
+            waker,
+            self._eligible(name, waker, active),
+            active,
+            first_token_ms=waker.readiness.first_token_ewma_ms,
+            prefill_tps=rates.prefill_tps,
+        )
 
     def _look_again(self, waker: Waker, active: Active) -> None:
         """Jobs wait although a slot is free: it is kept for its session, or they are left to another host for a
@@ -222,10 +245,11 @@ class Dispatcher:
                 ended = await attempt.run()
             finally:
                 del self.attempts[held]
+                put_back = self._put_backs.over(held)
             clean, tokens = ended.clean, _cached_tokens(ended)
             estimate = job.tokens + (ended.usage or {}).get("completion_tokens", 0) if tokens else 0
             self._learn(waker, ended, new_session=new_session)
-            if ended.outcome == "released":
+            if put_back or ended.outcome == "released":
                 charge.give_back()
             else:
                 charge.settle(ended.usage)

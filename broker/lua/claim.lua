@@ -4,7 +4,7 @@
 --   ARGV[7] host   ARGV[8] boot  ARGV[9] lease_ms
 --   ARGV[10] target_trust  `local` or `remote`   ARGV[11] target_model   of the lane, under the active policy
 -- Returns {attempt, claimed_at, body, and of the job's hash: zone, endpoint, stream, include_usage, choices, mode,
--- priority, session, tokens, continues, last_seq}. A job that `continues` goes on counting behind its last frame.
+-- priority, session, tokens, put_backs, continues, last_seq}. A job that `continues` goes on counting behind its last frame.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE, CALLERBUSY.
 --- @include now_ms
 --- @include check
@@ -15,7 +15,7 @@ local stale = same_policy(KEYS[4], ARGV[6])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[2], "state", "lane", "entry", "zone", "attempt", "abandon_at", "endpoint", "stream",
   "include_usage", "choices", "mode", "priority", "session", "tokens", "continues", "last_seq",
-  "caller", "max_running")
+  "caller", "max_running", "put_backs")
 local to, refusal = follow(f[1], "claim", KEYS[2])
 if not to then return refusal end
 if f[2] ~= ARGV[4] or f[3] ~= ARGV[5] then return redis.error_reply("MOVED " .. f[2] .. " " .. f[3]) end
@@ -40,4 +40,4 @@ redis.call("ZADD", KEYS[3], ms(earliest(lease_until, f[6])), id)
 hold_no_more(root, f[17], f[2], id, f[1])
 hold_running(root, f[17], id, now)
 return { attempt, ms(now), redis.call("GET", KEYS[5]), f[4], f[7], f[8], f[9], f[10], f[11], f[12], f[13], f[14],
-  f[15], last }
+  f[19], f[15], last }

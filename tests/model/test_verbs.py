@@ -44,6 +44,7 @@ DRAWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {}
 Call = Callable[[], Awaitable[Any]]
 Expected = type[errors.BrokerError] | None
 GOES_ON_WITHIN_MS = 2_000
+PUT_BACK_LEFT_MS = 1_000
 TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
 BEGUN = ("submit", "claim", "first_token", "emit")
@@ -479,6 +480,27 @@ class Verbs(RuleBasedStateMachine):
             assert got == ("failed" if loss and job.losses >= 1 else "queued")
             self.waits_to_go_on(job, put_back=got == "queued")
 
+    @takes(pick=picks)
+    def put_back(self, pick: int) -> None:
+        held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
+        expected = self.fenced(held, job)
+        if expected is None and self.stands(job):
+            expected = errors.BadTransition
+        elif expected is None and (
+            job.put_backs >= jobs.PUT_BACK_MAX or job.give_up_at < self.world.now + PUT_BACK_LEFT_MS
+        ):
+            expected = errors.NotPutBack
+        self.act(
+            f"put_back {job.state}, put back {job.put_backs} times",
+            lambda: jobs.put_back(self.world.store, held, left_ms=PUT_BACK_LEFT_MS),
+            expected,
+        )
+        if expected is None:
+            now = self.now.jobs[job.id]
+            if (now.state, now.put_backs, now.losses) != (State.QUEUED, job.put_backs + 1, job.losses):
+                raise Broken(f"put back, and not counted so: {now}")
+            self.waits_to_go_on(job, put_back=True)
+
     def stands(self, job: JobRecord) -> bool:
         """Whether a client has been given a part of the answer, so that it may not start again."""
         return job.seen and bool(self.said.get(job.id)) and (job.state is State.STREAMING or job.continues > 0)
@@ -690,7 +712,7 @@ class Verbs(RuleBasedStateMachine):
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
-    @rule(steps=several("claim", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
+    @rule(steps=several("claim", "first_token", "first_token", "emit", "end", "end", "release", "put_back", "renew"))
     def workers_work(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
@@ -738,6 +760,21 @@ class Verbs(RuleBasedStateMachine):
             self.world.now += GOES_ON_WITHIN_MS
             self.do(meanwhile)
         self.do([straight(("claim", taken)), *then, *then])
+
+    @rule(
+        served=st.tuples(*(DRAWN[name] for name in SERVED)), shown=st.sampled_from([0, 0, 1, 2]),
+        times=st.integers(1, 4),
+        late=several("end", "emit", "put_back", "attach", "recover"),
+    )  # fmt: skip
+    def a_job_makes_way(
+        self, served: tuple[dict[str, Any], ...], shown: int, times: int, late: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        """It runs, is put back, runs again; and its old attempts still have a word."""
+        submitted, claimed, *more = zip(SERVED, served, strict=True)
+        calm = {"key": "", "stale": False, "later": 0, "limits": (0, 0)}
+        self.do([(submitted[0], submitted[1] | calm)])
+        for _ in range(times):
+            self.do([straight(claimed), *map(straight, more[:shown]), ("put_back", {"pick": 0}), *late])
 
     @rule(moved=st.tuples(*(DRAWN[name] for name in MOVED)), held=st.booleans())
     def a_job_is_moved(self, moved: tuple[dict[str, Any], ...], held: bool) -> None:

@@ -195,7 +195,7 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
         ):
             if getattr(was, name) != getattr(now, name):
                 found.append(f"{name} of job {job_id} moved from {getattr(was, name)} to {getattr(now, name)}")
-        for name in ("attempt", "losses", "promotions", "seen", "continues"):
+        for name in ("attempt", "losses", "promotions", "put_backs", "seen", "continues"):
             if getattr(now, name) < getattr(was, name):
                 found.append(f"{name} of job {job_id} went back from {getattr(was, name)} to {getattr(now, name)}")
         # put back and then cancelled, a job keeps its attempt and loses its log: only these three were never put back

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from broker.dispatch import (
     INTERACTIVE_MEMORY_MS,
+    STOP_MS,
     UNKNOWN_SERVICE_MS,
     ModelView,
     choose,
     first_token_in_ms,
     foretold_ms,
+    in_need,
     promotion_helps,
     ready_in_ms,
     retry_after_s,
@@ -394,3 +396,36 @@ def test_when_to_come_back(view: ModelView, seconds: int) -> None:
 def test_the_answer_is_always_between_one_and_thirty(state: str, slots: int, service: float, load: float) -> None:
     view = ModelView(state, slots_total=slots, service_ms=service, load_ms=load)  # type: ignore[arg-type]
     assert 1 <= retry_after_s(view) <= 30
+
+
+@pytest.mark.parametrize(
+    ("why", "waiting", "need", "next_in_ms"),
+    [
+        ("nobody waits", [], 0, None),
+        ("a deadline that a stop now just keeps", [job("a", slack_ms=STOP_MS + 300)], 1, None),
+        ("a moment later is time enough", [job("a", slack_ms=STOP_MS + 301)], 0, 1),
+        ("one that has passed", [job("a", slack_ms=-5)], 1, None),
+        ("the budget of its lane, where it has no fallback", [job("a", age_ms=7_700)], 1, None),
+        ("the next of several", [job("a"), job("b", age_ms=500), job("c", slack_ms=0)], 1, 7_200),
+        ("batch work has none", [job("a", slack_ms=0, batch=True)], 0, None),
+    ],
+)
+def test_who_is_in_need_of_a_slot(why: str, waiting: list[Waiting], need: int, next_in_ms: int | None) -> None:
+    found = in_need(waiting, now_ms=NOW, budgets_ms={"big": 10_000}, first_token_ms=300, prefill_tps=1_000)
+    assert found == (need, None if next_in_ms is None else NOW + next_in_ms), why
+
+
+def test_a_long_prompt_needs_its_slot_sooner() -> None:
+    facts = {"now_ms": NOW, "budgets_ms": {"big": 10_000}, "first_token_ms": 0.0}
+    long = replace(job("a"), tokens=5_000)
+    assert in_need([long], prefill_tps=1_000, **facts) == (0, NOW + 3_000)  # type: ignore[arg-type]
+    assert in_need([long], prefill_tps=0, **facts) == (0, NOW + 8_000)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("priority", "ahead", "pointless"),
+    [("interactive", 0, False), ("interactive", 1, True), ("batch", 0, True)],
+)
+def test_slots_that_batch_work_makes_way_from_are_peoples(priority: str, ahead: int, pointless: bool) -> None:
+    view = replace(WARM, slots_free=0, slots_yielding=1)
+    assert waiting_is_pointless(9_000, view, left_ms=5_000, priority=priority, ahead=ahead) is pointless
