@@ -68,7 +68,7 @@ HOT = (
     ollama_generations.OllamaEmbed,
     ollama_generations.OllamaEmbeddings,
 )
-REST = (operator.router, models.router, jobs.router, ollama.router, health.router, openapi.router)
+REST = (operator.router, keys.router, models.router, jobs.router, ollama.router, health.router, openapi.router)
 
 
 def create_app(gateway: Gateway, *, crashed: Callable[[], None] = lambda: None) -> App:
@@ -106,7 +106,7 @@ def rest_of(gateway: Gateway, crashed: Callable[[], None] = lambda: None) -> Fas
     for router in REST:
         rest.include_router(router)
     routes = [route for router in REST for route in router.routes]
-    rest.state.document = Document([*HOT, *routes], version=gateway.version, with_keys=bool(gateway.keys))
+    rest.state.document = Document([*HOT, *routes], version=gateway.version)
 
     @rest.exception_handler(errors.BrokerError)
     async def refused(request: Request, error: errors.BrokerError) -> Response:

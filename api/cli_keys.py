@@ -15,6 +15,8 @@ key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=T
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 
+LIMIT: dict[str, Any] = {"min": 0, "show_default": False}
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The caller's name.", show_default=False)]
 
 
@@ -25,6 +27,11 @@ def key_new(
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="The most urgent that its work may be.")
     ] = "interactive",
+    max_waiting: Annotated[int, typer.Option(help="Its jobs that may wait at once.  [default: no limit]", **LIMIT)] = 0,
+    max_running: Annotated[int, typer.Option(help="Its jobs that may run at once.  [default: no limit]", **LIMIT)] = 0,
+    tokens_per_day: Annotated[
+        int, typer.Option(help="Tokens read anew or made for it, of a day in UTC.  [default: no limit]", **LIMIT)
+    ] = 0,
     remote: Annotated[
         bool, typer.Option("--remote", help="Its requests may leave the machine if they ask to.")
     ] = False,
@@ -42,6 +49,9 @@ def key_new(
         "name": name,
         "lanes": _names(lanes),
         "priority": priority,
+        "maxWaiting": max_waiting,
+        "maxRunning": max_running,
+        "tokensPerDay": tokens_per_day,
         "remote": remote,
         "remoteLanes": _names(remote_lanes),
         "admin": admin,
@@ -100,6 +110,8 @@ def _rights(rights: dict[str, Any]) -> str:
     said = [f"ask for {', '.join(rights['lanes'])}" if rights["lanes"] else "ask for everything"]
     if rights["priority"] == "batch":
         said.append("as batch only")
+    limits = (("max_waiting", "waiting"), ("max_running", "running"), ("tokens_per_day", "tokens a day"))
+    said += [f"at most {rights[name]:,} {words}" for name, words in limits if rights[name]]
     if rights["remote"]:
         always = f" (always for {', '.join(rights['remote_lanes'])})" if rights["remote_lanes"] else ""
         said.append(f"leave the machine{always}")

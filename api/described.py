@@ -38,6 +38,8 @@ class Described:
     words: str = ""
     body: str = ""
     """The named schema of the request's body, "" where it has none."""
+    bodyless: bool = False
+    """The request may come without that body."""
     fails: Kinds = ()
     headers: Mapping[str, Schema] = field(default_factory=dict)
     query: Mapping[str, Schema] = field(default_factory=dict)
@@ -108,13 +110,17 @@ GENERATION_FAILS: Final[Kinds] = (
     errors.ContextTooLong,
     errors.RuntimeRefused,
     errors.TrustZoneRefused,
+    errors.LaneForbidden,
     errors.UnknownModel,
     errors.UnknownLane,
     errors.BodyTooLarge,
     errors.IdempotencyMismatch,
     errors.JobCancelled,
     errors.RuntimeFailed,
+    errors.CallerLimit,
+    errors.QuotaUsed,
     errors.LaneFull,
+    errors.CallerShare,
     errors.ModelUnavailable,
     errors.ColdStartDeadline,
     errors.JobExpired,

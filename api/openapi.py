@@ -6,7 +6,6 @@ somebody first asks, and kept as bytes.
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cached_property
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -37,10 +36,11 @@ _TAGS = {
     "ollama": "Ollama's dialect.",
     "jobs": "Every generation is a job: look at it, follow it, cancel it.",
     "operator": "What an operator asks of models and hosts.",
+    "keys": "Callers and their keys, for administrators.",
     "health": "How the gateway does.",
 }
 _SECURITY: Mapping[str, Schema] = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "A key of GATEWAY_KEYS."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key of `gateway key new` or GATEWAY_KEYS."},
     "x-api-key": {
         "type": "apiKey",
         "in": "header",
@@ -61,19 +61,17 @@ class Operation(NamedTuple):
 class Document:
     """The document, of routes that never change while the process lives."""
 
-    def __init__(self, routes: Collection[Any], *, version: str, with_keys: bool) -> None:
+    def __init__(self, routes: Collection[Any], *, version: str) -> None:
         self._routes = routes
         self._version = version
-        self._with_keys = with_keys
+        self._made: dict[bool, bytes] = {}
 
-    def read(self) -> bytes:
-        """Gives its bytes, and makes them if nobody has asked before."""
-        return self._body
-
-    @cached_property
-    def _body(self) -> bytes:
-        found = document(operations(self._routes), version=self._version, with_keys=self._with_keys)
-        return json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    def read(self, *, with_keys: bool) -> bytes:
+        """Gives its bytes, and makes them if nobody has asked before; `with_keys`: a request needs one now."""
+        if with_keys not in self._made:
+            found = document(operations(self._routes), version=self._version, with_keys=with_keys)
+            self._made[with_keys] = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+        return self._made[with_keys]
 
 
 def operations(routes: Iterable[Any]) -> Iterator[Operation]:
@@ -128,7 +126,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if parameters:
         said["parameters"] = parameters
     if what.body:
-        said["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(what.body)}}}
+        said["requestBody"] = {"required": not what.bodyless, "content": {JSON: {"schema": ref(what.body)}}}
     if what.keyless:
         said["security"] = []
     return said
@@ -182,8 +180,9 @@ def _failure(path: str, status: int, kinds: list[type[errors.BrokerError]]) -> d
         "description": f"{_phrase(status)}\n\n" + "\n".join(lines),
         "content": {JSON: {"schema": _told_as(path, [kind.code for kind in kinds])}},
     }
-    if any(told.ROWS[kind].retry_after_s is not None for kind in kinds):
-        seconds = whole("When to come back, in seconds.", least=1, most=told.RETRY_AFTER_S_MAX)
+    waits = [told.ROWS[kind].retry_after_s_max for kind in kinds if told.ROWS[kind].retry_after_s is not None]
+    if waits:
+        seconds = whole("When to come back, in seconds.", least=1, most=max(waits))
         said["headers"] = {"Retry-After": _header(seconds, required=True)}
     if status == HTTPStatus.UNAUTHORIZED:
         said["headers"] = {"WWW-Authenticate": _header(text("How to send a key."), required=True)}

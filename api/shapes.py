@@ -4,6 +4,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from api.routes.keys import NewCaller, Rotation
+from broker.callers import Key, Keyring, Rights
 from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, text, thing, whole
 from broker.records import JobRecord
 from broker.status import Snapshot
@@ -11,7 +13,7 @@ from broker.status import Snapshot
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_HEALTH}
+    return {**_status(), "Job": _job(), **_keys(), **_HEALTH}
 
 
 def _status() -> dict[str, Schema]:
@@ -28,6 +30,31 @@ def _job() -> Schema:
     shown["usage"] = maybe(thing({}, words="The runtime's own figures."))
     shown["error"] = maybe(thing({"code": text(), "message": text()}, words="What went wrong."))
     return {"type": "object", "description": job["description"], "properties": shown, "required": list(shown)}
+
+
+def _keys() -> dict[str, Schema]:
+    rights, key = _read_off(Rights)[0], _read_off(Key)[0]
+    shown = {name: schema for name, schema in key["properties"].items() if name not in Keyring.HIDDEN}
+    caller = {"name": text(), "rights": {**rights, "required": list(rights["properties"])}}
+    caller["keys"] = list_of(thing(shown, words="Instants in ms, 0 = never."))
+    new = {
+        "name": text("The caller."),
+        "id": text("The key's name in lists."),
+        "key": text("All of it."),
+        "expires_at": whole(),
+    }
+    return {
+        "NewCaller": _asked(NewCaller),
+        "Rotation": _asked(Rotation),
+        "Callers": thing({"object": one_of("list"), "data": list_of(thing(caller, {"from": one_of("GATEWAY_KEYS")}))}),
+        "NewKey": thing(new, words="It cannot be shown again."),
+        "Revoked": thing({"name": text(), "revoked": list_of(text(), "Ids of the keys.")}),
+    }
+
+
+def _asked(kind: Any) -> Schema:
+    schema: Schema = TypeAdapter(kind).json_schema(ref_template=REFS + "{model}")
+    return schema
 
 
 def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:

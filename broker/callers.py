@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter
 
@@ -33,7 +33,8 @@ SECRET_BYTES = 32
 ID_CHARACTERS = "abcdefghijkmnpqrstuvwxyz23456789"
 ID_LENGTH = 8
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+_NAME = re.compile(NAME_PATTERN)
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,9 @@ class Keys:
 class Keyring:
     """Every key that opens this gateway, as of one moment. `anonymous`: without any key everybody may call."""
 
+    HIDDEN: ClassVar[frozenset[str]] = frozenset({"digest", "caller"})
+    """What a list does not say of each key."""
+
     environment: Keys = field(default_factory=lambda: Keys({}))
     keys: Mapping[str, Key] = field(default_factory=dict)
     rights: Mapping[str, Rights] = field(default_factory=dict)
@@ -230,7 +234,7 @@ class Keyring:
                 "name": name,
                 "rights": asdict(rights),
                 "keys": [
-                    {name: value for name, value in asdict(key).items() if name not in ("digest", "caller")}
+                    {name: value for name, value in asdict(key).items() if name not in self.HIDDEN}
                     for key in self.keys.values()
                     if key.caller == name
                 ],

@@ -302,9 +302,7 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
     if word == "LANEFULL":
         return errors.LaneFull(rest.rpartition(":")[2])
     if word == "CALLERSHARE":
-        own, share, sharers = rest.split(" ")
-        words = f"{own} of your jobs wait in this lane, and your share is {share} while {sharers} callers want places"
-        return errors.CallerShare(words)
+        return errors.CallerShare(rest)
     if word == "CALLERLIMIT":
         return errors.CallerLimit(rest)
     if word == "QUOTA":

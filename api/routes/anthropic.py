@@ -48,7 +48,9 @@ class CountTokens(ChatCompletions):
     path = anthropic.COUNT_PATH
     described = Described(
         "Count the tokens of messages", "anthropic", says("How many.", "TokenCount"), body="MessagesRequest",
-        headers=WISHES, fails=(errors.BadRequest, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable),
+        headers=WISHES, fails=(
+            errors.BadRequest, errors.LaneForbidden, errors.UnknownModel, errors.BodyTooLarge, errors.ModelUnavailable,
+        ),
     )  # fmt: skip
 
     async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: Caller) -> None:

@@ -66,7 +66,7 @@ class ChatCompletions:
         body = await exchange.read_body()
         await self._answer(exchange, body, Wishes.of(exchange), caller)
 
-    async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: str) -> None:
+    async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: Caller) -> None:
         gateway = self._gateway
         job = self._job(body, wishes, caller)
         if isinstance(job, bytes):

@@ -89,7 +89,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
                     "message": text("A sentence."),
                     "code": text("Stable: what programs should look at."),
                 },
-                {"retry_after_s": whole("When to come back.", least=1, most=30)},
+                {"retry_after_s": whole("When to come back.", least=1, most=86_400)},
             ),
         }
     ),

@@ -139,7 +139,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
                     "param": maybe(text("The part of the request that is to blame.")),
                     "code": text("Stable: what programs should look at."),
                 },
-                {"retry_after_s": whole("When to come back.", least=1, most=30)},
+                {"retry_after_s": whole("When to come back.", least=1, most=86_400)},
             )
         }
     ),

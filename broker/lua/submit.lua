@@ -74,7 +74,8 @@ if not_before <= now then
       return redis.error_reply("LANEFULL " .. KEYS[1])
     elseif shared_by > 1 and own >= share then
       note_active(root, named.lane, who, now)
-      return redis.error_reply("CALLERSHARE " .. own .. " " .. share .. " " .. shared_by)
+      return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
+        .. " callers want places is " .. share)
     end
   end
 end

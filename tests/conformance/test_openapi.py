@@ -89,7 +89,7 @@ def narrowed() -> Any:
 
 def written() -> Any:
     routes = [*app.HOT, *(route for router in app.REST for route in router.routes)]
-    return json.loads(Document(routes, version=version(), with_keys=True).read())
+    return json.loads(Document(routes, version=version()).read(with_keys=True))
 
 
 schema = narrowed()

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from api import app, visit
 from broker import errors, jobs, operator
+from broker.callers import Rights
 from broker.capabilities import EMBEDDING_ENDPOINTS
 from broker.policies import PolicyBook
 from broker.store import Store
@@ -32,10 +34,17 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 SLOTS = 2  # of each model of a scripted worker; a lane that waits for them takes as many jobs more
 KEYS = "ann:secret-a"
 KEY = {"authorization": "Bearer secret-a"}
+RIGHTS = {
+    "bob": Rights(),
+    "fenced": Rights(lanes=("plain", "vec-plain")),
+    "modest": Rights(max_waiting=1),
+    "spent": Rights(tokens_per_day=1),
+}
+"""Named callers beside ann; what they may makes them fail."""
 # --- generations -------------------------------------------------------------------------------------------------
 
-COMPLETIONS = "/v1/completions"
-GENERATIONS = [kind.path for kind in app.HOT if kind.path != "/v1/messages/count_tokens"]
+COMPLETIONS, COUNT = "/v1/completions", "/v1/messages/count_tokens"
+GENERATIONS = [kind.path for kind in app.HOT if kind.path != COUNT]
 REFUSES = {f"refuses-{status}": status for status in errors.RuntimeRefused.STATUSES}
 ENDS = ("completes", "breaks", "slow", "lost", *REFUSES)
 ASK: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -62,6 +71,7 @@ def models() -> dict[str, Any]:
     }
     one |= {
         "full": simulated(maxQueue=1),
+        "shared": simulated(maxQueue=4),
         "narrow": simulated(contextTokens=10, **roomy),
         "hasty": simulated(maxWaitMs=200, **roomy),
         "cold": simulated(maxWaitMs=200, **roomy),
@@ -108,6 +118,31 @@ class Stage:
         self.api = api
         self.book = book
         self.http = http
+        self.keys: dict[str, dict[str, str]] = {"ann": KEY}
+
+    async def name_callers(self) -> None:
+        """Gives everybody of RIGHTS a key; one of them has spent its tokens of the day."""
+        gateway = self.api.gateway
+        for name, rights in RIGHTS.items():
+            made = await gateway.keys.new(name, rights, by="ann")
+            self.keys[name] = {"authorization": f"Bearer {made.shown}"}
+        today = datetime.now(UTC)
+        for day in (today, today + timedelta(days=1)):
+            await gateway.store.command("SET", gateway.store.keys.spent("spent", f"{day:%Y-%m-%d}"), 1)
+
+    async def fill(self) -> None:
+        """Lets jobs wait: `full` has no place left, ann has her share of `shared`, modest his one job."""
+        waits = [("ann", "full")] * (SLOTS + 1) + [("bob", "shared")] + [("ann", "shared")] * ((SLOTS + 4) // 2)
+        store, paths = self.api.gateway.store, ("/v1/chat/completions", "/v1/embeddings")
+        filled = [(who, model, path) for path in paths for who, model in waits] + [("modest", "waits", paths[0])]
+        for number, (who, model, path) in enumerate(filled, start=1):
+            client = await RawClient.open(self.api)
+            await client.send("POST", path, json.dumps(ask(path, model)).encode(), **self.keys[who])
+
+            async def waits_too(number: int = number) -> bool:
+                return int(await store.command("ZCARD", store.keys.due)) == number
+
+            await until_true(waits_too, what=f"the job of {who} for {model} waits")
 
     async def ask(self, method: str, path: str, at: str = "", **more: Any) -> httpx.Response:
         """Asks `at`, which is a place of the described `path`; judges the answer."""
@@ -154,6 +189,9 @@ async def refused_generation(on: Stage, path: str) -> None:
     await on.post(path, ask(path, "nobody"))
     await on.post(path, ask(path, "plain"), x_gateway_lane="nowhere")
     await on.post(path, ask(path, "full"))
+    await on.post(path, ask(path, "shared"))
+    for name, model in (("fenced", "far"), ("modest", "plain"), ("spent", "plain")):
+        await on.ask("POST", path, json=ask(path, model), headers=on.keys[name])
     await on.post(path, ask(path, "gone"))
     await on.oversized(path)
     for model in ("breaks", "slow", "lost", "hasty", "cold", *REFUSES):
@@ -194,11 +232,33 @@ async def refused_rest(on: Stage) -> None:
         (hosts, "/v1/hosts/gpu1/drain"),  # its worker is deaf
     ):
         await on.ask("POST", path, at)
-    for path in ("/api/show", "/v1/messages/count_tokens"):
+    for path, at in ((models, "/v1/models/plain/pin"), (hosts, "/v1/hosts/gpu1/drain")):
+        await on.ask("POST", path, at, headers=on.keys["bob"])
+    await refused_keys(on)
+    await on.ask("POST", COUNT, json=ask("/v1/messages", "narrow"), headers=on.keys["fenced"])
+    for path in ("/api/show", COUNT):
         await on.post(path, {})
         await on.post(path, ask("/v1/messages", "nobody"))
-    await on.oversized("/v1/messages/count_tokens")
+    await on.oversized(COUNT)
     await on.ask("POST", "/api/show", content=b" " * 70_000)
+
+
+async def refused_keys(on: Stage) -> None:
+    """Provokes what changes of keys are refused with."""
+    rotate, revoke = "/v1/keys/{name}/rotate", "/v1/keys/{name}"
+    for method, path, at, body in (
+        ("GET", "/v1/keys", "", None),
+        ("POST", "/v1/keys", "", {"name": "me"}),
+        ("POST", rotate, "/v1/keys/bob/rotate", None),
+        ("DELETE", revoke, "/v1/keys/bob", None),
+    ):
+        await on.ask(method, path, at, json=body, headers=on.keys["bob"])
+    await on.post("/v1/keys", {})
+    await on.post("/v1/keys", {"name": "ann"})
+    await on.ask("POST", rotate, "/v1/keys/bob/rotate", json={"keepOldS": -1})
+    for name in ("ann", "nobody"):
+        await on.ask("POST", rotate, f"/v1/keys/{name}/rotate")
+        await on.ask("DELETE", revoke, f"/v1/keys/{name}")
 
 
 NEED_A_POLICY = [
@@ -211,7 +271,8 @@ NEED_REDIS = [
     ("GET", "/api/ps", ""), ("GET", "/v1/status", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
-    ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
+    ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"), ("GET", "/v1/keys", ""),
+    ("POST", "/v1/keys/{name}/rotate", "/v1/keys/bob/rotate"), ("DELETE", "/v1/keys/{name}", "/v1/keys/bob"),
 ]  # fmt: skip
 
 
@@ -236,7 +297,7 @@ async def answered(on: Stage) -> None:
         if path not in EMBEDDING_ENDPOINTS:
             streamed = await on.post(path, ask(path, "plain", stream=True))
             assert streamed.headers["content-type"] != whole.headers["content-type"]
-    await on.post("/v1/messages/count_tokens", ask("/v1/messages", "plain"))
+    await on.post(COUNT, ask("/v1/messages", "plain"))
     at = f"/v1/jobs/{job_id}"
     await on.ask("GET", "/v1/jobs/{job_id}", at)
     await on.ask("DELETE", "/v1/jobs/{job_id}", at)
@@ -249,6 +310,9 @@ async def answered(on: Stage) -> None:
     for verb in ("drain", "undrain"):
         await on.ask("POST", "/v1/hosts/{host}/{verb}", f"/v1/hosts/gpu1/{verb}")
     await on.post("/api/show", {"model": "plain"})
+    await on.post("/v1/keys", {"name": "guest"})
+    await on.ask("POST", "/v1/keys/{name}/rotate", "/v1/keys/guest/rotate")
+    await on.ask("DELETE", "/v1/keys/{name}", "/v1/keys/guest")
     for path, item in on.book.document["paths"].items():
         for method in item:
             if method != "post" and "{" not in path:
@@ -273,7 +337,7 @@ async def test_every_described_answer_is_real(
         book = on.book
         for method, path, at in NEED_A_POLICY:
             await on.ask(method, path, at)
-        for path, body in (("/v1/messages/count_tokens", ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):
+        for path, body in ((COUNT, ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):
             await on.post(path, body)
 
     async with worker_world(own_server.socket_url, tmp_path) as world:
@@ -291,21 +355,15 @@ async def test_every_described_answer_is_real(
         states = {"gone": "quarantined", "vec-gone": "quarantined", "cold": "waking", "vec-cold": "waking"}
         await worker.beat(**states)
         await on.api.gateway.fleet.look()
-        filled = [path for path in ("/v1/chat/completions", "/v1/embeddings") for _ in range(SLOTS + 1)]
-        for path in filled:
-            client = await RawClient.open(on.api)
-            await client.send("POST", path, json.dumps(ask(path, "full")).encode(), **KEY)
-
-        async def are_full() -> bool:
-            return int(await store.command("ZCARD", store.keys.due)) == len(filled)
-
-        await until_true(are_full, what="both lanes are full")
+        await on.name_callers()
+        await on.fill()
         await all_of(refused_generation(on, path) for path in GENERATIONS)
         await refused_rest(on)
         for stream in (False, True):
             await on.post(COMPLETIONS, ask(COMPLETIONS, "completes", stream=stream))
         own_server.kill()
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
+        await on.post("/v1/keys", {"name": "guest"})
         await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
     await store.close()
     assert book.seen == book.described()

@@ -218,6 +218,10 @@ async def test_the_sweep_repairs_planted_damage(world: World) -> None:
     vanished = await world.submit("big.batch")
     await store.command("DEL", store.keys.job(vanished), store.keys.request(vanished))
     await store.command("ZREM", store.keys.due, vanished)
+    taken = await world.submit("big.batch")
+    await world.claim(taken)
+    await store.command("DEL", store.keys.job(taken), store.keys.request(taken))
+    await store.command("ZREM", store.keys.due, taken)
     ended = await world.submit("big.batch")
     entry = (await world.job(ended)).entry
     await jobs.cancel(store, ended)
@@ -229,7 +233,7 @@ async def test_the_sweep_repairs_planted_damage(world: World) -> None:
     await store.command("EVAL", claim, 1, lane, GROUP, held)
     await store.command("ZREM", store.keys.due, good[0], good[2])
     assert entry and violations(await take(store))
-    assert await lanes.sweep(store, "big.batch", page=3) == (5, 2)
+    assert await lanes.sweep(store, "big.batch", page=3) == (6, 2)
     s = await world.healthy()
     assert len(s.lanes["big.batch"].entries) == 7
     assert await lanes.sweep(store, "big.batch") == (0, 0)

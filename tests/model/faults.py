@@ -26,9 +26,9 @@ class Fault:
 FAULTS = [
     Fault(
         "the cap check removed",
-        ("submit", "promote", "release_due"),
-        r"return \w+(\(lane, group\))? < bound\n",
-        "return true\n",
+        ("submit",),
+        r"if waits >= bound then",
+        "if false then",
     ),
     Fault(
         "end ignores the attempt",
@@ -57,8 +57,8 @@ FAULTS = [
     Fault(
         "release reuses the entry",
         ("release",),
-        r"leave\(lane, group, (redis\.call\(\"HGET\", job, \"entry\"\))\)\n  local entry = enter\(.*\)\n",
-        r'local entry = \1\n  redis.call("XACK", lane, group, entry)\n',
+        r"leave\(lane, group, f\[1\]\)\n((?:  hold_.*\n)+)  local entry = enter\(.*\)\n",
+        r'\1  local entry = f[1]\n  redis.call("XACK", lane, group, entry)\n',
     ),
     Fault(
         "the cap on downgrades removed",

@@ -90,6 +90,11 @@ class Broken(AssertionError):
     """A promise was broken; the message says which."""
 
 
+PLAIN: dict[str, Any] = {"key": "", "stale": False, "later": 0, "limits": (0, 0)}
+SDK = PLAIN | {"sync": True, "reader": True, "retried": True, "grace": 4_000}
+"""What every try of an SDK says of itself."""
+
+
 class Verbs(RuleBasedStateMachine):
     """Clients, two workers, a scheduler and an operator, all of whom may be confused."""
 
@@ -285,8 +290,9 @@ class Verbs(RuleBasedStateMachine):
         asked, now = self.now.jobs[new], self.world.now
         for job_id, was in before.jobs.items():
             ends = (
-                reader and asked.session != "" and was.session == asked.session and was.caller == asked.caller and was.retries != "" and was.live
-                and was.grace_ms >= 0 and was.retries != asked.retries and not self.heard(before, job_id)
+                reader and asked.session != "" and (was.caller, was.session) == (asked.caller, asked.session)
+                and was.live and was.retries != "" and was.grace_ms >= 0
+                and was.retries != asked.retries and not self.heard(before, job_id)
             )  # fmt: skip
             if self.now.jobs[job_id].abandon_at != (now if ends else was.abandon_at):
                 raise Broken(f"job {job_id} should{'' if ends else ' not'} end with the new request of its session")
@@ -666,17 +672,7 @@ class Verbs(RuleBasedStateMachine):
         served: dict[str, Any], again: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """Its first try waits, perhaps beside one that is just the same; it hangs up, and comes back."""
-        sdk = {
-            "sync": True,
-            "reader": True,
-            "retried": True,
-            "key": "",
-            "grace": 4_000,
-            "stale": False,
-            "later": 0,
-            "limits": (0, 0),
-        }
-        self.do([("submit", first | sdk), ("submit", second | sdk), *between, *again])
+        self.do([("submit", first | SDK), ("submit", second | SDK), *between, *again])
         self.do([straight(("claim", {"host": "gpu1"})), straight(("end", served)), *again])
 
     @rule(
@@ -687,18 +683,8 @@ class Verbs(RuleBasedStateMachine):
         self, first: dict[str, Any], claim: dict[str, Any], heard: bool, again: list[str]
     ) -> None:
         """An SDK's answer comes to its end, with its client there or gone; then its retries come."""
-        sdk = {
-            "sync": True,
-            "reader": True,
-            "retried": True,
-            "key": "",
-            "grace": 4_000,
-            "stale": False,
-            "later": 0,
-            "limits": (0, 0),
-        }
         with suppress(NothingFits):
-            self.submit(**first | sdk)
+            self.submit(**first | SDK)
             job_id = self.ids[-1]
             if not heard:
                 self.detach(self.pick_of(job_id), "api1/r1")
@@ -707,6 +693,25 @@ class Verbs(RuleBasedStateMachine):
             self.end(0, finish=True, ahead=1, logged=False)
             for reader in again:
                 self.rejoin(self.pick_of(job_id), reader, b"")
+
+    @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans())
+    def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool) -> None:
+        """One has filled a lane alone; another is refused, and then the first asks for the place that becomes free."""
+        asked = asked | PLAIN | {"lane": lane, "spills": False}
+        into = self.world.book.active.lane(lane)
+        if into is None or self.full(into):
+            return
+        before = len(self.ids)
+        for _ in range(8):  # no lane here has more places
+            if not self.full(into):
+                self.submit(**asked | {"who": "ann"})
+        if len(self.ids) == before:
+            return
+        last = self.ids[-1]
+        self.submit(**asked | {"who": "cid"})
+        if leaves:
+            self.cancel(self.pick_of(last), "")
+        self.do([("submit", asked | {"who": who}) for who in ("ann", "cid", "ann")])
 
     @rule(steps=several("attach", "detach", "cancel", "rejoin"))
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
@@ -749,7 +754,7 @@ class Verbs(RuleBasedStateMachine):
         then: list[tuple[str, dict[str, Any]]],
     ) -> None:  # fmt: skip
         """A client hears the begin of it, the worker is lost, and another goes on, if one comes in time."""
-        seen = {"sync": True, "stream": True, "reader": True, "key": "", "stale": False, "later": 0, "limits": (0, 0)}
+        seen = PLAIN | {"sync": True, "stream": True, "reader": True}
         submitted, *more = zip(BEGUN, begun, strict=True)
         self.do([(submitted[0], submitted[1] | seen), *map(straight, more)])
         if silent:
