@@ -236,10 +236,11 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
     return left_ms > 0 and view.service_ms > 0 and ahead >= soon_free
 
 
-def retry_after_s(view: ModelView) -> int:
-    """Says in how many whole seconds (1 to 30) a place in the lane should be free, from the rate at which it drains."""
+def retry_after_s(view: ModelView, *, before: int = 0) -> int:
+    """Says in how many whole seconds (1 to 30) a place in the lane should be free, from the rate at which it drains;
+    `before` places go to others first."""
     service = view.service_ms or UNKNOWN_SERVICE_MS
-    one_leaves_ms = service / max(1, view.slots_total)
+    one_leaves_ms = service / max(1, view.slots_total) * (1 + before)
     if view.availability in ("cold", "waking"):
         one_leaves_ms += view.load_ms or 0.0
     return max(1, min(30, math.ceil(one_leaves_ms / 1000)))

@@ -68,9 +68,10 @@ class LaneFull(Refused):
 
     code = "lane_full"
 
-    def __init__(self, lane: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, lane: str, *, retry_after_s: int = 1, before: int = 0) -> None:
+        """`before` = callers that are in line for a place there before this one."""
         super().__init__(f"lane {lane} is full; try again in {retry_after_s} s")
-        self.lane = lane
+        self.lane, self.before = lane, before
         self.retry_after_s = retry_after_s
 
 

@@ -300,7 +300,8 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
     word, _, rest = text.partition(" ")
     rest = rest.split(" script: ")[0]
     if word == "LANEFULL":
-        return errors.LaneFull(rest.rpartition(":")[2])
+        lane, _, before = rest.rpartition(":")[2].partition(" ")
+        return errors.LaneFull(lane, before=int(before or 0))
     if word == "CALLERSHARE":
         return errors.CallerShare(rest)
     if word == "CALLERLIMIT":

@@ -66,16 +66,21 @@ if not_before <= now then
   local max_queue, waits = tonumber(ARGV[5]), waiting(KEYS[1], group)
   local shared_by, own = sharers(root, named.lane, who, now), waiting_of(root, named.lane, who)
   local may_exceed = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
-  if waits >= max_queue or may_exceed then
+  local before = in_line_before(root, named.lane, who, now)
+  if waits >= max_queue or may_exceed or max_queue - waits <= before then
     local bound = bound_of(group, max_queue, 12, 11 + hosts, 12 + hosts, #KEYS)
     local share = math.max(1, math.floor(bound / shared_by))
-    if waits >= bound then
-      note_active(root, named.lane, who, now)
-      return redis.error_reply("LANEFULL " .. KEYS[1])
-    elseif shared_by > 1 and own >= share then
+    local full = waits >= bound
+    if not full and shared_by > 1 and own >= share then
       note_active(root, named.lane, who, now)
       return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
         .. " callers want places is " .. share)
+    end
+    -- where no slot is free, the next places are those of the callers in line
+    if full or (waits >= bound - max_queue and bound - waits <= before) then
+      if own == 0 then line_up(root, named.lane, who, now) end
+      note_active(root, named.lane, who, now)
+      return redis.error_reply("LANEFULL " .. KEYS[1] .. " " .. before)
     end
   end
 end
@@ -133,7 +138,10 @@ else
   redis.call("ZADD", KEYS[4], ms(earliest(promote_at, give_up_at, abandon_at)), id)
 end
 set("state", state)
-if not_before <= now then note_active(root, named.lane, who, now) end
+if not_before <= now then
+  note_active(root, named.lane, who, now)
+  redis.call("ZREM", root .. "line:" .. named.lane, who)
+end
 hold_waiting(root, who, named.lane, id)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])

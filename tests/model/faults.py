@@ -175,6 +175,12 @@ FAULTS = [
         r'return redis.call("ZCARD", \1)\n',
     ),
     Fault(
+        "who is in line is overtaken",
+        ("submit",),
+        r"if full or \(waits >= .* <= before\) then",
+        "if full then",
+    ),
+    Fault(
         "who was refused is forgotten",
         ("submit",),
         r"note_active\(root, named\.lane, who, now\)\n(      return redis\.error_reply\(\"LANEFULL)",

@@ -45,6 +45,7 @@ Call = Callable[[], Awaitable[Any]]
 Expected = type[errors.BrokerError] | None
 GOES_ON_WITHIN_MS = 2_000
 PUT_BACK_LEFT_MS = 1_000
+LINE_MS = 31_000
 TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
 BEGUN = ("submit", "claim", "first_token", "emit")
@@ -108,6 +109,7 @@ class Verbs(RuleBasedStateMachine):
         self.held: list[Holding] = []
         self.bodies: dict[str, bytes] = {}
         self.wanted: dict[tuple[str, str], int] = {}  # lane and caller -> when it last asked for a place there
+        self.lines: dict[str, dict[str, int]] = {}  # lane -> caller without a place there -> since when it is in line
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
         self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
@@ -141,7 +143,7 @@ class Verbs(RuleBasedStateMachine):
                 self.unheard[i] = ""
         broken = []
         changed = before.marks(after)
-        if refusal is not None and any(":active:" not in name for name in changed):
+        if refusal is not None and any(":active:" not in name and ":line:" not in name for name in changed):
             broken.append(f"promise 8: {what} was refused with {refusal.code} and left a mark on {', '.join(changed)}")
         if not marks and changed:
             broken.append(f"{what} changed {', '.join(changed)}")
@@ -210,8 +212,28 @@ class Verbs(RuleBasedStateMachine):
         return len(sharers) > 1 and own >= max(1, places // len(sharers))
 
     def full(self, lane: Lane) -> bool:
-        waiting = self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
-        return waiting >= bound(self.now, self.world.book.active, lane.name)
+        return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name)
+
+    def waiting(self, lane: Lane) -> int:
+        return self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
+
+    def places_are_others(self, who: str, lane: Lane) -> bool:
+        """Whether no slot is free and the places that are left belong to callers before this one: the rule once more."""
+        places, waiting = bound(self.now, self.world.book.active, lane.name), self.waiting(lane)
+        line = [other for other in self.lines.get(lane.name, {}) if self.stays_in_line(other, lane.name)]
+        before = line.index(who) if who in line else len(line)
+        return waiting >= places - lane.max_queue and places - waiting <= before
+
+    def stays_in_line(self, who: str, lane: str) -> bool:
+        asked = self.wanted.get((lane, who), -LINE_MS) > self.world.now - LINE_MS
+        return asked and not any(place.startswith(f"{lane}/") for place in self.now.waits(who))
+
+    def lines_up(self, who: str, lane: str) -> None:
+        """Behind those that still are in line; several that came in one moment stand by their names."""
+        if not any(place.startswith(f"{lane}/") for place in self.now.waits(who)):
+            line = {c: at for c, at in self.lines.get(lane, {}).items() if self.stays_in_line(c, lane)}
+            line.setdefault(who, self.world.now)
+            self.lines[lane] = dict(sorted(line.items(), key=lambda one: (one[1], one[0])))
 
     # -- clients --
 
@@ -252,6 +274,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.LaneFull
         elif not twin and not later and self.has_its_share(who, into):
             expected = errors.CallerShare
+        elif not twin and not later and self.places_are_others(who, into):
+            expected = errors.LaneFull
         elif not twin and into.model != asked.model and not may_downgrade(self.now, active, asked.model, None):
             expected = errors.DowngradesCapped
         before = self.now
@@ -273,6 +297,10 @@ class Verbs(RuleBasedStateMachine):
             expected,
             marks=not twin,
         )
+        if expected is errors.LaneFull:
+            self.lines_up(who, lane)
+        elif expected is None and not twin and not later:
+            self.lines.get(lane, {}).pop(who, None)
         if not later and (expected in (errors.LaneFull, errors.CallerShare) or (expected is None and not twin)):
             self.wanted[lane, who] = w.now
         if got is None:
@@ -694,24 +722,26 @@ class Verbs(RuleBasedStateMachine):
             for reader in again:
                 self.rejoin(self.pick_of(job_id), reader, b"")
 
-    @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans())
-    def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool) -> None:
-        """One has filled a lane alone; another is refused, and then the first asks for the place that becomes free."""
+    @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans(), alone=st.booleans())
+    def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool, alone: bool) -> None:
+        """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before asks
+        for the place that becomes free."""
         asked = asked | PLAIN | {"lane": lane, "spills": False}
         into = self.world.book.active.lane(lane)
         if into is None or self.full(into):
             return
         before = len(self.ids)
-        for _ in range(8):  # no lane here has more places
+        for number in range(8):  # no lane here has more places
             if not self.full(into):
-                self.submit(**asked | {"who": "ann"})
+                self.submit(**asked | {"who": "ann" if alone else f"ann{number}"})
         if len(self.ids) == before:
             return
         last = self.ids[-1]
         self.submit(**asked | {"who": "cid"})
         if leaves:
             self.cancel(self.pick_of(last), "")
-        self.do([("submit", asked | {"who": who}) for who in ("ann", "cid", "ann")])
+        first = self.now.jobs[last].caller
+        self.do([("submit", asked | {"who": who}) for who in (first, "cid", first)])
 
     @rule(steps=several("attach", "detach", "cancel", "rejoin"))
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:

@@ -463,6 +463,7 @@ _MUST_EXPIRE = (
     "host:<host>",
     "usage:<day>",
     "active:<lane>",
+    "line:<lane>",
     "spent:<caller>:<day>",
 )
 

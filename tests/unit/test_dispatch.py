@@ -389,6 +389,10 @@ def test_when_to_come_back(view: ModelView, seconds: int) -> None:
     assert retry_after_s(view) == seconds
 
 
+def test_who_is_in_line_comes_back_when_it_is_its_turn() -> None:
+    assert retry_after_s(replace(WARM, service_ms=7_000), before=2) == 11
+
+
 @given(
     st.sampled_from(["warm", "degraded", "waking", "cold", "unavailable"]), st.integers(0, 9), st.floats(0, 1e9),
     st.floats(0, 1e9),

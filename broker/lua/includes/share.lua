@@ -7,6 +7,31 @@ local function note_active(root, lane, caller, now)
   redis.call("ZADD", key, ms(now), caller)
   redis.call("PEXPIRE", key, ms(WANTS_MS))
 end
+-- Who found no place in a lane and has none there is in line for the next that is free: `line:<lane>` has caller -> since
+-- when. It keeps its turn for as long as it may have been told to stay away (`Retry-After` is 30 s at most).
+local LINE_MS = 31000
+local function stays_in_line(root, lane, caller, now)
+  local asked = tonumber(redis.call("ZSCORE", root .. "active:" .. lane, caller) or 0)
+  return asked > now - LINE_MS
+    and redis.call("ZLEXCOUNT", root .. "waits:" .. caller, "[" .. lane .. "/", "(" .. lane .. "0") == 0
+end
+local function in_line_before(root, lane, caller, now)
+  local before = 0
+  for _, other in ipairs(redis.call("ZRANGE", root .. "line:" .. lane, 0, -1)) do
+    local stays = stays_in_line(root, lane, other, now)
+    if other == caller and stays then break end
+    if other ~= caller and stays then before = before + 1 end
+  end
+  return before
+end
+local function line_up(root, lane, caller, now)
+  local key = root .. "line:" .. lane
+  for _, other in ipairs(redis.call("ZRANGE", key, 0, -1)) do
+    if not stays_in_line(root, lane, other, now) then redis.call("ZREM", key, other) end
+  end
+  redis.call("ZADD", key, "NX", ms(now), caller)
+  redis.call("PEXPIRE", key, ms(LINE_MS))
+end
 -- How many callers want places of the lane, this one among them.
 local function sharers(root, lane, caller, now)
   local key = root .. "active:" .. lane
