@@ -83,6 +83,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.NotDue: Row(409, INVALID),
     errors.FrameGap: Row(500, _BROKEN),
     errors.CallerBusy: Row(503, BUSY, 1),
+    errors.NotPutBack: Row(503, BUSY, 1),
     errors.AlreadyEnded: Row(409, INVALID),
     errors.LockHeld: Row(409, INVALID),
     errors.BadTransition: Row(500, _BROKEN),

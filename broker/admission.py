@@ -133,10 +133,9 @@ async def _admit(
                     promote_within_ms=promote_within_ms,
                 )
                 return Admitted(found.job_id, found.lane, found.attached)
-            except errors.LaneFull:
-                refusal = errors.LaneFull(
-                    lane.name, retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))
-                )
+            except errors.LaneFull as full:
+                view = fleet.view(lane.name, active)
+                refusal = errors.LaneFull(lane.name, retry_after_s=dispatch.retry_after_s(view, before=full.before))
             except errors.CallerShare as share:
                 refusal = errors.CallerShare(
                     f"lane {lane.name}: {share}", retry_after_s=dispatch.retry_after_s(fleet.view(lane.name, active))

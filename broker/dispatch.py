@@ -5,10 +5,11 @@ that gates a write is checked again inside the script that writes.
 """
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from broker.fairness import Levels
 from broker.records import Waiting
 
 UNKNOWN_SERVICE_MS = 5_000.0
@@ -17,12 +18,17 @@ UNKNOWN_SERVICE_MS = 5_000.0
 INTERACTIVE_MEMORY_MS = 600_000
 """For this long after interactive work, one of two or more slots is kept for the next."""
 
+STOP_MS = 2_000
+"""How long a running job may take to stop and its slot to settle, when the slot is needed for another."""
+
 AFFINITY_MS = 250
 """For this long a job is left to the host that has its session's prompt in a cache."""
 
 FORETOLD_MS_MAX = 86_400_000
 SHORT_PROMPT_TOKENS = 512
 """A prompt that is read in next to no time, however fast the model reads."""
+
+_ALL_THE_SAME: Mapping[str, Levels] = {}
 
 Availability = Literal["warm", "degraded", "waking", "cold", "unavailable"]
 
@@ -34,6 +40,7 @@ class ModelView:
     availability: Availability
     slots_total: int = 0
     slots_free: int = 0
+    slots_yielding: int = 0  # held by batch work that is put back where people would miss their deadline
     waiting: int = 0
     first_token_ms: float = 0
     service_ms: float = 0
@@ -56,13 +63,19 @@ def choose(
     cached: Container[str] = frozenset(),
     open_slots: int | None = None,
     elsewhere: Container[str] = frozenset(),
+    levels: Mapping[str, Levels] = _ALL_THE_SAME,
 ) -> Waiting | None:
     """Picks the job that should be claimed next, or None if no slot may be given away.
 
     Order: interactive before batch; then jobs whose slack until their cold-start deadline is under one service time,
-    earliest deadline first; then jobs whose session's prompt is cached in a free slot; then age. With two slots or
-    more, the last free one is kept for interactive work during active hours, and while there was some within
-    INTERACTIVE_MEMORY_MS.
+    earliest deadline first; then jobs whose session's prompt is cached in a free slot; then those of the caller that
+    was served least; then age. With two slots or more, the last free one is kept for interactive work during active
+    hours, and while there was some within INTERACTIVE_MEMORY_MS.
+
+    `levels` say, by priority, how far the callers that wait have been served; nothing where only one waits. A near
+    deadline and a cached prompt count only for a caller that is not ahead of the least served by more than one mean
+    charge. Otherwise fairness would end where it begins to matter: the jobs of whoever floods a lane wait for long,
+    so their deadlines are always near, and its sessions always sit in the slots.
 
     `interactive_at` is the instant of the last interactive claim; `active` = the model's active hours go on. `cached`
     are the sessions that free slots hold and that may still go before others. `open_slots` are the free slots that are
@@ -74,27 +87,64 @@ def choose(
     expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
     reserved = total >= 2 and free == 1 and expected
     urgent_until = now_ms + (service_ms or UNKNOWN_SERVICE_MS)
-    kept = open_slots is not None and open_slots < 1
+    kept, caches = open_slots is not None and open_slots < 1, bool(cached)
     best: Waiting | None = None
     best_rank: tuple[float, ...] = ()
+    best_level = level = 0.0
+    people_served, batch_served = levels.get("interactive"), levels.get("batch")
     # A worker looks at hundreds of jobs for each that it takes: most are passed over after two or three comparisons.
     for job in waiting:
         batch = job.priority == "batch"
         if batch and reserved:
             continue
         urgent = 0 < job.promote_at < urgent_until
-        known = bool(cached) and job.session in cached
+        known = caches and job.session in cached
+        if levels:
+            served, level = batch_served if batch else people_served, 0.0
+            if served is not None:
+                level = served.of.get(job.caller, 0.0)
+                if level > served.ahead_above:
+                    urgent = known = False
         if not known and not urgent:
             if kept:
                 continue
-            if best is not None and batch >= best_rank[0] and job.submitted > best.submitted:
-                continue  # younger than one that is at least of its kind
+            if best is not None and batch >= best_rank[0] and level >= best_level:
+                if job.submitted > best.submitted or level > best_level:
+                    continue  # younger, or served more, than one that is at least of its kind
             if elsewhere and job.session in elsewhere and now_ms - job.submitted < AFFINITY_MS:
                 continue
-        rank = (batch, not urgent, job.promote_at if urgent else 0, not known, job.submitted)
+        rank = (batch, not urgent, job.promote_at if urgent else 0, not known, level, job.submitted)
         if best is None or rank < best_rank or (rank == best_rank and job.job < best.job):
-            best, best_rank = job, rank
+            best, best_rank, best_level = job, rank, level
     return best
+
+
+def in_need(
+    waiting: Iterable[Waiting],
+    *,
+    now_ms: int,
+    budgets_ms: Mapping[str, int],
+    first_token_ms: float,
+    prefill_tps: float,
+) -> tuple[int, int | None]:
+    """Counts the interactive jobs that will miss their deadline unless a slot is made free for them now, and says at
+    which instant the next will be one of them; None = none waits.
+
+    The deadline is `promote_at`, or, where a job has no fallback, its submit and the cold-start budget of its lane
+    (`budgets_ms`). A slot must begin to be made free so long before as a stop takes (STOP_MS), and the first token.
+    """
+    need, next_at = 0, None
+    for job in waiting:
+        if job.priority == "batch":
+            continue
+        deadline = job.promote_at or job.submitted + budgets_ms.get(job.lane, 0)
+        reading_ms = job.tokens * 1000 / prefill_tps if prefill_tps > 0 else 0.0
+        at = int(deadline - STOP_MS - first_token_ms - reading_ms)
+        if at <= now_ms:
+            need += 1
+        elif next_at is None or at < next_at:
+            next_at = at
+    return need, next_at
 
 
 def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
@@ -172,6 +222,7 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
 
     On a warm model a job whose turn it is stays, however long its prompt: its claim ends the cold-start clock. Nor is
     a deadline that has passed already any reason to hurry, and without a measured service time nothing is predicted.
+    The slots that batch work holds are people's in time: it is put back for them.
     """
     if view.availability == "unavailable":
         return True
@@ -181,13 +232,15 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
         return False
     if view.availability in ("cold", "waking"):
         return True
-    return left_ms > 0 and view.service_ms > 0 and ahead >= view.slots_free
+    soon_free = view.slots_free + (view.slots_yielding if priority == "interactive" else 0)
+    return left_ms > 0 and view.service_ms > 0 and ahead >= soon_free
 
 
-def retry_after_s(view: ModelView) -> int:
-    """Says in how many whole seconds (1 to 30) a place in the lane should be free, from the rate at which it drains."""
+def retry_after_s(view: ModelView, *, before: int = 0) -> int:
+    """Says in how many whole seconds (1 to 30) a place in the lane should be free, from the rate at which it drains;
+    `before` places go to others first."""
     service = view.service_ms or UNKNOWN_SERVICE_MS
-    one_leaves_ms = service / max(1, view.slots_total)
+    one_leaves_ms = service / max(1, view.slots_total) * (1 + before)
     if view.availability in ("cold", "waking"):
         one_leaves_ms += view.load_ms or 0.0
     return max(1, min(30, math.ceil(one_leaves_ms / 1000)))

@@ -42,6 +42,7 @@ BrokerError
 │   ├── NotDue                  not_due                   the instant has not passed yet
 │   ├── FrameGap                frame_gap                 a frame is missing before this one
 │   ├── CallerBusy              caller_busy               its caller runs as many jobs as its key may
+│   ├── NotPutBack              not_put_back              batch work that runs on: it was put back often enough
 │   ├── AlreadyEnded            already_ended             the job has ended
 │   └── LockHeld                lock_held                 somebody else holds the wake lock or the host's name
 ├── BadTransition               bad_transition            a bug of ours: log it loudly, never retry
@@ -70,9 +71,10 @@ class LaneFull(Refused):
 
     code = "lane_full"
 
-    def __init__(self, lane: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, lane: str, *, retry_after_s: int = 1, before: int = 0) -> None:
+        """`before` = callers that are in line for a place there before this one."""
         super().__init__(f"lane {lane} is full; try again in {retry_after_s} s")
-        self.lane = lane
+        self.lane, self.before = lane, before
         self.retry_after_s = retry_after_s
 
 
@@ -380,6 +382,12 @@ class CallerBusy(Lost):
     """The job's caller runs as many jobs as its key allows: it waits on."""
 
     code = "caller_busy"
+
+
+class NotPutBack(Lost):
+    """Batch work that is not put back for interactive work: it was often enough, or would give up too soon."""
+
+    code = "not_put_back"
 
 
 class AlreadyEnded(Lost):

@@ -115,6 +115,7 @@ class Picture:
             availability=availability,
             slots_total=total,
             slots_free=max(0, total - used),
+            slots_yielding=sum(m.slots_yielding for m in ready),
             waiting=self.waiting.get(lane, 0),
             first_token_ms=best.first_token_ewma_ms if best else 0.0,
             service_ms=facts.service_ms,
@@ -194,6 +195,11 @@ class Fleet:
             except errors.BrokerUnavailable as e:
                 log.debug("event=fleet_retry reason=%s", e)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    def now_ms(self) -> int:
+        """Redis' clock, as far as the last look knows it: asking costs nothing."""
+        clock = self._store.clock
+        return clock() if clock is not None else int(time.time() * 1000) + self.skew_ms
 
     async def look_again(self, *, older_than_s: float) -> bool:
         """Looks if the picture is that old, once for everybody who asks at the moment; True if there is a newer one."""

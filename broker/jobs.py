@@ -12,6 +12,12 @@ from broker.store import Store
 MAX_READERS = 16
 MOVED_TRIES = 8
 
+PUT_BACK_MAX = 3
+"""So often a batch job is stopped for interactive work: then it runs to its end."""
+
+PUT_BACK_LEFT_MS = 60_000
+"""A batch job that would give up within this time is not put back: it might end for having made way."""
+
 
 async def read(store: Store, job_id: str) -> JobRecord:
     """Reads a job's record; raises NoSuchJob."""
@@ -127,9 +133,21 @@ async def release(
         error.code,
         str(error),
         *GoOn.args(go_on),
+        0,
+        0,
     ]
     reply = await store.run_through("release", closing_keys(store, held.job_id, held.lane), args)
     return "queued" if reply[0] == b"queued" else "failed"
+
+
+async def put_back(store: Store, held: Holding, *, left_ms: int = PUT_BACK_LEFT_MS) -> None:
+    """Gives a running batch job back to its lane for interactive work; no loss is counted.
+
+    Raises NotPutBack, BadTransition when a client has seen part of the answer, AlreadyEnded, StaleAttempt, NoSuchJob:
+    then nothing has happened, and the attempt goes on.
+    """
+    args = [store.now_arg(), held.job_id, GROUP, *prefixes(store), held.attempt, 0, 0, "", "", *GoOn.args(None)]
+    await store.run("release", closing_keys(store, held.job_id, held.lane), [*args, PUT_BACK_MAX, left_ms])
 
 
 async def renew(store: Store, held: Holding, *, lease_ms: int) -> None:

@@ -105,6 +105,13 @@ TABLE: tuple[Family, ...] = (
         "callers that asked for a place in the lane -> when last",
     ),
     Family(
+        "line:<lane>",
+        "zset",
+        "31 s after the last of them was refused",
+        False,
+        "callers that found no place in the lane and have none there -> since when",
+    ),
+    Family(
         "spent:<caller>:<day>",
         "string",
         "two days",
@@ -238,6 +245,10 @@ class Keyspace:
     def active(self, lane: str) -> str:
         """Zset of the callers that want places of a lane."""
         return f"{self._prefix}active:{lane}"
+
+    def line(self, lane: str) -> str:
+        """Zset of the callers that are in line for a place of a lane."""
+        return f"{self._prefix}line:{lane}"
 
     def spent(self, caller: str, day: str) -> str:
         """String that counts a caller's tokens of a day, YYYY-MM-DD in UTC."""

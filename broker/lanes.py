@@ -376,9 +376,11 @@ async def retire(store: Store, lane: str) -> bool:
     return bool(await store.run("retire", [store.keys.lane(lane), store.keys.policy], [lane]))
 
 
-async def waiting_entries(store: Store, lane: str, *, limit: int) -> AsyncIterator[Waiting]:
-    """Lists the oldest entries of a lane, waiting and held alike; the claim decides which is which."""
-    for entry, values in await store.command("XRANGE", store.keys.lane(lane), "-", "+", "COUNT", limit) or []:
+async def waiting_entries(store: Store, lane: str, *, limit: int, after: str = "") -> AsyncIterator[Waiting]:
+    """Lists the oldest entries of a lane, or of those behind an entry, waiting and held alike; the claim decides which
+    is which."""
+    first = f"({after}" if after else "-"
+    for entry, values in await store.command("XRANGE", store.keys.lane(lane), first, "+", "COUNT", limit) or []:
         yield Waiting.from_entry(lane, entry, values)
 
 
@@ -406,6 +408,7 @@ _TOLD_BY_CLAIM = (
     "priority",
     "session",
     "tokens",
+    "put_backs",
     "continues",
     "last_seq",
     "leaves",

@@ -160,8 +160,8 @@ def _events(day: Day) -> Iterator[tuple[str, tuple[str, ...], float]]:
         match one.figure:
             case "promoted" | "recovered":
                 yield one.figure, (by.lane, one.detail), amount
-            case "released":
-                yield "released", (by.lane,), amount
+            case "released" | "put_back":
+                yield one.figure, (by.lane,), amount
             case "tokens_in":
                 yield "tokens_in", (by.caller, by.model, "false"), amount
             case "tokens_cached":
@@ -179,6 +179,8 @@ _COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
      [("from_lane", "lane"), ("to_lane", "lane")]),
     ("gateway_leases_recovered", "Jobs whose worker was lost today.", "recovered", [("lane", "lane"), ("outcome", "")]),
     ("gateway_jobs_released", "Jobs given back by their worker today.", "released", [("lane", "lane")]),
+    ("gateway_jobs_put_back", "Running batch jobs put back for interactive work today.", "put_back",
+     [("lane", "lane")]),
     ("gateway_first_tokens_judged", "Interactive jobs ended today: was the first token in time, and from which model.",
      "first_token", [("model", "model"), ("first_token", "")]),
     ("gateway_prompt_tokens", "Prompt tokens today, by whether they were in the runtime's cache.", "tokens_in",

@@ -126,6 +126,7 @@ class JobRecord(_Hash):
     losses: int = 0
     held_ms: int = 0  # how long attempts that were put back or moved held slots
     promotions: int = 0
+    put_backs: int = 0  # times that it was stopped and put back, as batch work, for interactive work
     seen: bool = False
     owner: str = ""  # host that holds it
     boot: str = ""
@@ -186,6 +187,7 @@ class ModelOnHost(_Hash):
     slots_total: int = 0
     slots_used: int = 0
     slots_settling: int = 0
+    slots_yielding: int = 0  # of those used, by batch work that is put back where people would miss their deadline
     first_token_ms: float = 0  # last measured, 0 = never
     first_token_ewma_ms: float = 0
     memory_bytes: int = 0

@@ -288,6 +288,7 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "TRUSTZONE": errors.TrustZoneRefused,
     "CALLERBUSY": errors.CallerBusy,
     "UNJUDGED": errors.Unjudged,
+    "NOTPUTBACK": errors.NotPutBack,
     "IDEMMISMATCH": errors.IdempotencyMismatch,
     "SEEN": errors.BadTransition,
     "DOWNGRADES": errors.DowngradesCapped,
@@ -300,7 +301,8 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
     word, _, rest = text.partition(" ")
     rest = rest.split(" script: ")[0]
     if word == "LANEFULL":
-        return errors.LaneFull(rest.rpartition(":")[2])
+        lane, _, before = rest.rpartition(":")[2].partition(" ")
+        return errors.LaneFull(lane, before=int(before or 0))
     if word == "CALLERSHARE":
         return errors.CallerShare(rest)
     if word == "CALLERLIMIT":

@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from broker import continuing, dispatch, errors, hosts, jobs, lanes
@@ -17,7 +16,9 @@ from broker.trust.secrets import CannotScan
 from workers.attempt import Attempt, Ended, Limits
 from workers.learned import definition_of
 from workers.picture import LanePicture
+from workers.put_back import PutBacks
 from workers.rates import Answer, Rates
+from workers.shares import Charge, Shares
 from workers.stream_client import StreamClient
 from workers.swaps import Swaps
 from workers.waker import Waker
@@ -65,6 +66,10 @@ class Dispatcher:
         self._rates: dict[str, Rates] = {}
         self._unlearned: set[str] = set()
         self._told_early: set[tuple[str, int]] = set()
+        self._shares = Shares(picture)
+        self._put_backs = PutBacks(
+            store, self.attempts, tasks=tasks, now_ms=fleet.now_ms, again=lambda: self.dispatch()
+        )
         self._held_back: dict[str, float] = {}  # callers that run as many jobs as they may -> until when
         self._renew_now = asyncio.Event()
         self._end: errors.BrokerError | None = None
@@ -103,13 +108,20 @@ class Dispatcher:
                     contended=self._picture.anyone_waits(active.lanes_of(name)),
                     now_s=self._loop.time(),
                 )
+                charge = self._shares.charge(name, job, cached=waker.slots.cached_for(_user(job)))
                 self.claiming += 1
                 serving = self._tasks.create_task(
-                    self._serve(waker, job, slot, new_session=new_session), name=f"attempt {job.job}"
+                    self._serve(waker, job, slot, charge, new_session=new_session), name=f"attempt {job.job}"
                 )
                 self._serving.add(serving)
                 serving.add_done_callback(self._serving.discard)
                 self._swaps.look()  # that may have been the last of its batch
+            if waker.willing and not waker.slots.free:
+                self._make_way(name, waker, active)
+
+    def yielding(self, name: str) -> int:
+        """How many slots of a model batch work holds that is put back for people."""
+        return self._put_backs.count(name)
 
     def stop_attempts(self, why: errors.BrokerError) -> None:
         """Ends every attempt, those of claims under way too: unseen jobs go back to their lanes, seen ones are told
@@ -156,17 +168,14 @@ class Dispatcher:
         """Closes idle connections to the runtimes."""
         if self._again is not None:
             self._again.cancel()
+        self._put_backs.close()
         self._client.close()
 
     def _choose(self, name: str, waker: Waker, active: Active) -> Waiting | None:
-        waiting = self._picture.waiting(active.lanes_of(name))
-        now_ms = int(time.time() * 1000) + self._fleet.skew_ms
-        if self._held_back:
-            now = self._loop.time()
-            self._held_back = {caller: until for caller, until in self._held_back.items() if until > now}
-            waiting = (w for w in waiting if w.caller not in self._held_back)
+        now_ms = self._fleet.now_ms()
+        waiting = self._eligible(name, waker, active)
         return dispatch.choose(
-            (w for w in waiting if waker.state == "warm" or _takes_degraded(w, active)),
+            waiting,
             free=waker.slots.free,
             total=waker.slots.total,
             now_ms=now_ms,
@@ -176,6 +185,28 @@ class Dispatcher:
             cached=waker.slots.ready(),
             open_slots=waker.slots.open(self._loop.time()),
             elsewhere=self._fleet.picture.sessions_elsewhere(name, self._host),
+            levels=self._shares.levels(name, active.lanes_of(name), but=self._held_back.keys()),
+        )
+
+    def _eligible(self, name: str, waker: Waker, active: Active) -> Iterable[Waiting]:
+        """The jobs that wait for a model and may have a slot of it now."""
+        waiting: Iterable[Waiting] = self._picture.waiting(active.lanes_of(name))
+        if self._held_back:
+            now = self._loop.time()
+            self._held_back = {caller: until for caller, until in self._held_back.items() if until > now}
+            waiting = (w for w in waiting if w.caller not in self._held_back)
+        return waiting if waker.state == "warm" else (w for w in waiting if _takes_degraded(w, active))
+
+    def _make_way(self, name: str, waker: Waker, active: Active) -> None:
+        if not self._put_backs.count(name):
+            return
+        rates = self._rates_of(waker)
+        self._put_backs.look(
+            waker,
+            self._eligible(name, waker, active),
+            active,
+            first_token_ms=waker.readiness.first_token_ewma_ms,
+            prefill_tps=rates.prefill_tps,
         )
 
     def _look_again(self, waker: Waker, active: Active) -> None:
@@ -197,14 +228,15 @@ class Dispatcher:
         self._again = None
         self.dispatch()
 
-    async def _serve(self, waker: Waker, job: Waiting, slot: int, *, new_session: bool) -> None:
-        clean, tokens, estimate, served = True, 0, 0, False
+    async def _serve(self, waker: Waker, job: Waiting, slot: int, charge: Charge, *, new_session: bool) -> None:
+        clean, tokens, estimate, served, keep = True, 0, 0, False, True
         try:
             try:
                 attempt = await self._claim(waker, job, slot)
             finally:
                 self.claiming -= 1
             if attempt is None:
+                charge.give_back()
                 return
             served = True
             if self._end is not None:
@@ -219,13 +251,19 @@ class Dispatcher:
                 ended = await attempt.run()
             finally:
                 del self.attempts[held]
+                put_back = self._put_backs.over(held)
             clean, tokens = ended.clean, _cached_tokens(ended)
             estimate = job.tokens + (ended.usage or {}).get("completion_tokens", 0) if tokens else 0
             self._learn(waker, ended, new_session=new_session)
+            if put_back or ended.outcome == "released":
+                charge.give_back()
+            else:
+                charge.settle(ended.usage)
+            keep = self._shares.may_wait(waker.name, job, self._book.active.lanes_of(waker.name))
         finally:
             if served:
                 self._held_back.pop(job.caller, None)
-            waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served)
+            waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served, keep=keep)
             self.dispatch()
 
     async def _claim(self, waker: Waker, job: Waiting, slot: int) -> Attempt | None:

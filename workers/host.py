@@ -226,7 +226,10 @@ class Host:
 
     async def _beat(self, *, take: bool) -> None:
         version = self._book.active.version if self._book.present else 0
-        told = {name: waker.told(version) for name, waker in self.residents.wakers.items()}
+        told = {
+            name: replace(waker.told(version), slots_yielding=self.dispatcher.yielding(name))
+            for name, waker in self.residents.wakers.items()
+        }
         if self.draining or self.drained:  # nobody should count on its slots any more
             told = {name: replace(model, slots_total=0) for name, model in told.items()}
         await hosts.beat(self._store, self._record(), told, take=take)

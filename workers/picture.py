@@ -2,11 +2,14 @@
 
 The picture may be stale; the claim script is the judge. An entry that was refused once is never claimable again (a job
 that goes back to wait gets a new entry), so it is remembered and not asked for twice.
+
+A caller that floods a lane fills the picture; of every other one the first few jobs are kept all the same, or it could
+not be served before the flood is over, however little it has had.
 """
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 from broker import errors, lanes
@@ -17,6 +20,11 @@ log = logging.getLogger("warmlane.picture")
 
 KEPT_INTERACTIVE = 256
 KEPT_BATCH = 64
+KEPT_EACH = 4
+"""Of each caller so many jobs are kept where the lane holds more than the picture, in a picture of at most twice its
+size."""
+
+PAGE = KEPT_INTERACTIVE * 2
 SPENT_KEPT = 20_000
 RESYNC_EVERY_S = 5.0
 SHORT_LOOK_S = 0.2
@@ -28,6 +36,7 @@ class LanePicture:
 
     def __init__(self) -> None:
         self._lanes: dict[str, OrderedDict[str, Waiting]] = {}
+        self._callers: dict[str, Counter[tuple[str, str]]] = {}  # lane -> priority and caller -> jobs
         self._spent: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._truncated: set[str] = set()
         self._heard: dict[str, list[Waiting]] = {}  # since the look at a lane that is under way
@@ -36,10 +45,10 @@ class LanePicture:
         """Says which lanes count from now on."""
         wanted = set(lanes)
         for gone in self._lanes.keys() - wanted:
-            del self._lanes[gone]
+            del self._lanes[gone], self._callers[gone]
             self._truncated.discard(gone)
         for new in wanted - self._lanes.keys():
-            self._lanes[new] = OrderedDict()
+            self._clear(new)
 
     def lanes(self) -> list[str]:
         """The lanes that count."""
@@ -52,29 +61,38 @@ class LanePicture:
             return
         if job.lane in self._heard:
             self._heard[job.lane].append(job)
-        if len(lane) >= (KEPT_BATCH if job.priority == "batch" else KEPT_INTERACTIVE):
+        callers, whose = self._callers[job.lane], (job.priority, job.caller)
+        kept = KEPT_BATCH if job.priority == "batch" else KEPT_INTERACTIVE
+        if len(lane) >= kept and (callers[whose] >= KEPT_EACH or len(lane) >= 2 * kept):
             self._truncated.add(job.lane)
             return
         lane[job.entry] = job
+        callers[whose] += 1
 
     def before_look(self, lane: str) -> None:
         """Says that the stream is about to be read: what is heard until `replace` may be newer than what is read."""
         self._heard[lane] = []
 
-    def replace(self, lane: str, jobs: Iterable[Waiting]) -> None:
-        """Takes what the stream itself says about one lane."""
+    def replace(self, lane: str, jobs: Iterable[Waiting], *, up_to: str = "") -> None:
+        """Takes what the stream itself says about one lane, up to the entry where the look at it ended; "" = it was
+        read to its end. What was heard of beyond that stays."""
         if lane not in self._lanes:
             return
-        self._lanes[lane] = OrderedDict()
-        self._truncated.discard(lane)
-        for job in [*jobs, *self._heard.pop(lane, ())]:
+        beyond = [job for job in self._lanes[lane].values() if up_to and _place(job.entry) > _place(up_to)]
+        self._clear(lane)
+        if up_to:
+            self._truncated.add(lane)
+        for job in [*jobs, *beyond, *self._heard.pop(lane, ())]:
             self.add(job)
 
     def spend(self, job: Waiting) -> None:
         """Notes that this entry is tried, and not to be tried again."""
         lane = self._lanes.get(job.lane)
-        if lane is not None:
-            lane.pop(job.entry, None)
+        if lane is not None and lane.pop(job.entry, None) is not None:
+            callers, whose = self._callers[job.lane], (job.priority, job.caller)
+            callers[whose] -= 1
+            if not callers[whose]:
+                del callers[whose]
         self._spent[(job.lane, job.entry)] = None
         if len(self._spent) > SPENT_KEPT:
             self._spent.popitem(last=False)
@@ -89,6 +107,14 @@ class LanePicture:
         for lane in lanes:
             yield from self._lanes.get(lane, {}).values()
 
+    def callers(self, lanes: Iterable[str]) -> dict[str, set[str]]:
+        """Whose jobs are known to wait in these lanes, by priority."""
+        found: dict[str, set[str]] = {}
+        for lane in lanes:
+            for priority, caller in self._callers.get(lane, ()):
+                found.setdefault(priority, set()).add(caller)
+        return found
+
     def anyone_waits(self, lanes: Iterable[str]) -> bool:
         """Whether a job is known to wait in any of these lanes."""
         return any(self._lanes.get(lane) for lane in lanes)
@@ -96,6 +122,10 @@ class LanePicture:
     def short(self) -> list[str]:
         """Lanes that hold more than the picture, and whose picture has run low: look again."""
         return [lane for lane in self._truncated if len(self._lanes.get(lane, ())) < KEPT_BATCH // 2]
+
+    def _clear(self, lane: str) -> None:
+        self._lanes[lane], self._callers[lane] = OrderedDict(), Counter()
+        self._truncated.discard(lane)
 
 
 class Tails:
@@ -157,10 +187,20 @@ class Tails:
                 key = self._store.keys.lane(lane)
                 newest = await self._store.command("XREVRANGE", key, "+", "-", "COUNT", 1)
                 going[lane] = newest[0][0].decode() if newest else "0-0"
-                await self._look(lane)
+                await self._look(lane, whole=True)
         return going
 
-    async def _look(self, lane: str) -> None:
+    async def _look(self, lane: str, *, whole: bool = False) -> None:
+        """Reads the oldest entries of a lane; `whole` = page by page to its end, for callers that came late."""
         self._picture.before_look(lane)
-        found = [job async for job in lanes.waiting_entries(self._store, lane, limit=KEPT_INTERACTIVE * 2)]
-        self._picture.replace(lane, found)
+        found = [job async for job in lanes.waiting_entries(self._store, lane, limit=PAGE)]
+        page = found
+        while whole and len(page) == PAGE:
+            page = [job async for job in lanes.waiting_entries(self._store, lane, limit=PAGE, after=page[-1].entry)]
+            found += page
+        self._picture.replace(lane, found, up_to=page[-1].entry if len(page) == PAGE else "")
+
+
+def _place(entry: str) -> tuple[int, int]:
+    ms, _, number = entry.partition("-")
+    return int(ms), int(number or 0)

@@ -85,6 +85,12 @@ class Slots:
         """Whether any slot has the session's prompt, free or not."""
         return session in self._slots_of
 
+    def cached_for(self, user: str) -> int:
+        """How much of its session's prompt is in the slot that a user has just taken, in the api's estimate."""
+        held = self._held[user]
+        before, now = held.before, self._cached.get(held.number)
+        return before.estimate if before is not None and now is not None and before.session == now.session else 0
+
     def open(self, now_s: float) -> int:
         """Free slots that anybody may have: none of those that are kept for their session."""
         return self.free - sum(until > now_s for until in self._kept.values())
@@ -125,11 +131,19 @@ class Slots:
         return number
 
     def give_back(
-        self, user: str, *, clean: bool, now_s: float, tokens: int = 0, estimate: int = 0, served: bool = True
+        self,
+        user: str,
+        *,
+        clean: bool,
+        now_s: float,
+        tokens: int = 0,
+        estimate: int = 0,
+        served: bool = True,
+        keep: bool = True,
     ) -> None:
         """Takes the slot back; not clean = the runtime may still be at it. `tokens` = what its cache should hold now,
         0 = not known, `estimate` the same with the prompt in the api's estimate; not served = the runtime never heard
-        of the user. After a long prompt the slot is kept for its session for KEEP_S."""
+        of the user. After a long prompt the slot is kept for its session for KEEP_S, unless `keep` says no."""
         held = self._held.pop(user, None)
         if held is None:
             return
@@ -142,7 +156,7 @@ class Slots:
         if cached is None or not tokens:
             return None
         self._cached[number] = replace(cached, tokens=tokens, estimate=estimate, used_s=now_s)
-        if clean and tokens >= KEEP_TOKENS and cached.row < ROW_MAX:
+        if keep and clean and tokens >= KEEP_TOKENS and cached.row < ROW_MAX:
             self._kept[number] = now_s + KEEP_S
         return None
 

@@ -56,11 +56,15 @@ class Waker(ModelHere):
         self._no_room_until_s = 0.0
 
     @property
+    def willing(self) -> bool:
+        """Whether it takes jobs, if it has a slot for them."""
+        leads_elsewhere = _leads(self.wanted_model) != _leads(self.model)  # it waits for the one that the policy means
+        return self.resident and not self.upkeep.suspected and not self.going and not leads_elsewhere
+
+    @property
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
-        leads_elsewhere = _leads(self.wanted_model) != _leads(self.model)  # it waits for the one that the policy means
-        willing = self.resident and not self.upkeep.suspected and not self.going and not leads_elsewhere
-        return willing and self.slots.free > 0
+        return self.willing and self.slots.free > 0
 
     def kick(self) -> None:
         """Has the state looked at now."""
@@ -157,11 +161,13 @@ class Waker(ModelHere):
         else:
             self.upkeep.suspect(pause_s=refusal.pause_s)
 
-    def released(self, job_id: str, *, clean: bool, tokens: int = 0, estimate: int = 0, served: bool = True) -> None:
+    def released(
+        self, user: str, *, clean: bool, tokens: int = 0, estimate: int = 0, served: bool = True, keep: bool = True
+    ) -> None:
         """Takes a slot back from a job that ended; `tokens` = what the slot's cache should hold now, `estimate` the
-        same with the prompt in the api's estimate."""
+        same with the prompt in the api's estimate; `keep` = it may wait a moment for its session."""
         now = self._loop.time()
-        self.slots.give_back(job_id, clean=clean, now_s=now, tokens=tokens, estimate=estimate, served=served)
+        self.slots.give_back(user, clean=clean, now_s=now, tokens=tokens, estimate=estimate, served=served, keep=keep)
         if not self.slots.using:
             self._idle_since_s = self._loop.time()
         if not clean:

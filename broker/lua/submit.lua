@@ -118,7 +118,7 @@ else
   redis.call("ZADD", KEYS[4], ms(earliest(promote_at, give_up_at, abandon_at)), id)
 end
 set("state", state)
-if not_before <= now then note_active(root, named.lane, who, now) end
+if not_before <= now then note_place(root, named.lane, who, now) end
 hold_waiting(root, who, named.lane, id, state)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])

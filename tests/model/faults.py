@@ -97,6 +97,24 @@ FAULTS = [
         "",
     ),
     Fault(
+        "a job is put back for ever",
+        ("release",),
+        r"tonumber\(told\[1\] or 0\) >= put_backs_max or ",
+        "",
+    ),
+    Fault(
+        "a job is put back that gives up",
+        ("release",),
+        r" or tonumber\(told\[2\]\) < now \+ tonumber\(ARGV\[15\]\) then",
+        " then",
+    ),
+    Fault(
+        "a put-back is not counted",
+        ("release",),
+        r"if put_backs_max > 0 then redis\.call\(\"HINCRBY\".*\n",
+        "",
+    ),
+    Fault(
         "another model finishes the sentence",
         ("promote",),
         r"if tonumber\(f\[10\] or 0\) > 0 then return .*\n",
@@ -155,6 +173,12 @@ FAULTS = [
         ("submit",),
         r"return redis\.call\(\"ZLEXCOUNT\", (root \.\. \"waits:\" \.\. caller), .*\n",
         r'return redis.call("ZCARD", \1)\n',
+    ),
+    Fault(
+        "who is in line is overtaken",
+        ("submit",),
+        r"if full or \(waits >= .* <= before\) then",
+        "if full then",
     ),
     Fault(
         "who was refused is forgotten",

@@ -45,6 +45,8 @@ DRAWN: dict[str, st.SearchStrategy[dict[str, Any]]] = {}
 Call = Callable[[], Awaitable[Any]]
 Expected = type[errors.BrokerError] | None
 GOES_ON_WITHIN_MS = 2_000
+PUT_BACK_LEFT_MS = 1_000
+LINE_MS = 31_000
 TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
 BEGUN = ("submit", "claim", "first_token", "emit")
@@ -110,6 +112,7 @@ class Verbs(RuleBasedStateMachine):
         self.held: list[Holding] = []
         self.bodies: dict[str, bytes] = {}
         self.wanted: dict[tuple[str, str], int] = {}  # lane and caller -> when it last asked for a place there
+        self.lines: dict[str, dict[str, int]] = {}  # lane -> caller without a place there -> since when it is in line
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
         self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
@@ -143,7 +146,7 @@ class Verbs(RuleBasedStateMachine):
                 self.unheard[i] = ""
         broken = []
         changed = before.marks(after)
-        if refusal is not None and any(":active:" not in name for name in changed):
+        if refusal is not None and any(":active:" not in name and ":line:" not in name for name in changed):
             broken.append(f"promise 8: {what} was refused with {refusal.code} and left a mark on {', '.join(changed)}")
         if not marks and changed:
             broken.append(f"{what} changed {', '.join(changed)}")
@@ -212,8 +215,28 @@ class Verbs(RuleBasedStateMachine):
         return len(sharers) > 1 and own >= max(1, places // len(sharers))
 
     def full(self, lane: Lane) -> bool:
-        waiting = self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
-        return waiting >= bound(self.now, self.world.book.active, lane.name)
+        return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name)
+
+    def waiting(self, lane: Lane) -> int:
+        return self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
+
+    def places_are_others(self, who: str, lane: Lane) -> bool:
+        """Whether no slot is free and the places left belong to callers before this one: the rule once more."""
+        places, waiting = bound(self.now, self.world.book.active, lane.name), self.waiting(lane)
+        line = [other for other in self.lines.get(lane.name, {}) if self.stays_in_line(other, lane.name)]
+        before = line.index(who) if who in line else len(line)
+        return waiting >= places - lane.max_queue and places - waiting <= before
+
+    def stays_in_line(self, who: str, lane: str) -> bool:
+        asked = self.wanted.get((lane, who), -LINE_MS) > self.world.now - LINE_MS
+        return asked and not any(place.startswith(f"{lane}/") for place in self.now.waits(who))
+
+    def lines_up(self, who: str, lane: str) -> None:
+        """Behind those that still are in line; several that came in one moment stand by their names."""
+        if not any(place.startswith(f"{lane}/") for place in self.now.waits(who)):
+            line = {c: at for c, at in self.lines.get(lane, {}).items() if self.stays_in_line(c, lane)}
+            line.setdefault(who, self.world.now)
+            self.lines[lane] = dict(sorted(line.items(), key=lambda one: (one[1], one[0])))
 
     # -- clients --
 
@@ -257,6 +280,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.LaneFull
         elif not twin and not later and self.has_its_share(who, into):
             expected = errors.CallerShare
+        elif not twin and not later and self.places_are_others(who, into):
+            expected = errors.LaneFull
         elif not twin and into.model != asked.model and not may_downgrade(self.now, active, asked.model, None):
             expected = errors.DowngradesCapped
         before = self.now
@@ -278,8 +303,8 @@ class Verbs(RuleBasedStateMachine):
             expected,
             marks=not twin,
         )
-        if not later and (expected in (errors.LaneFull, errors.CallerShare) or (expected is None and not twin)):
-            self.wanted[lane, who] = w.now
+        if not later and not (expected is None and twin):
+            self.noted(who, lane, expected)
         if got is None:
             return
         assert got.job_id == (twin or record.id) and got.attached == bool(twin)
@@ -524,6 +549,27 @@ class Verbs(RuleBasedStateMachine):
             assert got == ("failed" if loss and job.losses >= 1 else "queued")
             self.waits_to_go_on(job, put_back=got == "queued")
 
+    @takes(pick=picks)
+    def put_back(self, pick: int) -> None:
+        held, job = self.some_hold(pick, State.CLAIMED, State.STREAMING)
+        expected = self.fenced(held, job)
+        if expected is None and self.stands(job):
+            expected = errors.BadTransition
+        elif expected is None and (
+            job.put_backs >= jobs.PUT_BACK_MAX or job.give_up_at < self.world.now + PUT_BACK_LEFT_MS
+        ):
+            expected = errors.NotPutBack
+        self.act(
+            f"put_back {job.state}, put back {job.put_backs} times",
+            lambda: jobs.put_back(self.world.store, held, left_ms=PUT_BACK_LEFT_MS),
+            expected,
+        )
+        if expected is None:
+            now = self.now.jobs[job.id]
+            if (now.state, now.put_backs, now.losses) != (State.QUEUED, job.put_backs + 1, job.losses):
+                raise Broken(f"put back, and not counted so: {now}")
+            self.waits_to_go_on(job, put_back=True)
+
     def stands(self, job: JobRecord) -> bool:
         """Whether a client has been given a part of the answer, so that it may not start again."""
         return job.seen and bool(self.said.get(job.id)) and (job.state is State.STREAMING or job.continues > 0)
@@ -619,11 +665,22 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.LaneFull
         elif self.has_its_share(job.caller, lane):
             expected = errors.CallerShare
-        if expected in (errors.LaneFull, errors.CallerShare, None):
-            self.wanted[lane.name, job.caller] = w.now
+        elif self.places_are_others(job.caller, lane):
+            expected = errors.LaneFull
         self.act(
             f"release_due {job.state}", lambda: lanes.release_due(w.store, w.book.active, w.fleet, job, lane), expected
         )
+        self.noted(job.caller, lane.name, expected)
+
+    def noted(self, who: str, lane: str, refused: Expected) -> None:
+        """What is remembered of somebody who asked for a place now, and got it or not."""
+        if refused not in (errors.LaneFull, errors.CallerShare, None):
+            return
+        if refused is errors.LaneFull:
+            self.lines_up(who, lane)
+        elif refused is None:
+            self.lines.get(lane, {}).pop(who, None)
+        self.wanted[lane, who] = self.world.now
 
     @takes(pick=picks)
     def postpone(self, pick: int) -> None:
@@ -715,24 +772,26 @@ class Verbs(RuleBasedStateMachine):
             for reader in again:
                 self.rejoin(self.pick_of(job_id), reader, b"")
 
-    @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans())
-    def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool) -> None:
-        """One has filled a lane alone; another is refused, and then the first asks for the place that becomes free."""
+    @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans(), alone=st.booleans())
+    def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool, alone: bool) -> None:
+        """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before
+        asks for the place that becomes free."""
         asked = asked | PLAIN | {"lane": lane, "spills": False}
         into = self.world.book.active.lane(lane)
         if into is None or self.full(into):
             return
         before = len(self.ids)
-        for _ in range(8):  # no lane here has more places
+        for number in range(8):  # no lane here has more places
             if not self.full(into):
-                self.submit(**asked | {"who": "ann"})
+                self.submit(**asked | {"who": "ann" if alone else f"ann{number}"})
         if len(self.ids) == before:
             return
         last = self.ids[-1]
         self.submit(**asked | {"who": "cid"})
         if leaves:
             self.cancel(self.pick_of(last), "")
-        self.do([("submit", asked | {"who": who}) for who in ("ann", "cid", "ann")])
+        first = self.now.jobs[last].caller
+        self.do([("submit", asked | {"who": who}) for who in (first, "cid", first)])
 
     @rule(steps=several("attach", "detach", "cancel", "rejoin"))
     def clients_read(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
@@ -748,7 +807,11 @@ class Verbs(RuleBasedStateMachine):
             self.judge(**judge | {"pick": pick})
             self.claim(**claim | {"pick": pick, "confused": ""})
 
-    @rule(steps=several("claim", "judge", "first_token", "first_token", "emit", "end", "end", "release", "renew"))
+    @rule(
+        steps=several(
+            "claim", "judge", "first_token", "first_token", "emit", "end", "end", "release", "put_back", "renew"
+        )
+    )  # fmt: skip
     def workers_work(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
 
@@ -797,6 +860,21 @@ class Verbs(RuleBasedStateMachine):
             self.world.now += GOES_ON_WITHIN_MS
             self.do(meanwhile)
         self.do([straight(("claim", taken)), *then, *then])
+
+    @rule(
+        served=st.tuples(*(DRAWN[name] for name in SERVED)), shown=st.sampled_from([0, 0, 1, 2]),
+        times=st.integers(1, 4),
+        late=several("end", "emit", "put_back", "attach", "recover"),
+    )  # fmt: skip
+    def a_job_makes_way(
+        self, served: tuple[dict[str, Any], ...], shown: int, times: int, late: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        """It runs, is put back, runs again; and its old attempts still have a word."""
+        submitted, claimed, *more = zip(SERVED, served, strict=True)
+        calm = {"key": "", "stale": False, "later": 0, "limits": (0, 0)}
+        self.do([(submitted[0], submitted[1] | calm)])
+        for _ in range(times):
+            self.do([straight(claimed), *map(straight, more[:shown]), ("put_back", {"pick": 0}), *late])
 
     @rule(moved=st.tuples(*(DRAWN[name] for name in MOVED)), held=st.booleans())
     def a_job_is_moved(self, moved: tuple[dict[str, Any], ...], held: bool) -> None:

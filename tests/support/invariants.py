@@ -209,7 +209,7 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
         ):
             if getattr(was, name) != getattr(now, name):
                 found.append(f"{name} of job {job_id} moved from {getattr(was, name)} to {getattr(now, name)}")
-        for name in ("attempt", "losses", "promotions", "seen", "continues"):
+        for name in ("attempt", "losses", "promotions", "put_backs", "seen", "continues"):
             if getattr(now, name) < getattr(was, name):
                 found.append(f"{name} of job {job_id} went back from {getattr(was, name)} to {getattr(now, name)}")
         # put back and then cancelled, a job keeps its attempt and loses its log: only these three were never put back
@@ -479,6 +479,7 @@ _MUST_EXPIRE = (
     "host:<host>",
     "usage:<day>",
     "active:<lane>",
+    "line:<lane>",
     "spent:<caller>:<day>",
     "usage:<day>:<caller>:<lane>:<model>:<model>",
 )

@@ -40,7 +40,8 @@ def miscounted(before: dict[str, JobRecord], after: dict[str, JobRecord], was: C
                 wanted[_by(old), "running_ms"] += job.promoted_at - old.claimed_at
         elif old.state in HELD and job.state is State.QUEUED:
             recovered = "recovered/continued" if job.continue_by else "recovered/queued"
-            wanted[_by(old), recovered if change[_by(old), recovered] else "released"] += 1
+            given_back = "put_back" if job.put_backs > old.put_backs else "released"
+            wanted[_by(old), recovered if change[_by(old), recovered] else given_back] += 1
             wanted[_by(old), "running_ms"] += job.held_ms - old.held_ms  # no record tells when that was
     wanted = Counter({key: amount for key, amount in wanted.items() if amount})
     if wanted == change:

@@ -9,26 +9,31 @@ from hypothesis import strategies as st
 
 from broker.dispatch import (
     INTERACTIVE_MEMORY_MS,
+    STOP_MS,
     UNKNOWN_SERVICE_MS,
     ModelView,
     choose,
     first_token_in_ms,
     foretold_ms,
+    in_need,
     promotion_helps,
     ready_in_ms,
     retry_after_s,
     waiting_is_pointless,
 )
+from broker.fairness import Levels
 from broker.records import Waiting
 
 NOW = 1_000_000
 WARM = ModelView("warm", slots_total=2, slots_free=2, service_ms=1_000, load_ms=8_000, first_token_ms=300)
 
 
-def job(name: str, *, age_ms: int = 0, slack_ms: int | None = None, batch: bool = False, session: str = "") -> Waiting:
+def job(
+    name: str, *, age_ms: int = 0, slack_ms: int | None = None, batch: bool = False, session: str = "", caller: str = ""
+) -> Waiting:
     return Waiting(
         job=name, lane="big", entry="1-1", submitted=NOW - age_ms, priority="batch" if batch else "interactive",
-        session=session,
+        caller=caller, session=session,
         promote_at=0 if slack_ms is None else NOW + slack_ms,
     )  # fmt: skip
 
@@ -80,6 +85,47 @@ def test_a_session_is_led_back_to_its_cached_prompt(
         assert (found and found.job) == chosen, why
 
 
+SERVED = {
+    "interactive": Levels({"less": 100.0, "more": 150.0, "most": 301.0}, 300.0),
+    "batch": Levels({"less": 900.0, "most": 0.0}, 100.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("why", "waiting", "chosen"),
+    [
+        ("the least served before an older one", [job("m", age_ms=99, caller="more"), job("l", caller="less")], "l"),
+        ("age among the jobs of one", [job("l1", caller="less"), job("l2", age_ms=1, caller="less")], "l2"),
+        ("a near deadline first", [job("l", caller="less"), job("m", slack_ms=9, caller="more")], "m"),
+        ("a cached prompt first", [job("l", caller="less"), job("m", session="s", caller="more")], "m"),
+        ("no near deadline of one that is ahead", [job("m", slack_ms=9, caller="most"), job("l", caller="less")], "l"),
+        ("no cached prompt of one that is ahead", [job("m", session="s", caller="most"), job("l", caller="less")], "l"),
+        ("alone it may be ahead", [job("m", slack_ms=9, caller="most")], "m"),
+        (
+            "each priority has its own",
+            [job("m", age_ms=9, batch=True, caller="most"), job("l", age_ms=99, batch=True, caller="less")],
+            "m",
+        ),
+        (
+            "people before whoever is behind in batch work",
+            [job("b", batch=True, caller="most"), job("i", caller="most")],
+            "i",
+        ),
+    ],
+)
+def test_the_least_served_caller_goes_first_among_equals(why: str, waiting: list[Waiting], chosen: str) -> None:
+    for order in (waiting, waiting[::-1]):
+        found = choose(order, free=2, total=2, now_ms=NOW, service_ms=1_000, cached={"s"}, levels=SERVED)
+        assert found is not None and found.job == chosen, why
+
+
+def test_a_kept_slot_is_not_for_the_session_of_one_that_is_ahead() -> None:
+    facts = {"free": 1, "total": 1, "now_ms": NOW, "service_ms": 1_000, "cached": {"s"}, "open_slots": 0}
+    greedy, modest = job("m", session="s", caller="most"), job("l", session="s", caller="less")
+    assert choose([greedy], levels=SERVED, **facts) is None  # type: ignore[arg-type]
+    assert choose([greedy, modest], levels=SERVED, **facts) == modest  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("free", "total", "interactive_at", "active", "batch_runs"),
     [
@@ -103,9 +149,11 @@ def test_the_slot_that_is_kept_for_people(
     assert (choose([job("i"), job("b", batch=True)], **facts) is not None) is (free > 0)
 
 
+TOKENS = st.integers(0, 3).map(float)
 JOBS = st.builds(
     job, st.text("abcdef", min_size=1, max_size=3), age_ms=st.integers(0, 50),
     slack_ms=st.none() | st.integers(-9, 2_000), batch=st.booleans(), session=st.sampled_from(["", "s", "t"]),
+    caller=st.sampled_from("abc"),
 )  # fmt: skip
 
 
@@ -125,21 +173,38 @@ def test_the_choice_depends_on_the_facts_only(waiting: list[Waiting], rng: objec
 @given(
     st.lists(JOBS, unique_by=lambda j: j.job), st.sampled_from([None, 0, 1]), st.frozensets(st.sampled_from("st")),
     st.frozensets(st.sampled_from("st")),
+    st.dictionaries(
+        st.sampled_from(["interactive", "batch"]),
+        st.builds(Levels, st.fixed_dictionaries(dict.fromkeys("abc", TOKENS)), TOKENS),
+    ),
 )  # fmt: skip
 def test_the_choice_is_the_first_of_all_in_order(
-    waiting: list[Waiting], open_slots: int | None, cached: frozenset[str], elsewhere: frozenset[str]
+    waiting: list[Waiting],
+    open_slots: int | None,
+    cached: frozenset[str],
+    elsewhere: frozenset[str],
+    levels: dict[str, Levels],
 ) -> None:
     """Whatever is passed over quickly would not have been first."""
 
+    def level(job: Waiting) -> float:
+        return levels[job.priority].of[job.caller] if job.priority in levels else 0.0
+
+    def ahead(job: Waiting) -> bool:
+        return job.priority in levels and level(job) > levels[job.priority].ahead_above
+
     def urgent(job: Waiting) -> bool:
-        return job.promote_at > 0 and job.promote_at - NOW < 1_000
+        return job.promote_at > 0 and job.promote_at - NOW < 1_000 and not ahead(job)
+
+    def known(job: Waiting) -> bool:
+        return job.session in cached and not ahead(job)
 
     def may_go(job: Waiting) -> bool:
-        return job.session in cached or urgent(job) or (open_slots != 0 and job.session not in elsewhere)
+        return known(job) or urgent(job) or (open_slots != 0 and job.session not in elsewhere)
 
     def order(job: Waiting) -> tuple[object, ...]:
         when = job.promote_at if urgent(job) else 0
-        return (job.priority == "batch", not urgent(job), when, job.session not in cached, job.submitted, job.job)
+        return (job.priority == "batch", not urgent(job), when, not known(job), level(job), job.submitted, job.job)
 
     found = choose(
         waiting,
@@ -150,6 +215,7 @@ def test_the_choice_is_the_first_of_all_in_order(
         open_slots=open_slots,
         cached=cached,
         elsewhere=elsewhere,
+        levels=levels,
     )
     assert found == min(filter(may_go, waiting), key=order, default=None)
 
@@ -323,6 +389,10 @@ def test_when_to_come_back(view: ModelView, seconds: int) -> None:
     assert retry_after_s(view) == seconds
 
 
+def test_who_is_in_line_comes_back_when_it_is_its_turn() -> None:
+    assert retry_after_s(replace(WARM, service_ms=7_000), before=2) == 11
+
+
 @given(
     st.sampled_from(["warm", "degraded", "waking", "cold", "unavailable"]), st.integers(0, 9), st.floats(0, 1e9),
     st.floats(0, 1e9),
@@ -330,3 +400,36 @@ def test_when_to_come_back(view: ModelView, seconds: int) -> None:
 def test_the_answer_is_always_between_one_and_thirty(state: str, slots: int, service: float, load: float) -> None:
     view = ModelView(state, slots_total=slots, service_ms=service, load_ms=load)  # type: ignore[arg-type]
     assert 1 <= retry_after_s(view) <= 30
+
+
+@pytest.mark.parametrize(
+    ("why", "waiting", "need", "next_in_ms"),
+    [
+        ("nobody waits", [], 0, None),
+        ("a deadline that a stop now just keeps", [job("a", slack_ms=STOP_MS + 300)], 1, None),
+        ("a moment later is time enough", [job("a", slack_ms=STOP_MS + 301)], 0, 1),
+        ("one that has passed", [job("a", slack_ms=-5)], 1, None),
+        ("the budget of its lane, where it has no fallback", [job("a", age_ms=7_700)], 1, None),
+        ("the next of several", [job("a"), job("b", age_ms=500), job("c", slack_ms=0)], 1, 7_200),
+        ("batch work has none", [job("a", slack_ms=0, batch=True)], 0, None),
+    ],
+)
+def test_who_is_in_need_of_a_slot(why: str, waiting: list[Waiting], need: int, next_in_ms: int | None) -> None:
+    found = in_need(waiting, now_ms=NOW, budgets_ms={"big": 10_000}, first_token_ms=300, prefill_tps=1_000)
+    assert found == (need, None if next_in_ms is None else NOW + next_in_ms), why
+
+
+def test_a_long_prompt_needs_its_slot_sooner() -> None:
+    facts = {"now_ms": NOW, "budgets_ms": {"big": 10_000}, "first_token_ms": 0.0}
+    long = replace(job("a"), tokens=5_000)
+    assert in_need([long], prefill_tps=1_000, **facts) == (0, NOW + 3_000)  # type: ignore[arg-type]
+    assert in_need([long], prefill_tps=0, **facts) == (0, NOW + 8_000)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("priority", "ahead", "pointless"),
+    [("interactive", 0, False), ("interactive", 1, True), ("batch", 0, True)],
+)
+def test_slots_that_batch_work_makes_way_from_are_peoples(priority: str, ahead: int, pointless: bool) -> None:
+    view = replace(WARM, slots_free=0, slots_yielding=1)
+    assert waiting_is_pointless(9_000, view, left_ms=5_000, priority=priority, ahead=ahead) is pointless

@@ -28,6 +28,7 @@ MADE = {
     "waits": (("laptop-3",), "waits:<caller>"),
     "runs": (("laptop-3",), "runs:<caller>"),
     "active": (("fast-edit",), "active:<lane>"),
+    "line": (("fast-edit",), "line:<lane>"),
     "spent": (("laptop-3", "2026-10-30"), "spent:<caller>:<day>"),
     "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }

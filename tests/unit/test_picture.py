@@ -1,11 +1,11 @@
 """A worker's picture of its lanes: bounded, and an entry that was tried is not tried again."""
 
 from broker.records import Waiting
-from workers.picture import KEPT_BATCH, KEPT_INTERACTIVE, SPENT_KEPT, LanePicture
+from workers.picture import KEPT_BATCH, KEPT_EACH, KEPT_INTERACTIVE, SPENT_KEPT, LanePicture
 
 
-def job(number: int, lane: str = "big", priority: str = "interactive") -> Waiting:
-    return Waiting(job=f"job{number}", lane=lane, entry=f"{number}-0", priority=priority)
+def job(number: int, lane: str = "big", priority: str = "interactive", caller: str = "") -> Waiting:
+    return Waiting(job=f"job{number}", lane=lane, entry=f"{number}-0", priority=priority, caller=caller)
 
 
 def picture_of(*lanes: str) -> LanePicture:
@@ -98,3 +98,46 @@ def test_whether_anyone_waits_in_some_lanes() -> None:
     assert picture.anyone_waits(["big", "big.batch"]) and not picture.anyone_waits(["big"])
     picture.spend(job(1, "big.batch", "batch"))
     assert not picture.anyone_waits(["big.batch"])
+
+
+def test_a_flood_does_not_hide_who_came_after_it() -> None:
+    """Or the caller that was served least would wait behind thousands of another's jobs."""
+    picture = picture_of("big.batch")
+    for number in range(500):
+        picture.add(job(number, "big.batch", "batch", "bot"))
+    for number in range(500, 510):
+        picture.add(job(number, "big.batch", "batch", "late"))
+    assert picture.callers(["big.batch"]) == {"batch": {"bot", "late"}}
+    assert len(known(picture, "big.batch")) == KEPT_BATCH + KEPT_EACH
+    for number in range(1_000, 2_000):
+        picture.add(job(number, "big.batch", "batch", f"bot{number}"))
+    assert len(known(picture, "big.batch")) == 2 * KEPT_BATCH
+
+
+def test_what_was_heard_of_beyond_a_look_that_ended_early_stays() -> None:
+    picture = picture_of("big")
+    for number in (1, 2, 30):
+        picture.add(job(number, caller="late" if number == 30 else "bot"))
+    picture.replace("big", [job(2, caller="bot")], up_to="9-0")
+    assert known(picture) == ["job2", "job30"]
+    assert picture.short() == ["big"]
+    picture.replace("big", [job(2, caller="bot")])
+    assert known(picture) == ["job2"]
+    assert picture.callers(["big"]) == {"interactive": {"bot"}}
+
+
+def test_whose_jobs_wait() -> None:
+    picture = picture_of("big", "big.batch")
+    picture.add(job(1, caller="a"))
+    picture.add(job(2, caller="a"))
+    picture.add(job(3, caller="b"))
+    picture.add(job(4, "big.batch", "batch", "c"))
+    everywhere = ["big", "big.batch", "unknown"]
+    assert picture.callers(everywhere) == {"interactive": {"a", "b"}, "batch": {"c"}}
+    picture.spend(job(1, caller="a"))
+    picture.spend(job(3, caller="b"))
+    assert picture.callers(everywhere) == {"interactive": {"a"}, "batch": {"c"}}
+    picture.spend(job(3, caller="b"))
+    picture.unspend(job(3, caller="b"))
+    picture.follow(["big"])
+    assert picture.callers(everywhere) == {"interactive": {"a", "b"}}

@@ -9,6 +9,31 @@ local function note_active(root, lane, caller, now)
   redis.call("ZADD", key, ms(now), caller)
   redis.call("PEXPIRE", key, ms(WANTS_MS))
 end
+-- Who found no place in a lane and has none there is in line for the next that is free: `line:<lane>` has caller -> since
+-- when. It keeps its turn for as long as it may have been told to stay away (`Retry-After` is 30 s at most).
+local LINE_MS = 31000
+local function stays_in_line(root, lane, caller, now)
+  local asked = tonumber(redis.call("ZSCORE", root .. "active:" .. lane, caller) or 0)
+  return asked > now - LINE_MS
+    and redis.call("ZLEXCOUNT", root .. "waits:" .. caller, "[" .. lane .. "/", "(" .. lane .. "0") == 0
+end
+local function in_line_before(root, lane, caller, now)
+  local before = 0
+  for _, other in ipairs(redis.call("ZRANGE", root .. "line:" .. lane, 0, -1)) do
+    local stays = stays_in_line(root, lane, other, now)
+    if other == caller and stays then break end
+    if other ~= caller and stays then before = before + 1 end
+  end
+  return before
+end
+local function line_up(root, lane, caller, now)
+  local key = root .. "line:" .. lane
+  for _, other in ipairs(redis.call("ZRANGE", key, 0, -1)) do
+    if not stays_in_line(root, lane, other, now) then redis.call("ZREM", key, other) end
+  end
+  redis.call("ZADD", key, "NX", ms(now), caller)
+  redis.call("PEXPIRE", key, ms(LINE_MS))
+end
 -- How many callers want places of the lane, this one among them.
 local function sharers(root, lane, caller, now)
   local key = root .. "active:" .. lane
@@ -20,17 +45,29 @@ end
 local function waiting_of(root, lane, caller)
   return redis.call("ZLEXCOUNT", root .. "waits:" .. caller, "[" .. lane .. "/", "(" .. lane .. "0")
 end
--- Why a caller gets no place in a lane now: it is full, or others want places and it holds its share of them. nil = it gets
--- one. Who asks is noted where it gets none; KEYS[hosts_from ..] are those of `bound_of`.
+-- Notes that a caller gets a place now: it is in line no more.
+local function note_place(root, lane, caller, now)
+  note_active(root, lane, caller, now)
+  redis.call("ZREM", root .. "line:" .. lane, caller)
+end
+-- Why a caller gets no place in a lane now: it is full, others want places and it holds its share of them, or, where no
+-- slot is free, the next places are those of callers in line. nil = it gets one. Who asks is noted where it gets none, and
+-- lines up if it has none; KEYS[hosts_from ..] are those of `bound_of`.
 local function no_place(key, group, max_queue, root, lane, caller, now, hosts_from, hosts_to, lanes_from, lanes_to)
   local waits, shared_by, own = waiting(key, group), sharers(root, lane, caller, now), waiting_of(root, lane, caller)
   local has_share = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
-  if waits < max_queue and not has_share then return nil end
+  local before = in_line_before(root, lane, caller, now)
+  if waits < max_queue and not has_share and max_queue - waits > before then return nil end
   local bound = bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
   local share = math.max(1, math.floor(bound / shared_by))
-  if waits < bound and (shared_by == 1 or own < share) then return nil end
+  local full = waits >= bound
+  if not full and shared_by > 1 and own >= share then
+    note_active(root, lane, caller, now)
+    return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
+      .. " callers want places is " .. share)
+  end
+  if not full and (waits < bound - max_queue or bound - waits > before) then return nil end
+  if own == 0 then line_up(root, lane, caller, now) end
   note_active(root, lane, caller, now)
-  if waits >= bound then return redis.error_reply("LANEFULL " .. key) end
-  return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
-    .. " callers want places is " .. share)
+  return redis.error_reply("LANEFULL " .. key .. " " .. before)
 end
