@@ -4,8 +4,8 @@ Each caller, lane, model asked for and model that served has a hash of its own f
 `cancelled`, `expired` or `failed/<code>`, and behind it, where its first token was judged, `/in_time/<ms>` or
 `/late/<ms>` (a bucket of `first_tokens`) or `/no_token`. `tokens_in` (and `tokens_cached` of them), `tokens_out`;
 `untold`, a done job whose runtime told no tokens; `queued_ms`, `running_ms`. A move: `promoted/<lane>`, `released`,
-`put_back` (for interactive work), `recovered/queued`, `recovered/continued` (its answer is gone on from), `recovered/failed`. A refused request:
-`refused/<code>`.
+`put_back` (for interactive work), `recovered/queued`, `recovered/continued` (its answer is gone on from),
+`recovered/failed`. A refused request: `refused/<code>`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
