@@ -23,9 +23,9 @@ _PLACES: dict[type[BaseModel], str] = {
     RemoteOfModel: "in a model's remote",
     Redaction: "in a redaction",
 }
-_NOT_YET: dict[type[BaseModel], frozenset[str]] = {
-    Content: frozenset({"callers"}),
-    Model: frozenset({"wakeForBatch"}),
+_NOT_HERE: dict[type[BaseModel], dict[str, str]] = {
+    Content: {"callers": "callers are made with `gateway key new`, not in the policy"},
+    Model: {"wakeForBatch": "'wakeForBatch' is known, but this version does not act on it yet"},
 }
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 
@@ -102,19 +102,15 @@ def _not_one_of(path: Path, value: Any, allowed: tuple[str, ...]) -> str:
     return f"must be one of {', '.join(allowed)}, not {shown(value)}{meant}"
 
 
-def _not_yet(word: str) -> str:
-    return f"'{word}' is known, but this version does not act on it yet"
-
-
 def _unknown_key(path: Path) -> str:
     key = str(path[-1])
     part = _part_at(path[:-1])
-    if key in _NOT_YET.get(part, ()):
-        return _not_yet(key)
+    if key in _NOT_HERE.get(part, {}):
+        return _NOT_HERE[part][key]
     keys = _keys(part)
     if not near_words(key, keys, most=1, cutoff=0.85):  # a slip of the pen is likelier than the wrong place
         for other, place in _PLACES.items():
-            if key in _keys(other) or key in _NOT_YET.get(other, ()):
+            if key in _keys(other) or key in _NOT_HERE.get(other, {}):
                 return f"unknown key {shown(key)} here, it belongs {place}"
     return f"unknown key {shown(key)}{did_you_mean(key, keys) or ', known here are ' + ', '.join(keys)}"
 

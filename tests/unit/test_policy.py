@@ -483,7 +483,7 @@ WHOLE_FILES = [
         "models:\n  m: { backend: ollama, model: ' ' }",
         "line 2: models.m.model: must be 1 to 1024 characters on one line",
     ),
-    (model() + "\ncallers: {}", f"line 5: callers: 'callers' {NOT_YET}"),
+    (model() + "\ncallers: {}", "line 5: callers: callers are made with `gateway key new`, not in the policy"),
     (model() + "\nusageDays: 0", "line 5: usageDays: must be at least 1, not 0"),
     (model() + "\nlane: {}", "line 5: lane: unknown key 'lane', did you mean 'lanes'?"),
     (model() + "\nkeepWarm: true", "line 5: keepWarm: unknown key 'keepWarm' here, it belongs in a model"),
