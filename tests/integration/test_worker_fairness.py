@@ -35,7 +35,7 @@ class Caller:
         self.served: list[JobRecord] = []
         self.tries: list[int] = []  # of each job that was let in
         self._world = world
-        self._content = "word " * words
+        self._words = words
         self._tokens = tokens
 
     async def flood(self, at_once: int, until: float) -> None:
@@ -59,9 +59,10 @@ class Caller:
         while time.monotonic() < until:
             tries += 1
             try:
-                ask = await self._world.submit("big", content=self._content, tokens=self._tokens, caller=self.name)
+                prompt = f"{ULID()} " + "word " * self._words  # in no cache
+                ask = await self._world.submit("big", content=prompt, tokens=self._tokens, caller=self.name)
             except (errors.LaneFull, errors.CallerShare) as refused:
-                await asyncio.sleep(refused.retry_after_s)
+                await asyncio.sleep(min(refused.retry_after_s, max(0.0, until - time.monotonic())))
                 continue
             self.tries.append(tries)
             return ask
