@@ -19,8 +19,8 @@ INTERACTIVE_MEMORY_MS = 600_000
 """For this long after interactive work, one of two or more slots is kept for the next."""
 
 STOP_MS = 2_500
-"""How long a running job may take to stop and its slot to be seen to settle (a runtime is asked every two seconds), when
-the slot is needed for another."""
+"""How long a running job may take to stop and its slot to be seen to settle, when the slot is needed for another: a
+runtime is asked every two seconds."""
 
 AFFINITY_MS = 250
 """For this long a job is left to the host that has its session's prompt in a cache."""

@@ -218,7 +218,7 @@ class Verbs(RuleBasedStateMachine):
         return self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
 
     def places_are_others(self, who: str, lane: Lane) -> bool:
-        """Whether no slot is free and the places that are left belong to callers before this one: the rule once more."""
+        """Whether no slot is free and the places that are left are for callers before this one: the rule once more."""
         places, waiting = bound(self.now, self.world.book.active, lane.name), self.waiting(lane)
         line = [other for other in self.lines.get(lane.name, {}) if self.stays_in_line(other, lane.name)]
         before = line.index(who) if who in line else len(line)
@@ -724,8 +724,8 @@ class Verbs(RuleBasedStateMachine):
 
     @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans(), alone=st.booleans())
     def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool, alone: bool) -> None:
-        """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before asks
-        for the place that becomes free."""
+        """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before
+        asks for the place that becomes free."""
         asked = asked | PLAIN | {"lane": lane, "spills": False}
         into = self.world.book.active.lane(lane)
         if into is None or self.full(into):

@@ -1,5 +1,5 @@
-"""Callers share a model, in virtual time: who floods a lane gets no more than another, who comes late is served soon, and
-a CI bot with thousands of jobs delays nobody by more than one of them.
+"""Callers share a model, in virtual time: who floods a lane gets no more than another, who comes late is served soon,
+and a CI bot with thousands of jobs delays nobody by more than one of them.
 
 What decides is the real thing: admission and the verbs, the picture, the slots, the dispatcher and its books.
 """
