@@ -18,8 +18,9 @@ UNKNOWN_SERVICE_MS = 5_000.0
 INTERACTIVE_MEMORY_MS = 600_000
 """For this long after interactive work, one of two or more slots is kept for the next."""
 
-STOP_MS = 2_000
-"""How long a running job may take to stop and its slot to settle, when the slot is needed for another."""
+STOP_MS = 2_500
+"""How long a running job may take to stop and its slot to be seen to settle, when the slot is needed for another: a
+runtime is asked every two seconds."""
 
 AFFINITY_MS = 250
 """For this long a job is left to the host that has its session's prompt in a cache."""

@@ -1,4 +1,4 @@
-"""Who finds no place in a lane and has none there is in line for the next: there may be fewer places than callers."""
+"""Who finds no place in a lane and has none there is in line for the next: it may have fewer places than callers."""
 
 import pytest
 

@@ -28,7 +28,7 @@ async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Worl
         yield world
 
 
-async def batch_runs(world: World, count: int = 1, *, tokens: int = 200) -> list[Ask]:
+async def batch_runs(world: World, count: int = 1, *, tokens: int = 100) -> list[Ask]:
     """Batch jobs that run for seconds, begun in this order."""
     running = []
     for _ in range(count):
@@ -59,14 +59,15 @@ def before_put_back(
 async def test_the_batch_job_that_began_last_makes_way_and_is_served_after(world: World) -> None:
     await world.apply({"big": simulated(maxConcurrent=2, **NOW, options={"decodeTps": 100})})
     await world.warm_host()
-    older, younger = await batch_runs(world, 2, tokens=250)
+    (older,), (younger,) = await batch_runs(world, tokens=900), await batch_runs(world, tokens=60)
 
     person = await (await world.submit("big")).end()
 
     assert person.state is State.DONE
-    assert person.claimed_at - person.submitted_at < 2_000, "a batch job runs for 2.5 s"
-    last, first = await younger.end(), await older.end()
-    assert (first.state, first.put_backs, first.attempt) == (State.DONE, 0, 1)
+    first = await older.record()
+    assert (first.state, first.put_backs, first.attempt) == (State.STREAMING, 0, 1), "no slot became free by itself"
+    await jobs.cancel(world.store, older.job_id)  # of two slots the last free one is kept for people
+    last = await younger.end()
     assert (last.state, last.put_backs, last.losses, last.attempt) == (State.DONE, 1, 0, 2)
     assert younger.restarts == 1 and last.claimed_at >= person.claimed_at
 
@@ -75,8 +76,8 @@ async def test_two_people_and_one_batch_job(world: World) -> None:
     """Only its slot can be freed: the second person waits for the first."""
     await world.apply({"big": simulated(maxConcurrent=1, **NOW, options={"decodeTps": 100})})
     await world.warm_host()
-    (batch,) = await batch_runs(world)
-    people = [await world.submit("big", tokens=30) for _ in range(2)]
+    (batch,) = await batch_runs(world, tokens=60)
+    people = [await world.submit("big", tokens=10) for _ in range(2)]
 
     records = [await ask.end() for ask in people]
     assert [record.state for record in records] == [State.DONE, State.DONE]
@@ -89,7 +90,7 @@ async def test_one_slot_is_freed_for_one_person(world: World) -> None:
     """While it settles it is on its way: the other batch jobs run on."""
     await world.apply({"big": simulated(maxConcurrent=3, **NOW, options={"decodeTps": 100})})
     host = await world.warm_host()
-    batch = await batch_runs(world, 3, tokens=200)
+    batch = await batch_runs(world, 3, tokens=80)
 
     person = await (await world.submit("big", tokens=5)).end()
     assert person.state is State.DONE
@@ -116,7 +117,7 @@ async def test_one_that_becomes_seen_meanwhile_runs_on_undisturbed(
     """What its client has been given cannot be taken back: the attempt does not even notice."""
     await world.apply({"big": simulated(maxConcurrent=1, **NOW, options={"decodeTps": 100})})
     await world.warm_host()
-    (batch,) = await batch_runs(world, tokens=150)
+    (batch,) = await batch_runs(world, tokens=80)
 
     async def somebody_reads(held: Holding) -> None:
         await jobs.attach(world.store, held.job_id, reader="test/another", lease_ms=60_000, sees=True)
@@ -176,7 +177,7 @@ async def test_people_are_not_promoted_off_slots_that_are_put_back_for_them(worl
     await world.scheduler()
     await world.warm_host()
     await (await world.submit("big", tokens=100)).end()  # how long a job takes is known
-    (batch,) = await batch_runs(world)
+    (batch,) = await batch_runs(world, tokens=400)
 
     async def told() -> bool:
         return (await world.model("big")).slots_yielding == 1
@@ -186,3 +187,4 @@ async def test_people_are_not_promoted_off_slots_that_are_put_back_for_them(worl
     assert (person.served_by, person.promotions) == ("big@gpu1", 0)
     assert person.first_token_at <= person.first_token_by
     assert (await batch.record()).put_backs == 1
+    await jobs.cancel(world.store, batch.job_id)

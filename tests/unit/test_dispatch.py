@@ -409,8 +409,8 @@ def test_the_answer_is_always_between_one_and_thirty(state: str, slots: int, ser
         ("a deadline that a stop now just keeps", [job("a", slack_ms=STOP_MS + 300)], 1, None),
         ("a moment later is time enough", [job("a", slack_ms=STOP_MS + 301)], 0, 1),
         ("one that has passed", [job("a", slack_ms=-5)], 1, None),
-        ("the budget of its lane, where it has no fallback", [job("a", age_ms=7_700)], 1, None),
-        ("the next of several", [job("a"), job("b", age_ms=500), job("c", slack_ms=0)], 1, 7_200),
+        ("the budget of its lane, where it has no fallback", [job("a", age_ms=9_700 - STOP_MS)], 1, None),
+        ("the next of several", [job("a"), job("b", age_ms=500), job("c", slack_ms=0)], 1, 9_200 - STOP_MS),
         ("batch work has none", [job("a", slack_ms=0, batch=True)], 0, None),
     ],
 )
@@ -422,8 +422,8 @@ def test_who_is_in_need_of_a_slot(why: str, waiting: list[Waiting], need: int, n
 def test_a_long_prompt_needs_its_slot_sooner() -> None:
     facts = {"now_ms": NOW, "budgets_ms": {"big": 10_000}, "first_token_ms": 0.0}
     long = replace(job("a"), tokens=5_000)
-    assert in_need([long], prefill_tps=1_000, **facts) == (0, NOW + 3_000)  # type: ignore[arg-type]
-    assert in_need([long], prefill_tps=0, **facts) == (0, NOW + 8_000)  # type: ignore[arg-type]
+    assert in_need([long], prefill_tps=1_000, **facts) == (0, NOW + 5_000 - STOP_MS)  # type: ignore[arg-type]
+    assert in_need([long], prefill_tps=0, **facts) == (0, NOW + 10_000 - STOP_MS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
