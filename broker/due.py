@@ -146,7 +146,7 @@ class Due:
             if lane is None:
                 raise errors.LaneFull(job.lane)
             await lanes.release_due(self._store, self._book.active, self._fleet, job, lane)
-        except errors.LaneFull:
+        except (errors.LaneFull, errors.CallerShare):
             await lanes.postpone(self._store, job, after_ms=RETRY_MS)
             return Looked("full", lane=job.lane)
         return Looked("started", late_ms=now - job.not_before)

@@ -93,7 +93,7 @@ TABLE: tuple[Family, ...] = (
         "zset",
         "while it has jobs that wait",
         False,
-        "`<lane>/<id>` of the caller's jobs that wait, all with score 0",
+        "`<lane>/<id>` of the caller's jobs that wait, `@<lane>/<id>` of those that will, all with score 0",
     ),
     Family("runs:<caller>", "zset", "while it has jobs that run", False, "the caller's jobs that run -> since when"),
     Family(

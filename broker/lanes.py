@@ -281,7 +281,7 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
 
 
 async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> None:
-    """Moves a scheduled job whose start has come into its lane; raises LaneFull, NotDue."""
+    """Moves a scheduled job whose start has come into its lane; raises LaneFull, CallerShare, NotDue."""
     keys = store.keys
     hosts, siblings = fleet.host_keys(lane.model), [keys.lane(x) for x in active.lanes_of(lane.model)]
     await store.run(

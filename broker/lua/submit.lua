@@ -23,13 +23,11 @@
 -- Errors: STALEPOLICY, IDEMMISMATCH, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
 --- @include now_ms
 --- @include check
---- @include room
 --- @include schedule
 --- @include enter
 --- @include want
 --- @include downgrade
 --- @include retries
---- @include places
 --- @include share
 --- @include spent
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
@@ -63,26 +61,8 @@ if tokens_per_day > 0 and spent_today(root, who, now) >= tokens_per_day then
   return redis.error_reply("QUOTA " .. ms(next_day(now) - now))
 end
 if not_before <= now then
-  local max_queue, waits = tonumber(ARGV[5]), waiting(KEYS[1], group)
-  local shared_by, own = sharers(root, named.lane, who, now), waiting_of(root, named.lane, who)
-  local may_exceed = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
-  local before = in_line_before(root, named.lane, who, now)
-  if waits >= max_queue or may_exceed or max_queue - waits <= before then
-    local bound = bound_of(group, max_queue, 12, 11 + hosts, 12 + hosts, #KEYS)
-    local share = math.max(1, math.floor(bound / shared_by))
-    local full = waits >= bound
-    if not full and shared_by > 1 and own >= share then
-      note_active(root, named.lane, who, now)
-      return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
-        .. " callers want places is " .. share)
-    end
-    -- where no slot is free, the next places are those of the callers in line
-    if full or (waits >= bound - max_queue and bound - waits <= before) then
-      if own == 0 then line_up(root, named.lane, who, now) end
-      note_active(root, named.lane, who, now)
-      return redis.error_reply("LANEFULL " .. KEYS[1] .. " " .. before)
-    end
-  end
+  local none = no_place(KEYS[1], group, tonumber(ARGV[5]), root, named.lane, who, now, 12, 11 + hosts, 12 + hosts, #KEYS)
+  if none then return none end
 end
 local downgrade, max_share, window = named.asked_model ~= named.model, tonumber(ARGV[17]), tonumber(ARGV[18])
 if downgrade and max_share < 1 and not may_downgrade(KEYS[9], nil, max_share, window, tonumber(ARGV[19])) then
@@ -138,11 +118,8 @@ else
   redis.call("ZADD", KEYS[4], ms(earliest(promote_at, give_up_at, abandon_at)), id)
 end
 set("state", state)
-if not_before <= now then
-  note_active(root, named.lane, who, now)
-  redis.call("ZREM", root .. "line:" .. named.lane, who)
-end
-hold_waiting(root, who, named.lane, id)
+if not_before <= now then note_place(root, named.lane, who, now) end
+hold_waiting(root, who, named.lane, id, state)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end

@@ -117,6 +117,28 @@ async def test_shares_are_of_one_lane(world: World) -> None:
     await world.healthy()
 
 
+async def test_what_starts_later_holds_its_place_from_then_on(world: World) -> None:
+    """It is no way around the share, and takes nothing from it before."""
+    await world.apply(ROOMY)
+    later = [await world.submit(caller="ann", not_before=world.now + 100) for _ in range(5)]
+    await submit(world, "bob")
+    assert (await fill(world, "ann"))[0] == 4
+    world.now += 100
+    assert [(await world.due.look(job)).outcome for job in later] == ["full"] * 5
+    await jobs.cancel(world.store, later.pop())
+    await jobs.cancel(world.store, await oldest_of(world, "ann"))
+    world.now += 1_000
+    assert [(await world.due.look(job)).outcome for job in later] == ["started", "full", "full", "full"]
+    await world.healthy()
+
+
+async def oldest_of(world: World, caller: str) -> str:
+    async for waiting in lanes.waiting_entries(world.store, "big", limit=20):
+        if waiting.caller == caller:
+            return waiting.job
+    raise AssertionError("none of that caller's waits")
+
+
 async def test_free_slots_are_shared_too(world: World) -> None:
     await world.apply(ROOMY)
     await world.warm(big=4)

@@ -27,8 +27,8 @@ FAULTS = [
     Fault(
         "the cap check removed",
         ("submit",),
-        r"if waits >= bound then",
-        "if false then",
+        r"if waits < bound and .* then return nil end",
+        "if true then return nil end",
     ),
     Fault(
         "end ignores the attempt",
@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "the fair share is not looked at",
         ("submit",),
-        r"elseif shared_by > 1 and own >= share then",
-        "elseif false then",
+        r"shared_by == 1 or own < share",
+        "true",
     ),
     Fault(
         "the fair share counts places of other lanes too",
@@ -177,14 +177,14 @@ FAULTS = [
     Fault(
         "who is in line is overtaken",
         ("submit",),
-        r"if full or \(waits >= .* <= before\) then",
-        "if full then",
+        r"if waits < bound and \(waits < bound - max_queue or bound - waits > before\) then",
+        "if waits < bound then",
     ),
     Fault(
         "who was refused is forgotten",
         ("submit",),
-        r"note_active\(root, named\.lane, who, now\)\n(      return redis\.error_reply\(\"LANEFULL)",
-        r"\1",
+        r"line_up\(root, lane, caller, now\) end\n  note_active\(root, lane, caller, now\)\n",
+        "line_up(root, lane, caller, now) end\n",
     ),
     Fault(
         "a caller runs more jobs than it may",

@@ -109,7 +109,6 @@ class Verbs(RuleBasedStateMachine):
         self.held: list[Holding] = []
         self.bodies: dict[str, bytes] = {}
         self.wanted: dict[tuple[str, str], int] = {}  # lane and caller -> when it last asked for a place there
-        self.lines: dict[str, dict[str, int]] = {}  # lane -> caller without a place there -> since when it is in line
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
         self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
@@ -220,20 +219,29 @@ class Verbs(RuleBasedStateMachine):
     def places_are_others(self, who: str, lane: Lane) -> bool:
         """Whether no slot is free and the places that are left are for callers before this one: the rule once more."""
         places, waiting = bound(self.now, self.world.book.active, lane.name), self.waiting(lane)
-        line = [other for other in self.lines.get(lane.name, {}) if self.stays_in_line(other, lane.name)]
+        line = [other for other in self.line(lane.name) if self.stays_in_line(other, lane.name)]
         before = line.index(who) if who in line else len(line)
         return waiting >= places - lane.max_queue and places - waiting <= before
 
-    def stays_in_line(self, who: str, lane: str) -> bool:
-        asked = self.wanted.get((lane, who), -LINE_MS) > self.world.now - LINE_MS
-        return asked and not any(place.startswith(f"{lane}/") for place in self.now.waits(who))
+    def line(self, lane: str) -> list[str]:
+        """Those who were refused a place and have none, first of all who was so first."""
+        told = self.now.keys.get(self.world.store.keys.line(lane))
+        return [who for who, _ in sorted(told.value, key=lambda one: (one[1], one[0]))] if told else []
 
-    def lines_up(self, who: str, lane: str) -> None:
-        """Behind those that still are in line; several that came in one moment stand by their names."""
-        if not any(place.startswith(f"{lane}/") for place in self.now.waits(who)):
-            line = {c: at for c, at in self.lines.get(lane, {}).items() if self.stays_in_line(c, lane)}
-            line.setdefault(who, self.world.now)
-            self.lines[lane] = dict(sorted(line.items(), key=lambda one: (one[1], one[0])))
+    def stays_in_line(self, who: str, lane: str) -> bool:
+        told = self.now.keys.get(self.world.store.keys.active(lane))
+        asked = dict(told.value).get(who, 0) if told else 0
+        return asked > self.world.now - LINE_MS and not self.has_a_place(who, lane)
+
+    def has_a_place(self, who: str, lane: str) -> bool:
+        return any(place.startswith(f"{lane}/") for place in self.now.waits(who))
+
+    def lines_up(self, who: str, lane: str, expected: Expected) -> None:
+        """Whoever finds no place and has none stands in line from there, who got one does not."""
+        if expected is errors.LaneFull and (who in self.line(lane)) == self.has_a_place(who, lane):
+            raise Broken(f"{who} was refused in {lane}, and in line are {self.line(lane)}")
+        if expected is None and who in self.line(lane):
+            raise Broken(f"{who} has a place in {lane} and stays in line")
 
     # -- clients --
 
@@ -297,10 +305,8 @@ class Verbs(RuleBasedStateMachine):
             expected,
             marks=not twin,
         )
-        if expected is errors.LaneFull:
-            self.lines_up(who, lane)
-        elif expected is None and not twin and not later:
-            self.lines.get(lane, {}).pop(who, None)
+        if not twin and not later:
+            self.lines_up(who, lane, expected)
         if not later and (expected in (errors.LaneFull, errors.CallerShare) or (expected is None and not twin)):
             self.wanted[lane, who] = w.now
         if got is None:
@@ -628,6 +634,12 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.NotDue
         elif self.full(lane):
             expected = errors.LaneFull
+        elif self.has_its_share(job.caller, lane):
+            expected = errors.CallerShare
+        elif self.places_are_others(job.caller, lane):
+            expected = errors.LaneFull
+        if expected in (errors.LaneFull, errors.CallerShare, None):
+            self.wanted[lane.name, job.caller] = w.now
         self.act(
             f"release_due {job.state}", lambda: lanes.release_due(w.store, w.book.active, w.fleet, job, lane), expected
         )

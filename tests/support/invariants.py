@@ -406,7 +406,8 @@ def _places(s: Snapshot) -> list[str]:
         if job.state in HELD:
             expected.setdefault(s.names.runs(job.caller), {})[job.id] = job.claimed_at
         elif job.live:
-            expected.setdefault(s.names.waits(job.caller), {})[f"{job.lane}/{job.id}"] = 0
+            place = f"{'@' if job.state is State.SCHEDULED else ''}{job.lane}/{job.id}"
+            expected.setdefault(s.names.waits(job.caller), {})[place] = 0
     told = {name: dict(key.value) for family in ("waits", "runs") for name, key in s.of(f"{family}:<caller>").items()}
     return [
         f"{name} says that {told.get(name, {})} is held, by the records it is {expected.get(name, {})}"

@@ -111,6 +111,7 @@ def test_a_header_names_every_error_that_the_verb_can_raise(verb: str) -> None:
     text = scripts._read(verb)
     raised = set(re.findall(r'error_reply\("([A-Z]+)', text))
     calls = {"follow(": {"NOJOB", "ENDED", "BADTRANSITION"}, "holds(": {"NOJOB", "ENDED", "STALE"}}
+    calls |= {"no_place(": {"LANEFULL", "CALLERSHARE"}}
     calls |= {"placed(": {"MOVED"}, "standing(": {"MOVED"}, "same_policy(": {"STALEPOLICY"}}
     for call, words in calls.items():
         if re.search(r"\b" + re.escape(call), text):

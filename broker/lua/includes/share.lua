@@ -1,3 +1,5 @@
+--- @include room
+--- @include places
 -- Fair shares of a lane: `active:<lane>` has caller -> when it last asked for a place there, got or not. Who has not for a
 -- minute wants none.
 local WANTS_MS = 60000
@@ -42,4 +44,29 @@ end
 -- How many jobs of the caller wait in the lane.
 local function waiting_of(root, lane, caller)
   return redis.call("ZLEXCOUNT", root .. "waits:" .. caller, "[" .. lane .. "/", "(" .. lane .. "0")
+end
+-- Notes that a caller has got a place.
+local function note_place(root, lane, caller, now)
+  note_active(root, lane, caller, now)
+  redis.call("ZREM", root .. "line:" .. lane, caller)
+end
+-- Why a caller gets no place in a lane now: it is full, others want places and it holds its share of them, or, where no
+-- slot is free, the next places are those of callers in line. nil = it gets one. Who asks is noted where it gets none;
+-- KEYS[hosts_from ..] are those of `bound_of`.
+local function no_place(key, group, max_queue, root, lane, caller, now, hosts_from, hosts_to, lanes_from, lanes_to)
+  local waits, shared_by, own = waiting(key, group), sharers(root, lane, caller, now), waiting_of(root, lane, caller)
+  local has_share = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
+  local before = in_line_before(root, lane, caller, now)
+  if waits < max_queue and not has_share and max_queue - waits > before then return nil end
+  local bound = bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
+  local share = math.max(1, math.floor(bound / shared_by))
+  if waits < bound and shared_by > 1 and own >= share then
+    note_active(root, lane, caller, now)
+    return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
+      .. " callers want places is " .. share)
+  end
+  if waits < bound and (waits < bound - max_queue or bound - waits > before) then return nil end
+  if own == 0 then line_up(root, lane, caller, now) end
+  note_active(root, lane, caller, now)
+  return redis.error_reply("LANEFULL " .. key .. " " .. before)
 end
