@@ -177,14 +177,14 @@ FAULTS = [
     Fault(
         "who is in line is overtaken",
         ("submit",),
-        r"if full or \(waits >= .* <= before\) then",
-        "if full then",
+        r"if waits < bound and \(waits < bound - max_queue or bound - waits > before\) then",
+        "if waits < bound then",
     ),
     Fault(
         "who was refused is forgotten",
         ("submit",),
-        r"  note_active\(root, lane, caller, now\)\n",
-        "",
+        r"line_up\(root, lane, caller, now\) end\n  note_active\(root, lane, caller, now\)\n",
+        "line_up(root, lane, caller, now) end\n",
     ),
     Fault(
         "a caller runs more jobs than it may",

@@ -112,7 +112,6 @@ class Verbs(RuleBasedStateMachine):
         self.held: list[Holding] = []
         self.bodies: dict[str, bytes] = {}
         self.wanted: dict[tuple[str, str], int] = {}  # lane and caller -> when it last asked for a place there
-        self.lines: dict[str, dict[str, int]] = {}  # lane -> caller without a place there -> since when it is in line
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
         self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
@@ -223,20 +222,29 @@ class Verbs(RuleBasedStateMachine):
     def places_are_others(self, who: str, lane: Lane) -> bool:
         """Whether no slot is free and the places left belong to callers before this one: the rule once more."""
         places, waiting = bound(self.now, self.world.book.active, lane.name), self.waiting(lane)
-        line = [other for other in self.lines.get(lane.name, {}) if self.stays_in_line(other, lane.name)]
+        line = [other for other in self.line(lane.name) if self.stays_in_line(other, lane.name)]
         before = line.index(who) if who in line else len(line)
         return waiting >= places - lane.max_queue and places - waiting <= before
 
-    def stays_in_line(self, who: str, lane: str) -> bool:
-        asked = self.wanted.get((lane, who), -LINE_MS) > self.world.now - LINE_MS
-        return asked and not any(place.startswith(f"{lane}/") for place in self.now.waits(who))
+    def line(self, lane: str) -> list[str]:
+        """Those who were refused a place and have none, first of all who was so first."""
+        told = self.now.keys.get(self.world.store.keys.line(lane))
+        return [who for who, _ in sorted(told.value, key=lambda one: (one[1], one[0]))] if told else []
 
-    def lines_up(self, who: str, lane: str) -> None:
-        """Behind those that still are in line; several that came in one moment stand by their names."""
-        if not any(place.startswith(f"{lane}/") for place in self.now.waits(who)):
-            line = {c: at for c, at in self.lines.get(lane, {}).items() if self.stays_in_line(c, lane)}
-            line.setdefault(who, self.world.now)
-            self.lines[lane] = dict(sorted(line.items(), key=lambda one: (one[1], one[0])))
+    def stays_in_line(self, who: str, lane: str) -> bool:
+        told = self.now.keys.get(self.world.store.keys.active(lane))
+        asked = dict(told.value).get(who, 0) if told else 0
+        return asked > self.world.now - LINE_MS and not self.has_a_place(who, lane)
+
+    def has_a_place(self, who: str, lane: str) -> bool:
+        return any(place.startswith(f"{lane}/") for place in self.now.waits(who))
+
+    def lines_up(self, who: str, lane: str, expected: Expected) -> None:
+        """Whoever finds no place and has none stands in line from there, who got one does not."""
+        if expected is errors.LaneFull and (who in self.line(lane)) == self.has_a_place(who, lane):
+            raise Broken(f"{who} was refused in {lane}, and in line are {self.line(lane)}")
+        if expected is None and who in self.line(lane):
+            raise Broken(f"{who} has a place in {lane} and stays in line")
 
     # -- clients --
 
@@ -673,14 +681,10 @@ class Verbs(RuleBasedStateMachine):
         self.noted(job.caller, lane.name, expected)
 
     def noted(self, who: str, lane: str, refused: Expected) -> None:
-        """What is remembered of somebody who asked for a place now, and got it or not."""
-        if refused not in (errors.LaneFull, errors.CallerShare, None):
-            return
-        if refused is errors.LaneFull:
-            self.lines_up(who, lane)
-        elif refused is None:
-            self.lines.get(lane, {}).pop(who, None)
-        self.wanted[lane, who] = self.world.now
+        """Looks at what is remembered of somebody who asked for a place now, and got it or not."""
+        if refused in (errors.LaneFull, errors.CallerShare, None):
+            self.lines_up(who, lane, refused)
+            self.wanted[lane, who] = self.world.now
 
     @takes(pick=picks)
     def postpone(self, pick: int) -> None:

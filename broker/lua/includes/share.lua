@@ -45,7 +45,7 @@ end
 local function waiting_of(root, lane, caller)
   return redis.call("ZLEXCOUNT", root .. "waits:" .. caller, "[" .. lane .. "/", "(" .. lane .. "0")
 end
--- Notes that a caller gets a place now: it is in line no more.
+-- Notes that a caller has got a place.
 local function note_place(root, lane, caller, now)
   note_active(root, lane, caller, now)
   redis.call("ZREM", root .. "line:" .. lane, caller)
@@ -60,13 +60,12 @@ local function no_place(key, group, max_queue, root, lane, caller, now, hosts_fr
   if waits < max_queue and not has_share and max_queue - waits > before then return nil end
   local bound = bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
   local share = math.max(1, math.floor(bound / shared_by))
-  local full = waits >= bound
-  if not full and shared_by > 1 and own >= share then
+  if waits < bound and shared_by > 1 and own >= share then
     note_active(root, lane, caller, now)
     return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
       .. " callers want places is " .. share)
   end
-  if not full and (waits < bound - max_queue or bound - waits > before) then return nil end
+  if waits < bound and (waits < bound - max_queue or bound - waits > before) then return nil end
   if own == 0 then line_up(root, lane, caller, now) end
   note_active(root, lane, caller, now)
   return redis.error_reply("LANEFULL " .. key .. " " .. before)
