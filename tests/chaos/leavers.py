@@ -205,7 +205,7 @@ class Call:
 
 def request(method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}) -> bytes:
     """A request in bytes."""
-    lines = [f"{method} {path} HTTP/1.1", "host: test", f"content-length: {len(body)}"]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}"]
     if body:
         lines.append("content-type: application/json")
     return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers.items()), "", ""]).encode() + body

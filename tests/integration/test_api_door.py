@@ -148,10 +148,11 @@ async def test_without_a_policy_the_api_says_what_is_missing(store: Store) -> No
 
 async def test_keys_open_the_gateway_and_keep_jobs_apart(store: Store) -> None:
     """No key or a wrong one is a 401; a caller sees its own jobs only; health needs no key."""
-    async with live_scene(store, keys="ann:secret-a,bob:secret-b") as scene:
-        ann, bob = {"authorization": "Bearer secret-a"}, {"x-api-key": "secret-b"}
+    async with live_scene(store, keys="boss:secret") as scene:
+        await scene.api.name("ann", "bob")
+        ann, bob = scene.api.bearer("ann"), {"x-api-key": scene.api.keys["bob"]}
         async with httpx.AsyncClient(base_url=scene.api.url) as client:
-            for headers in ({}, {"authorization": "Bearer nonsense"}, {"authorization": "secret-a"}):
+            for headers in ({}, {"authorization": "Bearer nonsense"}, {"authorization": "secret"}):
                 for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/metrics")):
                     refused = await client.request(method, path, headers=headers, content=chat_body("hello"))
                     assert refused.status_code == 401, (path, headers)

@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "the fair share is not looked at",
         ("submit",),
-        r"shared_by == 1 or own < share",
-        "true",
+        r"if waits < bound and shared_by > 1 and own >= share then",
+        "if false then",
     ),
     Fault(
         "the fair share counts places of other lanes too",

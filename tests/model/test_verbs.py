@@ -95,7 +95,7 @@ class Broken(AssertionError):
 
 
 PLAIN: dict[str, Any] = {"key": "", "stale": False, "later": 0, "limits": (0, 0)}
-SDK = PLAIN | {"sync": True, "reader": True, "retried": True, "grace": 4_000}
+SDK = PLAIN | {"who": "ann", "sync": True, "reader": True, "retried": True, "grace": 4_000}
 """What every try of an SDK says of itself."""
 
 
@@ -781,6 +781,7 @@ class Verbs(RuleBasedStateMachine):
         """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before
         asks for the place that becomes free."""
         asked = asked | PLAIN | {"lane": lane, "spills": False}
+        self.world.now += 60_000  # nobody else has wanted anything for a minute
         into = self.world.book.active.lane(lane)
         if into is None or self.full(into):
             return
