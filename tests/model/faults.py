@@ -165,20 +165,14 @@ FAULTS = [
     Fault(
         "the fair share is not looked at",
         ("submit",),
-        r"shared_by == 1 or own < share",
-        "true",
+        r"if waits < bound and shared_by > 1 and own >= share then",
+        "if false then",
     ),
     Fault(
         "the fair share counts places of other lanes too",
         ("submit",),
         r"return redis\.call\(\"ZLEXCOUNT\", (root \.\. \"waits:\" \.\. caller), .*\n",
         r'return redis.call("ZCARD", \1)\n',
-    ),
-    Fault(
-        "who is in line is overtaken",
-        ("submit",),
-        r"if waits < bound and \(waits < bound - max_queue or bound - waits > before\) then",
-        "if waits < bound then",
     ),
     Fault(
         "who was refused is forgotten",
