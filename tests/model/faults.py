@@ -175,12 +175,6 @@ FAULTS = [
         r'return redis.call("ZCARD", \1)\n',
     ),
     Fault(
-        "who is in line is overtaken",
-        ("submit",),
-        r"if waits < bound and \(waits < bound - max_queue or bound - waits > before\) then",
-        "if waits < bound then",
-    ),
-    Fault(
         "who was refused is forgotten",
         ("submit",),
         r"line_up\(root, lane, caller, now\) end\n  note_active\(root, lane, caller, now\)\n",

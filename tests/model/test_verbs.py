@@ -776,7 +776,12 @@ class Verbs(RuleBasedStateMachine):
             for reader in again:
                 self.rejoin(self.pick_of(job_id), reader, b"")
 
-    @rule(lane=st.sampled_from(LANES), asked=DRAWN["submit"], leaves=st.booleans(), alone=st.booleans())
+    @rule(
+        lane=st.sampled_from(LANES),
+        asked=DRAWN["submit"],
+        leaves=st.sampled_from([True, True, False]),
+        alone=st.booleans(),
+    )
     def another_comes_late(self, lane: str, asked: dict[str, Any], leaves: bool, alone: bool) -> None:
         """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before
         asks for the place that becomes free."""
