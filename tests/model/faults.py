@@ -21,6 +21,7 @@ class Fault:
     verbs: tuple[str, ...]
     right: str
     wrong: str
+    slow: bool = False  # it takes long to find
 
 
 FAULTS = [
@@ -107,6 +108,7 @@ FAULTS = [
         ("release",),
         r" or tonumber\(told\[2\]\) < now \+ tonumber\(ARGV\[15\]\) then",
         " then",
+        slow=True,
     ),
     Fault(
         "a put-back is not counted",
@@ -119,6 +121,7 @@ FAULTS = [
         ("promote",),
         r"if tonumber\(f\[10\] or 0\) > 0 then return .*\n",
         "",
+        slow=True,
     ),
     Fault(
         "half an answer waits as long as a whole one",
@@ -179,6 +182,7 @@ FAULTS = [
         ("submit",),
         r"line_up\(root, lane, caller, now\) end\n  note_active\(root, lane, caller, now\)\n",
         "line_up(root, lane, caller, now) end\n",
+        slow=True,
     ),
     Fault(
         "a caller runs more jobs than it may",

@@ -965,7 +965,11 @@ def test_the_verbs_keep_the_promises_for_long(part: int) -> None:
     run_state_machine_as_test(Verbs, settings=settings(QUICK, max_examples=500, stateful_step_count=80))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=pytest.mark.long if fault.slow else ()) for fault in FAULTS],
+    ids=lambda fault: fault.name.replace(" ", "-"),
+)
 def test_a_planted_fault_is_caught(fault: Fault, capsys: pytest.CaptureFixture[str]) -> None:
     """A model test that notices nothing proves nothing."""
     with planted(fault), pytest.raises(Broken) as caught:
