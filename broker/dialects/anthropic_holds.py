@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from broker.dialects.holds import Held, Kind, file_of, of_content, strays, unknown_part, unreadable
+from broker.dialects.holds import Held, Kind, file_of, of_content, of_messages, strays, unknown_part, unreadable
 
 _KNOWN: Final = frozenset(
     "model messages system max_tokens metadata stop_sequences stream temperature top_k top_p tools tool_choice "
@@ -18,14 +18,11 @@ def messages_holds(request: Mapping[str, Any]) -> Iterator[Held]:
     yield from of_content(request.get("system"), "system", "systemPrompts", _block)
     if request.get("mcp_servers"):
         yield unreadable("mcp_servers", "servers that the provider would ask")
-    messages = request.get("messages")
-    for index, message in enumerate(messages if isinstance(messages, list) else []):
-        where = f"messages[{index}]"
-        kind = _ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
-        if kind is None:
-            yield unreadable(where, "a message of a role that is not known here")
-        else:
-            yield from of_content(message.get("content"), f"{where}.content", kind, _block)
+    yield from of_messages(request, _ROLES, _message)
+
+
+def _message(message: dict[str, Any], where: str, kind: Kind) -> Iterator[Held]:
+    yield from of_content(message.get("content"), f"{where}.content", kind, _block)
 
 
 def _block(block: dict[str, Any], where: str, kind: Kind) -> Iterator[Held]:

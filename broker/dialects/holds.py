@@ -48,6 +48,18 @@ def of_content(content: object, where: str, kind: Kind, part: PartOf) -> Iterato
         yield unreadable(where, "a content that is no text")
 
 
+def of_messages(request: Mapping[str, Any], roles: Mapping[str, Kind], message_of: PartOf) -> Iterator[Held]:
+    """Tells of each message: `message_of` knows what stands in one whose role is known, and what kind its text is."""
+    messages = request.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
+        where = f"messages[{index}]"
+        kind = roles.get(str(message.get("role"))) if isinstance(message, dict) else None
+        if kind is None:
+            yield unreadable(where, "a message of a role that is not known here")
+        else:
+            yield from message_of(message, where, kind)
+
+
 def unreadable(where: str, note: str) -> Held:
     """Something that nobody here can read; nothing allows that it leaves."""
     return Held("unreadable", where, note=note)

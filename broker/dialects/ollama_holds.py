@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from broker.dialects.holds import Held, Kind, strays, unreadable
+from broker.dialects.holds import Held, Kind, of_messages, strays, unreadable
 
 _OPTIONS: Final = frozenset("model stream format options keep_alive think logprobs top_logprobs raw".split())
 _ROLES: Final[Mapping[str, Kind]] = {
@@ -17,22 +17,19 @@ _ROLES: Final[Mapping[str, Kind]] = {
 def chat_holds(request: Mapping[str, Any]) -> Iterator[Held]:
     """Tells of /api/chat."""
     yield from strays(request, _OPTIONS | {"messages", "tools"}, "")
-    messages = request.get("messages")
-    for index, message in enumerate(messages if isinstance(messages, list) else []):
-        where = f"messages[{index}]"
-        kind = _ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
-        if kind is None:
-            yield unreadable(where, "a message of a role that is not known here")
-            continue
-        known = frozenset("role content thinking images tool_calls tool_name tool_call_id".split())
-        yield from strays(message, known, where)
-        for key in ("content", "thinking"):
-            if isinstance(message.get(key), str) and message[key]:
-                yield Held(kind, f"{where}.{key}", message[key])
-        if message.get("tool_calls"):
-            yield Held("toolOutput", f"{where}.tool_calls")  # what a tool was called with may be a file
-        if message.get("images"):
-            yield Held("images", f"{where}.images")
+    yield from of_messages(request, _ROLES, _message)
+
+
+def _message(message: dict[str, Any], where: str, kind: Kind) -> Iterator[Held]:
+    known = frozenset("role content thinking images tool_calls tool_name tool_call_id".split())
+    yield from strays(message, known, where)
+    for key in ("content", "thinking"):
+        if isinstance(message.get(key), str) and message[key]:
+            yield Held(kind, f"{where}.{key}", message[key])
+    if message.get("tool_calls"):
+        yield Held("toolOutput", f"{where}.tool_calls")  # what a tool was called with may be a file
+    if message.get("images"):
+        yield Held("images", f"{where}.images")
 
 
 def generate_holds(request: Mapping[str, Any]) -> Iterator[Held]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from broker.dialects.holds import Held, Kind, file_of, of_content, strays, unknown_part, unreadable
+from broker.dialects.holds import Held, Kind, file_of, of_content, of_messages, strays, unknown_part, unreadable
 
 _ROLES: Final[Mapping[str, Kind]] = {
     "system": "systemPrompts",
@@ -38,24 +38,19 @@ def chat_holds(request: Mapping[str, Any]) -> Iterator[Held]:
             yield Held("fileContext", key)
     if request.get("audio"):
         yield unreadable("audio", "sound")
-    for index, message in enumerate(_list(request.get("messages"))):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            yield unreadable(where, "a message that is no object")
-            continue
-        kind = _ROLES.get(str(message.get("role")))
-        if kind is None:
-            yield unreadable(where, f"a message of role {str(message.get('role'))[:40]}")
-            continue
-        yield from strays(message, _MESSAGE, where)
-        yield from of_content(message.get("content"), f"{where}.content", kind, _part)
-        for key in ("refusal", "reasoning_content", "reasoning"):
-            yield from of_content(message.get(key), f"{where}.{key}", kind, _part)
-        for key in ("tool_calls", "function_call"):
-            if message.get(key):
-                yield Held("toolOutput", f"{where}.{key}")
-        if message.get("audio"):
-            yield unreadable(f"{where}.audio", "sound")
+    yield from of_messages(request, _ROLES, _message)
+
+
+def _message(message: dict[str, Any], where: str, kind: Kind) -> Iterator[Held]:
+    yield from strays(message, _MESSAGE, where)
+    yield from of_content(message.get("content"), f"{where}.content", kind, _part)
+    for key in ("refusal", "reasoning_content", "reasoning"):
+        yield from of_content(message.get(key), f"{where}.{key}", kind, _part)
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            yield Held("toolOutput", f"{where}.{key}")
+    if message.get("audio"):
+        yield unreadable(f"{where}.audio", "sound")
 
 
 def completion_holds(request: Mapping[str, Any]) -> Iterator[Held]:
@@ -104,7 +99,3 @@ def _part(part: dict[str, Any], where: str, kind: Kind) -> Iterator[Held]:
             yield unreadable(where, "sound")
         case _:
             yield unknown_part(part, where)
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
