@@ -786,7 +786,7 @@ class Verbs(RuleBasedStateMachine):
         """A lane was filled by one alone, or by one each; another is refused, and then somebody who was there before
         asks for the place that becomes free."""
         asked = asked | PLAIN | {"lane": lane, "spills": False}
-        self.world.now += 60_000  # nobody else has wanted anything for a minute
+        self.time_passes(ms=60_000)  # nobody else has wanted anything since
         into = self.world.book.active.lane(lane)
         if into is None or self.full(into):
             return
@@ -962,7 +962,8 @@ def test_the_verbs_keep_the_promises() -> None:
 def test_the_verbs_keep_the_promises_for_long(part: int) -> None:
     """Four thousand examples in eight parts of about ten minutes of CPU each, which may run beside one another
     (`-k 1`, `-k 2` and so on)."""
-    run_state_machine_as_test(Verbs, settings=settings(QUICK, max_examples=500, stateful_step_count=80))
+    seeded = settings(QUICK, max_examples=500, stateful_step_count=80, derandomize=False, database=None)
+    run_state_machine_as_test(Verbs, settings=seeded)
 
 
 @pytest.mark.parametrize(
