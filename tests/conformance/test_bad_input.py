@@ -206,8 +206,8 @@ async def test_a_refused_request_leaves_nothing(shared_house: House) -> None:
 
 
 def marks(before: Snapshot, after: Snapshot) -> list[str]:
-    """What differs beyond the heartbeats of the hosts, the worker's tries to wake the model that is gone, and the counters of
-    the day, into which an api writes its refusals every second."""
+    """What differs beyond the heartbeats of the hosts, the worker's tries to wake the model that is gone, and the
+    counters of the day, into which an api writes its refusals every second."""
     changing = {"host:<host>", "hosts", "model:<model>:<host>"}
     changing |= {"usage:<day>", "usage:<day>:<caller>:<lane>:<model>:<model>"}
     tried = before.names.model("gone"), before.names.wake("gone"), before.names.wake_epoch("gone")
