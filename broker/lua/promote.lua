@@ -1,4 +1,5 @@
 -- Moves a job that has no first token yet into its fallback lane: no other model finishes the sentence of one that has.
+-- It takes no place there that is another caller's: who floods a lane would have all of its fallback's too.
 --   KEYS[1] from_lane   KEYS[2] to_lane   KEYS[3] job   KEYS[4] due   KEYS[5] policy   KEYS[6] model of the target
 --   KEYS[7] downgrades   KEYS[8] sticky   both of the model that the job asked for
 --   KEYS[9 ..] the target model's hashes on its hosts, then all lanes of the target model
@@ -11,12 +12,12 @@
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, SEEN, TRUSTZONE, LANEFULL, DOWNGRADES.
 --- @include now_ms
 --- @include check
---- @include room
 --- @include schedule
 --- @include enter
 --- @include want
 --- @include usage
 --- @include downgrade
+--- @include share
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
@@ -32,7 +33,8 @@ if ARGV[12] == "remote" then -- whoever allowed the request to leave asked for t
   return redis.error_reply("TRUSTZONE " .. id .. " may not be promoted out of the machine")
 end
 local hosts = tonumber(ARGV[13])
-if not has_room(KEYS[2], group, tonumber(ARGV[10]), 9, 8 + hosts, 9 + hosts, #KEYS) then
+local root = root_of(KEYS[3], id)
+if in_its_way(KEYS[2], group, tonumber(ARGV[10]), root, ARGV[8], f[11], now, 9, 8 + hosts, 9 + hosts, #KEYS) then
   return redis.error_reply("LANEFULL " .. KEYS[2])
 end
 local downgrade, number, max_share, window = f[7] ~= ARGV[9], tonumber(f[8] or 0), tonumber(ARGV[17]), tonumber(ARGV[18])
@@ -42,7 +44,6 @@ end
 local was = { state = f[2], caller = f[11], lane = f[5], asked_model = f[7], model = f[12], claimed_at = f[13] }
 
 leave(KEYS[1], group, ARGV[6])
-local root = root_of(KEYS[3], id)
 hold_no_more(root, f[11], f[5], id, f[2])
 hold_waiting(root, f[11], ARGV[8], id)
 local promote_at = tonumber(ARGV[11]) > 0 and math.min(now + tonumber(ARGV[11]), tonumber(f[4])) or 0

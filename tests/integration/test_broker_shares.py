@@ -117,6 +117,26 @@ async def test_shares_are_of_one_lane(world: World) -> None:
     await world.healthy()
 
 
+async def test_a_promotion_takes_no_place_that_is_anothers(world: World) -> None:
+    """Who floods a lane is tried in its fallback as soon as that has a place: it must leave others theirs."""
+    await world.apply(ROOMY)
+    mine = [await submit(world, "ann") for _ in range(6)]
+    for job_id in mine[:2]:
+        await world.promote(job_id, "small")
+    with pytest.raises(errors.LaneFull):
+        await submit(world, "bob", "small")
+    await jobs.cancel(world.store, mine[0])
+    async with world.refused(errors.LaneFull):
+        await world.promote(mine[2], "small")
+    theirs = await submit(world, "bob", "small")
+    await jobs.cancel(world.store, theirs)
+    async with world.refused(errors.LaneFull):
+        await world.promote(mine[2], "small")
+    world.now += 60_000
+    await world.promote(mine[2], "small")
+    await world.healthy()
+
+
 async def test_what_starts_later_holds_its_place_from_then_on(world: World) -> None:
     """It is no way around the share, and takes nothing from it before."""
     await world.apply(ROOMY)

@@ -615,7 +615,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif to.trust == "remote":
             expected = errors.TrustZoneRefused
-        elif self.full(to):
+        elif self.full(to) or self.has_its_share(job.caller, to) or self.places_are_others(job.caller, to):
             expected = errors.LaneFull
         elif to.model != job.asked_model and not may_downgrade(self.now, w.book.active, job.asked_model, job):
             expected = errors.DowngradesCapped

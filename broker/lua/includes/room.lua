@@ -24,8 +24,3 @@ local function bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lane
   if running == 0 and bound < 1 then bound = 1 end
   return bound
 end
--- Is there a place in the lane?
-local function has_room(lane, group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
-  local waits = waiting(lane, group)
-  return waits < max_queue or waits < bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
-end

@@ -51,9 +51,9 @@ local function note_place(root, lane, caller, now)
   redis.call("ZREM", root .. "line:" .. lane, caller)
 end
 -- Why a caller gets no place in a lane now: it is full, others want places and it holds its share of them, or, where no
--- slot is free, the next places are those of callers in line. nil = it gets one. Who asks is noted where it gets none, and
--- lines up if it has none; KEYS[hosts_from ..] are those of `bound_of`.
-local function no_place(key, group, max_queue, root, lane, caller, now, hosts_from, hosts_to, lanes_from, lanes_to)
+-- slot is free, the next places are those of callers in line. Returns the refusal and how many places it holds there, or
+-- nil where it gets one. Leaves no mark. KEYS[hosts_from ..] are those of `bound_of`.
+local function in_its_way(key, group, max_queue, root, lane, caller, now, hosts_from, hosts_to, lanes_from, lanes_to)
   local waits, shared_by, own = waiting(key, group), sharers(root, lane, caller, now), waiting_of(root, lane, caller)
   local has_share = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
   local before = in_line_before(root, lane, caller, now)
@@ -61,12 +61,17 @@ local function no_place(key, group, max_queue, root, lane, caller, now, hosts_fr
   local bound = bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
   local share = math.max(1, math.floor(bound / shared_by))
   if waits < bound and shared_by > 1 and own >= share then
-    note_active(root, lane, caller, now)
-    return redis.error_reply("CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
-      .. " callers want places is " .. share)
+    return "CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
+      .. " callers want places is " .. share, own
   end
   if waits < bound and (waits < bound - max_queue or bound - waits > before) then return nil end
+  return "LANEFULL " .. key .. " " .. before, own
+end
+-- The same for a caller that asks for the place itself: it is noted where it gets none, and lines up if it has none.
+local function no_place(key, group, max_queue, root, lane, caller, now, ...)
+  local refusal, own = in_its_way(key, group, max_queue, root, lane, caller, now, ...)
+  if not refusal then return nil end
   if own == 0 then line_up(root, lane, caller, now) end
   note_active(root, lane, caller, now)
-  return redis.error_reply("LANEFULL " .. key .. " " .. before)
+  return redis.error_reply(refusal)
 end
