@@ -37,6 +37,7 @@ class KeyBook:
     def __init__(self, store: Store, environment: Keys | None = None, *, anonymous: bool = True) -> None:
         """`anonymous`: whether everybody may call while there is no key at all; never where strangers can reach us."""
         self._store = store
+        self._anonymous = anonymous
         self._ring = Keyring(environment or Keys({}), anonymous=anonymous)
         self._revision = 0
         self._reading = asyncio.Lock()  # of two reads at once, the later to end may have read the older keys
@@ -62,7 +63,7 @@ class KeyBook:
         return self._ring.listing()
 
     async def reload(self) -> None:
-        """Reads the keys if they changed."""
+        """Reads the keys if they changed. Keys that went without being revoked open the gateway to nobody."""
         async with self._reading:
             store = self._store
             revision = int(await store.command("HGET", store.keys.callers, "revision") or 0)
@@ -71,6 +72,7 @@ class KeyBook:
             fields = {k.decode(): v.decode() for k, v in (await store.hash(store.keys.callers)).items()}
             keys: dict[str, Key] = {}
             rights: dict[str, Rights] = {}
+            gone = int(fields.get("revision", 0)) < self._revision and bool(self._ring.keys)
             for name, value in fields.items():
                 kind, _, what = name.partition(":")
                 try:
@@ -80,7 +82,11 @@ class KeyBook:
                         rights[what] = Rights.from_json(value)
                 except (TypeError, ValueError, AttributeError) as e:  # written by another version, or by hand
                     log.error("event=key_unreadable field=%s reason=%s", name, type(e).__name__)
-            self._ring = replace(self._ring, keys=keys, rights=rights)
+                    gone = gone or kind == "key"
+            if gone and not keys:
+                log.error("event=keys_lost reason=Redis has lost the keys, or they cannot be read: nobody may call")
+            anonymous = self._anonymous and not gone
+            self._ring = replace(self._ring, keys=keys, rights=rights, anonymous=anonymous)
             self._revision = int(fields.get("revision", 0))
 
     async def follow(self) -> None:

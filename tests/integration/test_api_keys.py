@@ -263,6 +263,22 @@ async def test_a_record_that_cannot_be_read_opens_nothing(guarded: Scene, store:
     assert (await chat(guarded.api, other)).status_code == 200
 
 
+async def test_keys_that_are_lost_open_the_gateway_to_nobody(store: Store) -> None:
+    """A Redis that comes back without its data, or with records that nobody can read, has revoked nothing."""
+    async with live_api(store) as api:
+        key = (await call(api, "POST", "/v1/keys", {"name": "boss", "admin": True}, key="")).json()["key"]
+        kept = await store.hash(store.keys.callers)
+        (key_field,) = [name.decode() for name in kept if name.startswith(b"key:")]
+        for loss in (("DEL", store.keys.callers), ("HSET", store.keys.callers, key_field, "{}", "revision", 9)):
+            await store.command(*loss)
+            await api.gateway.keys.reload()
+            assert [(await call(api, "GET", "/v1/keys", key=k)).status_code for k in ("", key)] == [401, 401], loss
+            restored = [x for pair in kept.items() for x in pair]
+            await store.command("HSET", store.keys.callers, *restored, "revision", 8)
+            await api.gateway.keys.reload()
+            assert (await call(api, "GET", "/v1/keys", key=key)).status_code == 200, loss
+
+
 async def test_no_secret_is_in_redis(guarded: Scene, store: Store) -> None:
     key = await new(guarded.api, "bot")
     await chat(guarded.api, key)
