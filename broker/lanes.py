@@ -63,7 +63,8 @@ async def submit(
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
     keys = store.keys
     idem = keys.idem(job.caller, idempotency_key) if idempotency_key else ""
-    record = job.to_hash() | {"lane": lane.name, "model": lane.model, "priority": lane.priority}
+    record = job.to_hash() | {"lane": lane.name, "model": lane.model}
+    record["priority"] = job.priority if job.priority == "batch" else lane.priority  # a caller's bound holds in a spill
     asked = asked or lane
     record["asked_model"] = asked.model
     if idem:

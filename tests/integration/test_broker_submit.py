@@ -242,3 +242,15 @@ async def test_admission_spills_passes_over_and_says_why(world: World) -> None:
     async with world.refused(errors.ModelUnavailable):
         await ask()
     await world.healthy()
+
+
+async def test_batch_work_that_spills_is_batch_work_still(world: World) -> None:
+    """A key may say that its caller's work is no more urgent; a lane that has no room is no way out of that. What asked
+    for a batch lane by itself is people's work again where it spills to a lane of theirs."""
+    await world.apply(POLICY.replace("lanes:\n", "lanes:\n  big.batch: { fallback: small }\n"))
+    await world.warm(small=1)
+    for priority, asked in (("batch", "big"), ("interactive", "big.batch")):
+        record = JobRecord(id=world.new_id(), asked=asked, priority=priority)
+        admitted = await admission.admit(world.store, world.book, world.fleet, record, b"{}")
+        job = await world.job(admitted.job_id)
+        assert (job.lane, job.priority) == ("small", priority)
