@@ -263,6 +263,18 @@ async def test_a_record_that_cannot_be_read_opens_nothing(guarded: Scene, store:
     assert (await chat(guarded.api, other)).status_code == 200
 
 
+async def test_a_name_in_the_environment_too_shields_no_key(store: Store) -> None:
+    """Whoever is locked out may well take the name that has a key already."""
+    async with live_api(store, keys=ROOT) as api:
+        await new(api, "ann")
+    async with live_api(store, keys="ann:of-all") as api:
+        key = (await call(api, "POST", "/v1/keys/ann/rotate")).json()["key"]
+        assert (await call(api, "GET", "/v1/usage", key=key)).status_code == 200
+        assert (await call(api, "DELETE", "/v1/keys/ann")).status_code == 200
+        assert (await call(api, "GET", "/v1/usage", key=key)).status_code == 401
+        assert error(await call(api, "DELETE", "/v1/keys/ann")) == (409, "wish_refused")
+
+
 async def test_keys_that_are_lost_open_the_gateway_to_nobody(store: Store) -> None:
     """A Redis that comes back without its data, or with records that nobody can read, has revoked nothing."""
     async with live_api(store) as api:
