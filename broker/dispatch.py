@@ -127,14 +127,15 @@ def in_need(
     budgets_ms: Mapping[str, int],
     first_token_ms: float,
     prefill_tps: float,
-) -> tuple[int, int | None]:
-    """Counts the interactive jobs that will miss their deadline unless a slot is made free for them now, and says at
+) -> tuple[list[Waiting], int | None]:
+    """Gives the interactive jobs that will miss their deadline unless a slot is made free for them now, and says at
     which instant the next will be one of them; None = none waits.
 
     The deadline is `promote_at`, or, where a job has no fallback, its submit and the cold-start budget of its lane
     (`budgets_ms`). A slot must begin to be made free so long before as a stop takes (STOP_MS), and the first token.
     """
-    need, next_at = 0, None
+    need: list[Waiting] = []
+    next_at = None
     for job in waiting:
         if job.priority == "batch":
             continue
@@ -142,7 +143,7 @@ def in_need(
         reading_ms = job.tokens * 1000 / prefill_tps if prefill_tps > 0 else 0.0
         at = int(deadline - STOP_MS - first_token_ms - reading_ms)
         if at <= now_ms:
-            need += 1
+            need.append(job)
         elif next_at is None or at < next_at:
             next_at = at
     return need, next_at

@@ -150,6 +150,13 @@ async def put_back(store: Store, held: Holding, *, left_ms: int = PUT_BACK_LEFT_
     await store.run("release", closing_keys(store, held.job_id, held.lane), [*args, PUT_BACK_MAX, left_ms])
 
 
+async def may_run(store: Store, job_id: str) -> bool:
+    """Whether the caller of a waiting job runs fewer jobs than its key allows. Only a look: the claim decides."""
+    caller, most = await store.command("HMGET", store.keys.job(job_id), "caller", "max_running")
+    limit = int(most or 0)
+    return not limit or int(await store.command("ZCARD", store.keys.runs(caller.decode()))) < limit
+
+
 async def renew(store: Store, held: Holding, *, lease_ms: int) -> None:
     """Proves that the worker lives and holds the job. Raises StaleAttempt, AlreadyEnded, NoSuchJob."""
     keys = [store.keys.job(held.job_id), store.keys.due]

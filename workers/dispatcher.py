@@ -68,7 +68,12 @@ class Dispatcher:
         self._told_early: set[tuple[str, int]] = set()
         self._shares = Shares(picture)
         self._put_backs = PutBacks(
-            store, self.attempts, tasks=tasks, now_ms=fleet.now_ms, again=lambda: self.dispatch()
+            store,
+            self.attempts,
+            tasks=tasks,
+            now_ms=fleet.now_ms,
+            again=lambda: self.dispatch(),
+            busy=self._hold_back,
         )
         self._held_back: dict[str, float] = {}  # callers that run as many jobs as they may -> until when
         self._renew_now = asyncio.Event()
@@ -197,6 +202,9 @@ class Dispatcher:
             waiting = (w for w in waiting if w.caller not in self._held_back)
         return waiting if waker.state == "warm" else (w for w in waiting if _takes_degraded(w, active))
 
+    def _hold_back(self, caller: str) -> None:
+        self._held_back[caller] = self._loop.time() + HELD_BACK_S
+
     def _make_way(self, name: str, waker: Waker, active: Active) -> None:
         if not self._put_backs.count(name):
             return
@@ -280,7 +288,7 @@ class Dispatcher:
             await self._reload()
             return None
         except errors.CallerBusy:
-            self._held_back[job.caller] = self._loop.time() + HELD_BACK_S
+            self._hold_back(job.caller)
             self._picture.unspend(job)
             return None
         except errors.BrokerUnavailable as e:

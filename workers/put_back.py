@@ -19,6 +19,10 @@ log = logging.getLogger("warmlane.put_back")
 
 Held = tuple[str, int]
 
+LOOK_AGAIN_S = 0.5
+"""Where a slot would do nothing for those in need, because their callers run as much as they may, it is looked again
+after this long."""
+
 
 class PutBacks:
     """Makes way for interactive work on one host, one slot for each job that needs one."""
@@ -31,13 +35,16 @@ class PutBacks:
         tasks: asyncio.TaskGroup,
         now_ms: Callable[[], int],
         again: Callable[[], None],
+        busy: Callable[[str], None],
     ) -> None:
-        """`attempts` are those that run, in the order in which they began; `again` has everything looked at anew."""
+        """`attempts` are those that run, in the order in which they began; `again` has everything looked at anew, and
+        `busy` hears of callers that run as many jobs as they may."""
         self._store = store
         self._attempts = attempts
         self._tasks = tasks
         self._now_ms = now_ms
         self._again = again
+        self._busy = busy
         self._going: set[Held] = set()  # being put back, or stopped and not over yet
         self._refused: set[Held] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -59,9 +66,9 @@ class PutBacks:
             prefill_tps=prefill_tps,
         )
         under_way = len(model.slots.settling) + sum(self._is_of(held, model.name) for held in self._going)
-        for held in yielding[: max(0, need - under_way)]:
+        for held, job in zip(yielding, need[under_way:], strict=False):
             self._going.add(held)
-            self._tasks.create_task(self._put_back(held, self._attempts[held]), name=f"put back {held[0]}")
+            self._tasks.create_task(self._put_back(held, self._attempts[held], job), name=f"put back {held[0]}")
         if next_at is not None:
             self._look_at(asyncio.get_running_loop().time() + (next_at - now_ms) / 1000)
 
@@ -98,8 +105,13 @@ class PutBacks:
         attempt = self._attempts.get(held)
         return attempt is not None and attempt.job.model == model
 
-    async def _put_back(self, held: Held, attempt: Attempt) -> None:
+    async def _put_back(self, held: Held, attempt: Attempt, job: Waiting) -> None:
         try:
+            if not await jobs.may_run(self._store, job.job):
+                self._going.discard(held)
+                self._busy(job.caller)
+                self._look_at(asyncio.get_running_loop().time() + LOOK_AGAIN_S)
+                return self._again()
             await jobs.put_back(self._store, attempt.held)
         except (errors.Lost, errors.NoSuchJob, errors.BadTransition, errors.BrokerUnavailable) as e:
             log.debug("event=not_put_back job=%s attempt=%d reason=%s", *held, e)

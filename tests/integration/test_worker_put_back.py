@@ -166,6 +166,24 @@ async def test_one_whose_worker_dies_meanwhile_is_served_by_the_next(
     assert (record.state, record.put_backs, record.losses) == (State.DONE, 1, 0)
 
 
+async def test_nothing_makes_way_for_a_job_that_may_not_run(world: World) -> None:
+    """Its caller runs as many as its key allows: a slot would do nothing for it, and batch work would be lost."""
+    await world.apply({"big": simulated(maxConcurrent=2, **NOW, options={"decodeTps": 100})})
+    await world.warm_host()
+    (batch,) = await batch_runs(world, tokens=900)
+    bounded = {"caller": "ci", "max_running": 1}
+    first = await world.submit("big", tokens=150, **bounded)
+    await first.until_state(State.STREAMING)
+    second = await world.submit("big", **bounded)
+
+    records = [await ask.end() for ask in (first, second)]
+    assert [record.state for record in records] == [State.DONE, State.DONE]
+    assert records[0].ended_at <= records[1].claimed_at
+    record = await batch.record()
+    assert (record.state, record.put_backs, record.attempt) == (State.STREAMING, 0, 1)
+    await jobs.cancel(world.store, batch.job_id)
+
+
 async def test_people_are_not_promoted_off_slots_that_are_put_back_for_them(world: World) -> None:
     """Batch work holds every slot for long: its model answers in time all the same, so nobody is downgraded."""
     await world.apply(
