@@ -150,6 +150,12 @@ async def put_back(store: Store, held: Holding, *, left_ms: int = PUT_BACK_LEFT_
     await store.run("release", closing_keys(store, held.job_id, held.lane), [*args, PUT_BACK_MAX, left_ms])
 
 
+async def spend_cancelled(store: Store, held: Holding, tokens: int) -> None:
+    """Charges the caller of a job that was cancelled while this attempt answered, by an estimate of what it cost."""
+    args = [store.now_arg(), held.job_id, held.attempt, tokens]
+    await store.run("spend_cancelled", [store.keys.job(held.job_id)], args)
+
+
 async def may_run(store: Store, job_id: str) -> bool:
     """Whether the caller of a waiting job runs fewer jobs than its key allows. Only a look: the claim decides."""
     caller, most = await store.command("HMGET", store.keys.job(job_id), "caller", "max_running")

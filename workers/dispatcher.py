@@ -267,12 +267,21 @@ class Dispatcher:
                 charge.give_back()
             else:
                 charge.settle(ended.usage)
+                if ended.outcome == "stopped" and attempt.delivered:
+                    self._tasks.create_task(self._spend(attempt, round(charge.tokens)), name=f"spend {job.job}")
             keep = self._shares.may_wait(waker.name, job, self._book.active.lanes_of(waker.name))
         finally:
             if served:
                 self._held_back.pop(job.caller, None)
             waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served, keep=keep)
             self.dispatch()
+
+    async def _spend(self, attempt: Attempt, tokens: int) -> None:
+        """Charges the caller's day for an answer that it cancelled, or hung up on."""
+        try:
+            await jobs.spend_cancelled(self._store, attempt.held, tokens)
+        except errors.BrokerUnavailable as e:
+            log.debug("event=spend_lost job=%s reason=%s", attempt.held.job_id, e)
 
     async def _claim(self, waker: Waker, job: Waiting, slot: int) -> Attempt | None:
         """Takes the job; None when the race was lost or Redis is away."""

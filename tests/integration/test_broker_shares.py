@@ -5,7 +5,7 @@ import pytest
 from broker import errors, jobs, lanes
 from broker.lifecycle import State
 from broker.records import JobRecord
-from tests.support.broker_world import POLICY, World, policy_with
+from tests.support.broker_world import POLICY, World, policy_with, stale
 from tests.support.invariants import take
 
 ROOMY = policy_with(("maxQueue: 3", "maxQueue: 8"))
@@ -190,6 +190,23 @@ async def test_a_caller_runs_no_more_than_it_may(world: World) -> None:
     await world.claim(theirs)
     await jobs.end(world.store, held, "fail", error=errors.RuntimeFailed("broke"))
     await world.claim(mine[1])
+    await world.healthy()
+
+
+async def test_an_answer_that_was_cancelled_is_charged(world: World) -> None:
+    """By its worker's estimate, and not where the job goes on or nothing of an answer was made."""
+    begun, waits = await world.stream(await submit(world, "ann")), await world.claim(await submit(world, "ann"))
+    await jobs.spend_cancelled(world.store, begun, 100)
+    for held in (begun, waits):
+        await jobs.cancel(world.store, held.job_id)
+    await jobs.spend_cancelled(world.store, waits, 100)
+    await submit(world, "ann", tokens_per_day=1)
+    await jobs.spend_cancelled(world.store, stale(begun, begun.attempt + 1), 100)
+    await submit(world, "ann", tokens_per_day=1)
+    await jobs.spend_cancelled(world.store, begun, 100)
+    await submit(world, "ann", tokens_per_day=101)
+    async with world.refused(errors.QuotaUsed):
+        await submit(world, "ann", tokens_per_day=100)
     await world.healthy()
 
 

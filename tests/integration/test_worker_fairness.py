@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from ulid import ULID
 
-from broker import admission, errors
+from broker import admission, errors, jobs
+from broker.lifecycle import State
 from broker.records import JobRecord
 from tests.support.redis_server import RedisServer
-from tests.support.worker_world import Ask, World, simulated, until, worker_world
+from tests.support.worker_world import Ask, World, eventually, simulated, until, worker_world
 
 pytestmark = pytest.mark.real
 
@@ -25,6 +27,21 @@ ENOUGH = 14
 async def world(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[World]:
     async with worker_world(redis_server.socket_url, tmp_path) as world:
         yield world
+
+
+async def test_who_hangs_up_before_the_end_has_spent_the_tokens(world: World) -> None:
+    """Else nobody's day would ever be over that cancels each answer at its last word."""
+    await world.apply({"big": simulated(options={"decodeTps": 100})})
+    await world.warm_host()
+    ask = await world.submit("big", tokens=500, caller="ann")
+    await ask.until_state(State.STREAMING)
+    await jobs.cancel(world.store, ask.job_id)
+
+    async def spent() -> bool:
+        day = datetime.fromtimestamp(await world.store.now_ms() / 1000, UTC)
+        return int(await world.store.command("GET", world.store.keys.spent("ann", f"{day:%Y-%m-%d}")) or 0) > 0
+
+    await eventually(spent, what="it is charged")
 
 
 class Caller:

@@ -140,6 +140,7 @@ async def call_everything(world: World) -> None:
     await jobs.detach(store, held.job_id, reader="api1/r2")
     await jobs.end(store, held, "finish", seq=3, data=b"3")
     await jobs.cancel(store, await world.submit())
+    await jobs.spend_cancelled(store, held, 7)
     await lanes.rejoin(store, await world.job(held.job_id), b"x", reader="api1/r3")
     await jobs.release(store, await world.claim(await world.submit()), loss=True, max_losses=3, error=refused)
     late = await world.submit()
