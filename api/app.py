@@ -244,7 +244,12 @@ async def serve(settings: ApiSettings) -> int:
         return NO_REDIS
     try:
         keys = KeyBook(store, Keys.parse(settings.keys.get_secret_value()), anonymous=place.is_loopback)
-        await keys.reload()
+        try:
+            await keys.reload()
+        except errors.BrokerUnavailable as problem:
+            listener.close()
+            print(_sentence(str(problem)), file=sys.stderr)
+            return NO_REDIS
         if not keys and not place.is_loopback:
             listener.close()
             print(place.needs_keys, file=sys.stderr)

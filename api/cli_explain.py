@@ -55,6 +55,8 @@ async def _who(store: Store, name: str) -> Caller:
     """The caller of that name and what it may; raises UnknownCaller."""
     keys = KeyBook(store, Keys.parse(os.environ.get("GATEWAY_KEYS", "")))
     await keys.reload()
+    if name == ANONYMOUS and keys:
+        raise errors.BadRequest("this gateway has keys: say whose the request would carry with --caller NAME", "caller")
     rights = keys.rights_of(name)
     if rights is None and name not in (ANONYMOUS, *keys.names):
         raise errors.UnknownCaller(name, near_words(name, keys.names, most=3))

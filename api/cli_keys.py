@@ -92,7 +92,7 @@ def key_rotate(
 
 @key_app.command("revoke")
 def key_revoke(name: Name) -> None:
-    """Takes a caller's keys away, everywhere within a second. What runs of it goes on to its end."""
+    """Takes a caller's keys away, everywhere within a second. What waits of it is cancelled, what runs goes on."""
     told = asyncio.run(ask("DELETE", f"/v1/keys/{part(name)}"))
     print(f"{told['name']} may not call any more ({', '.join(told['revoked'])})")
 

@@ -16,7 +16,16 @@ OURS = frozenset({"localhost", "host.docker.internal", "gateway.docker.internal"
 """Names by which this machine is called and that no stranger's DNS can give; addresses are as good."""
 HOSTS_KNOWN = 64
 
-_ONCE = (b"host", b"origin", b"content-length", b"transfer-encoding", b"content-encoding", b"idempotency-key")
+_ONCE = (
+    b"host",
+    b"origin",
+    b"content-length",
+    b"transfer-encoding",
+    b"content-encoding",
+    b"idempotency-key",
+    b"x-gateway-lane",
+    b"x-gateway-allow-remote",
+)
 
 _FOREIGN = Wrong(
     "origin_refused", "pages of this origin may not call: GATEWAY_CORS_ORIGINS names those that may", 403, PERMISSION

@@ -109,6 +109,7 @@ async def _admit(
         priority="batch" if job.priority == "batch" else "interactive",
     )
     refusals: list[errors.Refused] = []
+    full_lanes: list[str] = []
     leaving = Leaving(active, job, body)
     for lane in await _in_order(store, active, job, asked):
         refusal = refuses(active, fleet, job, lane, may_leave=rights.remote)
@@ -128,12 +129,14 @@ async def _admit(
                     reader=reader,
                     idempotency_key=key,
                     retried=may_retry,
+                    refused_by=full_lanes,
                     max_waiting=rights.max_waiting,
                     tokens_per_day=rights.tokens_per_day,
                     promote_within_ms=promote_within_ms,
                 )
                 return Admitted(found.job_id, found.lane, found.attached)
             except errors.LaneFull as full:
+                full_lanes.append(lane.name)
                 view = fleet.view(lane.name, active)
                 refusal = errors.LaneFull(lane.name, retry_after_s=dispatch.retry_after_s(view, before=full.before))
             except errors.CallerShare as share:
@@ -160,7 +163,7 @@ async def _admit(
 async def _in_order(store: Store, active: Active, job: JobRecord, asked: Lane) -> list[Lane]:
     """The lanes to try: the one asked for first, unless the session was promoted lately and stays on the fallback.
 
-    Nobody stays on a remote one: requests leave only while there is no room here.
+    Nobody stays on a remote one: requests leave only while no lane here can take them.
     """
     found = active.policy.candidates(asked)
     if not job.session or not active.policy.models[asked.model].sticky_promotion_ms:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter
 
 from broker.errors import Unauthorized
+from broker.policy.content import BATCH
 
 ANONYMOUS = "anonymous"
 """Who calls where no keys are set: then the api listens to this machine only."""
@@ -55,6 +56,11 @@ class Rights:
     remote: bool = False
     remote_lanes: tuple[str, ...] = ()
     admin: bool = False
+
+    @property
+    def exits(self) -> frozenset[str]:
+        """The lanes by which its requests may leave without a word: those named, and their batch lanes."""
+        return frozenset(self.remote_lanes) | {name + BATCH for name in self.remote_lanes}
 
     def to_json(self) -> str:
         """Writes it as Redis keeps it."""

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from broker import errors
+from broker import errors, jobs
 from broker.callers import Caller, Key, Keyring, Keys, Rights, check_name, make_key
 from broker.policy.sentences import near_words
 from broker.store import Store
@@ -15,6 +16,9 @@ log = logging.getLogger("warmlane.keys")
 
 FOLLOW_EVERY_S = 0.4
 """A revoked key opens nothing anywhere after this long, and the time of one read."""
+
+HEARD_EVERYWHERE_S = 0.6
+"""After so long every api that Redis answers knows."""
 
 CHANGE_TRIES = 5
 EXPIRED_KEPT_MS = 30 * 86_400_000
@@ -143,7 +147,8 @@ class KeyBook:
         return made
 
     async def revoke(self, name: str, *, by: str) -> list[str]:
-        """Takes a caller's keys and rights away; gives the ids of the keys. What runs of it goes on to its end."""
+        """Takes a caller's keys and rights away; gives the ids of the keys. What waits of it is cancelled, also what an
+        api took that had not heard yet; what runs goes on to its end."""
 
         def change(ring: Keyring, now_ms: int) -> tuple[dict[str, str], list[str]]:
             ids = [key.id for key in _keys_of(ring, name)]
@@ -155,8 +160,21 @@ class KeyBook:
             return {f"caller:{name}": ""} | {f"key:{key_id}": "" for key_id in ids}, ids
 
         gone: list[str] = await self._change(change)
-        log.info("event=key_revoked caller=%s keys=%s by=%s", name, ",".join(gone), by)
+        cancelled = await self._cancel_waiting(name)
+        await asyncio.sleep(HEARD_EVERYWHERE_S)
+        cancelled += await self._cancel_waiting(name)
+        log.info("event=key_revoked caller=%s keys=%s cancelled=%d by=%s", name, ",".join(gone), cancelled, by)
         return gone
+
+    async def _cancel_waiting(self, name: str) -> int:
+        """Cancels the caller's jobs that wait, or will; says how many."""
+        waiting = await self._store.command("ZRANGE", self._store.keys.waits(name), 0, -1)
+        cancelled = 0
+        for place in waiting:
+            with suppress(errors.Lost, errors.NoSuchJob):
+                await jobs.cancel(self._store, place.decode().rpartition("/")[2], message="its key was revoked")
+                cancelled += 1
+        return cancelled
 
     async def _change(self, change: Any) -> Any:
         """Decides on what is there now and writes it, unless somebody else was faster: then it decides again."""

@@ -1,7 +1,7 @@
 """Lanes: how a job enters one, is taken from it, moves to another, and leaves it unserved."""
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from broker import downgrades, errors
@@ -44,6 +44,7 @@ async def submit(
     reader: str = "",
     idempotency_key: str = "",
     retried: bool = False,
+    refused_by: Iterable[str] = (),
     max_waiting: int = 0,
     tokens_per_day: int = 0,
     wanted: bool = True,
@@ -57,7 +58,7 @@ async def submit(
     `asked` is the lane that the request asked for, where this one is its fallback; raises DowngradesCapped where too
     many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
     connection, attached in the same script, so that the job never lives without the one who waits for it. `retried`:
-    its SDK may try again, and its retry may then `rejoin` it.
+    its SDK may try again, and its retry may then `rejoin` it. `refused_by`: lanes that had no place for it just now.
     """
     if lane.retiring:
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
@@ -119,6 +120,7 @@ async def submit(
             fingerprint,
             max_waiting,
             tokens_per_day,
+            " ".join(refused_by),
             *fields,
         ],
     )

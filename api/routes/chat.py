@@ -153,7 +153,7 @@ class ChatCompletions:
         if rights.lanes:
             tokens = facts.get("longest") or facts.get("tokens", 0)
             lane_of(self._gateway, caller, asked, endpoint=self.path, prompt_tokens=tokens)
-        zone, exits = door.consent(wishes.leave, may_leave=rights.remote, standing=frozenset(rights.remote_lanes))
+        zone, exits = door.consent(wishes.leave, may_leave=rights.remote, standing=rights.exits)
         return JobRecord(
             id=str(ULID()),
             asked=asked,

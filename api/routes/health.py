@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 
-from api.auth import Gate, caller_of
+from api.auth import Caller, Gate, caller_of
 from api.described import JSON, Answer, Described, described, says
 from api.gateway import Gateway
 from broker import errors, usage
@@ -53,10 +53,10 @@ async def readyz(gateway: Gate) -> JSONResponse:
     return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
 
 
-@router.get("/metrics", dependencies=[Depends(caller_of)])
+@router.get("/metrics")
 @described(Described("Figures for Prometheus", "health", {200: Answer("They are.", {"text/plain": text()})}))
-async def metrics(gateway: Gate) -> Response:
-    """The page that Prometheus reads."""
+async def metrics(gateway: Gate, caller: Caller) -> Response:
+    """The page that Prometheus reads. What others used is shown under their names to an administrator only."""
     shown: Snapshot | None = None
     day: Day = ()
     up = True
@@ -68,7 +68,8 @@ async def metrics(gateway: Gate) -> Response:
         pass  # no policy yet
     except (errors.BrokerError, TimeoutError):
         up = False
-    page = gateway.metrics.render(shown, day, callers=gateway.keys.names, redis_up=up)
+    named = gateway.keys.names if caller.rights.admin else [caller.name]
+    page = gateway.metrics.render(shown, day, callers=named, redis_up=up)
     return Response(page, headers={"content-type": CONTENT_TYPE})
 
 

@@ -65,14 +65,14 @@ async def tags(gateway: Gate, caller: Caller) -> dict[str, Any]:
         fails=(errors.ModelUnavailable, errors.BrokerUnavailable),
     )
 )  # fmt: skip
-async def running(gateway: Gate, _caller: Caller) -> dict[str, Any]:
+async def running(gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Lists the models that are loaded, with the memory that they hold on all hosts."""
     active = gateway.book.active
     await gateway.fleet.look_again(older_than_s=FRESH_S)
     told = []
     for model in active.models():
         loaded = [m for m in gateway.fleet.picture.on_host.get(model, {}).values() if m.state in RESIDENT]
-        if loaded:
+        if loaded and caller.rights.may_ask_for(model):
             size = sum(map(_size, loaded))
             told.append((_of_model(gateway, active, model, model), size, _expires_at(gateway, active, model)))
     return ollama_models.running(told)
@@ -91,7 +91,8 @@ async def show(request: Request, gateway: Gate, caller: Caller) -> dict[str, Any
     active = gateway.book.active
     shown = _shown(gateway, active, known_name(active, asked), caller)
     if shown is None:
-        raise errors.UnknownModel(asked, near_words(asked, active.policy.names(), most=3))
+        names = [name for name in active.policy.names() if caller.rights.may_ask_for(name)]
+        raise errors.UnknownModel(asked, near_words(asked, names, most=3))
     return ollama_models.show(shown)
 
 

@@ -16,7 +16,8 @@
 --   ARGV[21] fingerprint   by which an SDK's retry finds the job, "" = it does not
 --   ARGV[22] max_waiting   of the caller, over all lanes, 0 = no limit
 --   ARGV[23] tokens_per_day  of the caller, 0 = no limit
---   ARGV[24 ..] fields of the job hash, name and value in turn
+--   ARGV[24] refused_by    names of the lanes that had no place for it just now: its caller waits in their lines no more
+--   ARGV[25 ..] fields of the job hash, name and value in turn
 -- While others want places of the lane, no caller holds more than its share of them. Who asks is noted either way.
 -- Jobs of the same session that nobody reads any more and that asked for something else end: their grace is over.
 -- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key.
@@ -47,7 +48,7 @@ if ARGV[11] == "1" then
   end
 end
 local named, fields = {}, {}
-for i = 24, #ARGV, 2 do
+for i = 25, #ARGV, 2 do
   named[ARGV[i]] = ARGV[i + 1]
   fields[#fields + 1] = ARGV[i]
   fields[#fields + 1] = ARGV[i + 1]
@@ -119,6 +120,7 @@ else
 end
 set("state", state)
 if not_before <= now then note_place(root, named.lane, who, now) end
+for lane in string.gmatch(ARGV[24], "%S+") do leave_line(root, lane, who) end
 hold_waiting(root, who, named.lane, id, state)
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])

@@ -14,6 +14,7 @@ from broker.callers import Rights
 from broker.keybook import KeyBook
 from broker.lifecycle import State
 from broker.store import Store
+from tests.support.broker_world import fake_world
 from tests.support.live_api import LiveApi, RawClient, Scene, chat_body, live_api, live_scene, until_true
 from tests.support.waiting import until
 
@@ -131,7 +132,7 @@ async def test_batch_work_stays_batch_work(guarded: Scene) -> None:
         ({}, "true", "local", ""),
         ({"remote": True}, "true", "remote", ""),
         ({"remote": True}, "", "local", ""),
-        ({"remote": True, "remoteLanes": ["far", "big"]}, "", "remote", "big far"),
+        ({"remote": True, "remoteLanes": ["far", "big"]}, "", "remote", "big big.batch far far.batch"),
         ({"remote": True, "remoteLanes": ["far"]}, "true", "remote", ""),
         ({"remote": True, "remoteLanes": ["far"]}, "false", "local", ""),
         ({"remoteLanes": ["far"]}, "true", "local", ""),
@@ -224,6 +225,38 @@ async def test_a_bad_wish_makes_no_key(guarded: Scene, body: Any, words: str) ->
     answer = await call(guarded.api, "POST", "/v1/keys", body)
     assert answer.status_code in (400, 409) and words in answer.json()["error"]["message"]
     assert [caller["name"] for caller in (await call(guarded.api, "GET", "/v1/keys")).json()["data"]] == ["root"]
+
+
+async def test_what_waits_ends_with_its_key_and_what_runs_goes_on() -> None:
+    """Also what starts later; and nobody else's."""
+    async with fake_world() as world:
+        await world.apply()
+        await world.warm(big=1)
+        book = KeyBook(world.store)
+        await book.new("boss", Rights(admin=True), by="test")
+        await book.new("bot", Rights(), by="test")
+        runs, waits = [await world.submit(caller="bot") for _ in range(2)]
+        later = await world.submit("big.batch", caller="bot", not_before=world.now + 60_000)
+        others = await world.submit(caller="ann")
+        await world.claim(runs)
+        await book.revoke("bot", by="boss")
+        states = [(await world.job(job)).state for job in (runs, waits, later, others)]
+        assert states == [State.CLAIMED, State.CANCELLED, State.CANCELLED, State.QUEUED]
+        assert (await world.job(waits)).error_message == "its key was revoked"
+        await world.healthy()
+
+
+async def test_a_key_shows_no_more_than_its_own(guarded: Scene) -> None:
+    """Names that it may not ask for, and what others used, are not told: not by a hint, a list, nor the metrics."""
+    fenced, ann = await new(guarded.api, "fenced", lanes=["small"]), await new(guarded.api, "ann")
+    assert (await chat(guarded.api, ann)).status_code == 200
+    for path in ("/v1/chat/completions", "/api/show"):
+        asked = {"model": "bigg", "messages": [{"role": "user", "content": "hello"}]}
+        told = await call(guarded.api, "POST", path, asked, key=fenced)
+        assert told.status_code == 404 and "did you mean" not in told.text
+    page = (await call(guarded.api, "GET", "/metrics", key=fenced)).text
+    assert 'caller="ann"' not in page
+    assert 'caller="ann"' in (await call(guarded.api, "GET", "/metrics")).text
 
 
 async def test_nobody_can_rotate_or_revoke_what_is_not_there(guarded: Scene) -> None:

@@ -124,6 +124,8 @@ async def test_a_head_as_large_as_it_may_be_is_served(scene: Scene) -> None:
         ([], 400, "bad_http"),  # no host
         (["host: localhost", "host: localhost"], 400, "bad_http"),
         (["host: localhost", "idempotency-key: a", "idempotency-key: b"], 400, "bad_http"),
+        (["host: localhost", "x-gateway-allow-remote: false", "x-gateway-allow-remote: true"], 400, "bad_http"),
+        (["host: localhost", "x-gateway-lane: big", "x-gateway-lane: small"], 400, "bad_http"),
         (["host: localhost", "transfer-encoding: gzip, chunked"], 400, "bad_http"),
         (["host: localhost", "content-encoding: gzip"], 415, "unsupported_encoding"),
     ],

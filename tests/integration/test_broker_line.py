@@ -2,8 +2,9 @@
 
 import pytest
 
-from broker import errors, jobs
+from broker import admission, errors, jobs
 from broker.errors import LaneFull
+from broker.records import JobRecord
 from tests.support.broker_world import World, policy_with
 
 ONE_PLACE = policy_with(("maxQueue: 3", "maxQueue: 1"))
@@ -80,3 +81,16 @@ async def test_who_had_a_place_lines_up_behind_the_others(world: World) -> None:
     taken = await world.submit(caller="bob")
     await world.claim(taken)
     assert await asks(world, "ann") == ["ann"]
+
+
+async def test_who_is_served_by_the_fallback_stands_in_no_line(world: World) -> None:
+    """Its turn would keep a place empty that nobody comes for."""
+    await world.apply(ONE_PLACE)
+    await world.warm(big=1, small=1)
+    await world.claim(await world.submit(caller="runs"))
+    waits = await world.submit(caller="ann")
+    job = JobRecord(id=world.new_id(), asked="big", caller="bob")
+    assert (await admission.admit(world.store, world.book, world.fleet, job, b"{}")).lane == "small"
+    await jobs.cancel(world.store, waits)
+    assert await asks(world, "cay") == ["cay"]
+    await world.healthy()

@@ -79,6 +79,11 @@ def test_a_lane_is_open_by_its_name_or_by_the_one_asked_for(rights: Rights, name
     assert rights.may_ask_for(name, lane) is may
 
 
+def test_a_standing_leave_is_for_a_lane_and_its_batch_lane() -> None:
+    assert Rights(remote=True, remote_lanes=("far",)).exits == {"far", "far.batch"}
+    assert EVERYTHING.exits == frozenset()
+
+
 @pytest.mark.parametrize("name", ["", "-bot", "a b", "a:b", "x" * 65, "anonymous", "ann\n"])
 def test_what_cannot_be_a_name(name: str) -> None:
     with pytest.raises(ValueError):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from api import cli_policy
+from broker.callers import Rights
+from broker.keybook import KeyBook
 from broker.store import Store
 from tests.support.broker_world import World, fake_world
 from tests.support.invariants import take
@@ -115,3 +117,17 @@ async def test_what_cannot_be_explained_is_a_sentence(asked: Asked) -> None:
     ):
         code, out, err = await asked(request, *words)
         assert code != 0 and out == "" and said in err, err
+
+
+async def test_where_there_are_keys_it_must_know_whose(asked: Asked) -> None:
+    """What a caller's key allows decides; nobody is taken for somebody who may everything."""
+    book = KeyBook(asked.world.store)
+    await book.new("boss", Rights(admin=True, remote=True), by="test")
+    await book.new("bot", Rights(), by="test")
+    request = {"model": "far", "messages": [{"role": "user", "content": "hello"}]}
+    code, _, said = await asked(request, *LEAVE)
+    assert code == 1 and "say whose the request would carry with --caller NAME" in said
+    code, _, said = await asked(request, *LEAVE, "--caller", "bott")
+    assert code == 1 and "did you mean bot?" in said
+    assert "the key of bot lets nothing leave" in (await asked(request, *LEAVE, "--caller", "bot"))[1]
+    assert "may use far" in (await asked(request, *LEAVE, "--caller", "boss"))[1]

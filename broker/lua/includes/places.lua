@@ -3,12 +3,12 @@
 -- its claim.
 -- `root` is what every key begins with.
 local function root_of(job, id) return string.sub(job, 1, -#id - 5) end
-local function place_of(lane, id, state) return (state == "scheduled" and "@" or "") .. lane .. "/" .. id end
+local function place_in(lane, id, state) return (state == "scheduled" and "@" or "") .. lane .. "/" .. id end
 local function hold_waiting(root, caller, lane, id, state)
-  redis.call("ZADD", root .. "waits:" .. caller, "0", place_of(lane, id, state))
+  redis.call("ZADD", root .. "waits:" .. caller, "0", place_in(lane, id, state))
 end
 local function hold_running(root, caller, id, now) redis.call("ZADD", root .. "runs:" .. caller, ms(now), id) end
 local function hold_no_more(root, caller, lane, id, state)
   if state == "claimed" or state == "streaming" then redis.call("ZREM", root .. "runs:" .. caller, id)
-  else redis.call("ZREM", root .. "waits:" .. caller, place_of(lane, id, state)) end
+  else redis.call("ZREM", root .. "waits:" .. caller, place_in(lane, id, state)) end
 end

@@ -45,10 +45,11 @@ end
 local function waiting_of(root, lane, caller)
   return redis.call("ZLEXCOUNT", root .. "waits:" .. caller, "[" .. lane .. "/", "(" .. lane .. "0")
 end
+local function leave_line(root, lane, caller) redis.call("ZREM", root .. "line:" .. lane, caller) end
 -- Notes that a caller has got a place.
 local function note_place(root, lane, caller, now)
   note_active(root, lane, caller, now)
-  redis.call("ZREM", root .. "line:" .. lane, caller)
+  leave_line(root, lane, caller)
 end
 -- Why a caller gets no place in a lane now: it is full, others want places and it holds its share of them, or, where no
 -- slot is free, the next places are those of callers in line. Returns the refusal and how many places it holds there, or
