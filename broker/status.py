@@ -140,7 +140,7 @@ class Snapshot:
     def policy_lines(self) -> list[str]:
         """What the policy does with jobs that wait too long, one sentence per lane with a fallback."""
         return [
-            f"{lane.name} spill -> {lane.fallback} while it is full, for requests that may leave"
+            f"{lane.name} spill -> {lane.fallback} while it has no place, for requests that may leave"
             if lane.spills_only
             else f"{lane.name} fallback -> {lane.fallback} after {lane.cold_start_budget_ms}ms cold-start budget"
             for lane in self.lanes

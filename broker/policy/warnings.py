@@ -79,7 +79,7 @@ def _weak_fallbacks(content: Content, lanes: dict[str, Lane]) -> Iterator[Findin
         elif model.embeddings and model.model != content.models[lane.model].model:
             yield path, f"'{fallback.model}' must serve the same weights: vectors of two models can't be compared"
         elif lane.trust == "local" and fallback.trust == "remote":
-            takes = "it takes requests that may leave while this lane is full, and no promoted job"
+            takes = "it takes requests that may leave while this lane has no place, and no promoted job"
             yield path, f"'{fallback.name}' is remote: {takes}"
         elif not model.keep_warm:
             yield path, f"'{fallback.model}' is not kept warm, so a promoted job may wait for a second cold start"

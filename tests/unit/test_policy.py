@@ -961,7 +961,7 @@ WARNINGS = [
     ),
     (
         ["models:", warm("a", ", fallback: b"), warm("b", ", trust: remote")],
-        "line 2: models.a.fallback: 'b' is remote: it takes requests that may leave while this lane is full, "
+        "line 2: models.a.fallback: 'b' is remote: it takes requests that may leave while this lane has no place, "
         "and no promoted job",
     ),
     (

@@ -243,4 +243,6 @@ async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share()
 def test_a_remote_fallback_takes_no_promoted_job_and_the_policy_line_says_so() -> None:
     lane = LaneStatus(name="near", model="near", fallback="far", spills_only=True, cold_start_budget_ms=25000)
 
-    assert Snapshot(lanes=(lane,)).policy_lines == ["near spill -> far while it is full, for requests that may leave"]
+    assert Snapshot(lanes=(lane,)).policy_lines == [
+        "near spill -> far while it has no place, for requests that may leave"
+    ]
