@@ -18,7 +18,7 @@ from broker.lifecycle import State
 from broker.records import JobRecord
 from broker.store import Store
 from tests.chaos.leaving import Leaving, judge_jobs
-from tests.chaos.standing import Standing, look
+from tests.chaos.standing import Standing, look, used_mb
 from tests.chaos.storm import Ledger, ends, seed_of
 from tests.support.gateway_process import House, house
 from tests.support.heard import hear
@@ -34,6 +34,8 @@ pytestmark = pytest.mark.real
 FIRST = 80
 """So many come first: whatever a process opens once, it has opened then."""
 LOOK_EVERY_S = 1.5
+REDIS_MB = 3
+"""What the counters of the day and the indices of retries may take when every job is forgotten."""
 SETTLE_S_MAX = 20.0
 BAD_WORDS = (" ERROR ", " CRITICAL ", "Traceback", "Task was destroyed", "never retrieved", "was never awaited")
 
@@ -126,6 +128,7 @@ async def run(directory: Path, clients: int, *, keep_ms: int, name: str) -> None
     async with scene(directory, keep_ms) as here:
         first = await storm(here.up.url, here.ledger, seed, range(FIRST))
         before = await here.at_rest()
+        before_mb = await used_mb(here.store)
         began = time.monotonic()
         leaving = await storm(here.up.url, here.ledger, seed, range(FIRST, FIRST + clients))
         took_s = time.monotonic() - began
@@ -143,6 +146,7 @@ async def run(directory: Path, clients: int, *, keep_ms: int, name: str) -> None
         assert not found, f"seed {seed}: {len(found)}\n" + "\n".join(found[:40])
         worth_it(leaving, jobs, retries)
         await keys_go(here.ledger, keep_ms)
+        assert await used_mb(here.store) < before_mb + REDIS_MB
 
 
 def made(runtimes: Runtimes, jobs: list[JobRecord]) -> list[str]:
