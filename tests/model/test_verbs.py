@@ -694,7 +694,10 @@ class Verbs(RuleBasedStateMachine):
     @takes(pick=picks, hasten=st.booleans())
     def look(self, pick: int, hasten: bool) -> None:
         job = self.some_job(pick)
-        self.act("look", lambda: self.world.due.look(job.id, hasten=hasten))
+        looked = self.act("look", lambda: self.world.due.look(job.id, hasten=hasten))
+        tried = job.state is State.SCHEDULED and self.world.book.active.lane(job.lane) is not None
+        if tried and looked.outcome in ("started", "full"):  # that asked for a place, as `release_due` does
+            self.noted(job.caller, job.lane, None if looked.outcome == "started" else errors.CallerShare)
 
     @takes(lane=st.sampled_from(LANES))
     def sweep(self, lane: str) -> None:
