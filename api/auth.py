@@ -7,7 +7,6 @@ from fastapi import Depends, Request
 
 from api.gateway import Gateway
 from broker import callers, errors
-from broker.policy import Lane
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -41,20 +40,6 @@ def caller_of(request: Request, gateway: Gate) -> callers.Caller:
 
 
 Caller = Annotated[callers.Caller, Depends(caller_of)]
-
-
-def lane_of(gateway: Gateway, caller: callers.Caller, name: str, *, endpoint: str, prompt_tokens: int = 0) -> Lane:
-    """The lane that a name leads this caller to; raises UnknownModel, and LaneForbidden where its key opens no such."""
-    policy = gateway.book.active.policy
-    try:
-        lane = policy.route(name, caller=caller.name, endpoint=endpoint, prompt_tokens=prompt_tokens)
-    except (errors.UnknownModel, errors.UnknownLane) as unknown:
-        near = [other for other in unknown.suggestions if caller.rights.may_ask_for(other)]
-        raise type(unknown)(unknown.asked, near) from None
-    if not caller.rights.may_ask_for(name, lane.name):
-        opens = ", ".join(caller.rights.lanes)
-        raise errors.LaneForbidden(f"the key of {caller.name} is for {opens}, not for {name[: errors.NAME_SHOWN]!r}")
-    return lane
 
 
 def admin_of(caller: Caller) -> callers.Caller:

@@ -1,36 +1,17 @@
 """Reads a request as its own route would, and says which lanes it may use; nobody sends it anywhere.
 
-Apart from `cli_explain`, because the routes take half a second to import, and other commands need none of them.
+Apart from `cli_explain`, because `visit` brings half of the api with it, and other commands need none of that.
 """
 
-from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
-from typing import cast
+from collections.abc import Iterable
 
-from api.gateway import Gateway
-from api.routes import anthropic, chat, completions, embeddings, ollama_generations, responses
 from api.visit import Wishes
-from broker import errors
+from broker import errors, requests
 from broker.callers import Caller
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.store import Store
 from broker.trust.explain import Explained, explain
-
-ROUTES: Mapping[str, type[chat.ChatCompletions]] = {
-    route.path: route
-    for route in (
-        chat.ChatCompletions,
-        completions.Completions,
-        embeddings.Embeddings,
-        responses.Responses,
-        anthropic.Messages,
-        ollama_generations.OllamaChat,
-        ollama_generations.OllamaGenerate,
-        ollama_generations.OllamaEmbed,
-        ollama_generations.OllamaEmbeddings,
-    )
-}
 
 
 class Headers:
@@ -50,8 +31,8 @@ async def dry_run(
     await book.reload()
     active, fleet = book.active, Fleet(store, book)
     await fleet.look()
-    route = ROUTES[endpoint](cast(Gateway, SimpleNamespace(book=book)))
-    job = route.job_of(body, Wishes.of(Headers(headers)), caller)
-    if job is None:
+    wishes, asked = Wishes.of(Headers(headers)), requests.ENDPOINTS[endpoint].read(body)
+    if asked.nothing is not None:
         raise errors.BadRequest("the gateway answers this request itself: it enters no lane")
+    job = requests.job_of(endpoint, asked, active, caller, lane=wishes.lane, session=wishes.session, leave=wishes.leave)
     return await explain(active, fleet, job, body, may_leave=caller.rights.remote)

@@ -16,6 +16,7 @@ from broker.dialects import (
     ollama,
     ollama_request,
     ollama_translate,
+    openai,
     openai_completions,
     partial,
     responses,
@@ -28,10 +29,8 @@ from broker.policies import Active
 from broker.records import JobRecord
 from broker.store import Store
 
-CHAT = "/v1/chat/completions"
-
 _TOLD: Mapping[str, Callable[[bytes], Partial | None]] = {
-    CHAT: partial.chat,
+    openai.PATH: partial.chat,
     openai_completions.PATH: partial.completion,
     anthropic.PATH: partial.messages,
     responses.PATH: partial.responses,
@@ -40,7 +39,7 @@ _TOLD: Mapping[str, Callable[[bytes], Partial | None]] = {
 }
 
 _AS_CHAT: Mapping[str, Callable[[bytes], bytes]] = {
-    CHAT: lambda body: body,
+    openai.PATH: lambda body: body,
     anthropic.PATH: lambda body: anthropic_translate.to_chat(anthropic.read_messages(body), ""),
     responses.PATH: lambda body: responses.ask_chat(body, ""),
     ollama.CHAT: lambda body: ollama_translate.to_chat(ollama_request.read_chat(body), ""),

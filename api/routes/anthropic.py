@@ -2,17 +2,15 @@
 
 from contextlib import suppress
 
-from api.auth import lane_of
 from api.described import EVENTS, WISHES, Described, generation, says
 from api.exchange import Exchange
 from api.routes.chat import ChatCompletions
 from api.stream import JSON
 from api.visit import Wishes
-from broker import counts, errors
+from broker import counts, errors, requests
 from broker.callers import Caller
 from broker.dialects import anthropic, json_splice
 from broker.dialects.anthropic_translate import to_chat
-from broker.records import JobRecord
 
 NOT_COUNTED = frozenset({"images", "files"})
 """What a tokenizer cannot count: a picture's tokens are made elsewhere."""
@@ -26,20 +24,6 @@ class Messages(ChatCompletions):
         "Send messages", tag="anthropic", body="MessagesRequest", answer="Message",
         stream=(EVENTS, "Events from `message_start` to `message_stop`, or `error`; `ping` keeps a wait alive."),
     )  # fmt: skip
-
-    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
-        asked = anthropic.read_messages(body)
-        return self._job_of(
-            wishes,
-            caller,
-            asked=wishes.lane or asked.model,
-            session=asked.session,
-            stream=asked.stream,
-            include_usage=True,
-            needs=" ".join(sorted(asked.needs)),
-            tokens=asked.prompt_tokens,
-            max_tokens=asked.max_tokens or 0,
-        )
 
 
 class CountTokens(ChatCompletions):
@@ -57,7 +41,8 @@ class CountTokens(ChatCompletions):
     async def _answer(self, exchange: Exchange, body: bytes, wishes: Wishes, caller: Caller) -> None:
         gateway, asked = self._gateway, anthropic.read_messages(body)
         name = wishes.lane or asked.model
-        lane = lane_of(gateway, caller, name, endpoint=anthropic.PATH, prompt_tokens=asked.prompt_tokens)
+        policy, tokens = gateway.book.active.policy, asked.prompt_tokens
+        lane = requests.lane_of(policy, caller, name, endpoint=anthropic.PATH, prompt_tokens=tokens)
         counted = None
         if not asked.needs & NOT_COUNTED:
             with suppress(errors.BadRequest):  # no chat carries it; what its runtime makes of it is not ours to say

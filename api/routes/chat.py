@@ -1,28 +1,25 @@
 """POST /v1/chat/completions: the hot route, in plain ASGI and without models of the body."""
 
 import logging
-import sys
-from typing import Any, ClassVar
-
-from ulid import ULID
+import time
+from typing import ClassVar
 
 from api import errors as told
 from api.asgi import Receive, Scope, Send
-from api.auth import lane_of, who_calls
+from api.auth import who_calls
 from api.described import EVENTS, Described, generation
 from api.exchange import CutConnection, Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.stream import JSON, WHOLE_HOLD_S, send_stream, send_whole
 from api.visit import Visit, Wishes
-from broker import errors
+from broker import errors, requests
 from broker.callers import Caller
 from broker.dialects import openai
 from broker.records import JobRecord
-from broker.trust import door
 
 log = logging.getLogger("warmlane.api")
 
-PATH = "/v1/chat/completions"
+PATH = openai.PATH
 
 
 class ChatCompletions:
@@ -34,8 +31,6 @@ class ChatCompletions:
         "Chat", tag="openai", body="ChatRequest", answer="ChatCompletion",
         stream=(EVENTS, "Chunks of the answer; the last event is `data: [DONE]`. Comments keep a wait alive."),
     )  # fmt: skip
-    keep_ms_max = sys.maxsize
-    """An ended job can be read for `keepMs` of the policy, and no longer than this."""
     makes_jobs: ClassVar[bool] = True
     """Whether who is refused here asked for a generation."""
 
@@ -126,45 +121,19 @@ class ChatCompletions:
 
     def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         """Reads the request and writes the job that it asks for, or the answer where it needs none; raises Refused."""
-        facts = openai.read_chat(body)
-        return self._job_of(
-            wishes,
+        active = self._gateway.book.active
+        asked = requests.ENDPOINTS[self.path].read(body)
+        if asked.nothing is not None:
+            name = requests.name_of(self.path, asked, active.policy, lane=wishes.lane)
+            requests.lane_of(active.policy, caller, name, endpoint=self.path)
+            return asked.nothing(time.time_ns())
+        return requests.job_of(
+            self.path,
+            asked,
+            active,
             caller,
-            asked=wishes.lane or facts.model,
-            session=facts.session,
-            stream=facts.stream,
-            include_usage=facts.include_usage,
-            choices=facts.n,
-            tokens=facts.prompt_tokens,
-            max_tokens=facts.max_tokens or 0,
-        )
-
-    def job_of(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | None:
-        """The job that a request would be, None where it needs none; raises Refused."""
-        job = self._job(body, wishes, caller)
-        return job if isinstance(job, JobRecord) else None
-
-    def _job_of(self, wishes: Wishes, caller: Caller, *, asked: str, session: str = "", **facts: Any) -> JobRecord:
-        """Writes a job of this endpoint: what every one says, and `facts` of this request, which are fields of it.
-
-        Raises LaneForbidden.
-        """
-        policy, rights = self._gateway.book.active.policy, caller.rights
-        if rights.lanes:
-            tokens = facts.get("longest") or facts.get("tokens", 0)
-            lane_of(self._gateway, caller, asked, endpoint=self.path, prompt_tokens=tokens)
-        zone, exits = door.consent(wishes.leave, may_leave=rights.remote, standing=rights.exits)
-        return JobRecord(
-            id=str(ULID()),
-            asked=asked,
-            caller=caller.name,
-            priority=rights.priority,
-            max_running=rights.max_running,
-            session=wishes.session or session,
-            zone=zone,
-            exits=exits,
-            grace_ms=wishes.grace_ms(policy.disconnect_grace_ms),
-            keep_ms=min(policy.keep_ms, self.keep_ms_max),
-            endpoint=self.path,
-            **facts,
+            lane=wishes.lane,
+            session=wishes.session,
+            leave=wishes.leave,
+            grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
         )

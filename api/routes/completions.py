@@ -2,10 +2,7 @@
 
 from api.described import EVENTS, generation
 from api.routes.chat import ChatCompletions
-from api.visit import Wishes
-from broker.callers import Caller
 from broker.dialects import openai_completions
-from broker.records import JobRecord
 
 
 class Completions(ChatCompletions):
@@ -16,18 +13,3 @@ class Completions(ChatCompletions):
         "Complete a text", tag="openai", body="CompletionRequest", answer="Completion",
         stream=(EVENTS, "Chunks of the text; the last event is `data: [DONE]`. Comments keep a wait alive."),
     )  # fmt: skip
-
-    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
-        facts = openai_completions.read_completion(body)
-        return self._job_of(
-            wishes,
-            caller,
-            asked=wishes.lane or facts.model,
-            session=facts.session,
-            stream=facts.stream,
-            include_usage=facts.include_usage,
-            choices=facts.choices,
-            tokens=facts.prompt_tokens,
-            longest=facts.longest_tokens if facts.prompts > 1 else 0,
-            max_tokens=facts.max_tokens or 0,
-        )

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 
-from api.auth import Caller, Gate, lane_of
+from api.auth import Caller, Gate
 from api.described import Described, described, says
 from api.gateway import Gateway
-from broker import callers, errors
+from broker import callers, errors, requests
 from broker.dialects import anthropic, anthropic_models, openai
 from broker.dialects.json_schema import text
 from broker.policy.sentences import near_words
@@ -81,7 +81,7 @@ def _for_anthropic(gateway: Gateway, name: str, caller: callers.Caller) -> dict[
     active = gateway.book.active
     models = active.models()
     try:
-        lane = lane_of(gateway, caller, name, endpoint=anthropic.PATH)
+        lane = requests.lane_of(active.policy, caller, name, endpoint=anthropic.PATH)
         context_tokens = models[lane.model].context_tokens
     except (errors.UnknownModel, errors.LaneForbidden):
         context_tokens = None

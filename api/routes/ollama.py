@@ -8,11 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from api.auth import Caller, Gate, lane_of
+from api.auth import Caller, Gate
 from api.described import Answer, Described, described, says
 from api.gateway import Gateway
 from api.small_body import small_body
-from broker import callers, errors
+from broker import callers, errors, requests
 from broker.dialects import ollama, ollama_models, ollama_stream
 from broker.dialects.json_schema import one_of
 from broker.dialects.ollama_models import Shown
@@ -89,24 +89,17 @@ async def show(request: Request, gateway: Gate, caller: Caller) -> dict[str, Any
     """Tells what a model can do, as far as the policy knows."""
     asked = ollama_models.asked_to_show(await small_body(request))
     active = gateway.book.active
-    shown = _shown(gateway, active, known_name(active, asked), caller)
+    shown = _shown(gateway, active, requests.known_name(active.policy, asked), caller)
     if shown is None:
         names = [name for name in active.policy.names() if caller.rights.may_ask_for(name)]
         raise errors.UnknownModel(asked, near_words(asked, names, most=3))
     return ollama_models.show(shown)
 
 
-def known_name(active: Active, asked: str) -> str:
-    """Leaves the tag away that clients add to a name without one, unless the policy knows the name with it."""
-    short = asked.removesuffix(":latest")
-    names = active.policy.names()
-    return short if asked not in names and short in names else asked
-
-
 def _shown(gateway: Gateway, active: Active, name: str, caller: callers.Caller) -> Shown | None:
     """Describes the model that a short request of this caller would go to; None where the name leads it nowhere."""
     try:
-        lane = lane_of(gateway, caller, name, endpoint=ollama.CHAT)
+        lane = requests.lane_of(active.policy, caller, name, endpoint=ollama.CHAT)
     except (errors.UnknownModel, errors.LaneForbidden):
         return None
     return _of_model(gateway, active, name, lane.model)

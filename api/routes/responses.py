@@ -2,10 +2,7 @@
 
 from api.described import EVENTS, generation
 from api.routes.chat import ChatCompletions
-from api.visit import Wishes
-from broker.callers import Caller
 from broker.dialects import responses
-from broker.records import JobRecord
 
 
 class Responses(ChatCompletions):
@@ -18,17 +15,3 @@ class Responses(ChatCompletions):
         "keeps a wait alive."),
         words="Nothing is kept: the whole conversation comes in `input`.",
     )  # fmt: skip
-
-    def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
-        facts = responses.read_responses(body)
-        return self._job_of(
-            wishes,
-            caller,
-            asked=wishes.lane or facts.model,
-            session=facts.session,
-            stream=facts.stream,
-            include_usage=True,
-            needs=" ".join(sorted(facts.needs)),
-            tokens=facts.prompt_tokens,
-            max_tokens=facts.max_tokens or 0,
-        )

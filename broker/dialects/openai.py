@@ -18,6 +18,7 @@ from broker.errors import BadRequest
 
 __all__ = [
     "DONE",
+    "PATH",
     "ChatFacts",
     "ChatReader",
     "RuntimeComplaint",
@@ -30,6 +31,8 @@ __all__ = [
     "read_complaint",
     "rewrite_chat",
 ]
+
+PATH: Final = "/v1/chat/completions"
 
 DONE: Final = b"data: [DONE]\n\n"
 
