@@ -32,6 +32,7 @@ from api.openapi import Document
 from api.routes import (
     anthropic,
     audit,
+    background,
     chat,
     completions,
     embeddings,
@@ -88,6 +89,7 @@ REST = (
     audit.router,
     models.router,
     jobs.router,
+    background.router,
     ollama.router,
     health.router,
     usage.router,

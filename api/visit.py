@@ -120,6 +120,9 @@ class Visit:
     ) -> None:
         self.exchange = exchange
         self.stream = job.stream
+        self.background = job.mode == "async"
+        self.known = False
+        """Whether the client knows by its id which job it can come back to."""
         self.voice = voice_of(job)
         self.hold_s = min(hold_s, patience_s)
         self.patience_s = patience_s
@@ -160,7 +163,7 @@ class Visit:
                 self.exchange.event_of = self.voice.failed
         elif isinstance(self.voice, CountedVoice):
             self.voice.taken_over(self.job_id)
-        gateway.readers.add(self._name, self.job_id, sees=self.stream)
+        gateway.readers.add(self._name, self.job_id, sees=self._sees)
         gateway.metrics.submitted(self.lane, attached=admitted.attached)
 
     async def enter_anew(self, body: bytes, wishes: Wishes) -> bool:
@@ -188,7 +191,7 @@ class Visit:
         grace_ms = self._job.grace_ms
         nobody_returns = not self._attached and (grace_ms == 0 or (grace_ms > 0 and self.delivered))
         try:
-            left = await jobs.detach(self._gateway.store, self.job_id, reader=self._name)
+            left = await self._take_off()
             if left == 0 and nobody_returns:  # but a retry may have come since
                 await jobs.cancel(self._gateway.store, self.job_id, message="its client hung up", only="unread")
         except (errors.NoSuchJob, errors.AlreadyEnded, errors.NotDue):
@@ -197,10 +200,10 @@ class Visit:
             log.debug("event=leave_later job=%s reason=%s", self.job_id, e)
 
     async def detach(self) -> None:
-        """Leaves without a judgement on the job: this process ends, not the client's interest."""
+        """Leaves without a judgement on the job: its client comes back, or this process ends, not its interest."""
         self._gateway.readers.drop(self._name)
         try:
-            await jobs.detach(self._gateway.store, self.job_id, reader=self._name)
+            await self._take_off()
         except errors.BrokerError as e:
             log.debug("event=leave_later job=%s reason=%s", self.job_id, e)
 
@@ -266,6 +269,14 @@ class Visit:
         lane, model = self._known_lane(self.lane), self._known_model(self._model)
         self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
 
+    @property
+    def _sees(self) -> bool:
+        """Whether what this client is given of the answer must stand."""
+        return self.stream and not self.background
+
+    async def _take_off(self) -> int:
+        return await jobs.detach(self._gateway.store, self.job_id, reader=self._name, comes_back=self.known)
+
     async def _let_in(self, body: bytes, wishes: Wishes) -> admission.Admitted:
         for _ in range(JOIN_TRIES):
             admitted = await self._admit(body, wishes)
@@ -314,7 +325,7 @@ class Visit:
         g = self._gateway
         try:
             state, _, _ = await jobs.attach(
-                g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self.stream
+                g.store, job_id, reader=self._name, lease_ms=lanes.READER_LEASE_MS, sees=self._sees
             )  # fmt: skip
         except errors.NoSuchJob:
             return False

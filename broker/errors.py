@@ -24,6 +24,8 @@ BrokerError
 │   ├── LaneForbidden           lane_forbidden            the key may not ask for this
 │   ├── AdminOnly               admin_only                the key has no administrator's rights
 │   ├── NoSuchJob               job_not_found
+│   ├── NoSuchResponse          response_not_found
+│   ├── BegunAgain              begun_again               the part of the answer that it goes on from is void
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   └── PolicyInvalid           policy_invalid            problems
 ├── JobEnded                    it was accepted and ended, but not well
@@ -263,6 +265,24 @@ class NoSuchJob(Refused):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"no job {job_id} is known here (ended jobs are kept for the policy's keepMs)")
         self.job_id = job_id
+
+
+class NoSuchResponse(Refused):
+    """No response that this caller had made in the background has this id (any more)."""
+
+    code = "response_not_found"
+
+
+class BegunAgain(Refused):
+    """What was told of an answer is void: it was lost before its end, and is made anew."""
+
+    code = "begun_again"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the answer was lost before its end and is made anew: what was told of it is void; follow it from its "
+            "beginning, or wait for its end"
+        )
 
 
 class IdempotencyMismatch(Refused):

@@ -203,10 +203,19 @@ async def attach(store: Store, job_id: str, *, reader: str, lease_ms: int, sees:
     return state.decode(), int(attempt), int(last)
 
 
-async def detach(store: Store, job_id: str, *, reader: str) -> int:
-    """Takes a reader off; gives how many are left. The last one starts the job's grace period."""
+async def detach(store: Store, job_id: str, *, reader: str, comes_back: bool = False) -> int:
+    """Takes a reader off; gives how many are left. The last one starts the job's grace period.
+
+    `comes_back` = the client knows which job is its own: no SDK's retry is led to it any more.
+    """
     keys = [store.keys.job(job_id), store.keys.readers(job_id), store.keys.due]
-    return int(await store.run("detach", keys, [store.now_arg(), job_id, reader]))
+    return int(await store.run("detach", keys, [store.now_arg(), job_id, reader, int(comes_back)]))
+
+
+async def forget(store: Store, job_id: str) -> None:
+    """Deletes an ended job with its answer before its keep time is over; raises NotDue while it lives, NoSuchJob."""
+    k = store.keys
+    await store.run("forget", [k.job(job_id), k.request(job_id), k.frames(job_id)], [store.now_arg(), job_id])
 
 
 def closing_keys(store: Store, job_id: str, lane: str) -> list[str]:

@@ -45,6 +45,8 @@ class Asked:
     tokens: int = 0
     longest: int = 0
     max_tokens: int = 0
+    background: bool = False
+    """Whether its client comes back for the answer: nobody's leaving ends it, and it is kept as long as a job is."""
     nothing: Callable[[int], bytes] | None = None
     """Where nothing is to be generated: how the gateway answers by itself, at a moment in ns since 1970."""
 
@@ -100,7 +102,7 @@ def job_of(
     `lane` and `session` stand beside the body, in headers mostly, and count before what it says itself; `leave` is what
     was said of remote models, None = nothing. `grace_ms`: how long it outlives its last reader, -1 = it needs none.
     """
-    policy, rights = active.policy, caller.rights
+    policy, rights, later = active.policy, caller.rights, asked.background
     name = name_of(endpoint, asked, policy, lane=lane)
     if rights.lanes:
         lane_of(policy, caller, name, endpoint=endpoint, prompt_tokens=asked.longest or asked.tokens)
@@ -114,8 +116,9 @@ def job_of(
         session=session or asked.session,
         zone=zone,
         exits=exits,
-        grace_ms=grace_ms,
-        keep_ms=min(policy.keep_ms, ENDPOINTS[endpoint].keep_ms_max),
+        mode="async" if later else "sync",
+        grace_ms=-1 if later else grace_ms,
+        keep_ms=policy.keep_async_ms if later else min(policy.keep_ms, ENDPOINTS[endpoint].keep_ms_max),
         endpoint=endpoint,
         stream=asked.stream,
         include_usage=asked.include_usage,
@@ -145,7 +148,7 @@ def _completion(body: bytes) -> Asked:
 
 def _response(body: bytes) -> Asked:
     facts = responses.read_responses(body)
-    return _generation(facts, needs=_words(facts.needs))
+    return _generation(facts, needs=_words(facts.needs), background=facts.background)
 
 
 def _messages(body: bytes) -> Asked:

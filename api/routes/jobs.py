@@ -34,7 +34,7 @@ _FAILS = (errors.NoSuchJob, errors.BrokerUnavailable)
 @described(Described("Look at a job", "jobs", says("As it is now.", "Job"), within=_WITHIN, fails=_FAILS))
 async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Shows a job of the caller, and how its wait goes; an administrator sees everybody's."""
-    return await _shown(gateway, await _own_job(gateway, job_id, caller))
+    return await _shown(gateway, await own_job(gateway, job_id, caller))
 
 
 @router.delete("/v1/jobs/{job_id}")
@@ -46,7 +46,7 @@ async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]
 )  # fmt: skip
 async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Cancels a job in any state; one that has ended stays as it ended."""
-    await _own_job(gateway, job_id, caller)
+    await own_job(gateway, job_id, caller)
     try:
         await jobs.cancel(gateway.store, job_id)
     except errors.AlreadyEnded:
@@ -74,7 +74,7 @@ async def follow_job(job_id: str, request: Request, gateway: Gate, caller: Calle
 
     Events are `frame` and `end` with data {"kind", "data"}, and `restarted`, after which earlier attempts are void.
     """
-    job = await _own_job(gateway, job_id, caller)
+    job = await own_job(gateway, job_id, caller)
     after = _after(request.headers.get("last-event-id", ""))
     if job.state in ENDED and after >= (job.attempt, job.last_seq):
         return Response(status_code=204)  # tells a browser's EventSource to stop asking
@@ -156,7 +156,7 @@ async def _shown(gateway: Gateway, job: JobRecord) -> dict[str, Any]:
     return {**job.public(), "wait": None if wait is None else wait.as_json()}
 
 
-async def _own_job(gateway: Gateway, job_id: str, caller: callers.Caller) -> JobRecord:
+async def own_job(gateway: Gateway, job_id: str, caller: callers.Caller) -> JobRecord:
     """Reads a job; another caller's is as unknown as one that never was."""
     if not _ID.fullmatch(job_id):
         raise errors.NoSuchJob(job_id[:64])

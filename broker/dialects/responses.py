@@ -1,8 +1,8 @@
 """The OpenAI Responses dialect: what a request asks for, and the chat request that says the same to a runtime.
 
 No runtime that we know speaks this dialect whole (llama.cpp's events carry no sequence numbers and no output indexes,
-others keep no state), so every one is asked through chat. Nothing is stored: a request that refers to something kept
-is refused in a sentence, and `store` is accepted and answered with false.
+others keep no state), so every one is asked through chat. Only what is made in the background is kept, for a while: a
+request that refers to something kept is refused in a sentence, and `store` is answered with false otherwise.
 """
 
 import hashlib
@@ -25,18 +25,17 @@ TOKENS_PER_MESSAGE = 4
 TOKENS_PER_IMAGE = 1024
 
 REFUSED: Final = {
-    "previous_response_id": "previous_response_id is not supported: the gateway keeps no responses; "
+    "previous_response_id": "previous_response_id is not supported: the gateway keeps no conversations; "
     "send the whole conversation in input",
-    "background": "background is not supported: leave it out, and read the answer as it is made",
     "conversation": "conversation is not supported: the gateway keeps no conversations; "
     "send the whole conversation in input",
     "prompt": "prompt templates are not supported: send instructions and input",
 }
 _KNOWN: Final = frozenset(
-    "model input instructions stream stream_options store include metadata user safety_identifier service_tier tools "
-    "tool_choice parallel_tool_calls max_tool_calls text reasoning max_output_tokens temperature top_p top_logprobs "
-    "truncation prompt_cache_key prompt_cache_retention prompt_cache_options moderation context_management "
-    "client_metadata".split()
+    "background model input instructions stream stream_options store include metadata user safety_identifier "
+    "service_tier tools tool_choice parallel_tool_calls max_tool_calls text reasoning max_output_tokens temperature "
+    "top_p top_logprobs truncation prompt_cache_key prompt_cache_retention prompt_cache_options moderation "
+    "context_management client_metadata".split()
 ) | frozenset(REFUSED)
 _NOT_OURS: Final = frozenset({"messages", "n", "max_tokens", "max_completion_tokens", "response_format", "functions"})
 """Chat's own words for what this dialect says otherwise."""
@@ -55,6 +54,7 @@ class ResponsesFacts:
     include_usage: bool = True
     n: int = 1
     longest_tokens: int = 0
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ def read_responses(body: bytes) -> ResponsesFacts:
         max_tokens=request.get("max_output_tokens"),
         session=session,
         needs=frozenset(needs),
+        background=request.get("background") is True,
     )
 
 
@@ -131,9 +132,11 @@ def _read(body: bytes) -> _Read:
     for key, sentence in REFUSED.items():
         if request.get(key):
             raise BadRequest(sentence, key)
-    for key in ("stream", "store", "parallel_tool_calls"):
+    for key in ("background", "stream", "store", "parallel_tool_calls"):
         if not isinstance(request.get(key), bool | None):
             raise BadRequest(f"{key} must be true or false", key)
+    if request.get("background") and request.get("store") is False:
+        raise BadRequest("background needs store: what nobody keeps, nobody can come back for", "store")
     for key in ("text", "reasoning", "metadata"):
         if not isinstance(request.get(key), dict | None):
             raise BadRequest(f"{key} must be an object", key)

@@ -12,10 +12,10 @@ _ROLES: Final[Mapping[str, Kind]] = {
     "assistant": "text",
 }
 _KNOWN: Final = frozenset(
-    "model input instructions stream stream_options store include metadata user safety_identifier service_tier tools "
-    "tool_choice parallel_tool_calls max_tool_calls text reasoning max_output_tokens temperature top_p top_logprobs "
-    "truncation prompt_cache_key prompt_cache_retention prompt_cache_options moderation context_management "
-    "client_metadata".split()
+    "background model input instructions stream stream_options store include metadata user safety_identifier "
+    "service_tier tools tool_choice parallel_tool_calls max_tool_calls text reasoning max_output_tokens temperature "
+    "top_p top_logprobs truncation prompt_cache_key prompt_cache_retention prompt_cache_options moderation "
+    "context_management client_metadata".split()
 )
 _TEXTS: Final = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal"})
 

@@ -4,6 +4,7 @@ Every event is `event: TYPE`, then one line that begins with its type and its se
 changes the number there without reading the rest, because it says events of its own between a worker's.
 """
 
+import re
 from typing import Any, Final
 
 from broker.dialects import json_splice
@@ -11,6 +12,11 @@ from broker.errors import BadRequest
 
 CREATED: Final = "response.created"
 IN_PROGRESS: Final = "response.in_progress"
+QUEUED: Final = "response.queued"
+FAILED: Final = "response.failed"
+
+NUMBER: Final = re.compile(rb'^(data: \{"type":"[^"]*","sequence_number":)(\d+)', re.MULTILINE)
+"""Where an event has its number, as `event` writes it."""
 
 _ECHOED: Final = (
     "instructions",
@@ -58,14 +64,14 @@ class ResponseObject:
             "object": "response",
             "created_at": self.created_at,
             "status": "in_progress",
-            "background": False,
+            "background": request.get("background") is True,
             "error": None,
             "incomplete_details": None,
             "model": model,
             "output": [],
             "parallel_tool_calls": request.get("parallel_tool_calls") is not False,
             "previous_response_id": None,
-            "store": False,
+            "store": request.get("background") is True,  # nothing else is kept
             "truncation": "disabled",
             "usage": None,
             **_DEFAULTS,

@@ -37,7 +37,10 @@ SCHEMAS: Final[dict[str, Schema]] = {
         {
             "instructions": maybe(text("What stands before everything else.")),
             "stream": maybe(flag("Whether the answer comes as server-sent events while it is made.")),
-            "store": maybe(flag("Accepted, and answered with false: nothing is kept.")),
+            "background": maybe(flag("Whether it is made without a client that waits, and kept for a while.")),
+            "store": maybe(
+                flag("What is made in the background is kept, whatever else is not: false is refused there only.")
+            ),
             "parallel_tool_calls": maybe(flag()),
             "max_output_tokens": maybe(whole("The most tokens of the answer.", least=1)),
             "tools": maybe(
@@ -51,7 +54,8 @@ SCHEMAS: Final[dict[str, Schema]] = {
             **{key: nothing(sentence) for key, sentence in REFUSED.items()},
         },
         "Keys that OpenAI does not know go to the runtime as they are, and are its to judge.",
-    ),
+    )
+    | {"not": thing({"background": one_of(True), "store": one_of(False)})},
     "ResponsesItem": some(
         thing(
             {"role": one_of(*responses_input.ROLES), "content": _text_or_parts},
@@ -119,11 +123,24 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "id": text(),
             "object": one_of("response"),
             "created_at": whole(),
-            "status": one_of("completed", "incomplete"),
-            "model": text("The policy's key of the model that answered."),
+            "status": one_of("queued", "in_progress", "completed", "incomplete", "failed", "cancelled"),
+            "background": flag(),
+            "model": text("The policy's key of the model that answered; until then, what was asked for."),
             "output": list_of(thing({"type": text()})),
-            "error": {"type": "null"},
+            "error": maybe(
+                thing(
+                    {
+                        "code": one_of(
+                            "rate_limit_exceeded", "server_error", "context_length_exceeded", "invalid_prompt"
+                        ),
+                        "message": text(),
+                        "reason": text("The gateway's own code."),
+                    }
+                )
+            ),
             "usage": maybe(thing({})),
-        }
+        },
+        words="Only what is made in the background is ever told `queued`, `in_progress`, `failed` or `cancelled`.",
     ),
+    "ResponseDeleted": thing({"id": text(), "object": one_of("response"), "deleted": one_of(True)}),
 }

@@ -308,11 +308,16 @@ class _Call(_Item):
 
 def fold_responses(stream: bytes) -> dict[str, Any]:
     """Gives the response object that the stream ends with; raises ValueError where it ends without one."""
-    at = stream.rfind(b"\nevent: response.") + 1
-    last = stream[at:]
-    if not last.startswith(_FINAL):
-        raise ValueError("the stream has no end")
-    response = json.loads((sse.read_event(last.strip()).data or b"null").decode())["response"]
+    response = json.loads(final_response(stream))
     if not isinstance(response, dict):
         raise ValueError("the stream has no response")
     return response
+
+
+def final_response(stream: bytes) -> bytes:
+    """Gives that object in the bytes in which it was written."""
+    last = stream[stream.rfind(b"\nevent: response.") + 1 :]
+    if not last.startswith(_FINAL):
+        raise ValueError("the stream has no end")
+    _, _, response = last.rstrip().partition(b'"response":')
+    return response.removesuffix(b"}")

@@ -6,13 +6,19 @@ own events from 0; what passes here is counted on from what was said before.
 """
 
 import itertools
-import re
-from typing import Final
+from typing import Any, Final
 
-from broker.dialects.responses_object import CREATED, IN_PROGRESS, ResponseObject, created_s, event
+from broker.dialects.responses_object import (
+    CREATED,
+    FAILED,
+    IN_PROGRESS,
+    NUMBER,
+    ResponseObject,
+    created_s,
+    event,
+)
 
 _OPENINGS: Final = tuple(f"event: {kind}\n".encode() for kind in (CREATED, IN_PROGRESS))
-_NUMBER: Final = re.compile(rb'^(data: \{"type":"[^"]*","sequence_number":)(\d+)', re.MULTILINE)
 
 
 class ResponsesVoice:
@@ -39,27 +45,24 @@ class ResponsesVoice:
         if self._next:
             while data.startswith(_OPENINGS):
                 data = data[data.index(b"\n\n") + 2 :]
-        first = _NUMBER.search(data)
+        first = NUMBER.search(data)
         if first is None:
             return data
         if int(first[2]) == self._next:
             last = data.rfind(b"\ndata: {") + 1
-            found = _NUMBER.match(data, last)
+            found = NUMBER.match(data, last)
             self._next = int(found[2]) + 1 if found else self._next
             return data
         numbers = itertools.count(self._next)
-        data, count = _NUMBER.subn(lambda found: b"%s%d" % (found[1], next(numbers)), data)
+        data, count = NUMBER.subn(lambda found: b"%s%d" % (found[1], next(numbers)), data)
         self._next += count
         return data
 
     def failed(self, code: str, message: str, *, status: int, retry_after_s: int | None = None) -> bytes:
         """Says inside the stream that the answer failed; nothing follows it."""
-        if retry_after_s is not None and "try again in" not in message.lower():
-            message = f"{message} (try again in {retry_after_s}s)"  # Codex reads its delay there
-        error = {"code": failure_code(code, status, retry_after_s), "message": message, "reason": code}
+        error = failure(code, message, status=status, retry_after_s=retry_after_s)
         opening = self._opening()
-        response = self._object.state("failed", error=error)
-        return opening + event("response.failed", self._count(), response=response)
+        return opening + event(FAILED, self._count(), response=self._object.state("failed", error=error))
 
     def _opening(self) -> bytes:
         if self._next:
@@ -77,6 +80,13 @@ class ResponsesVoice:
 def _name(response_id: str, created_at: int) -> tuple[bytes, bytes]:
     """How an event writes id and time; inside of a text the quotes would be escaped."""
     return b'"id":"%s"' % response_id.encode(), b'"created_at":%d,' % created_at
+
+
+def failure(code: str, message: str, *, status: int, retry_after_s: int | None = None) -> dict[str, Any]:
+    """Says what went wrong as a response's `error` does; our own code is its reason."""
+    if retry_after_s is not None and "try again in" not in message.lower():
+        message = f"{message} (try again in {retry_after_s}s)"  # Codex reads its delay there
+    return {"code": failure_code(code, status, retry_after_s), "message": message, "reason": code}
 
 
 def failure_code(code: str, status: int, retry_after_s: int | None) -> str:

@@ -246,7 +246,7 @@ async def test_what_expires_while_its_client_waits_says_when_to_come_back(
 
 async def test_what_is_not_kept_is_refused_at_the_door(redis_server: RedisServer, tmp_path: Path) -> None:
     async with running(redis_server, tmp_path, coder=simulated()) as (_, api), async_sdk(api.url) as client:
-        for more in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "conv_1"}):
+        for more in ({"previous_response_id": "resp_1"}, {"store": False, "background": True}, {"conversation": "c"}):
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.responses.create(model="coder", input="Hi", **more)  # type: ignore[call-overload]
             assert refused.value.code == "invalid_request" and refused.value.param == next(iter(more))

@@ -169,8 +169,9 @@ def test_a_tool_choice_may_name_a_tool_or_allow_some() -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no responses"),
-        ({"background": True}, "background", "background is not supported"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no conversations"),
+        ({"background": True, "store": False}, "store", "background needs store"),
+        ({"background": "later"}, "background", "true or false"),
         ({"conversation": "conv_1"}, "conversation", "keeps no conversations"),
         ({"prompt": {"id": "p"}}, "prompt", "prompt templates"),
         ({"model": ""}, "model", "name of a model"),
@@ -208,4 +209,11 @@ def test_what_is_not_understood_or_not_kept_is_refused_in_a_sentence(
 
 
 def test_store_and_a_background_of_false_are_accepted() -> None:
-    assert read_responses(body(store=True, background=False, previous_response_id=None)).model == "deep-coder"
+    facts = read_responses(body(store=True, background=False, previous_response_id=None))
+    assert (facts.model, facts.background) == ("deep-coder", False)
+    assert read_responses(body(store=False)).background is False
+
+
+@pytest.mark.parametrize("store", [{}, {"store": True}, {"store": None}])
+def test_what_is_made_in_the_background_is_kept(store: dict[str, Any]) -> None:
+    assert read_responses(body(background=True, **store)).background is True

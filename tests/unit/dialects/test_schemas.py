@@ -105,6 +105,7 @@ PAIRS = {
         "ResponsesRequest",
         (
             {"model": "big", "input": "Hi", "instructions": "Be kind.", "stream": True, "max_output_tokens": 3},
+            {"model": "big", "input": "Hi", "background": True, "store": True},
             {
                 "model": "big",
                 "input": [
