@@ -215,6 +215,16 @@ async def refused_generation(on: Stage, path: str) -> None:
 # --- all other endpoints -----------------------------------------------------------------------------------------
 
 
+RESPONSE = "/v1/responses/{response_id}"
+RESPONSES = [("GET", ""), ("POST", "/cancel"), ("DELETE", "")]
+
+
+async def background(on: Stage, model: str) -> str:
+    """Has a response made in the background; gives its place."""
+    made = await on.post("/v1/responses", ask("/v1/responses", model, background=True))
+    return f"/v1/responses/{made.json()['id']}"
+
+
 async def refused_rest(on: Stage) -> None:
     """Provokes what the others refuse while a policy is there and Redis answers."""
     for path, item in on.book.document["paths"].items():
@@ -223,6 +233,11 @@ async def refused_rest(on: Stage) -> None:
                 await on.ask(method.upper(), path, re.sub("{.*?}", "x", path), headers={"authorization": ""})
     for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
         await on.ask(method, "/v1/jobs/{job_id}" + end, "/v1/jobs/nobody" + end)
+    for method, end in RESPONSES:
+        await on.ask(method, RESPONSE + end, "/v1/responses/resp_nobody" + end)
+    at = await background(on, "waits")
+    await on.ask("GET", RESPONSE, f"{at}?starting_after=1")
+    await on.ask("GET", RESPONSE, f"{at}?stream=true&starting_after=7")
     await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
     await on.ask("GET", "/v1/usage", "/v1/usage?by=modle")
     for wrong in ("after=the-last", "since_ms=0"):
@@ -280,9 +295,10 @@ async def too_much(store: Store, book: Book) -> None:
         await all_of(on.unfinished(kind.path, b"{", size=2) for kind in app.HOT)
     async with stage(store, book, Limits(connections_of_caller=0)) as on:
         await all_of(on.post(kind.path, {}) for kind in app.HOT)
-        job = JobRecord(id="followed", caller="ann", state=State.QUEUED)
+        job = JobRecord(id="followed", caller="ann", state=State.QUEUED, endpoint="/v1/responses", mode="async")
         await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
         await on.ask("GET", "/v1/jobs/{job_id}/events", f"/v1/jobs/{job.id}/events")
+        await on.ask("GET", RESPONSE, f"/v1/responses/resp_{job.id}?stream=true")
 
 
 NEED_A_POLICY = [
@@ -295,6 +311,7 @@ NEED_REDIS = [
     ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
+    *((method, RESPONSE + end, "/v1/responses/resp_x" + end) for method, end in RESPONSES),
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"), ("GET", "/v1/keys", ""), ("GET", "/v1/usage", ""),
     ("POST", "/v1/keys/{name}/rotate", "/v1/keys/bob/rotate"), ("DELETE", "/v1/keys/{name}", "/v1/keys/bob"),
 ]  # fmt: skip
@@ -322,6 +339,9 @@ async def answered(on: Stage) -> None:
             streamed = await on.post(path, ask(path, "plain", stream=True))
             assert streamed.headers["content-type"] != whole.headers["content-type"]
     await on.post(COUNT, ask("/v1/messages", "plain"))
+    at = await background(on, "plain")
+    for method, end in (("GET", ""), ("GET", "?stream=true"), *RESPONSES[1:]):
+        await on.ask(method, RESPONSE + end.partition("?")[0], at + end)
     at = f"/v1/jobs/{job_id}"
     await on.ask("GET", "/v1/jobs/{job_id}", at)
     await on.ask("DELETE", "/v1/jobs/{job_id}", at)

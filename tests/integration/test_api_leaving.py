@@ -33,8 +33,8 @@ async def test_a_retry_between_the_two_steps_of_a_hang_up(
     left, go_on = asyncio.Event(), asyncio.Event()
     detach = jobs.detach
 
-    async def detach_slowly(store: Store, job_id: str, *, reader: str) -> int:
-        found = await detach(store, job_id, reader=reader)
+    async def detach_slowly(store: Store, job_id: str, **more: Any) -> int:
+        found = await detach(store, job_id, **more)
         left.set()
         await go_on.wait()
         return found

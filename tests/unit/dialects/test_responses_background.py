@@ -1,4 +1,4 @@
-"""The numbers of a background response's events: the same for all who follow, and one of a void attempt is told apart."""
+"""The numbers of a background response: the same for all who follow, and those of a void attempt are told apart."""
 
 import json
 from typing import Any
