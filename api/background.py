@@ -9,11 +9,12 @@ from fastapi.responses import Response
 from api import errors as told
 from api.asgi import Receive, Scope, Send
 from api.exchange import Exchange, Interrupted, Stopping
+from api.following import following
 from api.gateway import Gateway
 from api.stream import HEARTBEAT_S, JSON
 from api.visit import Visit
 from api.voices import EVENT_STREAM
-from broker import errors, jobs, kept, lanes
+from broker import errors, jobs, kept
 from broker.dialects import json_splice, openai
 from broker.dialects.responses_background import BackgroundEvents
 from broker.dialects.responses_object import ResponseObject
@@ -72,28 +73,15 @@ class Followed(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, job_id = self._gateway, self._job.id
-        gateway.house.enter(self._follower)
-        exchange, name = Exchange(scope, receive, send), gateway.reader_name()
-        reader = gateway.hub.open(job_id)
-        gateway.exchanges.add(exchange)
-        exchange.watch()
+        exchange = Exchange(scope, receive, send)
         try:
-            await jobs.attach(gateway.store, job_id, reader=name, lease_ms=lanes.READER_LEASE_MS, sees=False)
-            gateway.readers.add(name, job_id, sees=False)
-            reader.look()
-            await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
-            await _follow(exchange, reader, self._events, beat_s=HEARTBEAT_S, note=_still)
+            async with following(gateway, exchange, job_id, who=self._follower) as reader:
+                await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
+                await _follow(exchange, reader, self._events, beat_s=HEARTBEAT_S, note=_still)
         except Stopping:
             await exchange.refuse(told.wrong(errors.BrokerUnavailable("the gateway is being restarted; follow anew")))
         except Interrupted:
             pass
-        finally:
-            exchange.close()
-            gateway.house.leave(self._follower)
-            gateway.exchanges.discard(exchange)
-            gateway.readers.drop(name)
-            gateway.hub.close(reader)
-            await _detach(gateway, job_id, name)
 
 
 async def _follow(
@@ -142,10 +130,3 @@ def _end_of(job: JobRecord) -> Frame:
 
 async def _still() -> str:
     return "still following"
-
-
-async def _detach(gateway: Gateway, job_id: str, name: str) -> None:
-    try:
-        await jobs.detach(gateway.store, job_id, reader=name)
-    except errors.BrokerError:
-        pass  # its lease runs out

@@ -12,10 +12,11 @@ from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
 from api.described import EVENTS, UNSEEN, Answer, Described, described, says
 from api.exchange import Exchange, Interrupted
+from api.following import following
 from api.gateway import Gateway
 from api.stream import HEARTBEAT_S
 from api.voices import EVENT_STREAM
-from broker import callers, errors, jobs, lanes
+from broker import callers, errors, jobs
 from broker.dialects.json_schema import text
 from broker.frames import FrameReader, Restarted
 from broker.lifecycle import ENDED
@@ -93,28 +94,14 @@ class _Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, job_id = self._gateway, self._job.id
-        gateway.house.enter(self._follower)
         exchange = Exchange(scope, receive, send)
-        name = gateway.reader_name()
-        reader = gateway.hub.open(job_id, after=self._after_frame)
-        gateway.exchanges.add(exchange)
-        exchange.watch()
         try:
-            await jobs.attach(gateway.store, job_id, reader=name, lease_ms=lanes.READER_LEASE_MS, sees=False)
-            gateway.readers.add(name, job_id, sees=False)
-            reader.look()
-            await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
-            await exchange.write(b": following\n\n")
-            await _follow(exchange, reader)
+            async with following(gateway, exchange, job_id, who=self._follower, after=self._after_frame) as reader:
+                await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
+                await exchange.write(b": following\n\n")
+                await _follow(exchange, reader)
         except Interrupted:
             pass
-        finally:
-            exchange.close()
-            gateway.house.leave(self._follower)
-            gateway.exchanges.discard(exchange)
-            gateway.readers.drop(name)
-            gateway.hub.close(reader)
-            await _detach(gateway, job_id, name)
 
 
 async def _follow(exchange: Exchange, reader: FrameReader) -> None:
@@ -133,13 +120,6 @@ async def _follow(exchange: Exchange, reader: FrameReader) -> None:
             return await exchange.write(_event("end", found.id, said), last=True)
         else:
             await exchange.write(_frame(found))
-
-
-async def _detach(gateway: Gateway, job_id: str, name: str) -> None:
-    try:
-        await jobs.detach(gateway.store, job_id, reader=name)
-    except errors.BrokerError:
-        pass  # its lease runs out
 
 
 def _frame(frame: Frame) -> bytes:

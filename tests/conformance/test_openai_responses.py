@@ -108,7 +108,7 @@ def test_a_background_stream_that_is_left_goes_on_and_is_cancelled(shared_house:
         assert said == heard[-1].response.output_text == words(60)
 
         with client.responses.create(**asked, max_output_tokens=3000) as stream:
-            response_id = next(iter(stream)).response.id  # type: ignore[union-attr]
+            response_id = next(iter(stream)).response.id
         assert client.responses.cancel(response_id).status == "cancelled"
         assert client.responses.cancel(response_id).status == "cancelled"
         assert client.responses.retrieve(response_id).status == "cancelled"

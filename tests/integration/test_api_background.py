@@ -131,7 +131,7 @@ async def test_who_hangs_up_right_after_asking_finds_it_made(world: World) -> No
                 else:
 
                     async def is_there() -> bool:
-                        return await world.store.command("ZCARD", world.store.keys.due) > 0
+                        return bool(await world.store.command("ZCARD", world.store.keys.due))
 
                     await eventually(is_there, what="the job")
                     [job_id] = [
