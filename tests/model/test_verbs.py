@@ -227,6 +227,9 @@ class Verbs(RuleBasedStateMachine):
         own = sum(place.startswith(f"{lane.name}/") for place in self.now.waits(who))
         return len(sharers) > 1 and own >= max(1, places // len(sharers))
 
+    def has_as_many_to_come(self, who: str, lane: Lane) -> bool:
+        return sum(p.startswith(f"@{lane.name}/") for p in self.now.waits(who)) >= max(1, lane.max_queue)
+
     def full(self, lane: Lane) -> bool:
         return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name)
 
@@ -307,6 +310,8 @@ class Verbs(RuleBasedStateMachine):
             pass
         elif not twin and 0 < limits[0] <= len(self.now.waits(who)):
             expected = errors.CallerLimit
+        elif not twin and later and self.has_as_many_to_come(who, into):
+            expected = errors.LaneFull
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
         elif not twin and not later and self.has_its_share(who, into):
