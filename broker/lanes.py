@@ -50,6 +50,7 @@ async def submit(
     wanted: bool = True,
     promote_within_ms: int | None = None,
     give_up_within_ms: int | None = None,
+    said: bytes = b"",
 ) -> Submitted:
     """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch, and
     CallerShare, CallerLimit, QuotaUsed where its caller has what it may have (`max_waiting` jobs over all lanes,
@@ -59,6 +60,8 @@ async def submit(
     many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
     connection, attached in the same script, so that the job never lives without the one who waits for it. `retried`:
     its SDK may try again, and its retry may then `rejoin` it. `refused_by`: lanes that had no place for it just now.
+    `said`: what a repeat of the Idempotency-Key must repeat, where that is more than the body. With `job.retry_of` the
+    answer is the job that tries the other's request again already, if there is one; raises NotRetryable, NoSuchJob.
     """
     if lane.retiring:
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
@@ -81,7 +84,7 @@ async def submit(
     promote_after = promote_after_ms(lane)
     if promote_after and promote_within_ms is not None:
         promote_after = max(1, min(promote_after, promote_within_ms))
-    body_hash = hash_of(job.endpoint, body, job.consent) if idem else "-"
+    body_hash = hash_of(job.endpoint, said or body, job.consent) if idem else "-"
     reply = await store.run(
         "submit",
         [
@@ -114,7 +117,7 @@ async def submit(
             reader,
             READER_LEASE_MS,
             len(hosts),
-            WANTED_FOR_MS if wanted else 0,
+            _wanted_for_ms(active, fleet, lane, record["priority"]) if wanted else 0,
             first_token_within_ms(asked, promote_within_ms),
             *downgrades.rules(active, asked.model, lane),
             fingerprint,
@@ -282,7 +285,7 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
             promote_after_ms(to),
             to.trust,
             len(hosts),
-            WANTED_FOR_MS,
+            _wanted_for_ms(active, fleet, to, job.priority),
             keys.control_channel(""),
             keys.usage_prefix(),
             *downgrades.rules(active, job.asked_model, to),
@@ -306,7 +309,7 @@ async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord
             lane.max_queue,
             promote_after_ms(lane),
             len(hosts),
-            WANTED_FOR_MS,
+            _wanted_for_ms(active, fleet, lane, job.priority),
         ],
     )
 
@@ -385,6 +388,12 @@ async def waiting_entries(store: Store, lane: str, *, limit: int, after: str = "
     first = f"({after}" if after else "-"
     for entry, values in await store.command("XRANGE", store.keys.lane(lane), first, "+", "COUNT", limit) or []:
         yield Waiting.from_entry(lane, entry, values)
+
+
+def _wanted_for_ms(active: Active, fleet: Fleet, lane: Lane, priority: object) -> int:
+    """For how long a job that enters a lane keeps its model wanted; 0 = it is batch work that does not wake it now."""
+    wakes = active.wakes(lane.model, priority=str(priority), now_ms=fleet.now_ms())
+    return WANTED_FOR_MS if wakes else 0
 
 
 def promote_after_ms(lane: Lane) -> int:
