@@ -45,6 +45,7 @@ from api.routes import (
     operator,
     responses,
     usage,
+    webhooks,
 )
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
@@ -91,6 +92,7 @@ REST = (
     ollama.router,
     health.router,
     usage.router,
+    webhooks.router,
     openapi.router,
 )
 

@@ -65,6 +65,8 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.LaneForbidden: Row(403, PERMISSION),
     errors.AdminOnly: Row(403, PERMISSION),
     errors.NoSuchJob: Row(404, INVALID),
+    errors.NoSuchDelivery: Row(404, INVALID),
+    errors.AddressRefused: Row(400, INVALID),
     errors.IdempotencyMismatch: Row(422, INVALID),
     errors.PolicyInvalid: Row(422, INVALID),
     errors.ColdStartDeadline: Row(503, BUSY, 5),
@@ -96,6 +98,7 @@ _PARAMS: dict[type[errors.BrokerError], str] = {
     errors.WrongEndpoint: "model",
     errors.UnknownLane: "X-Gateway-Lane",
     errors.IdempotencyMismatch: "Idempotency-Key",
+    errors.AddressRefused: "webhook",
 }
 
 

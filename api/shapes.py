@@ -5,17 +5,19 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from api.routes.keys import NewCaller, Rotation
+from api.routes.webhooks import NewSecret
 from broker.callers import Key, Keyring, Rights
 from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, ref, text, thing, whole
 from broker.records import JobRecord
 from broker.status import Snapshot
 from broker.trust.audit import Left
 from broker.usage_report import BY, Used
+from broker.webhooks import Delivery
 
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage()}
+    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_webhooks()}
 
 
 def _status() -> dict[str, Schema]:
@@ -91,6 +93,26 @@ def _audit() -> dict[str, Schema]:
     left = {**left, "required": list(left["properties"])}
     more = text("The `after` of the next page, empty where this is the last.")
     return {"Left": left, "Audit": thing({"records": list_of(ref("Left")), "next": more})}
+
+
+def _webhooks() -> dict[str, Schema]:
+    delivery, parts = _read_off(Delivery)
+    parts["Try"]["required"] = list(parts["Try"]["properties"])
+    page = {
+        "object": one_of("list"),
+        "data": list_of(ref("Delivery")),
+        "has_more": flag("There are older ones."),
+    }
+    secret = {"id": text(), "made_at": whole(), "ends_at": whole("0 = it does not end.")}
+    return {
+        **parts,
+        "Delivery": {**delivery, "required": list(delivery["properties"])},
+        "Deliveries": thing(page),
+        "NewSecret": _asked(NewSecret),
+        "WebhookSecret": thing({"caller": text(), "id": text(), "secret": text("All of it, whsec_…")}),
+        "WebhookSecrets": thing({"object": one_of("list"), "data": list_of(thing(secret))}),
+        "WebhookSecretRevoked": thing({"caller": text(), "revoked": text("Its id.")}),
+    }
 
 
 def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:

@@ -24,6 +24,8 @@ BrokerError
 │   ├── LaneForbidden           lane_forbidden            the key may not ask for this
 │   ├── AdminOnly               admin_only                the key has no administrator's rights
 │   ├── NoSuchJob               job_not_found
+│   ├── NoSuchDelivery          delivery_not_found
+│   ├── AddressRefused          address_refused           a webhook would go where the policy lets none go
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   └── PolicyInvalid           policy_invalid            problems
 ├── JobEnded                    it was accepted and ended, but not well
@@ -263,6 +265,28 @@ class NoSuchJob(Refused):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"no job {job_id} is known here (ended jobs are kept for the policy's keepMs)")
         self.job_id = job_id
+
+
+class NoSuchDelivery(Refused):
+    """No webhook of this caller has this id (any more)."""
+
+    code = "delivery_not_found"
+
+    def __init__(self, delivery_id: str) -> None:
+        super().__init__(f"no webhook delivery {delivery_id[:NAME_SHOWN]} is known here (ended ones go after 7 days)")
+        self.delivery_id = delivery_id
+
+
+class AddressRefused(Refused):
+    """A webhook would go to an address of an inner network, which nobody has opened to webhooks."""
+
+    code = "address_refused"
+
+    def __init__(self, host: str, kind: str) -> None:
+        super().__init__(
+            f"webhooks do not go to {host[:NAME_SHOWN]}, which is {kind}; an administrator opens it with this line in "
+            f"the policy: `webhooks: {{ allow: [{host[:NAME_SHOWN]!r}] }}`"
+        )
 
 
 class IdempotencyMismatch(Refused):

@@ -156,6 +156,7 @@ class JobRecord(_Hash):
     error: str = ""
     error_message: str = ""
     usage: str = ""  # JSON of the runtime's own figures
+    webhook: str = ""  # the URL that is told of its end, "" = none
 
     @property
     def live(self) -> bool:
