@@ -30,7 +30,7 @@ CLOSE_TIMEOUT_S = 2.0
 CANCEL_AGAIN_S = 0.5
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
 DELIVER_SECONDS = set(range(60))
-MAX_JOBS = 12
+MAX_JOBS = 20
 """Rounds of webhooks overlap while endpoints are slow; chores must find a place beside them."""
 
 

@@ -1,6 +1,8 @@
 """What is thought about webhooks: signatures, pauses, horizons, breakers. And how one request is sent."""
 
+import asyncio
 import random
+import ssl
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -129,6 +131,18 @@ async def test_a_request_goes_to_the_checked_address_and_says_its_name() -> None
     assert first.extensions["sni_hostname"] == "ci.example.com"
     assert (first.method, first.headers["content-type"]) == ("POST", "application/json")
     assert (str(second.url), second.headers["host"]) == ("http://[::1]/", "[::1]")
+
+
+async def test_the_handshake_asks_for_the_name_and_not_for_the_address() -> None:
+    """A server that has no certificate hears that much."""
+    asked: list[str | None] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sni_callback = lambda _socket, name, _context: asked.append(name)
+    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    async with server, Post() as post:
+        answer = await post(Target("https", "ci.example.com", port, "/"), ["127.0.0.1"], {}, "{}")
+    assert asked == ["ci.example.com"] and answer.status == 0
 
 
 async def test_the_next_address_is_tried_where_the_first_takes_no_connection() -> None:
