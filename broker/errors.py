@@ -273,7 +273,9 @@ class NoSuchDelivery(Refused):
     code = "delivery_not_found"
 
     def __init__(self, delivery_id: str) -> None:
-        super().__init__(f"no webhook delivery {delivery_id[:NAME_SHOWN]} is known here (ended ones go after 7 days)")
+        super().__init__(
+            f"no webhook delivery {delivery_id[:NAME_SHOWN]} is known here (delivered ones go after a day)"
+        )
         self.delivery_id = delivery_id
 
 

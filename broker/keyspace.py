@@ -128,7 +128,7 @@ TABLE: tuple[Family, ...] = (
     Family(
         "webhook:<id>",
         "hash",
-        "until it is delivered or given up on, and 7 days",
+        "until it is delivered, and a day; or given up on, and 7 days",
         False,
         "one event on its way to its caller: the body, its state, the last attempts",
     ),

@@ -21,8 +21,8 @@ from broker.trust.resolver import resolve as resolve_here
 LEASE_MS = 30_000
 """How long a delivery that somebody took is left to him: longer than any attempt lasts."""
 
-KEPT_MS = 7 * 86_400_000
-"""How long one that has ended is kept."""
+KEPT_MS = {"delivered": 86_400_000, "dead": 7 * 86_400_000, "failed": 0}
+"""How long one that has ended so is kept."""
 
 LISTED_MAX = 10_000
 LISTED_MS = 9 * 86_400_000
@@ -214,7 +214,7 @@ async def note(
             TRIES_KEPT,
             int(breaks),
             open_for_ms,
-            KEPT_MS,
+            KEPT_MS[outcome],
             ENDPOINT_MS,
         ],
     )

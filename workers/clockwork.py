@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from arq.connections import ArqRedis
-from arq.cron import cron
+from arq.cron import CronJob, cron
 from arq.worker import Worker
 
 from broker.policies import PolicyBook
@@ -89,31 +89,9 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis, courier: Courier) ->
     return Worker(
         functions=[],
         cron_jobs=[
-            cron(
-                cast(Any, _sweep),
-                name=f"{name}:sweep",
-                second=SWEEP_SECONDS,
-                timeout=JOB_TIMEOUT_S,
-                keep_result=0,
-                unique=True,
-            ),
-            cron(
-                cast(Any, _forget),
-                name=f"{name}:forget",
-                minute={7},
-                second={30},
-                timeout=JOB_TIMEOUT_S,
-                keep_result=0,
-                unique=True,
-            ),
-            cron(
-                cast(Any, _deliver),
-                name=f"{name}:deliver",
-                second=DELIVER_SECONDS,
-                timeout=JOB_TIMEOUT_S,
-                keep_result=0,
-                unique=True,
-            ),
+            _chore(f"{name}:sweep", _sweep, second=SWEEP_SECONDS),
+            _chore(f"{name}:forget", _forget, minute={7}, second={30}),
+            _chore(f"{name}:deliver", _deliver, second=DELIVER_SECONDS),
         ],
         redis_pool=pool,
         queue_name=f"arq:{name}",  # beside its other keys, and not among ours: no row of our key table describes it
@@ -127,6 +105,10 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis, courier: Courier) ->
         job_deserializer=json.loads,
         ctx={"store": store, "book": book, "courier": courier},
     )
+
+
+def _chore(name: str, run: Callable[[dict[str, Any]], Awaitable[None]], **when: Any) -> CronJob:
+    return cron(cast(Any, run), name=name, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True, **when)
 
 
 async def _run(worker: Worker) -> None:

@@ -24,8 +24,8 @@ ENDPOINTS = 16
 AT_ONCE = 4
 """Deliveries that one endpoint gets at once in a round: one that is slow holds up few, and no other endpoint."""
 
-ROUND_S = 3.0
-"""A round begins nothing new after this, so that it ends before arq would end it."""
+ROUND_S = 2.0
+"""A round begins nothing new after this: with a slow name and a slow endpoint it ends just before arq would end it."""
 
 Send = Callable[[addresses.Target, list[str], dict[str, str], str], Awaitable[Answer]]
 

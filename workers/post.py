@@ -19,7 +19,8 @@ WHOLE_S = 10.0
 """How long an attempt may last in all, however slowly its answer comes."""
 
 BODY_BYTES_MAX = 16_384
-"""So much of an answer's body is read, so that a usual one ends in peace."""
+BODY_S = 1.0
+"""So much of an answer's body is read, and for so long, so that a usual one ends in peace."""
 
 ADDRESSES_TRIED = 3
 
@@ -66,12 +67,13 @@ class Post:
         )
         response = await self._client.send(request, stream=True)
         try:
-            read = 0
-            async for part in response.aiter_raw():
-                read += len(part)
-                if read > BODY_BYTES_MAX:
-                    break
-        except httpx.HTTPError:
+            async with asyncio.timeout(BODY_S):
+                read = 0
+                async for part in response.aiter_raw():
+                    read += len(part)
+                    if read > BODY_BYTES_MAX:
+                        break
+        except (httpx.HTTPError, TimeoutError):
             pass  # the status is what counts
         finally:
             await response.aclose()

@@ -107,6 +107,7 @@ class Receiver:
     heads: list[str] = field(default_factory=list)
     requests: list[tuple[dict[str, str], str]] = field(default_factory=list)
     answers: list[bytes] = field(default_factory=list)  # what it says next; then always 204
+    open: bool = False  # answers are not ended, its client has to
     hold: asyncio.Event = field(default_factory=asyncio.Event)  # answers wait for it
     holding: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -126,6 +127,8 @@ class Receiver:
             await self.hold.wait()
             writer.write(self.answers.pop(0) if self.answers else b"HTTP/1.1 204 No Content\r\n\r\n")
             await writer.drain()
+            if self.open:
+                await reader.read()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the other end was killed
         finally:

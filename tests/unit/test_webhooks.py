@@ -185,6 +185,15 @@ async def test_an_endless_answer_is_not_read_to_its_end() -> None:
         assert (await post(Target("http", "a", end.port, "/"), ["127.0.0.1"], {}, "{}")).taken
 
 
+async def test_a_body_that_does_not_come_changes_nothing_about_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has been taken: to send it again until the body is whole would be for ever."""
+    monkeypatch.setattr(post_module, "WHOLE_S", 2.0)
+    monkeypatch.setattr(post_module, "BODY_S", 0.1)
+    async with receiver() as end, Post() as post:
+        end.answers, end.open = [b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf"], True
+        assert (await post(Target("http", "a", end.port, "/"), ["127.0.0.1"], {}, "{}")).taken
+
+
 async def test_an_answer_that_does_not_come_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte may come in time and the whole never."""
     monkeypatch.setattr(post_module, "WHOLE_S", 0.3)
