@@ -145,9 +145,10 @@ def body_of(event: dict[str, str]) -> str:
         data["metadata"] = _as_json(event["metadata"])
     data["error"] = {"code": event["code"], "message": event["message"]} if event["code"] else None
     data["usage"] = _as_json(event["usage"]) if event["usage"] else None
-    data["links"] = {"self": f"/v1/jobs/{job}", "events": f"/v1/jobs/{job}/events"}
-    at = datetime.fromtimestamp(int(event["ended_at"]) / 1000, UTC).isoformat(timespec="milliseconds")
-    return json.dumps({"type": event["type"], "timestamp": at.replace("+00:00", "Z"), "data": data})
+    at = f"/v1/jobs/{job}"
+    data["links"] = {"self": at, "events": at + "/events", "result": at + "/result"}
+    ended = datetime.fromtimestamp(int(event["ended_at"]) / 1000, UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"type": event["type"], "timestamp": ended.replace("+00:00", "Z"), "data": data})
 
 
 def _as_json(text: str) -> Any:

@@ -76,12 +76,13 @@ async def test_every_end_owes_one_event_and_only_where_somebody_wants_it(world: 
         lost: "job.failed",
     }  # fmt: skip
     said = verified(secret, told[done.job_id].headers, told[done.job_id].body, at_ms=world.now)
+    at = f"/v1/jobs/{done.job_id}"
     assert said == {
         "type": "job.done",
         "timestamp": "2026-09-21T14:13:20.000Z",
         "data": {
             "id": done.job_id, "state": "done", "error": None, "usage": usage,
-            "links": {"self": f"/v1/jobs/{done.job_id}", "events": f"/v1/jobs/{done.job_id}/events"},
+            "links": {"self": at, "events": at + "/events", "result": at + "/result"},
         },
     }  # fmt: skip
     assert told[failed.job_id].said["data"]["error"] == {"code": "runtime_failed", "message": "the runtime broke"}

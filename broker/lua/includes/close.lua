@@ -1,3 +1,4 @@
+--- @include owe
 -- What `close` must know of a job, and what those who end it ask for besides (`...`), by name.
 local function read_job(job, ...)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
@@ -24,21 +25,6 @@ local function count_end(day, f, now, to, code)
   count(day, by, now, (to == "failed" and "failed/" .. code or to) .. judged(f, now, to, start), 1)
   count(day, by, now, "running_ms", ran)
   if waited >= WAITED_MS then count(day, by, now, "queued_ms", waited) end
-end
--- What a job's message may say where it outlives the job: a runtime's own words may repeat the prompt. They stand behind
--- the first colon, or are all there is.
-local function without_quotes(code, message)
-  if code == "runtime_refused" or code == "context_length_exceeded" then return "the runtime refused the request" end
-  return code == "runtime_failed" and string.match(message, "^[^:]*") or message
-end
--- Owes the job's caller an event, where it wants one. It stands in the outbox as soon as the job has ended, so no crash
--- loses it; its id is the same however often it is delivered.
-local function owe(root, job, f, now, id, to, code, message)
-  if not f.webhook or f.webhook == "" then return end
-  local told = redis.call("HMGET", job, "usage", "metadata")
-  redis.call("XADD", root .. "outbox", "*", "id", "msg_" .. id .. "_" .. ms(now), "job", id, "caller", f.caller,
-    "url", f.webhook, "type", "job." .. to, "ended_at", ms(now), "code", code,
-    "message", code == "" and "" or without_quotes(code, message), "usage", told[1] or "", "metadata", told[2] or "")
 end
 -- Ends a job, whatever ended it: leaves its lane, writes and publishes the terminal frame, counts, starts the keep time.
 --   k: {job, lane, due, frames, request, readers, dead}   p: {group, frames_prefix, control_prefix, day}
@@ -80,13 +66,15 @@ local function close(k, p, f, now, id, to, ending)
     elseif string.sub(redis.call("GET", f.idem) or "", 1, #id + 1) == id .. " " then redis.call("DEL", f.idem) end
   end
   publish(p.frames_prefix, f.apis, id, f.attempt, seq, to, said)
+  owe(root_of(k.job, id), k.job, f, now, id, to, code, message)
   if (f.state == "claimed" or f.state == "streaming") and to == "cancelled" then
     redis.call("PUBLISH", p.control_prefix .. f.owner, "cancel " .. id .. " " .. f.attempt)
   end
   if to == "failed" and code ~= "runtime_refused" and code ~= "context_length_exceeded" then
-    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code,
-      "message", without_quotes(code, message), "losses", f.losses)
+    -- what a runtime said itself stands behind the first colon, and may repeat the prompt: it lives no longer than the job
+    local why = code == "runtime_failed" and string.match(message, "^[^:]*") or message
+    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", why,
+      "losses", f.losses)
   end
-  owe(root_of(k.job, id), k.job, f, now, id, to, code, message)
   count_end(p.day, f, now, to, code)
 end
