@@ -49,6 +49,7 @@ from api.routes import (
     operator,
     responses,
     usage,
+    webhooks,
 )
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
@@ -99,6 +100,7 @@ REST = (
     ollama.router,
     health.router,
     usage.router,
+    webhooks.router,
     openapi.router,
 )
 

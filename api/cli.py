@@ -24,6 +24,7 @@ from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
 from api.cli_usage import usage
+from api.cli_webhooks import webhook_app
 from api.client import ask
 from api.listen import Listen
 from api.settings import ApiSettings
@@ -47,6 +48,7 @@ app.add_typer(job_app, name="job")
 app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(dead_app, name="dead")
+app.add_typer(webhook_app, name="webhook")
 app.command()(init)
 app.command()(doctor)
 app.command()(audit)

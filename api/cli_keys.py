@@ -53,7 +53,7 @@ def key_new(
         "remote": remote,
         "remoteLanes": _names(remote_lanes),
         "admin": admin,
-        "expiresInS": _seconds(expires) if expires else 0,
+        "expiresInS": seconds(expires) if expires else 0,
     }
     _show_new(asyncio.run(ask("POST", "/v1/keys", asked)), as_json=as_json)
 
@@ -84,7 +84,7 @@ def key_rotate(
     as_json: AsJson = False,
 ) -> None:
     """Gives a caller a new key with the same rights, and prints it, this once."""
-    asked = {"keepOldS": _seconds(keep_old)} if keep_old else None
+    asked = {"keepOldS": seconds(keep_old)} if keep_old else None
     _show_new(asyncio.run(ask("POST", f"/v1/keys/{part(name)}/rotate", asked)), as_json=as_json)
 
 
@@ -100,7 +100,7 @@ def _show_new(told: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(told, indent=2))
         return
     print(told["key"])
-    end = f", and ends {_instant(told['expires_at'])}" if told["expires_at"] else ""
+    end = f", and ends {instant(told['expires_at'])}" if told["expires_at"] else ""
     typer.echo(f"This is the key of {told['name']}; it is shown this once{end}.", err=True)
 
 
@@ -119,10 +119,11 @@ def _rights(rights: dict[str, Any]) -> str:
 
 
 def _until(key: dict[str, Any]) -> str:
-    return f" until {_instant(key['expires_at'])}" if key["expires_at"] else ""
+    return f" until {instant(key['expires_at'])}" if key["expires_at"] else ""
 
 
-def _instant(ms: int) -> str:
+def instant(ms: int) -> str:
+    """Writes an instant as people read it."""
     return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
@@ -130,7 +131,8 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _seconds(text: str) -> int:
+def seconds(text: str) -> int:
+    """Reads a length of time like 90d, 12h or 30m; raises Failed."""
     try:
         return max(1, length_ms(text) // 1_000)
     except ValueError as wrong:

@@ -67,6 +67,8 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.NoSuchJob: Row(404, INVALID),
     errors.NoSuchResponse: Row(404, INVALID),
     errors.BegunAgain: Row(410, INVALID),
+    errors.NoSuchDelivery: Row(404, INVALID),
+    errors.AddressRefused: Row(400, INVALID),
     errors.IdempotencyMismatch: Row(422, INVALID),
     errors.NotEnded: Row(409, INVALID),
     errors.NotRetryable: Row(409, INVALID),
@@ -102,6 +104,7 @@ _PARAMS: dict[type[errors.BrokerError], str] = {
     errors.UnknownLane: "X-Gateway-Lane",
     errors.IdempotencyMismatch: "Idempotency-Key",
     errors.BegunAgain: "starting_after",
+    errors.AddressRefused: "webhook",
 }
 
 

@@ -43,6 +43,7 @@ _TAGS = {
     "keys": "Callers and their keys, for administrators.",
     "health": "How the gateway does.",
     "usage": "Who used what.",
+    "webhooks": "Being told when jobs end.",
 }
 _SECURITY: Mapping[str, Schema] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of `gateway key new` or GATEWAY_KEYS."},

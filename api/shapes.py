@@ -13,6 +13,7 @@ from api.async_jobs import (
 )
 from api.durations import LENGTH_PATTERN
 from api.routes.keys import NewCaller, Rotation
+from api.routes.webhooks import NewSecret
 from broker import requests
 from broker.callers import Key, Keyring, Rights
 from broker.dead import Letter
@@ -34,11 +35,14 @@ from broker.records import JobRecord
 from broker.status import Snapshot
 from broker.trust.audit import Left
 from broker.usage_report import BY, Used
+from broker.webhooks import Delivery
 
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_new_jobs(), **_keys(), **_audit(), **_HEALTH, **_usage()}
+    return {
+        **_status(), "Job": _job(), **_new_jobs(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_webhooks(),
+    }  # fmt: skip
 
 
 def _status() -> dict[str, Schema]:
@@ -150,6 +154,26 @@ def _audit() -> dict[str, Schema]:
     left = {**left, "required": list(left["properties"])}
     more = text("The `after` of the next page, empty where this is the last.")
     return {"Left": left, "Audit": thing({"records": list_of(ref("Left")), "next": more})}
+
+
+def _webhooks() -> dict[str, Schema]:
+    delivery, parts = _read_off(Delivery)
+    parts["Try"]["required"] = list(parts["Try"]["properties"])
+    page = {
+        "object": one_of("list"),
+        "data": list_of(ref("Delivery")),
+        "has_more": flag("There are older ones."),
+    }
+    secret = {"id": text(), "made_at": whole(), "ends_at": whole("0 = it does not end.")}
+    return {
+        **parts,
+        "Delivery": {**delivery, "required": list(delivery["properties"])},
+        "Deliveries": thing(page),
+        "NewSecret": _asked(NewSecret),
+        "WebhookSecret": thing({"caller": text(), "id": text(), "secret": text("All of it, whsec_…")}),
+        "WebhookSecrets": thing({"object": one_of("list"), "data": list_of(thing(secret))}),
+        "WebhookSecretRevoked": thing({"caller": text(), "revoked": text("Its id.")}),
+    }
 
 
 def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:

@@ -26,6 +26,8 @@ BrokerError
 │   ├── NoSuchJob               job_not_found
 │   ├── NoSuchResponse          response_not_found
 │   ├── BegunAgain              begun_again               the part of the answer that it goes on from is void
+│   ├── NoSuchDelivery          delivery_not_found
+│   ├── AddressRefused          address_refused           a webhook would go where the policy lets none go
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   ├── NotEnded                not_ended                 the job has no result yet
 │   ├── NotRetryable            not_retryable             the job lives or is done, or its request is not kept
@@ -285,6 +287,30 @@ class BegunAgain(Refused):
         super().__init__(
             "the answer was lost before its end and is made anew: what was told of it is void; follow it from its "
             "beginning, or wait for its end"
+        )
+
+
+class NoSuchDelivery(Refused):
+    """No webhook of this caller has this id (any more)."""
+
+    code = "delivery_not_found"
+
+    def __init__(self, delivery_id: str) -> None:
+        super().__init__(
+            f"no webhook delivery {delivery_id[:NAME_SHOWN]} is known here (delivered ones go after a day)"
+        )
+        self.delivery_id = delivery_id
+
+
+class AddressRefused(Refused):
+    """A webhook would go to an address of an inner network, which nobody has opened to webhooks."""
+
+    code = "address_refused"
+
+    def __init__(self, host: str, kind: str) -> None:
+        super().__init__(
+            f"webhooks do not go to {host[:NAME_SHOWN]}, which is {kind}; an administrator opens it with this line in "
+            f"the policy: `webhooks: {{ allow: [{host[:NAME_SHOWN]!r}] }}`"
         )
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from broker import errors, jobs
+from broker import errors, jobs, webhook_secrets
 from broker.callers import Caller, Key, Keyring, Keys, Rights, check_name, make_key
 from broker.policy.sentences import near_words
 from broker.store import Store
@@ -147,8 +147,8 @@ class KeyBook:
         return made
 
     async def revoke(self, name: str, *, by: str) -> list[str]:
-        """Takes a caller's keys and rights away; gives the ids of the keys. What waits of it is cancelled, also what an
-        api took that had not heard yet; what runs goes on to its end."""
+        """Takes a caller's keys and rights away, and what its webhooks are signed with; gives the ids of the keys. What
+        waits of it is cancelled, also what an api took that had not heard yet; what runs goes on to its end."""
 
         def change(ring: Keyring, now_ms: int) -> tuple[dict[str, str], list[str]]:
             ids = [key.id for key in _keys_of(ring, name)]
@@ -163,6 +163,7 @@ class KeyBook:
         cancelled = await self._cancel_waiting(name)
         await asyncio.sleep(HEARD_EVERYWHERE_S)
         cancelled += await self._cancel_waiting(name)
+        await webhook_secrets.forget(self._store, name)
         log.info("event=key_revoked caller=%s keys=%s cancelled=%d by=%s", name, ",".join(gone), cancelled, by)
         return gone
 

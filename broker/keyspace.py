@@ -11,6 +11,9 @@ from typing import Literal
 GROUP = "workers"
 """The consumer group of every lane stream."""
 
+EVERYBODY = "*"
+"""No caller's name: whose list of webhooks has all of them."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -128,6 +131,47 @@ TABLE: tuple[Family, ...] = (
     Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on: whose, which, in which lane, and why"),
+    Family("outbox", "stream", "an entry goes when its delivery is made", True, "ended jobs that owe a webhook"),
+    Family(
+        "webhook:<id>",
+        "hash",
+        "until it is delivered, and a day; or given up on, and 7 days",
+        False,
+        "one event on its way to its caller: the body, its state, the last attempts",
+    ),
+    Family(
+        "webhook_line:<id>", "zset", "while deliveries of the job are pending", False, "they, in order: the first goes"
+    ),
+    Family(
+        "webhook_due:<digest>",
+        "zset",
+        "while deliveries to the endpoint are pending",
+        False,
+        "the first of each job -> its next attempt, or the end of the lease of one",
+    ),
+    Family("webhooks", "zset", "while deliveries are pending", False, "endpoint -> when somebody should look at it"),
+    Family(
+        "webhook_endpoint:<digest>",
+        "hash",
+        "a day after its last failure, or until a success",
+        False,
+        "failures in a row of an endpoint, and until when it is left alone",
+    ),
+    Family(
+        "webhook_list:<caller>",
+        "zset",
+        "the newest 10,000, 9 days after the newest",
+        False,
+        "the caller's deliveries -> when their jobs ended; `*` has everybody's",
+    ),
+    Family(
+        "webhook_secrets:<caller>",
+        "hash",
+        "until revoked, at most as long as the caller's keys",
+        True,
+        "id -> `<secret> <made at> <ends at, 0 = never>`: what the caller's webhooks are signed with",
+    ),
+    Family("webhook_counts", "hash", "always", True, "deliveries that were delivered, failed attempts, given up on"),
     Family(
         "usage:<day>",
         "hash",
@@ -161,6 +205,9 @@ class Keyspace:
         self.hosts = self._prefix + "hosts"
         self.dead = self._prefix + "dead"
         self.audit = self._prefix + "audit"
+        self.outbox = self._prefix + "outbox"
+        self.webhooks = self._prefix + "webhooks"
+        self.webhook_counts = self._prefix + "webhook_counts"
         self.policy = self._prefix + "policy"
         self.no_idem = self.idem("-", "-")
         """What stands in a script's keys where a request has no Idempotency-Key."""
@@ -285,6 +332,30 @@ class Keyspace:
     def usage_prefix(self) -> str:
         """What a script puts before the day it computed from Redis' clock."""
         return f"{self._prefix}usage:"
+
+    def webhook(self, delivery_id: str) -> str:
+        """Hash of one delivery."""
+        return f"{self._prefix}webhook:{delivery_id}"
+
+    def webhook_line(self, job_id: str) -> str:
+        """Zset of the pending deliveries of a job, in their order."""
+        return f"{self._prefix}webhook_line:{job_id}"
+
+    def webhook_due(self, endpoint: str) -> str:
+        """Zset of the deliveries that an endpoint gets next; `endpoint` is a digest."""
+        return f"{self._prefix}webhook_due:{endpoint}"
+
+    def webhook_endpoint(self, endpoint: str) -> str:
+        """Hash of how an endpoint fails; `endpoint` is a digest."""
+        return f"{self._prefix}webhook_endpoint:{endpoint}"
+
+    def webhook_list(self, caller: str) -> str:
+        """Zset of a caller's deliveries, `EVERYBODY` for those of all."""
+        return f"{self._prefix}webhook_list:{caller}"
+
+    def webhook_secrets(self, caller: str) -> str:
+        """Hash of the secrets that a caller's webhooks are signed with."""
+        return f"{self._prefix}webhook_secrets:{caller}"
 
     def frames_channel(self, api: str) -> str:
         """Channel on which one api process hears its readers' frames."""

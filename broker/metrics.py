@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from broker.figures import ENDS, Day, counts
 from broker.status import Snapshot
+from broker.webhooks import Figures
 
 OTHER = "other"
 """The label of whatever the policy or the keys do not (or no longer) know."""
@@ -101,9 +102,17 @@ class Metrics:
             self._streams[lane, model] = found
         return found
 
-    def render(self, snapshot: Snapshot | None, day: Day, *, callers: Collection[str], redis_up: bool) -> bytes:
+    def render(
+        self,
+        snapshot: Snapshot | None,
+        day: Day,
+        *,
+        callers: Collection[str],
+        redis_up: bool,
+        webhooks: Figures | None = None,
+    ) -> bytes:
         """Gives the page that Prometheus reads; without a snapshot (no policy, no Redis) what this process knows."""
-        self._told.snapshot, self._told.day = snapshot, day
+        self._told.snapshot, self._told.day, self._told.webhooks = snapshot, day, webhooks
         self._told.callers, self._told.redis_up = frozenset(callers), redis_up
         return generate_latest(self._registry)
 
@@ -115,12 +124,15 @@ class _Told(Collector):
         self._version = version
         self.snapshot: Snapshot | None = None
         self.day: Day = ()
+        self.webhooks: Figures | None = None
         self.callers: frozenset[str] = frozenset()
         self.redis_up = False
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("gateway_build_info", "The version that runs.", ["version"], [((self._version,), 1)])
         yield _gauge("gateway_redis_up", "Whether Redis answered this scrape.", [], [((), int(self.redis_up))])
+        if self.webhooks is not None:
+            yield from _webhooks(self.webhooks)
         if self.snapshot is not None:
             yield from _gauges(self.snapshot)
             yield from self._counters(self.snapshot)
@@ -145,6 +157,18 @@ class _Told(Collector):
             for key, value in sorted(sums.items()):
                 family.add_metric(list(key), value)
             yield family
+
+
+def _webhooks(figures: Figures) -> Iterator[Metric]:
+    yield _gauge("gateway_outbox_length", "Events that no scheduler has taken up yet.", [], [((), figures.outbox)])
+    attempts = CounterMetricFamily(
+        "gateway_webhook_attempts",
+        "Attempts to deliver a webhook: delivered, failed and tried again later, dead = given up on.",
+        labels=["outcome"],
+    )
+    for outcome, count in figures.outcomes.items():
+        attempts.add_metric([outcome], count)
+    yield attempts
 
 
 def _events(day: Day) -> Iterator[tuple[str, tuple[str, ...], float]]:

@@ -156,7 +156,7 @@ class JobRecord(_Hash):
     error: str = ""
     error_message: str = ""
     usage: str = ""  # JSON of the runtime's own figures
-    webhook: str = ""  # where its end is told, as it was given
+    webhook: str = ""  # the URL that is told of its end, "" = none
     metadata: str = ""  # JSON object of what its caller noted on it, texts only
     retry_of: str = ""  # the job that ended badly whose request this one tries again
     retried_as: str = ""  # the newest job that tries this one's request again

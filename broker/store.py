@@ -310,6 +310,8 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
         return errors.CallerLimit(rest)
     if word == "QUOTA":
         return errors.QuotaUsed(retry_after_s=math.ceil(int(rest) / 1000))
+    if word == "NODELIVERY":
+        return errors.NoSuchDelivery(rest)
     if word == "NOJOB":
         return errors.NoSuchJob(rest.rpartition(":")[2])
     if word in ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "UNBLOCKED", "NOGROUP", "OOM", "MISCONF"):

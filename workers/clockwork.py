@@ -1,5 +1,6 @@
 """arq's place in the house: the only file that imports it. Cron chores, supervised: arq dies when Redis blips (its poll
-loop has no reconnect), so it is started again. Values travel as JSON, never as pickles."""
+loop has no reconnect), so it is started again. Values travel as JSON, never as pickles. Webhooks go from here, a round
+each second; what arq knows of them is only that."""
 
 import asyncio
 import json
@@ -8,12 +9,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from arq.connections import ArqRedis
-from arq.cron import cron
+from arq.cron import CronJob, cron
 from arq.worker import Worker
 
 from broker.policies import PolicyBook
 from broker.store import Store
 from workers import chores
+from workers.courier import Courier
+from workers.post import Post
 
 log = logging.getLogger("warmlane.clockwork")
 
@@ -26,17 +29,25 @@ RESTART_PAUSE_MAX_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 CANCEL_AGAIN_S = 0.5
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
+DELIVER_SECONDS = set(range(60))
+MAX_JOBS = 20
+"""Rounds of webhooks overlap while endpoints are slow; chores must find a place beside them."""
 
 
 async def keep_running(store: Store, book: PolicyBook) -> None:
     """Runs arq's worker until cancelled; a crash of it is logged and it starts again after a pause."""
     if not store.url:
         return
+    async with Post() as post:
+        await _keep_running(store, book, Courier(store, book, post))
+
+
+async def _keep_running(store: Store, book: PolicyBook, courier: Courier) -> None:
     pause_s = RESTART_PAUSE_S
     while True:
         # a pool of our own: whatever arq dies of, and wherever it is cancelled, its connections can be closed
         pool = _pool(store)
-        worker = _worker(store, book, pool)
+        worker = _worker(store, book, pool, courier)
         started = asyncio.get_running_loop().time()
         try:
             await _run(worker)
@@ -59,6 +70,10 @@ async def _forget(context: dict[str, Any]) -> None:
     await chores.forget(context["store"], context["book"])
 
 
+async def _deliver(context: dict[str, Any]) -> None:
+    await context["courier"].round()
+
+
 def _as_json(value: Any) -> bytes:
     return json.dumps(value, default=str).encode()
 
@@ -69,28 +84,14 @@ def _pool(store: Store) -> ArqRedis:
     return ArqRedis(connections, job_serializer=_as_json, job_deserializer=json.loads)
 
 
-def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
+def _worker(store: Store, book: PolicyBook, pool: ArqRedis, courier: Courier) -> Worker:
     name = store.keys.namespace  # arq's own keys know no namespace: without it, gateways that share a Redis take turns
     return Worker(
         functions=[],
         cron_jobs=[
-            cron(
-                cast(Any, _sweep),
-                name=f"{name}:sweep",
-                second=SWEEP_SECONDS,
-                timeout=JOB_TIMEOUT_S,
-                keep_result=0,
-                unique=True,
-            ),
-            cron(
-                cast(Any, _forget),
-                name=f"{name}:forget",
-                minute={7},
-                second={30},
-                timeout=JOB_TIMEOUT_S,
-                keep_result=0,
-                unique=True,
-            ),
+            _chore(f"{name}:sweep", _sweep, second=SWEEP_SECONDS),
+            _chore(f"{name}:forget", _forget, minute={7}, second={30}),
+            _chore(f"{name}:deliver", _deliver, second=DELIVER_SECONDS),
         ],
         redis_pool=pool,
         queue_name=f"arq:{name}",  # beside its other keys, and not among ours: no row of our key table describes it
@@ -99,11 +100,15 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
         poll_delay=POLL_S,
         job_timeout=JOB_TIMEOUT_S,
         health_check_interval=15,
-        max_jobs=4,
+        max_jobs=MAX_JOBS,
         job_serializer=_as_json,
         job_deserializer=json.loads,
-        ctx={"store": store, "book": book},
+        ctx={"store": store, "book": book, "courier": courier},
     )
+
+
+def _chore(name: str, run: Callable[[dict[str, Any]], Awaitable[None]], **when: Any) -> CronJob:
+    return cron(cast(Any, run), name=name, timeout=JOB_TIMEOUT_S, keep_result=0, unique=True, **when)
 
 
 async def _run(worker: Worker) -> None:

@@ -184,7 +184,7 @@ async def serve(settings: WorkerSettings) -> int:
 
 def main() -> None:
     """Entry point of `python -m workers.scheduler`."""
-    part.run(serve, quiet=["arq"])
+    part.run(serve, quiet=["arq", "httpx", "httpcore"])  # their lines would tell URLs, with tokens in them
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from api.auth import Caller, Gate, caller_of
 from api.described import JSON, Answer, Described, described, says
 from api.gateway import Gateway
-from broker import errors, usage
+from broker import errors, usage, webhooks
 from broker.dialects.json_schema import ref, text
 from broker.figures import Day
 from broker.metrics import CONTENT_TYPE
@@ -59,17 +59,19 @@ async def metrics(gateway: Gate, caller: Caller) -> Response:
     """The page that Prometheus reads. What others used is shown under their names to an administrator only."""
     shown: Snapshot | None = None
     day: Day = ()
+    told: webhooks.Figures | None = None
     up = True
     try:
         async with asyncio.timeout(ASK_S_MAX):
             day = await usage.today(gateway.store)
+            told = await webhooks.figures(gateway.store)
             shown = await snapshot(gateway.store, gateway.book, gateway.fleet)
     except errors.ModelUnavailable:
         pass  # no policy yet
     except (errors.BrokerError, TimeoutError):
         up = False
     named = gateway.keys.names if caller.rights.admin else [caller.name]
-    page = gateway.metrics.render(shown, day, callers=named, redis_up=up)
+    page = gateway.metrics.render(shown, day, callers=named, redis_up=up, webhooks=told)
     return Response(page, headers={"content-type": CONTENT_TYPE})
 
 

@@ -17,6 +17,7 @@ from broker.policy.document import shown
 from broker.policy.hours import ActiveHours, parse_hours
 from broker.policy.part import Part
 from broker.policy.remote import Remote, RemoteOfModel
+from broker.policy.webhooks import Webhooks
 
 BATCH = ".batch"
 PLACEHOLDERS = ("model", "port", "parallel", "context")
@@ -315,6 +316,9 @@ class Content(Part):
     )
     remote: Remote = Field(
         default_factory=Remote, description="What of a request may go to remote models, if it may leave at all."
+    )
+    webhooks: Webhooks = Field(
+        default_factory=Webhooks, description="What else than public addresses webhooks may reach."
     )
     audit_days: int = Field(90, ge=1, le=3_650, description="How long the records of what left are kept.")
     max_losses: int = Field(3, ge=0, le=100, description="How often a job starts again after its worker was lost.")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from broker.policy.content import Content, LaneEntry, Match, Model, Rule
 from broker.policy.document import Path, shown
 from broker.policy.remote import Redaction, Remote, RemoteOfModel
+from broker.policy.webhooks import Webhooks
 
 PROBLEMS_MAX = 100
 
@@ -22,6 +23,7 @@ _PLACES: dict[type[BaseModel], str] = {
     Remote: "in remote",
     RemoteOfModel: "in a model's remote",
     Redaction: "in a redaction",
+    Webhooks: "in webhooks",
 }
 _NOT_HERE: dict[type[BaseModel], dict[str, str]] = {
     Content: {"callers": "callers are made with `gateway key new`, not in the policy"},

@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 
 from api import app, async_jobs, visit
 from api.limits import Limits
-from broker import errors, jobs, operator
+from broker import errors, jobs, lanes, operator, webhooks
 from broker.callers import Rights
 from broker.capabilities import EMBEDDING_ENDPOINTS
 from broker.lifecycle import State
@@ -269,6 +269,7 @@ async def refused_rest(on: Stage) -> None:
     await refused_jobs(on)
     await refused_retries(on)
     await failed_results(on)
+    await refused_webhooks(on)
     await on.ask("POST", COUNT, json=ask("/v1/messages", "narrow"), headers=on.keys["fenced"])
     for path in ("/api/show", COUNT):
         await on.post(path, {})
@@ -363,6 +364,38 @@ async def refused_keys(on: Stage) -> None:
         await on.ask("DELETE", revoke, f"/v1/keys/{name}")
 
 
+SECRETS, SECRET = "/v1/webhooks/secrets", "/v1/webhooks/secrets/{secret_id}"
+DELIVERIES, AGAIN = "/v1/webhooks/deliveries", "/v1/webhooks/deliveries/{delivery_id}/redeliver"
+
+
+async def refused_webhooks(on: Stage) -> None:
+    """Provokes what asking about webhooks is refused with."""
+    await on.post(SECRETS, {"rotate": True})
+    await on.post(SECRETS, {"overlapS": -1})
+    await on.ask("POST", SECRETS, content=b" " * 70_000)
+    await on.ask("DELETE", SECRET, f"{SECRETS}/nobody")
+    for wrong in ("limit=0", "after=nobody"):
+        await on.ask("GET", DELIVERIES, f"{DELIVERIES}?{wrong}")
+    await on.ask("POST", AGAIN, f"{DELIVERIES}/nobody/redeliver")
+
+
+async def answered_webhooks(on: Stage) -> None:
+    """Provokes its good answers: a job with a webhook has ended."""
+    made = (await on.ask("POST", SECRETS)).json()
+    await on.ask("GET", SECRETS)
+    gateway = on.api.gateway
+    lane = gateway.book.active.lane("plain")
+    assert lane is not None
+    job = JobRecord(id="told", caller="ann", mode="async", webhook="https://ci.example.com/")
+    await lanes.submit(gateway.store, gateway.book.active, gateway.fleet, job, lane, b"{}", wanted=False)
+    with suppress(errors.AlreadyEnded):
+        await jobs.cancel(gateway.store, "told")
+    await webhooks.gather(gateway.store, limit=9)
+    (told,) = (await on.ask("GET", DELIVERIES)).json()["data"]
+    await on.ask("POST", AGAIN, f"{DELIVERIES}/{told['id']}/redeliver")
+    await on.ask("DELETE", SECRET, f"{SECRETS}/{made['id']}")
+
+
 async def too_much(store: Store, book: Book) -> None:
     """Provokes what is refused while a caller, or all together, hold as much as they may."""
     async with stage(store, book, Limits(bodies_bytes=0)) as on:
@@ -393,6 +426,8 @@ NEED_REDIS = [
     ("GET", "/v1/jobs/{job_id}/result", "/v1/jobs/x/result"), ("POST", "/v1/jobs/{job_id}/retry", "/v1/jobs/x/retry"),
     ("GET", "/v1/jobs", ""), ("GET", "/v1/dead", ""), ("GET", "/v1/dead/{letter}", "/v1/dead/1-1"),
     ("DELETE", "/v1/dead/{letter}", "/v1/dead/1-1"), ("POST", "/v1/dead/{letter}/retry", "/v1/dead/1-1/retry"),
+    ("GET", SECRETS, ""), ("POST", SECRETS, ""), ("DELETE", SECRET, f"{SECRETS}/x"), ("GET", DELIVERIES, ""),
+    ("POST", AGAIN, f"{DELIVERIES}/x/redeliver"),
 ]  # fmt: skip
 
 
@@ -448,6 +483,7 @@ async def answered(on: Stage) -> None:
     for verb in ("drain", "undrain"):
         await on.ask("POST", "/v1/hosts/{host}/{verb}", f"/v1/hosts/gpu1/{verb}")
     await on.post("/api/show", {"model": "plain"})
+    await answered_webhooks(on)
     await on.post("/v1/keys", {"name": "guest"})
     await on.ask("POST", "/v1/keys/{name}/rotate", "/v1/keys/guest/rotate")
     await on.ask("DELETE", "/v1/keys/{name}", "/v1/keys/guest")

@@ -209,6 +209,24 @@ FAULTS = [
         "",
     ),
     Fault(
+        "the outbox is not written with the end",
+        ("end", "cancel", "expire", "release", "recover"),
+        r"  owe\(root_of\(k\.job, id\), .*\n",
+        "",
+    ),
+    Fault(
+        "an event stays in the outbox",
+        ("webhook_gather",),
+        r"redis\.call\(\"XDEL\", KEYS\[1\], .*\n",
+        "",
+    ),
+    Fault(
+        "who lost a delivery may still say how it went",
+        ("webhook_note",),
+        r" or f\[2\] ~= ARGV\[4\] then",
+        " then",
+    ),
+    Fault(
         "slot time before a put-back counts as waiting",
         ("release",),
         r"  if ran > 0 then redis\.call\(\"HINCRBY\", job, \"held_ms\", .*\n",

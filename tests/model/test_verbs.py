@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from broker import downgrades, errors, jobs, lanes
+from broker import downgrades, errors, jobs, lanes, webhooks
 from broker.jobs import GoOn, Holding
 from broker.lifecycle import ENDED, HELD, State
 from broker.policies import Active
@@ -51,6 +51,9 @@ TRIED_AGAIN = ("submit", "claim", "first_token", "recover", "release")
 MOVED = ("submit", "claim", "promote", "renew", "claim")
 BEGUN = ("submit", "claim", "first_token", "emit")
 SERVED = ("submit", "claim", "first_token", "emit", "end")
+HOOKS = ("", "", "https://a.example/hook", "https://b.example/hook")
+FAILURES_MAX = 2
+HORIZON_MS = 30_000
 MAY_LEAVE = {"remote": True, "exits": "", "judged": "yes"}
 SDK = {"sync": True, "reader": True, "retried": True, "key": "", "grace": 4_000, "stale": False, "later": 0} | MAY_LEAVE
 picks = st.integers(0, 15)
@@ -114,6 +117,7 @@ class Verbs(RuleBasedStateMachine):
         self.wanted: dict[tuple[str, str], int] = {}  # lane and caller -> when it last asked for a place there
         self.seen: dict[str, bool] = {}
         self.said: dict[str, list[bytes]] = {}
+        self.taken: list[webhooks.Taken] = []
         self.unheard: dict[str, str] = {}  # an answer that nobody heard -> the reader that has fetched it, if one has
 
     def wait(self, coming: Awaitable[Any]) -> Any:
@@ -273,13 +277,13 @@ class Verbs(RuleBasedStateMachine):
         judged=st.sampled_from(["yes", "yes", "yes", "no", ""]), stale=st.sampled_from([False] * 5 + [True]),
         spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
         retried=st.booleans(), who=st.sampled_from(["ann", "ann", "bob"]),
-        limits=st.sampled_from([(0, 0), (0, 0), (0, 0), (1, 0), (0, 1)]),
+        limits=st.sampled_from([(0, 0), (0, 0), (0, 0), (1, 0), (0, 1)]), hook=st.sampled_from(HOOKS),
         again=st.one_of(st.none(), st.none(), st.none(), picks),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
         remote: bool, exits: str, judged: str, stale: bool, spills: bool, session: str, retried: bool, who: str,
-        limits: tuple[int, int], again: int | None,
+        limits: tuple[int, int], hook: str, again: int | None,
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -291,7 +295,7 @@ class Verbs(RuleBasedStateMachine):
             mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
             session=session, exits=exits if remote else "", judged=self.verdict_now(lane, judged) if remote else "",
-            leaves="hash", left="{}", caller=who, max_running=limits[1],
+            leaves="hash", left="{}", caller=who, max_running=limits[1], webhook=hook,
         )  # fmt: skip
         idem = self.now.keys.get(w.store.keys.idem(who, key)) if key else None
         twin = idem.value.decode().split(" ")[0] if idem else ""
@@ -740,6 +744,65 @@ class Verbs(RuleBasedStateMachine):
         """On a healthy lane it has nothing to do."""
         assert self.act("sweep", lambda: lanes.sweep(self.world.store, lane, page=2), marks=False) == (0, 0)
 
+    # -- couriers --
+
+    def deliveries(self) -> dict[str, dict[str, str]]:
+        """What is on its way, or was."""
+        found = [decode_hash(key.value) for key in self.now.of("webhook:<id>").values()]
+        return {f["id"]: f for f in found}
+
+    @takes()
+    def gather(self) -> None:
+        self.act("gather", lambda: webhooks.gather(self.world.store, limit=2))
+
+    @takes(pick=picks, most=st.integers(1, 2))
+    def take(self, pick: int, most: int) -> None:
+        endpoints = self.wait(webhooks.due(self.world.store, limit=9))
+        if not endpoints:
+            raise NothingFits
+        before, now = self.deliveries(), self.world.now
+        rules = {"most": most, "failures_max": FAILURES_MAX, "horizon_ms": HORIZON_MS}
+        taken = self.act("take", lambda: webhooks.take(self.world.store, endpoints[pick % len(endpoints)], **rules))
+        trying = [one for one in taken if not one.over]
+        failures = taken[0].failures if taken else 0
+        if len(trying) > (1 if failures >= FAILURES_MAX else most):
+            raise Broken(f"an endpoint that failed {failures} times got {len(trying)} deliveries at once")
+        for one in taken:
+            was = before[one.delivery.id]
+            if int(was.get("lease_until", 0)) > now or one.attempt != int(was["attempt"]) + 1:
+                raise Broken(f"{one.delivery.id} was taken while it was {was}")
+            if one.over and int(was["since"]) + HORIZON_MS > now:
+                raise Broken(f"{one.delivery.id} was over before its time: {was}")
+        self.taken += taken
+
+    @takes(
+        pick=picks, outcome=st.sampled_from(webhooks.OUTCOMES), breaks=st.booleans(),
+        open_for_ms=st.sampled_from([0, 5_000]),
+    )  # fmt: skip
+    def note(self, pick: int, outcome: Any, breaks: bool, open_for_ms: int) -> None:
+        if not self.taken:
+            raise NothingFits
+        taken = self.taken[-1 - pick % len(self.taken)]
+        now = self.deliveries()[taken.delivery.id]
+        holds = now["state"] == "pending" and int(now["attempt"]) == taken.attempt
+        told = webhooks.Try(self.world.now, 500, 1)
+        self.act(
+            f"note {outcome} of attempt {taken.attempt} at {now['id']}",
+            lambda: webhooks.note(
+                self.world.store, taken, outcome, told, retry_after_ms=1_000, breaks=breaks, open_for_ms=open_for_ms
+            ),
+            None if holds else errors.StaleAttempt,
+        )
+        if holds and self.deliveries()[now["id"]]["state"] != ("pending" if outcome == "failed" else outcome):
+            raise Broken(f"{now['id']} was noted {outcome} and is {self.deliveries()[now['id']]}")
+
+    @takes(pick=picks)
+    def redeliver(self, pick: int) -> None:
+        known = sorted(self.deliveries())
+        if not known:
+            raise NothingFits
+        self.act("redeliver", lambda: webhooks.redeliver(self.world.store, known[pick % len(known)]))
+
     # -- operator, hosts, time --
 
     @takes(number=st.integers(0, len(POLICIES) - 1))
@@ -934,6 +997,17 @@ class Verbs(RuleBasedStateMachine):
     @rule(steps=several("promote", "promote", "recover", "expire", "release_due", "postpone", "look", "sweep"))
     def schedulers_look(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         self.do(steps)
+
+    @rule(first=DRAWN["submit"], hook=st.sampled_from(HOOKS[2:]), steps=several("take", "note", "note", "redeliver"))
+    def couriers_deliver(self, first: dict[str, Any], hook: str, steps: list[tuple[str, dict[str, Any]]]) -> None:
+        """A job with a webhook ends, and what is owed goes its way."""
+        before = len(self.ids)
+        self.submit(**first | PLAIN | {"hook": hook})
+        if len(self.ids) > before:
+            self.cancel(self.pick_of(self.ids[-1]), "")
+        self.do([("gather", {}), ("take", {"pick": 0, "most": 2}), *steps])
+        self.world.now += webhooks.LEASE_MS
+        self.do([("take", {"pick": 0, "most": 2}), *steps, *steps])
 
     @rule(steps=several("apply", "retire", "beat", "beat"))
     def operators_change(self, steps: list[tuple[str, dict[str, Any]]]) -> None:

@@ -21,6 +21,7 @@ from broker.policies import Active
 from broker.records import Frame, JobRecord, decode_hash
 from broker.store import Store
 from broker.trust import door
+from tests.support.owed import owed
 from tests.support.reckoning import Counted, counted, miscounted
 
 # A test may list keys; the verbs never do. Nothing here is written.
@@ -176,7 +177,8 @@ def violations(s: Snapshot) -> list[str]:
         found += _record(s, job)
         found += _ended(s, job) if job.state in ENDED else _live(s, job)
         found += _log(s, job)
-    return found + _lanes(s) + _places(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s) + _listed(s)
+    found += _lanes(s) + _places(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s)
+    return found + _listed(s) + owed(s)
 
 
 def undone(before: Snapshot, after: Snapshot) -> list[str]:
@@ -208,6 +210,7 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
             "stream",
             "caller",
             "idem",
+            "webhook",
         ):
             if getattr(was, name) != getattr(now, name):
                 found.append(f"{name} of job {job_id} moved from {getattr(was, name)} to {getattr(now, name)}")
@@ -494,6 +497,8 @@ _MUST_EXPIRE = (
     "usage:<day>",
     "active:<lane>",
     "line:<lane>",
+    "webhook_list:<caller>",
+    "webhook_endpoint:<digest>",
     "spent:<caller>:<day>",
     "usage:<day>:<caller>:<lane>:<model>:<model>",
 )

@@ -12,7 +12,7 @@ import typer
 
 from api import cli
 from broker import keyspace, lifecycle
-from broker.policy import content, remote
+from broker.policy import content, remote, webhooks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def test_generated_blocks_are_what_the_code_prints(name: str) -> None:
 # --- README ------------------------------------------------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text()
-REMOTE = (remote.Remote, remote.RemoteOfModel, remote.Redaction)
+PARTS = (remote.Remote, remote.RemoteOfModel, remote.Redaction, webhooks.Webhooks)
 GATEWAY = typer.main.get_command(cli.app)
 
 
@@ -48,7 +48,7 @@ def test_readme_names_every_key_of_the_policy() -> None:
     words = set(re.findall(r"\w+", README))
     keys = {
         field.alias or name
-        for part in (content.Content, content.Model, content.LaneEntry, content.Match, content.Rule, *REMOTE)
+        for part in (content.Content, content.Model, content.LaneEntry, content.Match, content.Rule, *PARTS)
         for name, field in part.model_fields.items()
     }
     assert len(keys) > 40 and keys - words == set()

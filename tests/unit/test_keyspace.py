@@ -30,11 +30,17 @@ MADE = {
     "runs": (("laptop-3",), "runs:<caller>"),
     "active": (("fast-edit",), "active:<lane>"),
     "line": (("fast-edit",), "line:<lane>"),
+    "webhook": (("msg_01J9ZK_1790000000000",), "webhook:<id>"),
+    "webhook_line": (("01J9ZK",), "webhook_line:<id>"),
+    "webhook_due": (("0123456789abcdef01234567",), "webhook_due:<digest>"),
+    "webhook_endpoint": (("0123456789abcdef01234567",), "webhook_endpoint:<digest>"),
+    "webhook_list": (("*",), "webhook_list:<caller>"),
+    "webhook_secrets": (("laptop-3",), "webhook_secrets:<caller>"),
     "spent": (("laptop-3", "2026-10-30"), "spent:<caller>:<day>"),
     "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
-FIXED = ("due", "hosts", "audit", "dead", "callers", "policy")
+FIXED = ("due", "hosts", "audit", "dead", "callers", "policy", "outbox", "webhooks", "webhook_counts")
 OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
 
 

@@ -103,6 +103,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "routing": [],
         "lanes": {},
         "remote": {"allow": [], "maxBytes": 262_144, "redact": []},
+        "webhooks": {"allow": []},
         "auditDays": 90,
         "maxLosses": 3,
         "headerHoldMs": 5_000,
@@ -492,8 +493,23 @@ WHOLE_FILES = [
     (model() + "\nreplicas: 2", "line 5: replicas: unknown key 'replicas' here, it belongs in a model"),
     (
         model() + "\nzzz: 1",
-        "line 5: zzz: unknown key 'zzz', known here are models, routing, lanes, remote, auditDays, maxLosses, "
-        "headerHoldMs, disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays",
+        "line 5: zzz: unknown key 'zzz', known here are models, routing, lanes, remote, webhooks, auditDays, "
+        "maxLosses, headerHoldMs, disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays",
+    ),
+    *(
+        (model() + f"\nwebhooks: {{ allow: [{place!r}] }}", f"line 5: webhooks.allow[0]: {words}")
+        for place, words in (
+            (
+                "10.0.0.0/33",
+                "is no network: '10.0.0.0/33' does not appear to be an IPv4 or IPv6 network",
+            ),
+            ("10.0.0.1/8", "is no network: 10.0.0.1/8 has host bits set"),
+            ("10.0.0", "is no network: '10.0.0' does not appear to be an IPv4 or IPv6 network"),
+            (
+                "CI.internal",
+                "is neither a network such as 10.0.0.0/8 nor a host's name in lower case",
+            ),
+        )
     ),
     (model() + "\nmaxLosses: -1", "line 5: maxLosses: must be at least 0, not -1"),
     (model() + "\nmaxLosses: 101", "line 5: maxLosses: must be at most 100, not 101"),

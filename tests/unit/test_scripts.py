@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lupa import lua51
 
-from broker import errors, hosts, jobs, lanes, operator, scripts, wake
+from broker import errors, hosts, jobs, lanes, operator, scripts, wake, webhook_secrets, webhooks
 from broker.callers import EVERYTHING
 from broker.keybook import KeyBook
 from broker.lifecycle import LIVE, Event, as_lua, next_state
@@ -22,6 +22,7 @@ from tests.support.invariants import take, take_by_script
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
+    "webhook_gather": ("ARGV",),
 }  # fmt: skip
 
 
@@ -167,6 +168,13 @@ async def call_everything(world: World) -> None:
     assert await door.judge_anew(store, world.book.active, far, world.book.active.lanes()["far"])
     await operator.pin(store, "big", pinned=True)
     await KeyBook(store).new("ann", EVERYTHING, by="anonymous")
+    await jobs.cancel(store, await world.submit("side", webhook="https://a.example/", caller="ann"))
+    await webhook_secrets.make(store, "ann")
+    await webhooks.gather(store, limit=9)
+    for endpoint in await webhooks.due(store, limit=9):
+        for taken in await webhooks.take(store, endpoint, most=9, failures_max=9, horizon_ms=9):
+            await webhooks.note(store, taken, "delivered", webhooks.Try(world.now, 200, 1))
+            await webhooks.redeliver(store, taken.delivery.id)
     refusals = Refusals(store, world.book)
     refusals.note(errors.BadRequest("no"), caller="", job=None)
     await refusals.write()
@@ -180,6 +188,9 @@ ROWS = {
     "downgrades": "downgrades:<model>", "sticky": "sticky:<model>",
     "retries": "retries:<caller>:<digest>",
     "learned": "learned:<model>:<host>",
+    "webhook": "webhook:<id>", "webhook_line": "webhook_line:<id>", "webhook_due": "webhook_due:<digest>",
+    "webhook_endpoint": "webhook_endpoint:<digest>", "webhook_secrets": "webhook_secrets:<caller>",
+    "own_list": "webhook_list:<caller>", "all_list": "webhook_list:<caller>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 

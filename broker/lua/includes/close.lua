@@ -1,8 +1,9 @@
+--- @include owe
 -- What `close` must know of a job, and what those who end it ask for besides (`...`), by name.
 local function read_job(job, ...)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
     "caller", "model", "asked_model", "first_token_at", "first_token_by", "retries", "submitted_at", "not_before",
-    "claimed_at", "held_ms", "continues", ... }
+    "claimed_at", "held_ms", "continues", "webhook", ... }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
@@ -85,6 +86,7 @@ local function close(k, p, f, now, id, to, ending)
     elseif string.sub(redis.call("GET", f.idem) or "", 1, #id + 1) == id .. " " then redis.call("DEL", f.idem) end
   end
   publish(p.frames_prefix, f.apis, id, f.attempt, seq, to, said)
+  owe(root_of(k.job, id), k.job, f, now, id, to, code, message)
   if (f.state == "claimed" or f.state == "streaming") and to == "cancelled" then
     redis.call("PUBLISH", p.control_prefix .. f.owner, "cancel " .. id .. " " .. f.attempt)
   end
