@@ -26,6 +26,24 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a retry leaves the dead letter",
+        ("submit",),
+        r"  if letter then redis\.call\(\"XDEL\".*\n",
+        "",
+    ),
+    Fault(
+        "an asynchronous job is in no list",
+        ("submit",),
+        r"if named\.mode == \"async\" then list_job.*\n",
+        "",
+    ),
+    Fault(
+        "a request is tried again twice",
+        ("submit",),
+        r"  if again then return \{ \"attached\", again \} end\n",
+        "",
+    ),
+    Fault(
         "the cap check removed",
         ("submit",),
         r"if waits < bound and .* then return nil end",
