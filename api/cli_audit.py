@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from api.cli_policy import USAGE, AsJson, Failed
+from api.cli_policy import AsJson
 from api.client import ask, part
+from api.exit_codes import USAGE, Failed
 
 _UNITS_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _since = re.compile(r"([1-9]\d{0,4})([mhd])")
