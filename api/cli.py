@@ -16,6 +16,7 @@ from rich.console import Console
 
 from api.cli_audit import audit
 from api.cli_batch import batch_app
+from api.cli_completion import asked_for, completion, prepare
 from api.cli_doctor import doctor
 from api.cli_explain import policy_explain
 from api.cli_init import init
@@ -55,6 +56,7 @@ app.command()(drain)
 app.command()(undrain)
 app.command()(usage)
 app.command()(submit)
+app.command()(completion)
 
 
 @app.command()
@@ -145,6 +147,8 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Runs the command of these words; gives the exit code."""
+    if asked_for():
+        prepare()
     try:
         app(arguments, standalone_mode=True, prog_name="gateway")
     except SystemExit as end:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from api.cli_completion import job_ids
 from api.cli_policy import AsJson
 from api.status_table import duration
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 job_app = typer.Typer(help="One's jobs: look, follow, fetch, cancel, try again.", no_args_is_help=True)
 
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.", show_default=False)]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.", autocompletion=job_ids, show_default=False)]
 Timeout = Annotated[str, typer.Option(help="The longest wait, like 10m; the job goes on after it.", show_default=False)]
 
 

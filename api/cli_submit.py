@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from api.cli_completion import models
 from api.cli_policy import AsJson
 from api.exit_codes import INTERRUPTED, USAGE, Failed
 from broker.policy.content import ENDPOINTS
@@ -17,7 +18,8 @@ _UNSAID: dict[str, Any] = {"show_default": False}
 
 def submit(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Whom to ask: a model or another name of the policy.")
+        str,
+        typer.Option("--model", "-m", help="A model, or another name of the policy.", autocompletion=models, **_UNSAID),
     ] = "",
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="The prompt; - reads it from stdin.", **_UNSAID)
@@ -30,8 +32,8 @@ def submit(
     endpoint: Annotated[str, typer.Option(help="With --body: the path that it is for.")] = ENDPOINTS[0],
     lane: Annotated[str, typer.Option(help="The lane to enter, instead of the model's.", **_UNSAID)] = "",
     priority: Annotated[
-        Literal["", "batch", "interactive"], typer.Option(help="batch or interactive.  [default: batch]", **_UNSAID)
-    ] = "",
+        Literal["batch", "interactive"] | None, typer.Option(help="How urgent.  [default: batch]", **_UNSAID)
+    ] = None,
     webhook: Annotated[str, typer.Option(metavar="URL", help="Where its end is told.", **_UNSAID)] = "",
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Noted on it; may be given again.")
