@@ -14,7 +14,7 @@ from broker.due import Due
 from broker.frames import Hub
 from broker.hosts import Fleet
 from broker.keybook import KeyBook
-from broker.metrics import Metrics
+from broker.metrics import OTHER, Metrics
 from broker.policies import Active, PolicyBook
 from broker.readers import Readers
 from broker.refusals import Refusals
@@ -71,6 +71,10 @@ class Gateway:
     def reader_name(self) -> str:
         """A name for one client's connection: `api/number`."""
         return f"{self.hub.name}/{next(self._numbers)}"
+
+    def known_lane(self, lane: str) -> str:
+        """How figures name a lane: a client's own words are no label."""
+        return lane if self.book.present and self.book.active.lane(lane) is not None else OTHER
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -4,9 +4,31 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from api.async_jobs import (
+    LANE_CHARACTERS_MAX,
+    METADATA_KEY_CHARACTERS_MAX,
+    METADATA_KEYS_MAX,
+    METADATA_TEXT_CHARACTERS_MAX,
+    WEBHOOK_CHARACTERS_MAX,
+)
+from api.durations import LENGTH_PATTERN
 from api.routes.keys import NewCaller, Rotation
+from broker import requests
 from broker.callers import Key, Keyring, Rights
-from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, ref, text, thing, whole
+from broker.dialects.json_schema import (
+    REFS,
+    Schema,
+    flag,
+    list_of,
+    maybe,
+    number,
+    one_of,
+    ref,
+    some,
+    text,
+    thing,
+    whole,
+)
 from broker.records import JobRecord
 from broker.status import Snapshot
 from broker.trust.audit import Left
@@ -15,7 +37,7 @@ from broker.usage_report import BY, Used
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage()}
+    return {**_status(), "Job": _job(), **_new_jobs(), **_keys(), **_audit(), **_HEALTH, **_usage()}
 
 
 def _status() -> dict[str, Schema]:
@@ -31,7 +53,38 @@ def _job() -> Schema:
     shown["state"] = {"type": "string", "enum": parts["State"]["enum"]}
     shown["usage"] = maybe(thing({}, words="The runtime's own figures."))
     shown["error"] = maybe(thing({"code": text(), "message": text()}, words="What went wrong."))
+    shown["metadata"] = {**thing({}, words="What its caller noted on it."), "additionalProperties": text()}
     return {"type": "object", "description": job["description"], "properties": shown, "required": list(shown)}
+
+
+def _new_jobs() -> dict[str, Schema]:
+    note = {"type": "string", "maxLength": METADATA_TEXT_CHARACTERS_MAX}
+    metadata = {
+        "type": ["object", "null"], "maxProperties": METADATA_KEYS_MAX, "additionalProperties": note,
+        "propertyNames": {"minLength": 1, "maxLength": METADATA_KEY_CHARACTERS_MAX},
+        "description": "Notes of its caller, for lists and webhooks.",
+    }  # fmt: skip
+    asked = {
+        "endpoint": maybe(one_of(*requests.ENDPOINTS, words="Whose body it is.")),
+        "lane": maybe(text("Enter this lane instead of the one that `model` leads to.", maxLength=LANE_CHARACTERS_MAX)),
+        "webhook": maybe(text("Where its end is told.", maxLength=WEBHOOK_CHARACTERS_MAX, pattern="^(https?://.+)?$")),
+        "metadata": metadata,
+        "notBefore": some(
+            text("An instant like 2026-11-30T06:00:00Z, or a length of time like 10m."), number("Seconds since 1970."),
+            {"type": "null"}, words="When it may start, 30 days ahead at most.",
+        ),
+        "expiresAfter": maybe(
+            text("How long it may wait for a slot from there, 1s to 30d, like 12h; else as its lane says.",
+                 pattern=LENGTH_PATTERN)
+        ),
+        "priority": maybe(one_of("batch", "interactive", words="Within what the key allows; batch unless said.")),
+    }  # fmt: skip
+    order = thing({"body": thing({}, words="The body that the endpoint takes.")}, asked)
+    links = thing({name: text() for name in ("self", "events", "result", "cancel")}, words="Paths of this gateway.")
+    return {
+        "NewJob": {**order, "additionalProperties": False},
+        "TakenJob": {"allOf": [ref("Job"), thing({"links": links})]},
+    }
 
 
 def _keys() -> dict[str, Schema]:

@@ -338,8 +338,7 @@ class Visit:
         return f"{model}@{next(iter(hosts))}" if len(hosts) == 1 else model
 
     def _known_lane(self, lane: str) -> str:
-        book = self._gateway.book
-        return lane if book.present and book.active.lane(lane) is not None else OTHER
+        return self._gateway.known_lane(lane)
 
     def _known_model(self, model: str) -> str:
         book = self._gateway.book

@@ -44,6 +44,8 @@ async def admit(
     may_retry: bool = False,
     is_retry: bool = False,
     promote_within_ms: int | None = None,
+    give_up_within_ms: int | None = None,
+    said: bytes = b"",
     rights: Rights = EVERYTHING,
 ) -> Admitted:
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
@@ -51,11 +53,12 @@ async def admit(
     `job.asked` is what the client wrote. `may_retry`: its SDK may send the request again; `is_retry`: it does so now.
     `rights` limit how much its caller may have, and whether its requests may leave at all. A lane that is full, or that
     has given the caller its share, spills to its fallback; a lane that no live host can serve, whose model cannot hold
-    the prompt, or that leads out where the job may not leave is passed over.
+    the prompt, or that leads out where the job may not leave is passed over. `give_up_within_ms`: instead of its lane's
+    `maxWaitMs`; `said`: what a repeat of the Idempotency-Key must repeat, where that is more than the body.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
         found = await lanes.find_by_key(
-            store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=body, consent=job.consent
+            store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=said or body, consent=job.consent
         )
         if found is not None:
             return Admitted(found, "", attached=True)
@@ -77,6 +80,8 @@ async def admit(
                 key=idempotency_key,
                 may_retry=may_retry,
                 promote_within_ms=promote_within_ms,
+                give_up_within_ms=give_up_within_ms,
+                said=said,
                 rights=rights,
             )
         except errors.StalePolicy:
@@ -99,6 +104,8 @@ async def _admit(
     key: str,
     may_retry: bool,
     promote_within_ms: int | None,
+    give_up_within_ms: int | None,
+    said: bytes,
     rights: Rights,
 ) -> Admitted:
     asked = active.policy.route(
@@ -133,6 +140,8 @@ async def _admit(
                     max_waiting=rights.max_waiting,
                     tokens_per_day=rights.tokens_per_day,
                     promote_within_ms=promote_within_ms,
+                    give_up_within_ms=give_up_within_ms,
+                    said=said,
                 )
                 return Admitted(found.job_id, found.lane, found.attached)
             except errors.LaneFull as full:

@@ -25,6 +25,9 @@ BrokerError
 │   ├── AdminOnly               admin_only                the key has no administrator's rights
 │   ├── NoSuchJob               job_not_found
 │   ├── IdempotencyMismatch     idempotency_mismatch
+│   ├── NotEnded                not_ended                 the job has no result yet
+│   ├── NotRetryable            not_retryable             the job lives or is done, or its request is not kept
+│   ├── NoSuchLetter            letter_not_found
 │   └── PolicyInvalid           policy_invalid            problems
 ├── JobEnded                    it was accepted and ended, but not well
 │   ├── ColdStartDeadline       cold_start_deadline       the model was not warm before the give-up instant
@@ -269,6 +272,30 @@ class IdempotencyMismatch(Refused):
     """The Idempotency-Key was used before with another body."""
 
     code = "idempotency_mismatch"
+
+
+class NotEnded(Refused):
+    """The job has no result yet."""
+
+    code = "not_ended"
+
+    def __init__(self, job_id: str, state: str) -> None:
+        super().__init__(f"job {job_id} has no result yet: it is {state}")
+
+
+class NotRetryable(Refused):
+    """The job lives or is done, or its request is not kept."""
+
+    code = "not_retryable"
+
+
+class NoSuchLetter(Refused):
+    """No dead letter of this caller has this id, or is about this job."""
+
+    code = "letter_not_found"
+
+    def __init__(self, letter: str) -> None:
+        super().__init__(f"no dead letter {letter[:NAME_SHOWN]} is known here (the newest 10,000 are kept)")
 
 
 class PolicyInvalid(Refused):

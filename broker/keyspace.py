@@ -96,6 +96,13 @@ TABLE: tuple[Family, ...] = (
         False,
         "`<lane>/<id>` of the caller's jobs that wait, `@<lane>/<id>` of those that will, all with score 0",
     ),
+    Family(
+        "jobs:<caller>",
+        "zset",
+        "a day after the last of its jobs must be forgotten",
+        False,
+        "the caller's asynchronous jobs, the newest 100,000, all with score 0: in the order of their ids",
+    ),
     Family("runs:<caller>", "zset", "while it has jobs that run", False, "the caller's jobs that run -> since when"),
     Family(
         "active:<lane>",
@@ -120,7 +127,7 @@ TABLE: tuple[Family, ...] = (
     ),
     Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
-    Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
+    Family("dead", "stream", "the newest 10,000", True, "jobs given up on: whose, which, in which lane, and why"),
     Family(
         "usage:<day>",
         "hash",
@@ -237,6 +244,10 @@ class Keyspace:
     def waits(self, caller: str) -> str:
         """Zset of the caller's jobs that wait."""
         return f"{self._prefix}waits:{caller}"
+
+    def jobs(self, caller: str) -> str:
+        """Zset of the caller's asynchronous jobs, for its lists."""
+        return f"{self._prefix}jobs:{caller}"
 
     def runs(self, caller: str) -> str:
         """Zset of the caller's jobs that run."""

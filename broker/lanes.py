@@ -50,6 +50,7 @@ async def submit(
     wanted: bool = True,
     promote_within_ms: int | None = None,
     give_up_within_ms: int | None = None,
+    said: bytes = b"",
 ) -> Submitted:
     """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch, and
     CallerShare, CallerLimit, QuotaUsed where its caller has what it may have (`max_waiting` jobs over all lanes,
@@ -59,6 +60,8 @@ async def submit(
     many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
     connection, attached in the same script, so that the job never lives without the one who waits for it. `retried`:
     its SDK may try again, and its retry may then `rejoin` it. `refused_by`: lanes that had no place for it just now.
+    `said`: what a repeat of the Idempotency-Key must repeat, where that is more than the body. With `job.retry_of` the
+    answer is the job that tries the other's request again already, if there is one; raises NotRetryable, NoSuchJob.
     """
     if lane.retiring:
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")
@@ -81,7 +84,7 @@ async def submit(
     promote_after = promote_after_ms(lane)
     if promote_after and promote_within_ms is not None:
         promote_after = max(1, min(promote_after, promote_within_ms))
-    body_hash = hash_of(job.endpoint, body, job.consent) if idem else "-"
+    body_hash = hash_of(job.endpoint, said or body, job.consent) if idem else "-"
     reply = await store.run(
         "submit",
         [

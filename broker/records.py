@@ -91,7 +91,7 @@ class JobRecord(_Hash):
     HIDDEN: ClassVar[frozenset[str]] = frozenset(
         (
             "apis boot idem retries exits judged leaves left last_seq usage grace_ms keep_ms entry asked_number "
-            "error_message"
+            "error_message letter"
         ).split()
     )
     """What is ours alone to know, or is told in another form."""
@@ -156,6 +156,11 @@ class JobRecord(_Hash):
     error: str = ""
     error_message: str = ""
     usage: str = ""  # JSON of the runtime's own figures
+    webhook: str = ""  # where its end is told, as it was given
+    metadata: str = ""  # JSON object of what its caller noted on it, texts only
+    retry_of: str = ""  # the job that ended badly whose request this one tries again
+    retried_as: str = ""  # the newest job that tries this one's request again
+    letter: str = ""  # id of its entry among the dead letters
 
     @property
     def live(self) -> bool:
@@ -171,6 +176,7 @@ class JobRecord(_Hash):
         """What a client may see of its job."""
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.HIDDEN}
         out["usage"] = json.loads(self.usage) if self.usage else None
+        out["metadata"] = json.loads(self.metadata) if self.metadata else {}
         out["error"] = {"code": self.error, "message": self.error_message} if self.error else None
         return out
 

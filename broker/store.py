@@ -293,6 +293,7 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "SEEN": errors.BadTransition,
     "DOWNGRADES": errors.DowngradesCapped,
     "READERS": errors.BadRequest,
+    "NOTDEAD": errors.NotRetryable,
 }
 
 

@@ -26,38 +26,38 @@ router = APIRouter(tags=["jobs"])
 _ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _FRAME_ID = re.compile(r"([0-9]{1,9})-([0-9]{1,12})")
 
-_WITHIN = {"job_id": text("As `X-Gateway-Job` told it.")}
+WITHIN = {"job_id": text("As `X-Gateway-Job` told it.")}
 _FAILS = (errors.NoSuchJob, errors.BrokerUnavailable)
 
 
 @router.get("/v1/jobs/{job_id}")
-@described(Described("Look at a job", "jobs", says("As it is now.", "Job"), within=_WITHIN, fails=_FAILS))
+@described(Described("Look at a job", "jobs", says("As it is now.", "Job"), within=WITHIN, fails=_FAILS))
 async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Shows a job of the caller, and how its wait goes; an administrator sees everybody's."""
-    return await _shown(gateway, await _own_job(gateway, job_id, caller))
+    return await shown(gateway, await own_job(gateway, job_id, caller))
 
 
 @router.delete("/v1/jobs/{job_id}")
 @described(
     Described(
-        "Cancel a job", "jobs", says("As it is now; one that had ended stays as it ended.", "Job"), within=_WITHIN,
+        "Cancel a job", "jobs", says("As it is now; one that had ended stays as it ended.", "Job"), within=WITHIN,
         fails=_FAILS,
     )
 )  # fmt: skip
 async def cancel_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
     """Cancels a job in any state; one that has ended stays as it ended."""
-    await _own_job(gateway, job_id, caller)
+    await own_job(gateway, job_id, caller)
     try:
         await jobs.cancel(gateway.store, job_id)
     except errors.AlreadyEnded:
         pass
-    return await _shown(gateway, await jobs.read(gateway.store, job_id))
+    return await shown(gateway, await jobs.read(gateway.store, job_id))
 
 
 @router.get("/v1/jobs/{job_id}/events", response_class=Response)
 @described(
     Described(
-        "Follow a job", "jobs", within=_WITHIN, fails=(errors.BadRequest, errors.CallerTooMany, *_FAILS),
+        "Follow a job", "jobs", within=WITHIN, fails=(errors.BadRequest, errors.CallerTooMany, *_FAILS),
         headers={"Last-Event-ID": text("The last frame that was seen, like 1-17: what follows it is sent.")},
         answers={
             200: Answer(
@@ -74,7 +74,7 @@ async def follow_job(job_id: str, request: Request, gateway: Gate, caller: Calle
 
     Events are `frame` and `end` with data {"kind", "data"}, and `restarted`, after which earlier attempts are void.
     """
-    job = await _own_job(gateway, job_id, caller)
+    job = await own_job(gateway, job_id, caller)
     after = _after(request.headers.get("last-event-id", ""))
     if job.state in ENDED and after >= (job.attempt, job.last_seq):
         return Response(status_code=204)  # tells a browser's EventSource to stop asking
@@ -151,12 +151,13 @@ def _event(name: str, frame_id: str, said: dict[str, Any]) -> bytes:
     return f"{id_line}event: {name}\ndata: {json.dumps(said, separators=(',', ':'))}\n\n".encode()
 
 
-async def _shown(gateway: Gateway, job: JobRecord) -> dict[str, Any]:
+async def shown(gateway: Gateway, job: JobRecord) -> dict[str, Any]:
+    """A job as its caller sees it, and how its wait goes."""
     wait = await gateway.waits.of(job)
     return {**job.public(), "wait": None if wait is None else wait.as_json()}
 
 
-async def _own_job(gateway: Gateway, job_id: str, caller: callers.Caller) -> JobRecord:
+async def own_job(gateway: Gateway, job_id: str, caller: callers.Caller) -> JobRecord:
     """Reads a job; another caller's is as unknown as one that never was."""
     if not _ID.fullmatch(job_id):
         raise errors.NoSuchJob(job_id[:64])

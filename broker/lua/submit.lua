@@ -19,9 +19,12 @@
 --   ARGV[24] refused_by    names of the lanes that had no place for it just now: its caller waits in their lines no more
 --   ARGV[25 ..] fields of the job hash, name and value in turn
 -- While others want places of the lane, no caller holds more than its share of them. Who asks is noted either way.
+-- An asynchronous job is noted in its caller's list. One that tries another's request again (`retry_of`) is noted on that
+-- one, whose dead letter goes.
 -- Jobs of the same session that nobody reads any more and that asked for something else end: their grace is over.
--- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key.
--- Errors: STALEPOLICY, IDEMMISMATCH, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
+-- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key,
+-- or where the request is tried again already.
+-- Errors: STALEPOLICY, IDEMMISMATCH, NOJOB, NOTDEAD, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include schedule
@@ -31,6 +34,7 @@
 --- @include retries
 --- @include share
 --- @include spent
+--- @include listed
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
@@ -54,6 +58,12 @@ for i = 25, #ARGV, 2 do
   fields[#fields + 1] = ARGV[i + 1]
 end
 local root, who = root_of(KEYS[2], id), named.caller
+local old = named.retry_of and root .. "job:" .. named.retry_of
+if old then
+  local again, refusal = tried_again(root, old)
+  if refusal then return refusal end
+  if again then return { "attached", again } end
+end
 local max_waiting, tokens_per_day = tonumber(ARGV[22]), tonumber(ARGV[23])
 if max_waiting > 0 and redis.call("ZCARD", root .. "waits:" .. who) >= max_waiting then
   return redis.error_reply("CALLERLIMIT " .. who)
@@ -126,5 +136,7 @@ redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
 if ARGV[21] ~= "" then note_retries(KEYS[11], now, ARGV[21], id) end
+if named.mode == "async" then list_job(root, who, id, now, give_up_at + tonumber(named.keep_ms)) end
+if old then note_retry(root, old, id) end
 if not_before <= now then want(KEYS[8], now, tonumber(ARGV[15])) end
 return { state, entry }

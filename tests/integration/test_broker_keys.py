@@ -13,7 +13,7 @@ from tests.support.broker_world import World, turns, until_gone
 from tests.support.invariants import Snapshot, left_over, take, undone, violations
 
 KEEP_MS = 400
-OUTLIVE_MS = {"active:<lane>": 60_000, "spent:<caller>:<day>": 2 * 86_400_000}
+OUTLIVE_MS = {"active:<lane>": 60_000, "spent:<caller>:<day>": 2 * 86_400_000, "jobs:<caller>": 2 * 86_400_000}
 """What may stay longer than the jobs that it was made for, and for how long."""
 
 

@@ -21,7 +21,7 @@ from broker.jobs import GoOn, Holding
 from broker.lifecycle import ENDED, HELD, State
 from broker.policies import Active
 from broker.policy import Lane
-from broker.records import JobRecord, ModelOnHost, Waiting
+from broker.records import JobRecord, ModelOnHost, Waiting, decode_hash
 from broker.store import Store
 from tests.model.faults import FAULTS, Fault, planted
 from tests.support.broker_world import LONG_MS, POLICY, World, fake_redis, new_namespace, policy_with
@@ -94,7 +94,7 @@ class Broken(AssertionError):
     """A promise was broken; the message says which."""
 
 
-PLAIN: dict[str, Any] = {"key": "", "stale": False, "later": 0, "limits": (0, 0)}
+PLAIN: dict[str, Any] = {"key": "", "stale": False, "later": 0, "limits": (0, 0), "again": None}
 SDK = PLAIN | {"who": "ann", "sync": True, "reader": True, "retried": True, "grace": 4_000}
 """What every try of an SDK says of itself."""
 
@@ -169,6 +169,20 @@ class Verbs(RuleBasedStateMachine):
                 raise Broken(f"promise 4: the log of {job_id} says {content}, its worker said {self.said[job_id]}")
             if job.seen != self.seen[job_id]:
                 raise Broken(f"job {job_id} has seen={job.seen}, its readers make it {self.seen[job_id]}")
+
+    @invariant()
+    def whoever_is_given_up_on_has_a_letter(self) -> None:
+        """One for each job, and none once its request is tried again."""
+        key = self.now.keys.get(self.world.store.keys.dead)
+        letters = sorted(decode_hash(list(values))["job"] for _, values in key.value.entries) if key else []
+        dead = sorted(
+            job.id for job in self.now.jobs.values()
+            if not job.retried_as and (
+                job.state is State.FAILED or (job.state is State.EXPIRED and job.mode == "async")
+            )
+        )  # fmt: skip
+        if letters != dead:
+            raise Broken(f"there are letters of {letters}, dead are {dead}")
 
     # -- what the rules draw from --
 
@@ -256,18 +270,21 @@ class Verbs(RuleBasedStateMachine):
         spills=st.sampled_from([False, False, False, True]), session=st.sampled_from(["", "s1", "s2"]),
         retried=st.booleans(), who=st.sampled_from(["ann", "ann", "bob"]),
         limits=st.sampled_from([(0, 0), (0, 0), (0, 0), (1, 0), (0, 1)]),
+        again=st.one_of(st.none(), st.none(), st.none(), picks),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
         remote: bool, exits: str, judged: str, stale: bool, spills: bool, session: str, retried: bool, who: str,
-        limits: tuple[int, int],
+        limits: tuple[int, int], again: int | None,
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
         if into is None or len(self.now.due) >= MOST_LIVE:
             return
+        old = self.some_job(again, *ENDED) if again is not None and self.ids else None
         record = JobRecord(
-            id=w.new_id(), stream=stream, mode="sync" if sync else "async", grace_ms=grace if sync else -1,
+            id=w.new_id(), retry_of=old.id if old else "", stream=stream,
+            mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
             session=session, exits=exits if remote else "", judged=self.verdict_now(lane, judged) if remote else "",
             leaves="hash", left="{}", caller=who, max_running=limits[1],
@@ -282,6 +299,12 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.StalePolicy
         elif twin and (self.bodies[twin], self.now.jobs[twin].consent) != (body, record.consent):
             expected = errors.IdempotencyMismatch
+        elif not twin and old is not None and (old.live or old.state is State.DONE):
+            expected = errors.NotRetryable
+        if expected is None and not twin and old is not None:
+            twin = self.tried_again(old)
+        if expected is not None:
+            pass
         elif not twin and 0 < limits[0] <= len(self.now.waits(who)):
             expected = errors.CallerLimit
         elif not twin and not later and self.full(into):
@@ -316,12 +339,19 @@ class Verbs(RuleBasedStateMachine):
         if got is None:
             return
         assert got.job_id == (twin or record.id) and got.attached == bool(twin)
+        if old is not None and not twin and self.now.jobs[old.id].retried_as != record.id:
+            raise Broken(f"job {old.id} does not say that {record.id} tries its request again")
         if not twin:
             self.ends_the_abandoned(before, record.id, reader=reader)
         if not twin:
             self.ids.append(record.id)
             self.bodies[record.id] = body
             self.seen[record.id] = sync and stream and reader
+
+    def tried_again(self, old: JobRecord) -> str:
+        """The job that tries an ended one's request again and need not be joined by another, "" if none does."""
+        other = self.now.jobs.get(old.retried_as)
+        return other.id if other is not None and (other.live or other.state is State.DONE) else ""
 
     def ends_the_abandoned(self, before: Snapshot, new: str, *, reader: bool) -> None:
         """A new request of a session ends those of its jobs that nobody reads and that asked for something else."""

@@ -7,7 +7,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -176,7 +176,7 @@ def violations(s: Snapshot) -> list[str]:
         found += _record(s, job)
         found += _ended(s, job) if job.state in ENDED else _live(s, job)
         found += _log(s, job)
-    return found + _lanes(s) + _places(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s)
+    return found + _lanes(s) + _places(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s) + _listed(s)
 
 
 def undone(before: Snapshot, after: Snapshot) -> list[str]:
@@ -188,7 +188,9 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
             if was.state not in ENDED:
                 found.append(f"accepted job {job_id} vanished while {was.state}")
             continue
-        if was.state in ENDED and (now != was or after.log(job_id) != before.log(job_id)):
+        if was.state in ENDED and (
+            replace(now, retried_as=was.retried_as) != was or after.log(job_id) != before.log(job_id)
+        ):
             found.append(f"job {job_id} had ended {was.state} and changed afterwards")
         if was.state is not State.SCHEDULED and now.state is State.SCHEDULED:
             found.append(f"job {job_id} went back to scheduled from {was.state}")
@@ -431,6 +433,17 @@ def _places(s: Snapshot) -> list[str]:
     ]
 
 
+def _listed(s: Snapshot) -> list[str]:
+    """Each asynchronous job stands in its caller's list, in the order of the ids."""
+    found = []
+    for job in s.jobs.values():
+        key = s.keys.get(s.names.jobs(job.caller))
+        listed = dict(key.value) if key else {}
+        if (listed.get(job.id) == 0) != (job.mode == "async"):
+            found.append(f"{job.mode} job {job.id} stands in the list of {job.caller} as {listed.get(job.id)}")
+    return found
+
+
 def _due(s: Snapshot) -> list[str]:
     live = {job.id: instant(job) for job in s.jobs.values() if job.live}
     found = [f"promise 3: live job {i} has no instant" for i in sorted(live.keys() - s.due.keys())]
@@ -472,6 +485,7 @@ def _keys(s: Snapshot) -> list[str]:
 
 
 _MUST_EXPIRE = (
+    "jobs:<caller>",
     "downgrades:<model>",
     "sticky:<model>",
     "wake:<model>",

@@ -26,6 +26,7 @@ MADE = {
     "count": (("01J9ZK",), "count:<id>"),
     "usage": (("2026-10-30",), "usage:<day>"),
     "waits": (("laptop-3",), "waits:<caller>"),
+    "jobs": (("laptop-3",), "jobs:<caller>"),
     "runs": (("laptop-3",), "runs:<caller>"),
     "active": (("fast-edit",), "active:<lane>"),
     "line": (("fast-edit",), "line:<lane>"),

@@ -25,6 +25,21 @@ local function count_end(day, f, now, to, code)
   count(day, by, now, "running_ms", ran)
   if waited >= WAITED_MS then count(day, by, now, "queued_ms", waited) end
 end
+-- Whether a job is given up on and somebody should hear of it: not where a client that waited was told that its own
+-- request is at fault, or waited in vain.
+local SAID_BY_RUNTIME = { runtime_refused = true, context_length_exceeded = true }
+local function is_dead(f, to, code)
+  if f.mode == "async" then return to == "failed" or to == "expired" end
+  return to == "failed" and not SAID_BY_RUNTIME[code]
+end
+-- Writes the dead letter of a job; returns its id. What a runtime said itself may repeat the prompt, and a letter outlives
+-- the job: its words stand behind the first colon, or are all there is.
+local function write_letter(dead, f, id, to, code, message)
+  local why = code == "runtime_failed" and string.match(message, "^[^:]*") or message
+  if SAID_BY_RUNTIME[code] then why = "the runtime refused the request" end
+  return redis.call("XADD", dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", why,
+    "losses", f.losses, "caller", f.caller, "model", f.model, "state", to, "mode", f.mode)
+end
 -- Ends a job, whatever ended it: leaves its lane, writes and publishes the terminal frame, counts, starts the keep time.
 --   k: {job, lane, due, frames, request, readers, dead}   p: {group, frames_prefix, control_prefix, day}
 --   `p.day` is what the names of the day's counters begin with.   f: `read_job`   ending: {code, message, status, set = more fields of the hash}
@@ -50,6 +65,11 @@ local function close(k, p, f, now, id, to, ending)
     local heard = redis.call("ZCOUNT", k.readers, "(" .. ms(now), "+inf") > 0
     settle_retries(index, now, fingerprint, id, to == "done" and not heard)
   end
+  local letter = is_dead(f, to, code) and write_letter(k.dead, f, id, to, code, message)
+  if letter then
+    set[#set + 1] = "letter"
+    set[#set + 1] = letter
+  end
   redis.call("HSET", k.job, unpack(set))
   redis.call("PEXPIRE", k.job, f.keep_ms)
   redis.call("PEXPIRE", k.frames, f.keep_ms)
@@ -67,12 +87,6 @@ local function close(k, p, f, now, id, to, ending)
   publish(p.frames_prefix, f.apis, id, f.attempt, seq, to, said)
   if (f.state == "claimed" or f.state == "streaming") and to == "cancelled" then
     redis.call("PUBLISH", p.control_prefix .. f.owner, "cancel " .. id .. " " .. f.attempt)
-  end
-  if to == "failed" and code ~= "runtime_refused" and code ~= "context_length_exceeded" then
-    -- what a runtime said itself stands behind the first colon, and may repeat the prompt: it lives no longer than the job
-    local why = code == "runtime_failed" and string.match(message, "^[^:]*") or message
-    redis.call("XADD", k.dead, "MAXLEN", "~", "10000", "*", "job", id, "lane", f.lane, "code", code, "message", why,
-      "losses", f.losses)
   end
   count_end(p.day, f, now, to, code)
 end
