@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from api.exit_codes import USAGE, Failed
@@ -54,12 +53,19 @@ class Requests:
         self.path = path
         try:
             self._file = path.open("rb")
-            _regular(self._file.fileno(), path)
-            self.lines = list(_index(self._file))
         except OSError as problem:
             raise Failed(f"{path} can't be read: {problem.strerror}.", USAGE) from None
+        try:
+            _regular(self._file.fileno(), path)
+            self.lines = list(_index(self._file))
+        except BaseException:
+            self._file.close()
+            raise
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, line: Line) -> Asked:
@@ -100,9 +106,7 @@ class Written:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.fsync(self._fd)
         if self._temporary and not self.ids:
             self.path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from api.batch_files import Asked, BadLine, Line, Requests, Written
 from api.exit_codes import USAGE, Failed
-from api.jobs_client import ENDED, POLL_S, JobsClient, Refusal, Result
+from api.jobs_client import JobsClient, Refusal, Result
 from api.patience import GaveUp, Patience
 
 FORGOTTEN_MAX: Final = 3
@@ -122,9 +122,8 @@ class BatchRun:
         answered = self._patience.answered
         job = await answered(partial(self._jobs.submit, order, key=line.id))
         self.tally.under_way += 1
-        while job["state"] not in ENDED:
-            job = await answered(partial(self._jobs.look, job["id"], wait_s=POLL_S))
-        result = await answered(partial(self._jobs.result, job))
+        job = await self._patience.until_ended(self._jobs, job)
+        result = await answered(partial(self._jobs.result, job["id"]))
         self.tally.under_way -= 1
         return job, result
 

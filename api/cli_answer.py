@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from api import exit_codes
 from api.answer_text import objects_of, pieces_of, text_of
 from api.exit_codes import USAGE, Failed
-from api.jobs_client import ENDED, POLL_S, Away, Busy, Event, JobsClient, Refusal, Result, jobs_client, sentence_of
+from api.jobs_client import Away, Busy, Event, JobsClient, Refusal, Result, jobs_client, sentence_of
 from api.patience import AWAY_S_MAX, Patience
 
 T = TypeVar("T")
@@ -49,20 +49,13 @@ def length_s(text: str) -> float:
 
 async def until_ended(jobs: JobsClient, job: dict[str, Any], *, timeout_s: float | None) -> dict[str, Any]:
     """Waits for a job's end, over outages of the gateway; a job that has not ended by then is a Failed."""
-    patience = Patience(AWAY_S_MAX)
-
-    async def wait(now: dict[str, Any]) -> dict[str, Any]:
-        while now["state"] not in ENDED:
-            now = await patience.answered(partial(jobs.look, now["id"], wait_s=POLL_S))
-        return now
-
     async with _within(timeout_s, job["id"]):
-        return await wait(job)
+        return await Patience(AWAY_S_MAX).until_ended(jobs, job)
 
 
 async def tell(jobs: JobsClient, job: dict[str, Any], *, as_json: bool) -> None:
     """Prints what an ended job ended with; one that did not end well is a Failed."""
-    result = await Patience(AWAY_S_MAX).answered(partial(jobs.result, job))
+    result = await Patience(AWAY_S_MAX).answered(partial(jobs.result, job["id"]))
     text = text_of(job["endpoint"], result.body) if result.good else None
     if as_json or (result.good and text is None):
         print(json.dumps(result.body, indent=2, ensure_ascii=False))

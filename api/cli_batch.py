@@ -62,16 +62,12 @@ def batch_run(
     if len({path.resolve() for path in (file, output, failures)}) < 3:
         raise Failed("The requests, the output and the errors must be three files.", USAGE)
     patience_s = length_s(patience)
-    requests = Requests(file)
-    with Written(output) as written, Written(failures, temporary=True) as failed:
+    with Requests(file) as requests, Written(output) as written, Written(failures, temporary=True) as failed:
         if retry_failed:
             failed.forget()
-        try:
-            tally, reason = asyncio.run(
-                _run(requests, written, failed, order=order, concurrency=concurrency, patience_s=patience_s)
-            )
-        finally:
-            requests.close()
+        tally, reason = asyncio.run(
+            _run(requests, written, failed, order=order, concurrency=concurrency, patience_s=patience_s)
+        )
     _say(tally, reason, output, failures, as_json=as_json)
 
 

@@ -22,12 +22,6 @@ ANSWER_S_MAX: Final = POLL_S + 15.0
 """A gateway that says nothing for so long is away; on a stream it says something every few seconds."""
 ENDED: Final = frozenset({"done", "failed", "cancelled", "expired"})
 
-_ABOUT_ASKING: Final = frozenset(
-    "job_not_found not_ended broker_unavailable invalid_api_key too_many_requests too_many_connections internal_error"
-    " not_found".split()
-)
-"""Codes by which the gateway does not give a result, beside those that are a job's own."""
-
 
 class Away(Exception):
     """Nobody answers, or somebody between us says that nobody does."""
@@ -100,12 +94,11 @@ class JobsClient:
         """Hands the request of a job that ended badly in once more; gives the new job."""
         return await self._object("POST", f"/v1/jobs/{part(job_id)}/retry")
 
-    async def result(self, job: dict[str, Any]) -> Result:
+    async def result(self, job_id: str) -> Result:
         """What an ended job ended with."""
-        response = await self._asked("GET", f"/v1/jobs/{part(job['id'])}/result")
+        response = await self._asked("GET", f"/v1/jobs/{part(job_id)}/result")
         told = _json(response)
-        own = (job.get("error") or {}).get("code")
-        if response.is_error and code_of(told) in _ABOUT_ASKING - {own}:
+        if response.is_error and "x-gateway-job" not in response.headers:  # it is not the job that says so
             raise _refusal(response, told)
         if told is None:
             raise Away(f"{gateway_url()} answers {response.status_code} without JSON")

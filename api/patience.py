@@ -4,11 +4,12 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from api.client import REMEDY, gateway_url
 from api.exit_codes import BUSY, UNREACHABLE, Failed
-from api.jobs_client import Away, Busy
+from api.jobs_client import ENDED, POLL_S, Away, Busy, JobsClient
 
 AWAY_S_MAX: Final = 900.0
 """How long a gateway may be away, or take nothing, before a command gives up, where it does not say otherwise."""
@@ -51,6 +52,15 @@ class Patience:
             else:
                 self.progress()
                 return answer
+
+    async def until_ended(self, jobs: JobsClient, job: dict[str, Any]) -> dict[str, Any]:
+        """Looks at a job until it has ended; gives it as it is then."""
+        while job["state"] not in ENDED:
+            looked_at = self._clock()
+            job = await self.answered(partial(jobs.look, job["id"], wait_s=POLL_S))
+            if job["state"] not in ENDED and self._clock() - looked_at < PAUSE_S_MIN:
+                await self._sleep(PAUSE_S_MIN)  # it did not wait for us
+        return job
 
     def progress(self) -> None:
         """Notes that the gateway did what it was asked."""
