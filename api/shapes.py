@@ -15,6 +15,7 @@ from api.durations import LENGTH_PATTERN
 from api.routes.keys import NewCaller, Rotation
 from broker import requests
 from broker.callers import Key, Keyring, Rights
+from broker.dead import Letter
 from broker.dialects.json_schema import (
     REFS,
     Schema,
@@ -80,9 +81,14 @@ def _new_jobs() -> dict[str, Schema]:
         "priority": maybe(one_of("batch", "interactive", words="Within what the key allows; batch unless said.")),
     }  # fmt: skip
     order = thing({"body": thing({}, words="The body that the endpoint takes.")}, asked)
+    letter, _ = _read_off(Letter)
+    more = text("The `after` of the next page, empty where this is the last.")
     links = thing({name: text() for name in ("self", "events", "result", "cancel")}, words="Paths of this gateway.")
     return {
         "NewJob": {**order, "additionalProperties": False},
+        "Jobs": thing({"object": one_of("list"), "data": list_of(ref("Job")), "next": more}),
+        "Letter": {**letter, "required": list(letter["properties"])},
+        "Letters": thing({"object": one_of("list"), "data": list_of(ref("Letter")), "next": more}),
         "TakenJob": {"allOf": [ref("Job"), thing({"links": links})]},
     }
 

@@ -92,7 +92,7 @@ async def send_whole(visit: Visit) -> None:
             continue
         if last.kind != "done":
             return await _fail(visit, last)
-        body = await _fold(visit.voice, whole, size)
+        body = await fold(visit.voice, whole, size)
         if exchange.started:
             await exchange.write(body, last=True)
         else:
@@ -122,7 +122,8 @@ async def _fail(visit: Visit, last: Frame) -> None:
     await visit.exchange.refuse(wrong, visit.waiting_headers())
 
 
-async def _fold(voice: Voice, whole: list[bytes], size: int) -> bytes:
+async def fold(voice: Voice, whole: list[bytes], size: int) -> bytes:
+    """Makes the one object of an answer's pieces, which have this size together; raises RuntimeFailed."""
     try:
         return voice.fold(whole) if size <= FOLD_INLINE_BYTES else await asyncio.to_thread(voice.fold, whole)
     except ValueError:

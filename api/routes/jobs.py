@@ -3,19 +3,24 @@
 import asyncio
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
-from api.described import EVENTS, UNSEEN, Answer, Described, described, says
-from api.exchange import Exchange, Interrupted
+from api.described import EVENTS, JSON, TELLS, UNSEEN, Answer, Described, described, says
+from api.durations import LENGTH_PATTERN, length_ms
+from api.exchange import Exchange, Interrupted, Stopping
+from api.following import following
 from api.gateway import Gateway
+from api.results import result_of
 from api.stream import HEARTBEAT_S
+from api.stream import JSON as JSON_HEADERS
 from api.voices import EVENT_STREAM
-from broker import callers, errors, jobs, lanes
+from broker import callers, errors, jobs
 from broker.dialects.json_schema import text
 from broker.frames import FrameReader, Restarted
 from broker.lifecycle import ENDED
@@ -27,14 +32,52 @@ _ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _FRAME_ID = re.compile(r"([0-9]{1,9})-([0-9]{1,12})")
 
 WITHIN = {"job_id": text("As `X-Gateway-Job` told it.")}
+WAIT_S_MAX = 60
+"""How long a request may wait for the end of a job: as long as proxies in between bear."""
+_TELLS = ("X-Gateway-Job", "X-Gateway-Lane", "X-Gateway-Served-By")
 _FAILS = (errors.NoSuchJob, errors.BrokerUnavailable)
 
 
 @router.get("/v1/jobs/{job_id}")
-@described(Described("Look at a job", "jobs", says("As it is now.", "Job"), within=WITHIN, fails=_FAILS))
-async def show_job(job_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
-    """Shows a job of the caller, and how its wait goes; an administrator sees everybody's."""
-    return await shown(gateway, await own_job(gateway, job_id, caller))
+@described(
+    Described(
+        "Look at a job", "jobs", says("As it is now, or once it has ended.", "Job"), within=WITHIN,
+        query={
+            "wait": text(
+                f"Wait so long for its end, like 30s; {WAIT_S_MAX} s at most.", pattern=f"^$|{LENGTH_PATTERN}"
+            )
+        },
+        fails=(errors.BadRequest, errors.CallerTooMany, *_FAILS),
+    )
+)  # fmt: skip
+async def show_job(job_id: str, gateway: Gate, caller: Caller, wait: str = "") -> Response:
+    """Shows a job of the caller, and how its wait goes, at once or as soon as it has ended; an administrator sees
+    everybody's."""
+    wait_s, job = _wait_s(wait), await own_job(gateway, job_id, caller)
+    if wait_s and job.live:
+        return _Ended(gateway, job, wait_s=wait_s, who=caller.name)
+    return JSONResponse(await shown(gateway, job))
+
+
+@router.get("/v1/jobs/{job_id}/result", response_class=Response)
+@described(
+    Described(
+        "Fetch a job's answer", "jobs", within=WITHIN,
+        words="As its endpoint would have said it to a client that waited: the whole answer, also where a stream was "
+        "asked for, or the job's own error with its own status, in the words of the endpoint's dialect.",
+        answers={
+            200: Answer("The answer.", {JSON: UNSEEN}, {name: TELLS[name] for name in _TELLS}),
+        },
+        fails=(
+            errors.NotEnded, errors.RuntimeRefused, errors.JobCancelled, errors.RuntimeFailed,
+            errors.ColdStartDeadline, errors.JobExpired, errors.WorkerLost, *_FAILS,
+        ),
+    )
+)  # fmt: skip
+async def fetch_result(job_id: str, gateway: Gate, caller: Caller) -> Response:
+    """Gives what became of an ended job."""
+    status, headers, body = await result_of(gateway, await own_job(gateway, job_id, caller))
+    return Response(body, status, {name.decode(): value.decode("latin-1") for name, value in headers})
 
 
 @router.delete("/v1/jobs/{job_id}")
@@ -92,29 +135,45 @@ class _Events(Response):
         self._follower = follower
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway, job_id = self._gateway, self._job.id
-        gateway.house.enter(self._follower)
-        exchange = Exchange(scope, receive, send)
-        name = gateway.reader_name()
-        reader = gateway.hub.open(job_id, after=self._after_frame)
-        gateway.exchanges.add(exchange)
-        exchange.watch()
+        job_id, exchange = self._job.id, Exchange(scope, receive, send)
         try:
-            await jobs.attach(gateway.store, job_id, reader=name, lease_ms=lanes.READER_LEASE_MS, sees=False)
-            gateway.readers.add(name, job_id, sees=False)
-            reader.look()
-            await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
-            await exchange.write(b": following\n\n")
-            await _follow(exchange, reader)
+            async with following(
+                self._gateway, exchange, job_id, who=self._follower, after=self._after_frame
+            ) as reader:
+                await exchange.start(200, [*EVENT_STREAM, (b"x-gateway-job", job_id.encode())], in_band=True)
+                await exchange.write(b": following\n\n")
+                await _follow(exchange, reader)
         except Interrupted:
             pass
-        finally:
-            exchange.close()
-            gateway.house.leave(self._follower)
-            gateway.exchanges.discard(exchange)
-            gateway.readers.drop(name)
-            gateway.hub.close(reader)
-            await _detach(gateway, job_id, name)
+
+
+class _Ended(Response):
+    """Waits for the end of one job, or for so long, and tells how it is then."""
+
+    def __init__(self, gateway: Gateway, job: JobRecord, *, wait_s: float, who: str) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._job = job
+        self._wait_s = wait_s
+        self._who = who
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, job_id, exchange = self._gateway, self._job.id, Exchange(scope, receive, send)
+        try:
+            async with following(gateway, exchange, job_id, who=self._who) as reader:
+                with suppress(Stopping):  # whoever asks again comes to another process, and is to hear how it is now
+                    await _until_ended(exchange, reader, self._wait_s)
+                told = await shown(gateway, await jobs.read(gateway.store, job_id))
+                await exchange.answer(200, JSON_HEADERS, json.dumps(told, separators=(",", ":")).encode())
+        except Interrupted:
+            pass
+
+
+async def _until_ended(exchange: Exchange, reader: FrameReader, wait_s: float) -> None:
+    until = asyncio.get_running_loop().time() + wait_s
+    while (found := await exchange.next(reader, until=until)) is not None:
+        if isinstance(found, Frame) and found.terminal:
+            return
 
 
 async def _follow(exchange: Exchange, reader: FrameReader) -> None:
@@ -133,13 +192,6 @@ async def _follow(exchange: Exchange, reader: FrameReader) -> None:
             return await exchange.write(_event("end", found.id, said), last=True)
         else:
             await exchange.write(_frame(found))
-
-
-async def _detach(gateway: Gateway, job_id: str, name: str) -> None:
-    try:
-        await jobs.detach(gateway.store, job_id, reader=name)
-    except errors.BrokerError:
-        pass  # its lease runs out
 
 
 def _frame(frame: Frame) -> bytes:
@@ -165,6 +217,18 @@ async def own_job(gateway: Gateway, job_id: str, caller: callers.Caller) -> JobR
     if job.caller != caller.name and not caller.rights.admin:
         raise errors.NoSuchJob(job_id)
     return job
+
+
+def _wait_s(length: str) -> float:
+    if not length:
+        return 0.0
+    try:
+        wait_s = length_ms(length) / 1_000
+    except ValueError as wrong:
+        raise errors.BadRequest(f"wait: {wrong}", "wait") from None
+    if wait_s > WAIT_S_MAX:
+        raise errors.BadRequest(f"wait may be {WAIT_S_MAX} s at most", "wait")
+    return wait_s
 
 
 def _after(text: str) -> tuple[int, int]:

@@ -32,17 +32,26 @@ _ENDS = (
 """What only the job itself can come to: whoever handed it in has gone by then."""
 REFUSED = tuple(kind for kind in GENERATION_FAILS if kind not in _ENDS)
 _HEADERS = ("X-Gateway-Lane", "X-Session-Affinity", "X-Gateway-Allow-Remote", "Idempotency-Key")
-_TAKEN = Answer(
+RETRIED = Answer(
     "The job as it is now, and where to look after it. The answer waits at `links.result`.",
     {JSON: ref("TakenJob")},
     {"Location": text("Where the job is."), "X-Gateway-Job": text("The job's id.")},
 )
 
+_OF_A_BODY = (
+    errors.BadRequest, errors.BodyTooLarge, errors.BodiesTooMany, errors.CallerTooMany, errors.IdempotencyMismatch,
+    errors.UnknownModel,
+)  # fmt: skip
+RETRY_FAILS = (
+    errors.NotRetryable, errors.UnknownCaller, *(kind for kind in REFUSED if kind not in _OF_A_BODY),
+)  # fmt: skip
+"""What a retry may be refused with: its request has been read before."""
+
 
 @router.post("/v1/jobs", response_class=Response)
 @described(
     Described(
-        "Hand a job in", "jobs", {202: _TAKEN}, body="NewJob", fails=REFUSED,
+        "Hand a job in", "jobs", {202: RETRIED}, body="NewJob", fails=REFUSED,
         headers={name: WISHES[name] for name in _HEADERS},
         words="Wraps the body of any endpoint that generates. The job runs as batch work unless it says otherwise, "
         "needs nobody to wait for it, and its answer is kept for `keepAsyncMs`.",
@@ -56,16 +65,9 @@ async def new_job(gateway: Gate, caller: Caller) -> Response:
 @router.post("/v1/jobs/{job_id}/retry", status_code=202, response_class=Response)
 @described(
     Described(
-        "Try a dead job again", "jobs", {202: _TAKEN}, within=WITHIN,
+        "Try a dead job again", "jobs", {202: RETRIED}, within=WITHIN, fails=(errors.NoSuchJob, *RETRY_FAILS),
         words="A new job of the same caller from the request that is kept. The two name each other: `retry_of`, "
         "`retried_as`. Asking again gives the same job while it lives, and once it is done.",
-        fails=(
-            errors.NoSuchJob, errors.NotRetryable, errors.UnknownCaller,
-            *(kind for kind in REFUSED if kind not in (
-                errors.BodyTooLarge, errors.BodiesTooMany, errors.CallerTooMany, errors.IdempotencyMismatch,
-                errors.UnknownModel,
-            )),
-        ),
     )
 )  # fmt: skip
 async def retry_job(job_id: str, gateway: Gate, caller: Caller) -> Response:

@@ -1,0 +1,98 @@
+"""Dead letters over HTTP: what was given up on and why; try it again, or let it go. What `gateway dead` asks for."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from api.auth import Caller, Gate
+from api.described import Described, described, says
+from api.gateway import Gateway
+from api.routes.job_lists import LIMIT, LIMITS, checked
+from api.routes.jobs import own_job
+from api.routes.new_jobs import RETRIED, RETRY_FAILS, taken, tried_again
+from broker import callers, dead, errors
+from broker.dead import Letter
+from broker.dialects.json_schema import text
+
+router = APIRouter(tags=["jobs"])
+
+_WITHIN = {"letter": text("Its own id, or that of its job while that is kept.")}
+_FAILS = (errors.NoSuchLetter, errors.BrokerUnavailable)
+_NAME_CHARACTERS_MAX = 64
+
+
+@router.get("/v1/dead")
+@described(
+    Described(
+        "List dead letters", "jobs", says("A page of jobs that were given up on, newest first.", "Letters"),
+        query={
+            "caller": text("Only this caller's; who is no administrator sees its own anyway."),
+            "after": text("The `next` of the page before.", pattern=r"^(\d{1,19}-\d{1,19})?$"),
+            "limit": LIMITS,
+        },
+        fails=(errors.AdminOnly, errors.BadRequest, errors.BrokerUnavailable),
+    )
+)  # fmt: skip
+async def list_letters(
+    gateway: Gate, me: Caller, caller: str = "", after: str = "", limit: int = LIMIT
+) -> dict[str, Any]:
+    """Lists dead letters, never with a word of what their jobs held."""
+    if after and not dead.is_id(after):
+        raise errors.BadRequest("after must be the id of a dead letter", "after")
+    if not me.rights.admin and caller not in ("", me.name):
+        raise errors.AdminOnly(f"the key of {me.name} sees the dead letters of {me.name} only")
+    page = await dead.page(gateway.store, caller=_whose(me) or caller, after=after, limit=checked(limit))
+    return {"object": "list", "data": [asdict(letter) for letter in page.letters], "next": page.next}
+
+
+@router.get("/v1/dead/{letter}")
+@described(
+    Described("Look at a dead letter", "jobs", says("Whose, and why.", "Letter"), within=_WITHIN, fails=_FAILS)
+)  # fmt: skip
+async def show_letter(letter: str, gateway: Gate, me: Caller) -> dict[str, Any]:
+    """Shows one."""
+    return asdict(await _find(gateway, letter, me))
+
+
+@router.post("/v1/dead/{letter}/retry", status_code=202, response_class=Response)
+@described(
+    Described(
+        "Try what was given up on again", "jobs", {202: RETRIED}, within=_WITHIN,
+        words="As for its job; the letter goes with it.", fails=(errors.NoSuchLetter, *RETRY_FAILS),
+    )
+)  # fmt: skip
+async def retry_letter(letter: str, gateway: Gate, me: Caller) -> Response:
+    """Tries the job of a letter again."""
+    found = await _find(gateway, letter, me)
+    try:
+        old = await own_job(gateway, found.job, me)
+    except errors.NoSuchJob:
+        raise errors.NotRetryable(f"the request of job {found.job} is no longer kept") from None
+    again = await tried_again(gateway, old, me)
+    await dead.drop(gateway.store, found)
+    status, headers, body = await taken(gateway, again)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+
+
+@router.delete("/v1/dead/{letter}")
+@described(
+    Described("Let a dead letter go", "jobs", says("It, for the last time.", "Letter"), within=_WITHIN, fails=_FAILS)
+)  # fmt: skip
+async def drop_letter(letter: str, gateway: Gate, me: Caller) -> dict[str, Any]:
+    """Takes a letter out. Its job stays for as long as it is kept."""
+    found = await _find(gateway, letter, me)
+    await dead.drop(gateway.store, found)
+    return asdict(found)
+
+
+async def _find(gateway: Gateway, name: str, me: callers.Caller) -> Letter:
+    if len(name) > _NAME_CHARACTERS_MAX:
+        raise errors.NoSuchLetter(name)
+    return await dead.find(gateway.store, name, caller=_whose(me))
+
+
+def _whose(me: callers.Caller) -> str:
+    """Whose letters somebody sees, "" = everybody's."""
+    return "" if me.rights.admin else me.name
