@@ -47,6 +47,14 @@ def length_s(text: str) -> float:
         raise Failed(f"{str(wrong)[:1].upper()}{str(wrong)[1:]}.", USAGE) from None
 
 
+def pair(line: str) -> tuple[str, str]:
+    """Reads what is noted on a job."""
+    key, equals, value = line.partition("=")
+    if not equals or not key:
+        raise Failed(f"--metadata takes KEY=VALUE, and {line[:80]!r} is none.", USAGE)
+    return key, value
+
+
 async def until_ended(jobs: JobsClient, job: dict[str, Any], *, timeout_s: float | None) -> dict[str, Any]:
     """Waits for a job's end, over outages of the gateway; a job that has not ended by then is a Failed."""
     async with _within(timeout_s, job["id"]):

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from api.cli_completion import job_ids
+from api.cli_completion import job_ids, models
 from api.cli_policy import AsJson
 from api.status_table import duration
 
 if TYPE_CHECKING:
     from api.jobs_client import JobsClient
+
+PAGE_MAX, LIMIT_MAX = 100, 10_000
 
 job_app = typer.Typer(help="One's jobs: look, follow, fetch, cancel, try again.", no_args_is_help=True)
 
@@ -24,6 +26,43 @@ Timeout = Annotated[str, typer.Option(help="The longest wait, like 10m; the job 
 def job_show(job_id: JobId, as_json: AsJson = False) -> None:
     """Shows what became of a job."""
     _do(job_id, lambda jobs: jobs.look(job_id), as_json=as_json)
+
+
+@job_app.command("list")
+def job_list(
+    state: Annotated[str, typer.Option(help="Only those in this state.", show_default=False)] = "",
+    lane: Annotated[str, typer.Option(help="Only those of this lane.", show_default=False)] = "",
+    model: Annotated[
+        str, typer.Option(help="Only those of this model.", autocompletion=models, show_default=False)
+    ] = "",
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those of which this was noted.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=LIMIT_MAX)] = 20,
+    after: Annotated[str, typer.Option(metavar="ID", help="Only older ones than this.", show_default=False)] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Lists jobs that were handed in, newest first."""
+    from api.cli_answer import once, pair, with_jobs
+
+    filters = {"state": state, "lane": lane, "model": model}
+    filters |= {f"metadata[{key}]": value for key, value in map(pair, metadata or [])}
+
+    async def run(jobs: "JobsClient") -> None:
+        found: list[dict[str, Any]] = []
+        more = after
+        while len(found) < limit:
+            page = min(PAGE_MAX, limit - len(found))
+            told = await once(partial(jobs.page, **filters, after=more, limit=page))
+            found, more = found + told["data"], told["next"]
+            if not more:
+                break
+        if as_json:
+            print(json.dumps({"data": found, "next": more}, indent=2))
+        else:
+            _print_jobs(found)
+
+    with_jobs(run)
 
 
 @job_app.command("cancel")
@@ -119,6 +158,20 @@ def _print_job(job: dict[str, Any], *, as_json: bool) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _print_jobs(jobs: list[dict[str, Any]]) -> None:
+    if not jobs:
+        print("no such jobs")
+        return
+    rows = [("JOB", "STATE", "ASKED FOR", "HANDED IN", "NOTED")]
+    for job in jobs:
+        noted = " ".join(f"{key}={value}" for key, value in job["metadata"].items())
+        rows.append((job["id"], job["state"], job["asked"], _instant(job["submitted_at"]), noted))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[4]]).rstrip())
 
 
 def _between(job: dict[str, Any], start: str, end: str) -> str:

@@ -52,7 +52,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Hands a request in and prints its job's id; with --wait or --stream, the answer."""
-    from api.cli_answer import length_s
+    from api.cli_answer import length_s, pair
 
     order = {
         "endpoint": endpoint,
@@ -60,7 +60,7 @@ def submit(
         "lane": lane,
         "priority": priority,
         "webhook": webhook,
-        "metadata": dict(_pair(line) for line in metadata or []),
+        "metadata": dict(map(pair, metadata or [])),
         "notBefore": not_before,
         "expiresAfter": expires_after,
     }
@@ -148,10 +148,3 @@ def _text(file: Path) -> str:
         raise Failed(f"{file} is no UTF-8 text.", USAGE) from None
     except OSError as problem:
         raise Failed(f"{file} can't be read: {problem.strerror}.", USAGE) from None
-
-
-def _pair(line: str) -> tuple[str, str]:
-    key, equals, value = line.partition("=")
-    if not equals or not key:
-        raise Failed(f"--metadata takes KEY=VALUE, and {line[:80]!r} is none.", USAGE)
-    return key, value

@@ -57,7 +57,7 @@ def shell(script: str, at: Path, up: House, **more: str) -> "subprocess.Complete
     return subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", script],
         cwd=at,
-        env=environment(GATEWAY_URL=up.url, PATH=path, **more),
+        env=environment(**{"GATEWAY_URL": up.url, "PATH": path, **more}),
         capture_output=True,
         text=True,
         timeout=COMMAND_S_MAX * 2,
@@ -77,7 +77,7 @@ def test_a_pipeline_keeps_to_its_schema(name: str, tmp_path: Path) -> None:
         return done.returncode
 
     assert checked(BLOCKS[name]) == 0
-    assert checked(BLOCKS[name].replace("  timeout", "  timeouts")) != checked(BLOCKS[name].replace("runs-on", "on"))
+    assert checked(BLOCKS[name].replace("  timeout", "  timeuot", 1).replace("max: 2", "max: 20")) != 0
 
 
 def test_the_github_step_reviews_a_change(up: House, repository: Path, tmp_path: Path) -> None:
@@ -86,15 +86,16 @@ def test_the_github_step_reviews_a_change(up: House, repository: Path, tmp_path:
     script = next(step["run"] for step in steps if "run" in step)
     summary = tmp_path / "summary.md"
     more = {"GITHUB_BASE_REF": "main", "GITHUB_SHA": "0123abcd", "GITHUB_STEP_SUMMARY": str(summary)}
+    before = len(jobs_of(up))
     for _ in range(2):
         done = shell(script, repository, up, **more)
         assert done.returncode == 0, done.stderr
     assert "+README.md says this and that." in (repository / "prompt.md").read_text()
     assert (repository / "review.md").read_text().startswith("simulated")
     assert summary.read_text() == (repository / "review.md").read_text() * 2
-    assert len(jobs_of(up)) == 1
+    assert len(jobs_of(up)) == before + 1
     hasty = script.replace("--patience 10m", "--patience 1s")
-    away = shell(hasty + "\n", repository, up, **more | {"GATEWAY_URL": "http://127.0.0.1:9"})
+    away = shell(hasty, repository, up, **more, GATEWAY_URL="http://127.0.0.1:9")
     assert away.returncode == 0 and "::warning::no review this time (exit 3)" in away.stdout
 
 
