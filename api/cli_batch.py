@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,40 +55,54 @@ def batch_run(
     as_json: AsJson = False,
 ) -> None:
     """Runs every request of a file. The same command again goes on where it was; nothing is paid for twice."""
-    from api.batch_files import Requests, Written
     from api.cli_answer import length_s
 
     order = {name: value for name, value in {"lane": lane, "expiresAfter": expires_after}.items() if value}
     failures = errors or output.with_suffix(f".errors{output.suffix}")
     if len({path.resolve() for path in (file, output, failures)}) < 3:
         raise Failed("The requests, the output and the errors must be three files.", USAGE)
-    patience_s = length_s(patience)
-    with Requests(file) as requests, Written(output) as written, Written(failures, temporary=True) as failed:
-        if retry_failed:
-            failed.forget()
-        tally, reason = asyncio.run(
-            _run(requests, written, failed, order=order, concurrency=concurrency, patience_s=patience_s)
-        )
-    _say(tally, reason, output, failures, as_json=as_json)
+    files = Files(file, output, failures)
+    run = run_files(
+        files, order, concurrency=concurrency, patience_s=length_s(patience), retry_failed=retry_failed, as_json=as_json
+    )
+    asyncio.run(run)
 
 
-async def _run(
-    requests: Any, output: Any, errors: Any, *, order: dict[str, Any], concurrency: int, patience_s: float
-) -> "tuple[Tally, Failed | None]":
-    """Runs it; gives how far it came, and why it is not further."""
+@dataclass(frozen=True)
+class Files:
+    """Where the requests are, and where answers and failures go."""
+
+    requests: Path
+    output: Path
+    errors: Path
+
+
+async def run_files(
+    files: Files, order: dict[str, Any], *, concurrency: int, patience_s: float, retry_failed: bool, as_json: bool
+) -> None:
+    """Runs them and says how it went; whatever is not done is a Failed with its exit code."""
+    from api.batch_files import Requests, Written
     from api.batch_run import BatchRun, Options
     from api.jobs_client import jobs_client
     from api.patience import Patience
 
-    async with jobs_client(connections_max=concurrency) as jobs:
-        options = Options(concurrency, order)
-        run = BatchRun(jobs, requests, output, errors, options=options, patience=Patience(patience_s))
-        try:
-            async with _stoppable(), _bar(run):
-                await run.run()
-        except Failed as failure:
-            return run.tally, failure
-        return run.tally, None
+    reason: Failed | None = None
+    with (
+        Requests(files.requests) as requests,
+        Written(files.output) as output,
+        Written(files.errors, temporary=True) as errors,
+    ):
+        if retry_failed:
+            errors.forget()
+        async with jobs_client(connections_max=concurrency) as jobs:
+            options = Options(concurrency, order)
+            run = BatchRun(jobs, requests, output, errors, options=options, patience=Patience(patience_s))
+            try:
+                async with _stoppable(), _bar(run):
+                    await run.run()
+            except Failed as failure:
+                reason = failure
+    _say(run.tally, reason, files, as_json=as_json)
 
 
 @asynccontextmanager
@@ -151,13 +166,14 @@ async def _bar(run: "BatchRun") -> AsyncIterator[None]:
             show()
 
 
-def _say(tally: "Tally", reason: Failed | None, output: Path, errors: Path, *, as_json: bool) -> None:
+def _say(tally: "Tally", reason: Failed | None, files: Files, *, as_json: bool) -> None:
     """Says how it went, in a line, and ends with the code for it."""
     if as_json:
         shown = {"total": tally.total, "done": tally.done, "failed": tally.failed, "left": tally.left}
-        print(json.dumps(shown | {"output": str(output), "errors": str(errors) if tally.failed else None}))
-    done = f"{tally.done:,} of {tally.total:,} answered in {output}"
-    failed = f", {tally.failed:,} failed, in {errors}" if tally.failed else ""
+        errors = str(files.errors) if tally.failed else None
+        print(json.dumps(shown | {"output": str(files.output), "errors": errors}))
+    done = f"{tally.done:,} of {tally.total:,} answered in {files.output}"
+    failed = f", {tally.failed:,} failed, in {files.errors}" if tally.failed else ""
     if reason is None:
         if tally.failed:
             raise Failed(f"{done}{failed}; --retry-failed tries those again.", exit_codes.FAILED)
