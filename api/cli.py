@@ -17,6 +17,7 @@ from rich.console import Console
 from api.cli_audit import audit
 from api.cli_batch import batch_app
 from api.cli_completion import asked_for, completion, prepare
+from api.cli_dead import dead_app
 from api.cli_doctor import doctor
 from api.cli_explain import policy_explain
 from api.cli_init import init
@@ -49,6 +50,7 @@ app.add_typer(job_app, name="job")
 app.add_typer(batch_app, name="batch")
 app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
+app.add_typer(dead_app, name="dead")
 app.command()(init)
 app.command()(doctor)
 app.command()(audit)

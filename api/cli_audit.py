@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -11,10 +10,8 @@ import typer
 
 from api.cli_policy import AsJson
 from api.client import ask, part
+from api.durations import length_ms
 from api.exit_codes import USAGE, Failed
-
-_UNITS_MS = {"m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_since = re.compile(r"([1-9]\d{0,4})([mhd])")
 
 
 def audit(
@@ -22,10 +19,10 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Lists what left the machine: when, whose, to whom, how much, past which rules. Never what it said."""
-    found = _since.fullmatch(since)
-    if found is None:
-        raise Failed("--since takes a number with m, h or d behind it, such as 7d.", USAGE)
-    since_ms = int(found.group(1)) * _UNITS_MS[found.group(2)]
+    try:
+        since_ms = length_ms(since)
+    except ValueError as wrong:
+        raise Failed(f"--since: {wrong}.", USAGE) from None
     asyncio.run(_print(since_ms, as_json=as_json))
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -10,11 +9,10 @@ import typer
 
 from api.cli_policy import AsJson
 from api.client import ask, part
+from api.durations import length_ms
 from api.exit_codes import USAGE, Failed
 
 key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=True)
-
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 
 LIMIT: dict[str, Any] = {"min": 0, "show_default": False}
 
@@ -134,7 +132,7 @@ def _names(text: str) -> list[str]:
 
 
 def _seconds(text: str) -> int:
-    found = re.fullmatch(r"(\d{1,6})([smhdw])", text.strip().lower())
-    if found is None or not int(found.group(1)):
-        raise Failed(f"{text[:40]!r} is no length of time: write it like 90d, 12h or 30m.", USAGE)
-    return int(found.group(1)) * _UNITS[found.group(2)]
+    try:
+        return max(1, length_ms(text) // 1_000)
+    except ValueError as wrong:
+        raise Failed(f"{wrong}.", USAGE) from None

@@ -4,10 +4,10 @@ import re
 from datetime import datetime
 
 UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
-LENGTH_PATTERN = r"^[1-9]\d{0,8}(ms|s|m|h|d|w)$"
+LENGTH_PATTERN = "^[1-9][0-9]{0,8}(ms|s|m|h|d|w)$"
 
-_length = re.compile(r"([1-9]\d{0,8})(ms|s|m|h|d|w)").fullmatch
-_instant = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)").fullmatch
+_length = re.compile("([1-9][0-9]{0,8})(ms|s|m|h|d|w)").fullmatch
+_instant = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII).fullmatch
 _SHOWN = 40
 
 

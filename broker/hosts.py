@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker import errors
@@ -23,6 +23,7 @@ LOOK_EVERY_S = 0.5
 FORGET_HOST_MS = 86_400_000
 
 LEARNED_MS = 30 * 86_400_000
+NOT_FOR_BATCH = "batch work does not wake it now (wakeForBatch)"
 """For how long it is remembered what a model was like on a host: longer than a box is switched off for a holiday."""
 
 
@@ -258,7 +259,10 @@ class Fleet:
         lane = active.lane(lane_name)
         if lane is None:
             return ModelView("unavailable", reason="the lane is not in the policy")
-        return self.picture.view(lane.model, lane_name, active.lanes_of(lane.model))
+        view = self.picture.view(lane.model, lane_name, active.lanes_of(lane.model))
+        if view.availability == "cold" and not active.wakes(lane.model, priority=lane.priority, now_ms=self.now_ms()):
+            return replace(view, load_ms=0, reason=NOT_FOR_BATCH)  # nobody can say when it will be warm
+        return view
 
     def host_keys(self, model: str) -> list[str]:
         """Keys of the model's hashes on its live hosts: what the admission scripts count free slots over."""

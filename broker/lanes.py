@@ -117,7 +117,7 @@ async def submit(
             reader,
             READER_LEASE_MS,
             len(hosts),
-            WANTED_FOR_MS if wanted else 0,
+            _wanted_for_ms(active, fleet, lane, record["priority"]) if wanted else 0,
             first_token_within_ms(asked, promote_within_ms),
             *downgrades.rules(active, asked.model, lane),
             fingerprint,
@@ -285,7 +285,7 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
             promote_after_ms(to),
             to.trust,
             len(hosts),
-            WANTED_FOR_MS,
+            _wanted_for_ms(active, fleet, to, job.priority),
             keys.control_channel(""),
             keys.usage_prefix(),
             *downgrades.rules(active, job.asked_model, to),
@@ -309,7 +309,7 @@ async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord
             lane.max_queue,
             promote_after_ms(lane),
             len(hosts),
-            WANTED_FOR_MS,
+            _wanted_for_ms(active, fleet, lane, job.priority),
         ],
     )
 
@@ -388,6 +388,12 @@ async def waiting_entries(store: Store, lane: str, *, limit: int, after: str = "
     first = f"({after}" if after else "-"
     for entry, values in await store.command("XRANGE", store.keys.lane(lane), first, "+", "COUNT", limit) or []:
         yield Waiting.from_entry(lane, entry, values)
+
+
+def _wanted_for_ms(active: Active, fleet: Fleet, lane: Lane, priority: object) -> int:
+    """For how long a job that enters a lane keeps its model wanted; 0 = it is batch work that does not wake it now."""
+    wakes = active.wakes(lane.model, priority=str(priority), now_ms=fleet.now_ms())
+    return WANTED_FOR_MS if wakes else 0
 
 
 def promote_after_ms(lane: Lane) -> int:

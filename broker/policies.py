@@ -49,6 +49,11 @@ class Active:
         """Every model that may have to serve."""
         return dict(self._models)
 
+    def wakes(self, model: str, *, priority: str, now_ms: int) -> bool:
+        """Whether a job of this priority wakes a model that is cold."""
+        known = self._models.get(model)
+        return priority != "batch" or known is None or known.wakes_for_batch(now_ms)
+
     def lanes_of(self, model: str) -> list[str]:
         """The lanes that lead to a model, in a fixed order: the scripts count its running jobs over them."""
         return self._lanes_of.get(model, [])

@@ -64,10 +64,11 @@ class Residents:
         self._changed = changed
         self._drained = drained
         self._lanes: dict[str, list[str]] = {}  # of each model
+        self._batch_lanes: frozenset[str] = frozenset()
         self.swaps = Swaps(
             self.wakers,
             now_ms=lambda: int(time.time() * 1000) + fleet.skew_ms,
-            waiting=lambda name: picture.waiting(self._lanes.get(name, ())),
+            waiting=lambda name: picture.waiting(self._asking_lanes(name)),
             waited_for=self._waited_for,
             drained=drained,
             facts=self._facts,
@@ -82,6 +83,7 @@ class Residents:
         """Takes new models in, hands changed definitions on, lets removed ones go when they are idle."""
         models = {n: m for n, m in active.models().items() if m.hosts is None or self._host in m.hosts}
         self._lanes = {name: active.lanes_of(name) for name in models}
+        self._batch_lanes = frozenset(name for name, lane in active.lanes().items() if lane.priority == "batch")
         self.swaps.follow(active)
         for name, model in models.items():
             waker = self.wakers.get(name)
@@ -232,10 +234,17 @@ class Residents:
         return self._fleet.picture.facts.get(model, ModelFacts())
 
     def _waited_for(self, name: str) -> bool:
-        served = self._lanes.get(name, ())
+        served = self._asking_lanes(name)
         if self._picture.anyone_waits(served):  # the tail hears of a job before the next look does
             return True
         return any(self._fleet.picture.waiting.get(lane) for lane in served)
+
+    def _asking_lanes(self, name: str) -> list[str]:
+        """The lanes whose jobs ask for a model. Batch work that may not wake it asks for it only once it is there."""
+        served, waker = self._lanes.get(name, []), self.wakers.get(name)
+        if waker is None or waker.resident or waker.warmth.wakes_for_batch(self._fleet.now_ms()):
+            return served
+        return [lane for lane in served if lane not in self._batch_lanes]
 
     def _may_take_from(self, name: str, victim: Waker, *, demanded: bool) -> bool:
         """Whether one model's wish is the stronger one; `demanded` = the load is for somebody who asked."""

@@ -19,6 +19,11 @@ class Warmth:
         """Whether people are expected: its active hours go on. A model without any says nothing about that."""
         return self._model.active_hours is not None and self._within(now_ms)
 
+    def wakes_for_batch(self, now_ms: int) -> bool:
+        """Whether batch work may wake it now."""
+        asked = self._model.wake_for_batch
+        return not self.active(now_ms) if asked == "outsideHours" else asked
+
     def wanted(self, now_ms: int, *, waited_for: bool, wanted_until: int) -> bool:
         """Whether it should be warm: somebody waits for it, asked for it lately, or it is kept warm."""
         return waited_for or wanted_until > now_ms or self.kept(now_ms)

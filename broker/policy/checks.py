@@ -42,6 +42,8 @@ def _models(content: Content) -> Iterator[Finding]:
             yield (*path, "hosts"), "names no host; leave the key out to allow all"
         if model.command is not None and "{port}" not in " ".join(model.command):
             yield (*path, "command"), "must hold {port}, because we choose where the server listens"
+        if model.wake_for_batch == "outsideHours" and model.active_hours is None:
+            yield (*path, "wakeForBatch"), "outsideHours needs activeHours to be outside of"
         if model.shared and model.replicas > 1:
             yield (*path, "replicas"), "all hosts reach the same runtime, so only one of them serves it"
         if model.on_loss == "continue" and model.embeddings:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.json_schema import GenerateJsonSchema, WithJsonSchema
 
+from broker.policy.document import shown
 from broker.policy.hours import ActiveHours, parse_hours
 from broker.policy.part import Part
 from broker.policy.remote import Remote, RemoteOfModel
@@ -130,6 +131,12 @@ def _hours(value: str) -> str:
     return value
 
 
+def _wake_for_batch(value: object) -> object:
+    if not isinstance(value, bool) and value != "outsideHours":
+        raise ValueError(f"must be true, false or outsideHours, not {shown(value)}")
+    return value
+
+
 def _endpoint(value: str) -> str:
     if value not in ENDPOINTS:
         raise ValueError(f"is no endpoint of the gateway, use one of {', '.join(ENDPOINTS)}")
@@ -147,6 +154,11 @@ Url = Annotated[str, AfterValidator(_url), WithJsonSchema({"type": "string", "pa
 Endpoint = Annotated[str, AfterValidator(_endpoint), WithJsonSchema({"type": "string", "enum": list(ENDPOINTS)})]
 Hours = Annotated[
     str, AfterValidator(_hours), WithJsonSchema({"type": "string", "examples": ["Mon-Fri 08:00-19:00 Europe/Berlin"]})
+]
+WakeForBatch = Annotated[
+    bool | Literal["outsideHours"],
+    BeforeValidator(_wake_for_batch),
+    WithJsonSchema({"enum": [True, False, "outsideHours"]}),
 ]
 Command = Annotated[
     list[str],
@@ -199,6 +211,11 @@ class Model(Part):
     active_hours: Hours | None = Field(
         None, description="Keep it warm only then: 'Mon-Fri 08:00-19:00 Europe/Berlin'; always when left out."
     )
+    wake_for_batch: WakeForBatch = Field(
+        True,
+        description="Whether batch work wakes it when it is cold: true, false, or outsideHours for all times but "
+        "activeHours. Else such work waits until somebody else's wakes it.",
+    )
     max_concurrent: int = Field(1, ge=1, le=1024, description="Generations that run at once on a host.")
     max_queue: QueueBudget = Field(8, description="Jobs that may wait in the model's own lane.")
     cold_start_budget_ms: Ms = Field(25_000, description="How long a job waits before it tries the fallback.")
@@ -242,6 +259,13 @@ class Model(Part):
     def hours(self) -> ActiveHours | None:
         """When it is kept warm, if not always."""
         return None if self.active_hours is None else parse_hours(self.active_hours)
+
+    def wakes_for_batch(self, now_ms: int) -> bool:
+        """Whether batch work may wake it at this instant."""
+        if self.wake_for_batch != "outsideHours":
+            return self.wake_for_batch
+        hours = self.hours
+        return hours is None or not hours.contains(now_ms)
 
     @property
     def shared(self) -> bool:

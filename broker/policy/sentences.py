@@ -25,7 +25,6 @@ _PLACES: dict[type[BaseModel], str] = {
 }
 _NOT_HERE: dict[type[BaseModel], dict[str, str]] = {
     Content: {"callers": "callers are made with `gateway key new`, not in the policy"},
-    Model: {"wakeForBatch": "'wakeForBatch' is known, but this version does not act on it yet"},
 }
 _MAPPING_TYPES = frozenset({"dict_type", "model_type", "model_attributes_type"})
 

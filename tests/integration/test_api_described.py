@@ -221,8 +221,13 @@ async def refused_rest(on: Stage) -> None:
         for method in item:
             if "401" in item[method]["responses"]:
                 await on.ask(method.upper(), path, re.sub("{.*?}", "x", path), headers={"authorization": ""})
-    for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
+    for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/result"), ("POST", "/retry")):
         await on.ask(method, "/v1/jobs/{job_id}" + end, "/v1/jobs/nobody" + end)
+    for method, end in (("GET", ""), ("DELETE", ""), ("POST", "/retry")):
+        await on.ask(method, "/v1/dead/{letter}" + end, "/v1/dead/nobody" + end)
+    for path in ("/v1/jobs", "/v1/dead"):
+        await on.ask("GET", path, f"{path}?limit=0")
+        await on.ask("GET", path, f"{path}?caller=ann", headers=on.keys["bob"])
     await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
     await on.ask("GET", "/v1/usage", "/v1/usage?by=modle")
     for wrong in ("after=the-last", "since_ms=0"):
@@ -246,12 +251,81 @@ async def refused_rest(on: Stage) -> None:
     for path, at in ((models, "/v1/models/plain/pin"), (hosts, "/v1/hosts/gpu1/drain")):
         await on.ask("POST", path, at, headers=on.keys["bob"])
     await refused_keys(on)
+    await refused_jobs(on)
+    await refused_retries(on)
+    await failed_results(on)
     await on.ask("POST", COUNT, json=ask("/v1/messages", "narrow"), headers=on.keys["fenced"])
     for path in ("/api/show", COUNT):
         await on.post(path, {})
         await on.post(path, ask("/v1/messages", "nobody"))
     await on.unfinished(COUNT)
     await on.ask("POST", "/api/show", content=b" " * 70_000)
+
+
+JOBS, RETRIES = "/v1/jobs", ("/v1/jobs/{job_id}/retry", "/v1/dead/{letter}/retry")
+CHAT = "/v1/chat/completions"
+
+
+async def refused_jobs(on: Stage) -> None:
+    """Provokes what a job that nobody waits for is refused with: what its generation would be, on its way in."""
+
+    async def hand_in(model: str, *, who: str = "ann", said: str = "Hi", at_once: bool = True, **more: Any) -> None:
+        order = {"body": ask(CHAT, model, said), "priority": "interactive" if at_once else "batch", **more}
+        await on.ask("POST", JOBS, json=order, headers=on.keys[who] | ({"idempotency-key": "j"} if not at_once else {}))
+
+    await hand_in("plain", body=7)
+    await hand_in("vec-plain")
+    await hand_in("narrow", said="word " * 100)
+    for model in ("far", "nobody", "full", "shared", "gone"):
+        await hand_in(model)
+    await hand_in("plain", lane="nowhere")
+    for who, model in (("fenced", "far"), ("modest", "plain"), ("spent", "plain")):
+        await hand_in(model, who=who)
+    for said in ("one", "another"):
+        await hand_in("waits", said=said, at_once=False)
+    await on.unfinished(JOBS)
+
+
+async def refused_retries(on: Stage) -> None:
+    """The same for jobs that are tried again, as if what is refused now had been taken then."""
+    store = on.api.gateway.store
+
+    async def dead(asked: str, *, caller: str = "ann", said: str = "Hi", state: State = State.FAILED) -> str:
+        number = await store.command("INCR", "dead-jobs-of-this-test")
+        told = {"job": f"dead{number}", "caller": caller}
+        letter = await store.command("XADD", store.keys.dead, "*", *(word for pair in told.items() for word in pair))
+        job = JobRecord(id=told["job"], caller=caller, asked=asked, state=state, mode="async", letter=letter.decode())
+        await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
+        await store.command("SET", store.keys.request(job.id), json.dumps(ask(CHAT, "plain", said)))
+        return job.id
+
+    async def retry(job_id: str, who: str = "ann") -> None:
+        for path in RETRIES:
+            await on.ask("POST", path, re.sub("{.*?}", job_id, path), headers=on.keys[who])
+
+    for asked in ("vec-plain", "far", "nowhere", "full", "shared", "gone"):
+        await retry(await dead(asked))
+    await retry(await dead("narrow", said="word " * 100))
+    for who, asked in (("fenced", "far"), ("modest", "plain"), ("spent", "plain")):
+        await retry(await dead(asked, caller=who), who)
+    await retry(await dead("plain", caller="stranger"))
+    await retry(await dead("plain", state=State.DONE))
+
+
+async def failed_results(on: Stage) -> None:
+    """Provokes every way in which a job that nobody waits for may have ended, or not yet."""
+    path = "/v1/jobs/{job_id}/result"
+    for model in ("breaks", "slow", "lost", "hasty", "cold", *REFUSES, "waits"):
+        order = {"body": ask(CHAT, model), "expiresAfter": "1s"}
+        told = (await on.ask("POST", JOBS, json=order)).json()
+        at = f"/v1/jobs/{told['id']}"
+        if model == "waits":
+            await on.ask("GET", path, at + "/result")
+            await on.ask("DELETE", "/v1/jobs/{job_id}", at)
+        else:
+            await on.ask("GET", "/v1/jobs/{job_id}", at + "?wait=10s")
+        await on.ask("GET", path, at + "/result")
+    await on.ask("GET", "/v1/jobs/{job_id}", f"{at}?wait=soon")
 
 
 async def refused_keys(on: Stage) -> None:
@@ -277,12 +351,14 @@ async def refused_keys(on: Stage) -> None:
 async def too_much(store: Store, book: Book) -> None:
     """Provokes what is refused while a caller, or all together, hold as much as they may."""
     async with stage(store, book, Limits(bodies_bytes=0)) as on:
-        await all_of(on.unfinished(kind.path, b"{", size=2) for kind in app.HOT)
+        await all_of(on.unfinished(path, b"{", size=2) for path in (JOBS, *(kind.path for kind in app.HOT)))
     async with stage(store, book, Limits(connections_of_caller=0)) as on:
         await all_of(on.post(kind.path, {}) for kind in app.HOT)
         job = JobRecord(id="followed", caller="ann", state=State.QUEUED)
         await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
         await on.ask("GET", "/v1/jobs/{job_id}/events", f"/v1/jobs/{job.id}/events")
+        await on.ask("GET", "/v1/jobs/{job_id}", f"/v1/jobs/{job.id}?wait=1s")
+        await on.post("/v1/jobs", {})
 
 
 NEED_A_POLICY = [
@@ -297,6 +373,9 @@ NEED_REDIS = [
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"), ("GET", "/v1/keys", ""), ("GET", "/v1/usage", ""),
     ("POST", "/v1/keys/{name}/rotate", "/v1/keys/bob/rotate"), ("DELETE", "/v1/keys/{name}", "/v1/keys/bob"),
+    ("GET", "/v1/jobs/{job_id}/result", "/v1/jobs/x/result"), ("POST", "/v1/jobs/{job_id}/retry", "/v1/jobs/x/retry"),
+    ("GET", "/v1/jobs", ""), ("GET", "/v1/dead", ""), ("GET", "/v1/dead/{letter}", "/v1/dead/1-1"),
+    ("DELETE", "/v1/dead/{letter}", "/v1/dead/1-1"), ("POST", "/v1/dead/{letter}/retry", "/v1/dead/1-1/retry"),
 ]  # fmt: skip
 
 
@@ -325,6 +404,21 @@ async def answered(on: Stage) -> None:
     at = f"/v1/jobs/{job_id}"
     await on.ask("GET", "/v1/jobs/{job_id}", at)
     await on.ask("DELETE", "/v1/jobs/{job_id}", at)
+    handed_in = (await on.post(JOBS, {"body": ask(CHAT, "plain")})).json()
+    await on.ask("GET", "/v1/jobs/{job_id}", f"/v1/jobs/{handed_in['id']}?wait=10s")
+    await on.ask("GET", "/v1/jobs/{job_id}/result", handed_in["links"]["result"])
+    store = on.api.gateway.store
+    for path in RETRIES:
+        told = (await on.post(JOBS, {"body": ask(CHAT, "plain"), "notBefore": "1h"})).json()
+        letter = await store.command("XADD", store.keys.dead, "*", "job", told["id"], "caller", "ann")
+        await store.command("HSET", store.keys.job(told["id"]), "letter", letter)
+        await on.ask("DELETE", "/v1/jobs/{job_id}", f"/v1/jobs/{told['id']}")
+        for method in ("GET", "POST"):
+            at_it = path.removesuffix("/retry") if method == "GET" else path
+            await on.ask(method, at_it, re.sub("{.*?}", told["id"], at_it))
+    letter = await store.command("XADD", store.keys.dead, "*", "job", "gone", "caller", "ann")
+    for method in ("GET", "DELETE"):
+        await on.ask(method, "/v1/dead/{letter}", f"/v1/dead/{letter.decode()}")
     followed = await on.ask("GET", "/v1/jobs/{job_id}/events", at + "/events")
     last = re.findall(r"^id: (\S+)$", followed.text, re.MULTILINE)[-1]
     for seen in (last, "the last"):
@@ -389,6 +483,7 @@ async def test_every_described_answer_is_real(
         own_server.kill()
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
         await on.post("/v1/keys", {"name": "guest"})
+        await on.post(JOBS, {"body": ask(CHAT, "plain")})
         await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
 
         async def out_of_date() -> bool:

@@ -8,9 +8,12 @@ from zoneinfo import ZoneInfo
 import pytest
 import pytest_asyncio
 
+from broker.hosts import NOT_FOR_BATCH
 from broker.lifecycle import State
 from tests.support.redis_server import RedisServer
+from tests.support.waiting import until
 from tests.support.worker_world import World, simulated, worker_world
+from workers.host import Host
 
 pytestmark = pytest.mark.real
 HOUR_MS = 3_600_000
@@ -61,3 +64,44 @@ async def test_a_model_is_warm_in_its_hours_and_only_on_demand_outside_them(worl
 
     clock["now"] = nine + 23 * HOUR_MS  # Tuesday
     await world.until_model("big", "warm")
+
+
+async def known(host: Host, lane: str) -> None:
+    """Waits until the worker knows of a job that waits in the lane."""
+    picture = host.residents._picture
+    await until(lambda: picture.anyone_waits([lane]), what=f"a job in {lane}")
+
+
+async def test_batch_work_waits_for_a_model_that_it_may_not_wake(world: World) -> None:
+    """It says so, and is served as soon as somebody else has it warm."""
+    await world.apply({"big": simulated(keepWarm=False, wakeForBatch=False)})
+    host = await world.host()
+    batch = await world.submit("big", priority="batch", mode="async")
+    await known(host, "big.batch")
+    assert not host.residents._waited_for("big")
+    await world.fleet.look()
+    view = world.fleet.view("big.batch")
+    assert (view.availability, view.reason, view.waiting) == ("cold", NOT_FOR_BATCH, 1)
+    assert world.fleet.view("big").reason == "" and world.fleet.picture.facts["big"].wanted_until == 0
+
+    asked = await (await world.submit("big")).end()
+    assert asked.state is State.DONE
+    assert (await batch.end()).state is State.DONE
+
+
+async def test_batch_work_wakes_it_outside_of_its_hours_only(world: World) -> None:
+    """What came by day wakes it in the evening."""
+    hours = "Mon-Fri 08:00-19:00 Europe/Berlin"
+    await world.apply({"big": simulated(keepWarm=False, wakeForBatch="outsideHours", activeHours=hours)})
+    clock = {"now": nine_on_a_monday()}
+    host = await world.host()
+    for fleet in (host.residents._fleet, world.fleet):
+        fleet.now_ms = lambda: clock["now"]  # type: ignore[method-assign]
+    batch = await world.submit("big", priority="batch", mode="async")
+    await known(host, "big.batch")
+    assert not host.residents._waited_for("big")
+    await world.fleet.look()
+    assert world.fleet.picture.facts["big"].wanted_until == 0
+
+    clock["now"] += 11 * HOUR_MS
+    assert (await batch.end()).state is State.DONE

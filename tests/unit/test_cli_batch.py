@@ -146,7 +146,6 @@ async def test_only_so_many_jobs_are_there_at_once(batch: Batch, scene: Scene) -
 async def test_a_cancelled_job_is_a_failed_line(batch: Batch, scene: Scene, tmp_path: Path) -> None:
     running = asyncio.create_task(batch([line("a", "wait")]))
     await until(lambda: asked(scene) == 1, what="it runs")
-    scene.worker.scripts["wait"] = scene.worker.scripts["hello"]
     async with scene.client() as client:
         await client.delete(f"/jobs/{scene.worker.seen[0].id}", cast_to=object)
     assert (await running).code == exit_codes.FAILED

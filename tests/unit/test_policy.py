@@ -72,6 +72,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "command": None,
         "keepWarm": False,
         "activeHours": None,
+        "wakeForBatch": True,
         "maxConcurrent": 1,
         "maxQueue": 8,
         "coldStartBudgetMs": 25_000,
@@ -178,7 +179,6 @@ def test_the_digest_follows_what_the_file_decides_and_not_how_it_is_written() ->
 
 # --- what is refused: one sentence each ---
 
-NOT_YET = "is known, but this version does not act on it yet"
 NAME = "a name is 1 to 128 lower-case letters, digits, '.', '_' and '-', and starts with a letter or digit"
 
 IN_A_MODEL = [
@@ -196,7 +196,9 @@ IN_A_MODEL = [
     ("replicas: 0", "replicas: must be at least 1, not 0"),
     ("apiKeyEnv: KEY", "apiKeyEnv: only an openai model has a key, and this one is simulated"),
     ("embeddings: 1", "embeddings: must be true or false, not 1"),
-    ("wakeForBatch: true", f"wakeForBatch: 'wakeForBatch' {NOT_YET}"),
+    ("wakeForBatch: sometimes", "wakeForBatch: must be true, false or outsideHours, not 'sometimes'"),
+    ("wakeForBatch: 1", "wakeForBatch: must be true, false or outsideHours, not 1"),
+    ("wakeForBatch: outsideHours", "wakeForBatch: outsideHours needs activeHours to be outside of"),
     ("onLoss: retry", "onLoss: must be one of continue, error, not 'retry'"),
     ("keepWarm: yes", "keepWarm: must be true or false, not 'yes'"),
     ("keepWarm: 1", "keepWarm: must be true or false, not 1"),
