@@ -28,7 +28,6 @@ class Tally:
     """How far a run is."""
 
     total: int = 0
-    before: int = 0  # of them dealt with by earlier runs, well or not
     done: int = 0  # with an output, those of earlier runs too
     failed: int = 0
     under_way: int = 0  # jobs that were handed in and are not known to have ended
@@ -67,7 +66,7 @@ class BatchRun:
         self._options, self._patience = options, patience
         ids = {line.id for line in requests.lines}
         done, failed = output.ids & ids, (errors.ids & ids) - output.ids
-        self.tally = Tally(len(ids), len(done) + len(failed), len(done), len(failed))
+        self.tally = Tally(len(ids), len(done), len(failed))
         self._left = (line for line in requests.lines if line.id not in done | failed)
         self._gave_up: GaveUp | None = None
 

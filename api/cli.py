@@ -154,6 +154,8 @@ def run(arguments: list[str]) -> int:
     try:
         app(arguments, standalone_mode=True, prog_name="gateway")
     except SystemExit as end:
+        if isinstance(end.__context__, typer.Abort):  # its own code for Ctrl-C is 1
+            return INTERRUPTED
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Failed as failure:
         return _say(str(failure), failure.code)

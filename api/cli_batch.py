@@ -86,22 +86,26 @@ async def run_files(
     from api.jobs_client import jobs_client
     from api.patience import Patience
 
+    run: BatchRun | None = None
     reason: Failed | None = None
-    with (
-        Requests(files.requests) as requests,
-        Written(files.output) as output,
-        Written(files.errors, temporary=True) as errors,
-    ):
-        if retry_failed:
-            errors.forget()
-        async with jobs_client(connections_max=concurrency) as jobs:
-            options = Options(concurrency, order)
-            run = BatchRun(jobs, requests, output, errors, options=options, patience=Patience(patience_s))
-            try:
-                async with _stoppable(), _bar(run):
-                    await run.run()
-            except Failed as failure:
-                reason = failure
+    try:
+        async with _stoppable():
+            with (
+                Requests(files.requests) as requests,
+                Written(files.output) as output,
+                Written(files.errors, temporary=True) as errors,
+            ):
+                if retry_failed:
+                    errors.forget()
+                async with jobs_client(connections_max=concurrency) as jobs:
+                    options, patience = Options(concurrency, order), Patience(patience_s)
+                    run = BatchRun(jobs, requests, output, errors, options=options, patience=patience)
+                    async with _bar(run):
+                        await run.run()
+    except Failed as failure:
+        reason = failure
+    if run is None:
+        raise reason or Failed("Nothing was begun.")
     _say(run.tally, reason, files, as_json=as_json)
 
 

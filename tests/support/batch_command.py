@@ -1,6 +1,7 @@
 """`gateway batch run` as a process that can be interrupted, and files for it whose answers are known."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -41,9 +42,10 @@ def text_of(output: dict[str, Any]) -> str:
 class BatchCommand:
     """One run of the command."""
 
-    def __init__(self, url: str, *words: str, **settings: str) -> None:
+    def __init__(self, url: str, requests: Path, output: Path, *words: str, **settings: str) -> None:
+        self.output = output
         self._popen = subprocess.Popen(
-            [gateway_program(), "batch", "run", *words],
+            [gateway_program(), "batch", "run", str(requests), "-o", str(output), *words],
             env=environment(GATEWAY_URL=url, **settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -57,6 +59,18 @@ class BatchCommand:
     @property
     def running(self) -> bool:
         return self._popen.poll() is None
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds its output, and so would hear a signal."""
+        try:
+            with self.output.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self._popen.pid, number)
