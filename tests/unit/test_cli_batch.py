@@ -1,8 +1,12 @@
 """`gateway batch run` without a kill: what stands in its files, what a second run asks for, and its exit codes."""
 
 import asyncio
+import contextlib
 import json
+import os
+import pty
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +28,8 @@ from tests.unit.test_cli import Gateway, Ran, a_person_who_has_set_nothing, gate
 __all__ = ["a_person_who_has_set_nothing", "gateway"]
 
 pytestmark = pytest.mark.timeout(60)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest_asyncio.fixture
@@ -196,3 +202,34 @@ def test_files_that_cannot_be_used_are_a_2(gateway: Gateway, tmp_path: Path) -> 
         exit_codes.USAGE, "can't be read"
     )
     assert output.read_text() == "a diary\n"
+
+
+async def test_a_terminal_sees_a_bar_and_nobody_else_does(batch: Batch, scene: Scene, tmp_path: Path) -> None:
+    """Counts, failures and why it waits, on stderr; what it prints for programs stays on stdout."""
+    quiet = await batch([line("a", "hello"), line("b", "hello")])
+    assert quiet.err == f"2 of 2 answered in {tmp_path / 'out.jsonl'}.\n" and quiet.out == ""
+    terminal, shown = pty.openpty()
+    (tmp_path / "more.jsonl").write_text(line("c", "break_early") + "\n" + line("d", "hello"))
+    words = ("batch", "run", str(tmp_path / "more.jsonl"), "-o", str(tmp_path / "more.out.jsonl"), "--json")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-c", "from api.entry import main; main()", *words),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "GATEWAY_URL": scene.api.url, "TERM": "xterm", "COLUMNS": "100"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=shown,
+    )
+    os.close(shown)
+    seen = asyncio.create_task(asyncio.to_thread(read_all, terminal))
+    out, _ = await asyncio.wait_for(process.communicate(), 40)
+    text = (await seen).decode()
+    os.close(terminal)
+    assert process.returncode == exit_codes.FAILED and json.loads(out)["failed"] == 1
+    assert "2/2" in text and "1 failed" in text and "1 of 2 answered" in text
+
+
+def read_all(terminal: int) -> bytes:
+    """What was written to a terminal, until nobody holds it any more."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 4096):
+            found += piece
+    return found
