@@ -125,7 +125,7 @@ class _Taken(Response):
             said = await exchange.read_body(gateway.house)
             await gateway.house.turn(len(said))
             wishes = Wishes.of(exchange)
-            order = async_jobs.read_order(said, wishes, now_ms=await gateway.store.now_ms())
+            order = async_jobs.read_order(said, wishes, now_ms=gateway.fleet.now_ms())
             job = exchange.job = async_jobs.job_of(gateway, order, wishes, caller)
             key = wishes.idempotency_key
             found = await async_jobs.let_in(gateway, job, order, rights=caller.rights, key=key, said=said)

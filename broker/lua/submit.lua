@@ -18,6 +18,7 @@
 --   ARGV[23] tokens_per_day  of the caller, 0 = no limit
 --   ARGV[24] refused_by    names of the lanes that had no place for it just now: its caller waits in their lines no more
 --   ARGV[25 ..] fields of the job hash, name and value in turn
+-- As many jobs of a caller may be to start later in a lane as may wait in it.
 -- While others want places of the lane, no caller holds more than its share of them. Who asks is noted either way.
 -- An asynchronous job is noted in its caller's list. One that tries another's request again (`retry_of`) is noted on that
 -- one, whose dead letter goes.
@@ -74,6 +75,8 @@ end
 if not_before <= now then
   local none = no_place(KEYS[1], group, tonumber(ARGV[5]), root, named.lane, who, now, 12, 11 + hosts, 12 + hosts, #KEYS)
   if none then return none end
+elseif waiting_of(root, "@" .. named.lane, who) >= math.max(1, tonumber(ARGV[5])) then
+  return redis.error_reply("LANEFULL " .. KEYS[1] .. " 0")
 end
 local downgrade, max_share, window = named.asked_model ~= named.model, tonumber(ARGV[17]), tonumber(ARGV[18])
 if downgrade and max_share < 1 and not may_downgrade(KEYS[9], nil, max_share, window, tonumber(ARGV[19])) then

@@ -254,3 +254,15 @@ async def test_batch_work_that_spills_is_batch_work_still(world: World) -> None:
         admitted = await admission.admit(world.store, world.book, world.fleet, record, b"{}")
         job = await world.job(admitted.job_id)
         assert (job.lane, job.priority) == ("small", priority)
+
+
+async def test_as_many_may_start_later_as_may_wait(world: World) -> None:
+    """Of each caller, in each lane: whoever plans ahead fills no Redis."""
+    later = {"not_before": world.now + 60_000}
+    for _ in range(3):
+        await world.submit("big", caller="ann", **later)
+    async with world.refused(errors.LaneFull):
+        await world.submit("big", caller="ann", **later)
+    await world.submit("big", caller="bob", **later)
+    await world.submit("small", caller="ann", **later)
+    assert await world.submit("big", caller="ann")

@@ -227,6 +227,9 @@ class Verbs(RuleBasedStateMachine):
         own = sum(place.startswith(f"{lane.name}/") for place in self.now.waits(who))
         return len(sharers) > 1 and own >= max(1, places // len(sharers))
 
+    def has_as_many_to_come(self, who: str, lane: Lane) -> bool:
+        return sum(p.startswith(f"@{lane.name}/") for p in self.now.waits(who)) >= max(1, lane.max_queue)
+
     def full(self, lane: Lane) -> bool:
         return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name)
 
@@ -254,8 +257,9 @@ class Verbs(RuleBasedStateMachine):
         return any(place.startswith(f"{lane}/") for place in self.now.waits(who))
 
     def lines_up(self, who: str, lane: str, expected: Expected) -> None:
-        """Whoever finds no place and has none stands in line from there, who got one does not."""
-        if expected is errors.LaneFull and (who in self.line(lane)) == self.has_a_place(who, lane):
+        """Whoever finds no place and has none stands in line from there, who got one by asking does not. One who got it
+        otherwise, by a promotion or because a job of its was put back, may still be noted: it counts no more."""
+        if expected is errors.LaneFull and who not in self.line(lane) and not self.has_a_place(who, lane):
             raise Broken(f"{who} was refused in {lane}, and in line are {self.line(lane)}")
         if expected is None and who in self.line(lane):
             raise Broken(f"{who} has a place in {lane} and stays in line")
@@ -307,6 +311,8 @@ class Verbs(RuleBasedStateMachine):
             pass
         elif not twin and 0 < limits[0] <= len(self.now.waits(who)):
             expected = errors.CallerLimit
+        elif not twin and later and self.has_as_many_to_come(who, into):
+            expected = errors.LaneFull
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
         elif not twin and not later and self.has_its_share(who, into):

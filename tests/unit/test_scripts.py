@@ -113,6 +113,7 @@ def test_a_header_names_every_error_that_the_verb_can_raise(verb: str) -> None:
     raised = set(re.findall(r'error_reply\("([A-Z]+)', text))
     calls = {"follow(": {"NOJOB", "ENDED", "BADTRANSITION"}, "holds(": {"NOJOB", "ENDED", "STALE"}}
     calls |= {"no_place(": {"LANEFULL", "CALLERSHARE"}}
+    calls |= {"tried_again(": {"NOJOB", "NOTDEAD"}}
     calls |= {"placed(": {"MOVED"}, "standing(": {"MOVED"}, "same_policy(": {"STALEPOLICY"}}
     calls |= {"may_not_leave(": {"TRUSTZONE", "UNJUDGED"}}
     for call, words in calls.items():
