@@ -135,7 +135,7 @@ async def _stoppable() -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _bar(run: "BatchRun") -> AsyncIterator[None]:
-    """Shows how far a run is, where stderr is a terminal."""
+    """Shows how far a run is, where stderr is a terminal. By rich, which the tables are drawn with anyway."""
     if not sys.stderr.isatty():
         yield
         return

@@ -66,5 +66,8 @@ def part(name: str) -> str:
 
 def _is_loopback(url: str) -> bool:
     """Whether a proxy of the environment has no business between us and this address."""
-    host = urlsplit(url).hostname or ""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False  # whoever uses it says what is wrong with it
     return host == "localhost" or host == "::1" or host.startswith("127.")

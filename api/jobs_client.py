@@ -1,7 +1,8 @@
-"""The jobs of a gateway, from a client's side: hand in, look, wait, follow, fetch. No terminal, no exit codes.
+"""The jobs of a gateway, from a client's side: hand in, look, wait, follow, fetch. No terminal.
 
 Whatever can go wrong is one of three: nobody answers (`Away`), not now (`Busy`), or no (`Refusal`). The first two are
-worth another try, and every call here may be made again: a submit by its key, the rest by its nature.
+worth another try, and every call here may be made again: a submit by its key, the rest by its nature. An address where
+no gateway can be is a `Failed` at once.
 """
 
 import json
@@ -14,7 +15,7 @@ from urllib.parse import urlencode
 
 import httpx
 
-from api.client import connect, gateway_url, part
+from api.client import connect, gateway_url, no_gateway, part, unreachable
 
 POLL_S: Final = 30
 """How long one look waits at the gateway for the job's end."""
@@ -101,7 +102,7 @@ class JobsClient:
         if response.is_error and "x-gateway-job" not in response.headers:  # it is not the job that says so
             raise _refusal(response, told)
         if told is None:
-            raise Away(f"{gateway_url()} answers {response.status_code} without JSON")
+            raise no_gateway()
         return Result(response.status_code, told)
 
     @asynccontextmanager
@@ -117,7 +118,7 @@ class JobsClient:
                     raise _refusal(response, _json(response))
                 yield _events(response)
         except (httpx.HTTPError, httpx.InvalidURL) as problem:
-            raise Away(_why(problem)) from None
+            raise _away(problem) from None
 
     async def _object(self, method: str, path: str, **more: Any) -> dict[str, Any]:
         response = await self._asked(method, path, **more)
@@ -125,14 +126,14 @@ class JobsClient:
         if response.is_error:
             raise _refusal(response, told)
         if not isinstance(told, dict):
-            raise Away(f"what answers at {gateway_url()} is no warmlane gateway")
+            raise no_gateway()
         return told
 
     async def _asked(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
             return await self._http.request(method, gateway_url() + path, **more)
         except (httpx.HTTPError, httpx.InvalidURL) as problem:
-            raise Away(_why(problem)) from None
+            raise _away(problem) from None
 
 
 @asynccontextmanager
@@ -186,8 +187,8 @@ def _refusal(response: httpx.Response, told: Any) -> Exception:
     after = response.headers.get("retry-after", "")
     if response.status_code in (429, 503) and (told is not None or after):
         return Busy(sentence, float(after) if re.fullmatch(r"\d{1,9}", after) else 1.0)
-    if response.status_code >= 500 and not code_of(told):
-        return Away(sentence)
+    if not code_of(told):  # a proxy that finds no gateway behind it, or somebody else's server
+        return Away(sentence) if response.status_code >= 500 else no_gateway()
     return Refusal(response.status_code, code_of(told), sentence, told)
 
 
@@ -198,5 +199,7 @@ def _json(response: httpx.Response) -> Any:
         return None
 
 
-def _why(problem: Exception) -> str:
-    return str(problem) or type(problem).__name__
+def _away(problem: Exception) -> Exception:
+    why = str(problem) or type(problem).__name__
+    hopeless = isinstance(problem, httpx.InvalidURL | httpx.UnsupportedProtocol)
+    return unreachable(why) if hopeless else Away(why)
