@@ -248,7 +248,12 @@ def _metadata(value: Any) -> str:
             raise errors.BadRequest(
                 f"a key of metadata must have 1 to {METADATA_KEY_CHARACTERS_MAX} characters", "metadata"
             )
-    return json.dumps(value, separators=(",", ":")) if value else ""
+    noted = json.dumps(value, separators=(",", ":"), ensure_ascii=False) if value else ""
+    try:
+        noted.encode()
+    except UnicodeEncodeError:
+        raise errors.BadRequest("metadata may hold no halves of surrogate pairs", "metadata") from None
+    return noted
 
 
 def _not_before(value: Any, now_ms: int) -> int:

@@ -155,6 +155,25 @@ async def test_a_wrong_order_is_refused_with_its_key(
     assert await scene.store.command("ZCARD", scene.store.keys.due) == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "taken"),
+    [
+        ('"metadata":{"a":"\\ud800"}', False), ('"metadata":{"\\ud800":"a"}', False), ('"lane":"\\ud800"', False),
+        ('"lane":"big\\n"', False), ('"webhook":"https://x/\\ud800"', False), ('"\\ud800":1', False),
+        ('"notBefore":1e400', False), ('"metadata":{"a":"\\u0000\\n ü"},"lane":null,"notBefore":null', True),
+        ('"body":7,"body":{"model":"big","messages":[{"role":"user","content":"hello"}]}', True),
+    ],
+)  # fmt: skip
+async def test_odd_texts(scene: Scene, http: httpx.AsyncClient, more: str, taken: bool) -> None:
+    """Whatever is taken can be told again."""
+    body = '{"model":"big","messages":[{"role":"user","content":"hello"}]}'
+    answer = await http.post("/v1/jobs", content=f'{{"body":{body},{more}}}'.encode())
+    assert answer.status_code == (202 if taken else 400), answer.text
+    assert (await http.get("/v1/jobs")).status_code == 200
+    if taken:
+        assert (await http.get(answer.json()["links"]["self"])).json()["metadata"] == answer.json()["metadata"]
+
+
 async def test_what_admission_refuses_is_told_and_counted(scene: Scene, http: httpx.AsyncClient) -> None:
     """An unknown name by what it was given as, a lane without a place, a model that nobody can serve."""
     for more, code in (({}, "model_not_found"), ({"lane": "nowhere"}, "lane_not_found")):
