@@ -1,8 +1,7 @@
 """`gateway`: the command line.
 
-Exit codes: 0 fine, 1 refused or failed, 2 wrong usage or an invalid policy, 3 the gateway or its Redis cannot be
-reached. Whatever goes wrong is one sentence on stderr. Commands for clients speak HTTP to GATEWAY_URL, so that they
-work from any machine; those for the policy speak to Redis.
+Exit codes are those of `api/exit_codes`; whatever goes wrong is one sentence on stderr. Commands for clients speak HTTP
+to GATEWAY_URL, so that they work from any machine; those for the policy speak to Redis.
 """
 
 import asyncio
@@ -10,26 +9,31 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from api.cli_audit import audit
+from api.cli_batch import batch_app
+from api.cli_completion import asked_for, completion, prepare
 from api.cli_dead import dead_app
 from api.cli_doctor import doctor
 from api.cli_explain import policy_explain
 from api.cli_init import init
+from api.cli_jobs import job_app
 from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
-from api.cli_policy import REFUSED, UNREACHABLE, USAGE, AsJson, Failed, apply_policy, policy_app
+from api.cli_policy import AsJson, apply_policy, policy_app
+from api.cli_submit import submit
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
 from api.client import ask
+from api.exit_codes import INTERRUPTED, OK, REFUSED, UNREACHABLE, USAGE, Failed
 from api.listen import Listen
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
-from api.status_table import duration, status_table
+from api.status_table import status_table
 from api.up import Options, child_environment
 from api.up import up as run_up
 from api.version import version as installed_version
@@ -41,10 +45,10 @@ app = typer.Typer(
     help="A gateway for local LLMs with predictable first-token latency.", no_args_is_help=True,
     pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
 )  # fmt: skip
-job_app = typer.Typer(help="Look at a job, or cancel it.", no_args_is_help=True)
 policy_app.command("explain")(policy_explain)
 app.add_typer(policy_app, name="policy")
 app.add_typer(job_app, name="job")
+app.add_typer(batch_app, name="batch")
 app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(dead_app, name="dead")
@@ -55,6 +59,8 @@ app.command()(audit)
 app.command()(drain)
 app.command()(undrain)
 app.command()(usage)
+app.command()(submit)
+app.command()(completion)
 
 
 @app.command()
@@ -138,18 +144,6 @@ def status(
             raise
 
 
-@job_app.command("show")
-def job_show(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
-    """Shows what became of a job."""
-    _print_job(asyncio.run(ask("GET", f"/v1/jobs/{job_id}")), as_json=as_json)
-
-
-@job_app.command("cancel")
-def job_cancel(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
-    """Cancels a job in any state."""
-    _print_job(asyncio.run(ask("DELETE", f"/v1/jobs/{job_id}")), as_json=as_json)
-
-
 def main() -> NoReturn:
     """Runs a command; every failure that somebody foresaw is a sentence and an exit code."""
     sys.exit(run(sys.argv[1:]))
@@ -157,9 +151,13 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Runs the command of these words; gives the exit code."""
+    if asked_for():
+        prepare()
     try:
         app(arguments, standalone_mode=True, prog_name="gateway")
     except SystemExit as end:
+        if isinstance(end.__context__, typer.Abort):  # its own code for Ctrl-C is 1
+            return INTERRUPTED
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Failed as failure:
         return _say(str(failure), failure.code)
@@ -172,8 +170,8 @@ def run(arguments: list[str]) -> int:
     except errors.BrokerError as problem:
         return _say(str(problem), REFUSED)
     except KeyboardInterrupt:
-        return 0
-    return 0
+        return INTERRUPTED
+    return OK
 
 
 def _say(sentence: str, code: int) -> int:
@@ -186,33 +184,6 @@ def _become(module: str, **more: str) -> NoReturn:
     environment = {**child_environment(os.environ), **{name: value for name, value in more.items() if value}}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-P", "-m", module], environment)
-
-
-def _print_job(job: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(job, indent=2))
-        return
-    rows = {
-        "job": job["id"],
-        "state": job["state"],
-        "lane": job["lane"] if job["asked"] == job["lane"] else f"{job['lane']} (asked for {job['asked']})",
-        "served by": job["served_by"] or "-",
-        "queued": _between(job, "submitted_at", "claimed_at"),
-        "first token": _between(job, "submitted_at", "first_token_at"),
-        "whole": _between(job, "submitted_at", "ended_at"),
-        "attempts": str(job["attempt"]),
-    }
-    if job["promotions"]:
-        rows["promoted"] = f"{job['promotions']} times"
-    if job["error"]:
-        rows["error"] = f"{job['error']['code']}: {job['error']['message']}"
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
-
-
-def _between(job: dict[str, Any], start: str, end: str) -> str:
-    return duration(job[end] - job[start]) if job[end] else "-"
 
 
 if __name__ == "__main__":

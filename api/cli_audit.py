@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from api.cli_policy import USAGE, AsJson, Failed
+from api.cli_policy import AsJson
 from api.client import ask, part
 from api.durations import length_ms
+from api.exit_codes import USAGE, Failed
 
 
 def audit(

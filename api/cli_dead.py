@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from api.cli_policy import USAGE, AsJson, Failed
+from api.cli_policy import AsJson
 from api.client import ask, part
+from api.exit_codes import USAGE, Failed
 
 PAGE = 100
 WORDS_SHOWN = 60

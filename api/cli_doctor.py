@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from api.cli_policy import REFUSED, UNREACHABLE, AsJson, Failed, redis_url
+from api.cli_policy import AsJson, redis_url
 from api.client import ask, gateway_url
 from api.discover import OLLAMA_URL
 from api.doctor import Facts, Finding, OllamaModel, RedisFacts, examine
+from api.exit_codes import REFUSED, UNREACHABLE, Failed
 from broker import errors
 from broker.hosts import Fleet
 from broker.policies import PolicyBook

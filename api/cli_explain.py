@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from api.cli_policy import USAGE, AsJson, DataDir, Failed, with_store
+from api.cli_policy import AsJson, DataDir, with_store
+from api.exit_codes import USAGE, Failed
 from broker import errors
 from broker.callers import ANONYMOUS, EVERYTHING, Caller, Keys
 from broker.keybook import KeyBook

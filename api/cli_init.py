@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from api.cli_policy import USAGE, Failed
 from api.discover import look_around
+from api.exit_codes import USAGE, Failed
 from api.gguf_files import USUAL_FOLDERS, find
 from api.machine import machine_memory, machine_memory_mb
 from api.starter import Machine, starter

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from api.cli_policy import USAGE, AsJson, Failed
+from api.cli_policy import AsJson
 from api.client import ask, part
 from api.durations import length_ms
+from api.exit_codes import USAGE, Failed
 
 key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=True)
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from api.cli_policy import AsJson, Failed
+from api.cli_policy import AsJson
 from api.client import ask, part
+from api.exit_codes import Failed
 from api.status_table import duration, loading
 from broker.status import HostStatus, ModelStatus, Snapshot
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
+from api.exit_codes import UNREACHABLE, USAGE, Failed
 from api.machine import machine_memory_mb
 from api.state_dir import where
 from api.up import AppliedPolicy
@@ -22,8 +23,6 @@ from broker.policy import Policy
 from broker.settings import BrokerSettings, read_settings
 from broker.store import Store
 
-REFUSED, USAGE, UNREACHABLE = 1, 2, 3
-
 T = TypeVar("T")
 
 policy_app = typer.Typer(help="Check, apply and look back at the policy.", no_args_is_help=True)
@@ -31,14 +30,6 @@ policy_app = typer.Typer(help="Check, apply and look back at the policy.", no_ar
 PolicyFile = Annotated[Path, typer.Argument(help="The policy file.", show_default=False)]
 DataDir = Annotated[Path | None, typer.Option("--data", help="The data directory of `gateway up`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class Failed(Exception):
-    """A sentence for the person, and the exit code."""
-
-    def __init__(self, sentence: str, code: int = REFUSED) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 @policy_app.command("check")

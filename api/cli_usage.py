@@ -9,8 +9,9 @@ from urllib.parse import urlencode
 import typer
 from rich.console import Console
 
-from api.cli_policy import USAGE, AsJson, Failed
+from api.cli_policy import AsJson
 from api.client import ask
+from api.exit_codes import USAGE, Failed
 from api.usage_table import usage_csv, usage_table
 
 

@@ -6,7 +6,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from api.cli_policy import UNREACHABLE, Failed
+from api.exit_codes import UNREACHABLE, Failed, of_status
 from api.listen import DEFAULT_URL
 
 ANSWER_S_MAX = 10.0
@@ -18,26 +18,45 @@ def gateway_url() -> str:
     return os.environ.get("GATEWAY_URL", DEFAULT_URL).rstrip("/")
 
 
+def connect(*, answer_s_max: float = ANSWER_S_MAX, connections_max: int = 100) -> httpx.AsyncClient:
+    """A client of the gateway that the environment names, with the key that it holds."""
+    key = os.environ.get("GATEWAY_KEY", "")
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(answer_s_max, connect=ANSWER_S_MAX, pool=None),
+        limits=httpx.Limits(max_connections=connections_max, max_keepalive_connections=connections_max),
+        headers={"authorization": f"Bearer {key}"} if key else {},
+        trust_env=not _is_loopback(gateway_url()),
+    )
+
+
 async def ask(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """Gives what the gateway answers within ANSWER_S_MAX; whatever it refuses becomes its own sentence."""
     url = gateway_url()
-    key = os.environ.get("GATEWAY_KEY", "")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        async with httpx.AsyncClient(timeout=ANSWER_S_MAX, headers=headers, trust_env=not _is_loopback(url)) as client:
+        async with connect() as client:
             response = await client.request(method, url + path, json=body)
         told = response.json()
     except (httpx.HTTPError, httpx.InvalidURL) as problem:
-        why = str(problem) or "no answer"
-        raise Failed(f"The gateway at {url} can't be reached ({why}): {REMEDY}.", UNREACHABLE) from None
+        raise unreachable(str(problem)) from None
     except ValueError:
-        raise Failed(f"What answers at {url} is no warmlane gateway: {REMEDY}.", UNREACHABLE) from None
+        raise no_gateway() from None
     if response.is_error:
         error = told.get("error") if isinstance(told, dict) else None
-        raise Failed(error["message"] if isinstance(error, dict) else f"{url} says {response.status_code}.")
+        sentence = error["message"] if isinstance(error, dict) else f"{url} says {response.status_code}."
+        raise Failed(sentence, of_status(response.status_code))
     if not isinstance(told, dict):
-        raise Failed(f"What answers at {url} is no warmlane gateway: {REMEDY}.", UNREACHABLE)
+        raise no_gateway()
     return told
+
+
+def unreachable(why: str) -> Failed:
+    """Says that nobody answers."""
+    return Failed(f"The gateway at {gateway_url()} can't be reached ({why or 'no answer'}): {REMEDY}.", UNREACHABLE)
+
+
+def no_gateway() -> Failed:
+    """Says that somebody else answers."""
+    return Failed(f"What answers at {gateway_url()} is no warmlane gateway: {REMEDY}.", UNREACHABLE)
 
 
 def part(name: str) -> str:
@@ -47,5 +66,8 @@ def part(name: str) -> str:
 
 def _is_loopback(url: str) -> bool:
     """Whether a proxy of the environment has no business between us and this address."""
-    host = urlsplit(url).hostname or ""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False  # whoever uses it says what is wrong with it
     return host == "localhost" or host == "::1" or host.startswith("127.")

@@ -20,7 +20,7 @@ from broker.store import Store
 from tests.chaos.leaving import Leaving, judge_jobs
 from tests.chaos.standing import Standing, look, used_mb
 from tests.chaos.storm import Ledger, ends, seed_of
-from tests.support.gateway_process import House, house
+from tests.support.gateway_process import House, started
 from tests.support.heard import hear
 from tests.support.invariants import left_over
 from tests.support.live_api import live_api
@@ -96,17 +96,6 @@ async def storm(url: str, ledger: Ledger, seed: int, numbers: range) -> Leaving:
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
     return leaving
-
-
-@asynccontextmanager
-async def started(data: Path, text: str) -> AsyncIterator[House]:
-    """A gateway; the loop goes on while it starts and ends, since its runtimes are served there."""
-    opened = house(data, policy=text)
-    up = await asyncio.to_thread(opened.__enter__)
-    try:
-        yield up
-    finally:
-        await asyncio.to_thread(opened.__exit__, None, None, None)
 
 
 @asynccontextmanager

@@ -1,5 +1,6 @@
 """`gateway` as people run it: the installed command as a process of its own, what it says, and who belongs to it."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,8 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,17 @@ def house(data: Path, *, policy: str | None = None, cwd: Path | None = None, **s
     tells_no_traceback(up.output)
 
 
+@asynccontextmanager
+async def started(data: Path, text: str) -> AsyncIterator[House]:
+    """A gateway; the loop goes on while it starts and ends, since its runtimes are served there."""
+    opened = house(data, policy=text)
+    up = await asyncio.to_thread(opened.__enter__)
+    try:
+        yield up
+    finally:
+        await asyncio.to_thread(opened.__exit__, None, None, None)
+
+
 @contextmanager
 def process(*words: str, cwd: Path | None = None, **settings: str) -> Iterator[GatewayProcess]:
     """One command that runs for the length of the block at most."""
@@ -257,5 +269,5 @@ def tells_no_traceback(text: str) -> None:
 
 __all__ = [
     "GatewayProcess", "House", "environment", "gateway", "gateway_program", "house", "is_alive", "process",
-    "tells_no_traceback",
+    "started", "tells_no_traceback",
 ]  # fmt: skip

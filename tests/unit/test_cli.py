@@ -109,6 +109,13 @@ def test_a_gateway_that_is_not_there_is_a_3(gateway: Gateway, words: list[str]) 
     gateway(*words).complains(3, "http://127.0.0.1:9", "can't be reached")
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8400", "http://[box", "http://box:port"])
+def test_an_address_that_is_none_is_a_3(gateway: Gateway, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_URL", url)
+    gateway("status").complains(3, "can't be reached")
+    gateway("job", "list").complains(3, "can't be reached")
+
+
 def test_the_specified_policy_is_fine(gateway: Gateway) -> None:
     ran = gateway("policy", "check", str(SPECIFIED))
     assert ran.code == 0

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from api import cli_models
-from api.cli_policy import Failed
+from api.exit_codes import Failed
 from broker import hosts, operator
 from broker.policies import PolicyBook
 from broker.records import HostRecord, ModelOnHost

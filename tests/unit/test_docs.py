@@ -10,26 +10,27 @@ from typing import Any
 import pytest
 import typer
 
-from api import cli
+from api import cli, exit_codes
 from broker import keyspace, lifecycle
 from broker.policy import content, remote, webhooks
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "lifecycle": lambda: f"```mermaid\n{lifecycle.as_mermaid()}\n```",
-    "keys": keyspace.as_markdown,
+BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
+    "lifecycle": ("ARCHITECTURE.md", lambda: f"```mermaid\n{lifecycle.as_mermaid()}\n```"),
+    "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
+    "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_generated_blocks_are_what_the_code_prints(name: str) -> None:
-    page = ROOT / "ARCHITECTURE.md"
+    page, printed = ROOT / BLOCKS[name][0], BLOCKS[name][1]
     text = page.read_text()
     block = re.compile(rf"(<!-- generated: {name} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
     found = block.search(text)
-    assert found is not None, f"ARCHITECTURE.md has no block {name}"
-    wanted = BLOCKS[name]() + "\n"
+    assert found is not None, f"{page.name} has no block {name}"
+    wanted = printed() + "\n"
     if os.environ.get("WARMLANE_ACCEPT"):
         page.write_text(block.sub(lambda m: m.group(1) + wanted + m.group(3), text))
         return
@@ -59,17 +60,24 @@ def test_readme_shows_every_command() -> None:
     assert len(commands) > 20 and [command for command in commands if command not in README] == []
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("    gateway ")])
-def test_command_lines_of_readme_are_understood(line: str) -> None:
+CI = (ROOT / "docs" / "ci.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for line in (README + CI).splitlines() if line.startswith(("    gateway ", "    git diff | gateway "))],
+)
+def test_command_lines_of_the_pages_are_understood(line: str) -> None:
     """As a shell would pass them on; nothing is run."""
+    line = line.rpartition(" | ")[2]
     words = shlex.split(line, comments=True)[1:]
     command, words = _find(words)
     with command.make_context("gateway", ["1" if word == "VERSION" else word for word in words]):
         pass
 
 
-@pytest.mark.parametrize("text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README))))
-def test_commands_in_the_prose_of_readme_exist(text: str) -> None:
+@pytest.mark.parametrize("text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI))))
+def test_commands_in_the_prose_of_the_pages_exist(text: str) -> None:
     """With each option that is written behind them."""
     command, words = _find(re.split(r"[ |]+", text)[1:])
     known = {option for parameter in command.params for option in parameter.opts}
