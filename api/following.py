@@ -1,5 +1,5 @@
-"""Reading along at a job without a say in it: its followers, and whoever waits for its end. None of them makes its answer
-count as seen, so it may be started again."""
+"""Reading along at a job without a say in it: its followers, and whoever waits for its end. None of them makes its
+answer count as seen, so it may be started again."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
