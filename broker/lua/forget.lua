@@ -3,6 +3,7 @@
 --   ARGV[1] now   ARGV[2] id
 -- Returns 1.
 -- Errors: NOJOB, NOTDUE.
+--- @flags allow-oom
 --- @include now_ms
 --- @include retries
 local f = redis.call("HMGET", KEYS[1], "state", "ended_at", "idem", "retries")

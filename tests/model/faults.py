@@ -172,6 +172,12 @@ FAULTS = [
         "f[1] and not ended then",
     ),
     Fault(
+        "a retry is led to a job that its client knows",
+        ("detach",),
+        r"  settle_retries\(index, now, fingerprint, ARGV\[2\], false\)\n",
+        "",
+    ),
+    Fault(
         "an answer that was heard is handed out again",
         ("end",),
         r"to == \"done\" and not heard",

@@ -433,12 +433,19 @@ class Verbs(RuleBasedStateMachine):
         if job.live and sees:
             self.seen[job.id] = True
 
-    @takes(pick=picks, reader=st.sampled_from(["api1/r1", "api1/r2", "api2/r1"]))
-    def detach(self, pick: int, reader: str) -> None:
+    @takes(
+        pick=picks, reader=st.sampled_from(["api1/r1", "api1/r2", "api2/r1"]),
+        knows=st.sampled_from([False, False, True]),
+    )  # fmt: skip
+    def detach(self, pick: int, reader: str, knows: bool = False) -> None:
         job, there = self.some_job(pick), self.now.readers(self.some_job(pick).id)
         left = self.act(
-            "detach", lambda: jobs.detach(self.world.store, job.id, reader=reader), marks=job.live and reader in there
+            "detach",
+            lambda: jobs.detach(self.world.store, job.id, reader=reader, comes_back=knows),
+            marks=job.live and reader in there,
         )
+        if self.now.jobs[job.id].retries != ("" if knows and job.live and reader in there else job.retries):
+            raise Broken(f"a retry may{'' if knows else ' not'} come back to {job.id} after its client has left")
         alive = [name for name, until in there.items() if until > self.world.now and name != reader]
         assert left == (len(alive) if job.live else 0)
         if job.live and reader in there and not alive and job.grace_ms >= 0:
