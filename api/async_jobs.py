@@ -10,18 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from api.durations import instant_ms, length_ms
 from api.gateway import Gateway
 from api.visit import DOOR_OUTAGE_S, DOOR_PAUSE_S, JOIN_TRIES, Wishes
-from broker import admission, errors, jobs, requests
+from broker import admission, errors, jobs, requests, webhooks
 from broker.callers import Caller, Rights
 from broker.dialects import openai
 from broker.dialects.bounds import read_request
 from broker.lifecycle import ENDED, State
 from broker.policy.sentences import did_you_mean
 from broker.records import JobRecord
+from broker.trust import addresses
 
 log = logging.getLogger("warmlane.api")
 
@@ -29,7 +29,6 @@ AHEAD_MS_MAX: Final = 30 * 86_400_000
 """How far ahead a job may start, and how long it may wait from there."""
 EXPIRES_MS_MIN: Final = 1_000
 LANE_CHARACTERS_MAX: Final = 256
-WEBHOOK_CHARACTERS_MAX: Final = 2_048
 METADATA_KEYS_MAX, METADATA_KEY_CHARACTERS_MAX, METADATA_TEXT_CHARACTERS_MAX = 16, 64, 512
 """OpenAI's bounds."""
 
@@ -160,13 +159,16 @@ async def _admit(
     gateway: Gateway, job: JobRecord, order: Order, *, rights: Rights, key: str, said: bytes
 ) -> admission.Admitted:
     """Admits it, also where Redis is away for a moment. The job may be in, its reply lost: then it is looked for before
-    anything can refuse it."""
+    anything can refuse it. Whoever has it wants to be told of its end only where somebody may be told."""
     unsure, loop = False, asyncio.get_running_loop()
     give_up = loop.time() + DOOR_OUTAGE_S
     while True:
         try:
             if unsure and (known := await _known(gateway, job.id)) is not None:
                 return admission.Admitted(known.id, known.lane)
+            if job.webhook:
+                allow = gateway.book.active.policy.webhooks.allow
+                await webhooks.accept(gateway.store, caller=job.caller, url=job.webhook, allow=allow)
             with _as_lane(order.lane):
                 return await admission.admit(
                     gateway.store,
@@ -221,18 +223,9 @@ def _webhook(value: Any) -> str:
     """Reads where the job's end is to be told."""
     if value == "":
         return ""
-    wrong = errors.BadRequest(
-        f"webhook must be an http or https URL of at most {WEBHOOK_CHARACTERS_MAX:,} characters", "webhook"
-    )
-    if not isinstance(value, str) or len(value) > WEBHOOK_CHARACTERS_MAX or not value.isprintable() or " " in value:
-        raise wrong
-    try:
-        parts = urlsplit(value)
-        parts.port  # noqa: B018 - it is read to see whether it can be
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise wrong
+    if not isinstance(value, str):
+        raise errors.BadRequest("webhook must be the URL that is told of the job's end", "webhook")
+    addresses.target_of(value)
     return value
 
 

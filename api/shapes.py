@@ -9,7 +9,6 @@ from api.async_jobs import (
     METADATA_KEY_CHARACTERS_MAX,
     METADATA_KEYS_MAX,
     METADATA_TEXT_CHARACTERS_MAX,
-    WEBHOOK_CHARACTERS_MAX,
 )
 from api.durations import LENGTH_PATTERN
 from api.routes.keys import NewCaller, Rotation
@@ -33,6 +32,7 @@ from broker.dialects.json_schema import (
 )
 from broker.records import JobRecord
 from broker.status import Snapshot
+from broker.trust.addresses import URL_MAX
 from broker.trust.audit import Left
 from broker.usage_report import BY, Used
 from broker.webhooks import Delivery
@@ -72,7 +72,7 @@ def _new_jobs() -> dict[str, Schema]:
     asked = {
         "endpoint": maybe(one_of(*requests.ENDPOINTS, words="Whose body it is.")),
         "lane": maybe(text("Enter this lane instead of the one that `model` leads to.", maxLength=LANE_CHARACTERS_MAX)),
-        "webhook": maybe(text("Where its end is told.", maxLength=WEBHOOK_CHARACTERS_MAX, pattern="^(https?://.+)?$")),
+        "webhook": maybe(text("Where its end is told.", maxLength=URL_MAX, pattern="^(https?://.+)?$")),
         "metadata": metadata,
         "notBefore": some(
             text("An instant like 2026-11-30T06:00:00Z, or a length of time like 10m."), number("Seconds since 1970."),

@@ -9,7 +9,7 @@ from api import async_jobs
 from api import errors as told
 from api.asgi import Receive, Scope, Send
 from api.auth import Caller, Gate
-from api.described import GENERATION_FAILS, JSON, WISHES, Answer, Described, described
+from api.described import GENERATION_FAILS, JSON, WISHES, Answer, Described, Kinds, described
 from api.exchange import Exchange, Interrupted
 from api.gateway import Gateway
 from api.routes.jobs import WITHIN, own_job, shown
@@ -30,7 +30,7 @@ _ENDS = (
     errors.WorkerLost,
 )
 """What only the job itself can come to: whoever handed it in has gone by then."""
-REFUSED = tuple(kind for kind in GENERATION_FAILS if kind not in _ENDS)
+REFUSED: Kinds = (errors.AddressRefused, *(kind for kind in GENERATION_FAILS if kind not in _ENDS))
 _HEADERS = ("X-Gateway-Lane", "X-Session-Affinity", "X-Gateway-Allow-Remote", "Idempotency-Key")
 RETRIED = Answer(
     "The job as it is now, and where to look after it. The answer waits at `links.result`.",

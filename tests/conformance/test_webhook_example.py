@@ -15,8 +15,6 @@ from tests.support.gateway_process import house
 from tests.support.waiting import block_until
 from tests.support.worker_world import policy, simulated
 
-pytest.importorskip("broker.webhook_secrets", reason="this gateway sends no webhooks yet")
-
 pytestmark = pytest.mark.real
 
 RECEIVER = Path(__file__).resolve().parents[2] / "docs" / "examples" / "webhook_receiver.py"

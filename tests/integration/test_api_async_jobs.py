@@ -19,6 +19,7 @@ from tests.support.live_api import POLICY, LiveApi, Scene, live_api, live_scene
 pytestmark = pytest.mark.timeout(40)
 
 DAY_MS = 86_400_000
+PUBLIC = "https://1.1.1.1/hook"
 
 
 def order(said: str = "hello", *, model: str = "big", stream: bool = False, **more: Any) -> dict[str, Any]:
@@ -49,15 +50,28 @@ async def handed_in(http: httpx.AsyncClient, said: dict[str, Any], **headers: st
 
 async def test_a_job_is_done_without_anybody_who_waits(scene: Scene, http: httpx.AsyncClient) -> None:
     """It enters the model's batch lane, and its record and request are kept as long as asynchronous ones are."""
-    told = await handed_in(http, order(metadata={"commit": "abc"}, webhook="https://ci.example.com/hook"))
+    await http.post("/v1/webhooks/secrets")
+    told = await handed_in(http, order(metadata={"commit": "abc"}, webhook=PUBLIC))
     assert (told["lane"], told["mode"], told["priority"]) == ("big.batch", "async", "batch")
     done = await scene.until_state(told["id"], State.DONE)
     keys = scene.store.keys
     for key in (keys.job(done.id), keys.request(done.id), keys.frames(done.id)):
         assert DAY_MS - 60_000 < await scene.store.command("PTTL", key) <= DAY_MS
     shown = (await http.get(f"/v1/jobs/{done.id}")).json()
-    assert (shown["metadata"], shown["webhook"]) == ({"commit": "abc"}, "https://ci.example.com/hook")
+    assert (shown["metadata"], shown["webhook"]) == ({"commit": "abc"}, PUBLIC)
     assert not shown["seen"] and await violated(scene.store) == []
+
+
+async def test_a_webhook_that_could_never_be_told_is_refused_at_once(scene: Scene, http: httpx.AsyncClient) -> None:
+    """Nobody is to learn a day later that nothing was signed, or that the policy lets nothing go there."""
+    unsigned = await http.post("/v1/jobs", json=order(webhook=PUBLIC))
+    assert (unsigned.status_code, unsigned.json()["error"]["param"]) == (400, "webhook")
+    assert "gateway webhook secret new" in unsigned.json()["error"]["message"]
+    await http.post("/v1/webhooks/secrets")
+    inner = await http.post("/v1/jobs", json=order(webhook="http://10.20.0.7/hook"))
+    assert (inner.status_code, inner.json()["error"]["code"]) == (400, "address_refused")
+    assert "webhooks: { allow: ['10.20.0.7'] }" in inner.json()["error"]["message"]
+    assert await scene.store.command("ZCARD", scene.store.keys.due) == 0
 
 
 async def test_the_body_reaches_the_runtime_as_it_was_written(scene: Scene, http: httpx.AsyncClient) -> None:

@@ -266,8 +266,10 @@ async def refused_rest(on: Stage) -> None:
     for path, at in ((models, "/v1/models/plain/pin"), (hosts, "/v1/hosts/gpu1/drain")):
         await on.ask("POST", path, at, headers=on.keys["bob"])
     await refused_keys(on)
+    made = (await on.ask("POST", SECRETS)).json()
     await refused_jobs(on)
     await refused_retries(on)
+    await on.ask("DELETE", SECRET, f"{SECRETS}/{made['id']}")
     await failed_results(on)
     await refused_webhooks(on)
     await on.ask("POST", COUNT, json=ask("/v1/messages", "narrow"), headers=on.keys["fenced"])
@@ -282,6 +284,10 @@ JOBS, RETRIES = "/v1/jobs", ("/v1/jobs/{job_id}/retry", "/v1/dead/{letter}/retry
 CHAT = "/v1/chat/completions"
 
 
+INNER = "http://127.0.0.1/hook"
+"""Where this policy lets no webhook go."""
+
+
 async def refused_jobs(on: Stage) -> None:
     """Provokes what a job that nobody waits for is refused with: what its generation would be, on its way in."""
 
@@ -290,6 +296,7 @@ async def refused_jobs(on: Stage) -> None:
         await on.ask("POST", JOBS, json=order, headers=on.keys[who] | ({"idempotency-key": "j"} if not at_once else {}))
 
     await hand_in("plain", body=7)
+    await hand_in("plain", webhook=INNER)
     await hand_in("vec-plain")
     await hand_in("narrow", said="word " * 100)
     for model in ("far", "nobody", "full", "shared", "gone"):
@@ -306,11 +313,12 @@ async def refused_retries(on: Stage) -> None:
     """The same for jobs that are tried again, as if what is refused now had been taken then."""
     store = on.api.gateway.store
 
-    async def dead(asked: str, *, caller: str = "ann", said: str = "Hi", state: State = State.FAILED) -> str:
+    async def dead(asked: str, *, caller: str = "ann", said: str = "Hi", **more: Any) -> str:
         number = await store.command("INCR", "dead-jobs-of-this-test")
         told = {"job": f"dead{number}", "caller": caller}
         letter = await store.command("XADD", store.keys.dead, "*", *(word for pair in told.items() for word in pair))
-        job = JobRecord(id=told["job"], caller=caller, asked=asked, state=state, mode="async", letter=letter.decode())
+        more = {"state": State.FAILED, "mode": "async", "letter": letter.decode()} | more
+        job = JobRecord(id=told["job"], caller=caller, asked=asked, **more)
         await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
         await store.command("SET", store.keys.request(job.id), json.dumps(ask(CHAT, "plain", said)))
         return job.id
@@ -326,6 +334,7 @@ async def refused_retries(on: Stage) -> None:
         await retry(await dead(asked, caller=who), who)
     await retry(await dead("plain", caller="stranger"))
     await retry(await dead("plain", state=State.DONE))
+    await retry(await dead("plain", webhook=INNER))
 
 
 async def failed_results(on: Stage) -> None:
