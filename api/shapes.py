@@ -6,7 +6,20 @@ from pydantic import TypeAdapter
 
 from api.routes.keys import NewCaller, Rotation
 from broker.callers import Key, Keyring, Rights
-from broker.dialects.json_schema import REFS, Schema, flag, list_of, maybe, number, one_of, ref, text, thing, whole
+from broker.dialects.json_schema import (
+    REFS,
+    Schema,
+    flag,
+    list_of,
+    maybe,
+    nothing,
+    number,
+    one_of,
+    ref,
+    text,
+    thing,
+    whole,
+)
 from broker.records import JobRecord
 from broker.status import Snapshot
 from broker.trust.audit import Left
@@ -15,7 +28,7 @@ from broker.usage_report import BY, Used
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage()}
+    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_FILES}
 
 
 def _status() -> dict[str, Schema]:
@@ -98,6 +111,33 @@ def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:
     return schema, schema.pop("$defs", {})
 
 
+_PAGE: Schema = {"has_more": flag(), "first_id": maybe(text()), "last_id": maybe(text())}
+_FILES: dict[str, Schema] = {
+    "NewFile": thing(
+        {"file": text("JSONL: each line is one request.", format="binary"), "purpose": one_of("batch")},
+        {
+            "expires_after[anchor]": one_of("created_at"),
+            "expires_after[seconds]": whole(
+                "Kept this long, where that is less than `fileDays`.", least=3_600, most=2_592_000
+            ),
+        },
+    ),
+    "File": thing(
+        {
+            "id": text(),
+            "object": one_of("file"),
+            "bytes": whole(),
+            "created_at": whole("In seconds, as all of OpenAI's instants."),
+            "expires_at": whole(),
+            "filename": text(),
+            "purpose": one_of("batch", "batch_output"),
+            "status": one_of("processed"),
+            "status_details": nothing(),
+        }
+    ),
+    "Files": thing({"object": one_of("list"), "data": list_of(ref("File")), **_PAGE}),
+    "FileDeleted": thing({"id": text(), "object": one_of("file"), "deleted": one_of(True)}),
+}
 _HEALTH: dict[str, Schema] = {
     "Health": thing(
         {

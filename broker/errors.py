@@ -24,6 +24,9 @@ BrokerError
 │   ├── LaneForbidden           lane_forbidden            the key may not ask for this
 │   ├── AdminOnly               admin_only                the key has no administrator's rights
 │   ├── NoSuchJob               job_not_found
+│   ├── NoSuchFile              file_not_found
+│   ├── FilesFull               files_full                the caller's files hold as much as they may
+│   ├── FileInUse               file_in_use               a batch reads it
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   └── PolicyInvalid           policy_invalid            problems
 ├── JobEnded                    it was accepted and ended, but not well
@@ -263,6 +266,27 @@ class NoSuchJob(Refused):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"no job {job_id} is known here (ended jobs are kept for the policy's keepMs)")
         self.job_id = job_id
+
+
+class NoSuchFile(Refused):
+    """No such file; it was deleted, or its time is over."""
+
+    code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"no file {file_id!r}: it was deleted, or its time is over")
+
+
+class FilesFull(Refused):
+    """The caller's files hold as much as they may."""
+
+    code = "files_full"
+
+
+class FileInUse(Refused):
+    """A batch that has not ended reads or writes the file."""
+
+    code = "file_in_use"
 
 
 class IdempotencyMismatch(Refused):

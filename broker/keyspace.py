@@ -17,7 +17,7 @@ class Family:
     """One row of the key table: a pattern with <names>, its Redis type, its lifetime, what it holds."""
 
     pattern: str
-    type: Literal["string", "hash", "stream", "zset", "channel"]
+    type: Literal["string", "hash", "list", "stream", "zset", "channel"]
     lifetime: str
     persistent: bool
     holds: str
@@ -119,6 +119,15 @@ TABLE: tuple[Family, ...] = (
         "tokens computed for the caller on the day: read anew, or made",
     ),
     Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
+    Family("file:<id>", "hash", "`fileDays`, a minute after the last part while it is sent", False, "a caller's file"),
+    Family("file:<id>:parts", "list", "as its file", False, "what the file holds, in order"),
+    Family(
+        "files:<caller>",
+        "hash",
+        "as the last of its files",
+        False,
+        "id of each of the caller's files -> `<bytes> <until>`",
+    ),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family(
@@ -257,6 +266,18 @@ class Keyspace:
     def count(self, question_id: str) -> str:
         """String with a prompt whose tokens are to be counted."""
         return f"{self._prefix}count:{question_id}"
+
+    def file(self, file_id: str) -> str:
+        """Hash of a file."""
+        return f"{self._prefix}file:{file_id}"
+
+    def parts(self, file_id: str) -> str:
+        """List of what a file holds."""
+        return f"{self._prefix}file:{file_id}:parts"
+
+    def files(self, caller: str) -> str:
+        """Hash of a caller's files: what each holds, and until when."""
+        return f"{self._prefix}files:{caller}"
 
     def usage(self, day: str) -> str:
         """Hash of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""

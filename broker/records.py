@@ -273,6 +273,25 @@ class HostRecord(_Hash):
     machine: str = ""  # which hardware the name stands for
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileRecord(_Hash):
+    """A caller's file. Instants are ms of Redis' clock; `parts` of its list are whole, what comes after them is not."""
+
+    _always = frozenset("caller purpose state bytes parts lines uses created_at expires_at".split())
+
+    id: str
+    caller: str = ""
+    purpose: str = "batch"  # batch | batch_output
+    state: str = "sent"  # sending | sent
+    filename: str = ""
+    bytes: int = 0
+    parts: int = 0
+    lines: int = 0  # those that are not blank
+    uses: int = 0  # batches that have not ended and read or write it
+    created_at: int = 0
+    expires_at: int = 0
+
+
 @dataclass(frozen=True)
 class Frame:
     """One numbered piece of a job's answer. A terminal frame's kind is the state that the job ended in."""

@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 SLOTS = 2  # of each model of a scripted worker; a lane that waits for them takes as many jobs more
 KEYS = "ann:secret-a"
+A_FILE: dict[str, Any] = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"{}\n")}}
 KEY = {"authorization": "Bearer secret-a"}
 RIGHTS = {
     "bob": Rights(),
@@ -252,6 +253,23 @@ async def refused_rest(on: Stage) -> None:
         await on.post(path, ask("/v1/messages", "nobody"))
     await on.unfinished(COUNT)
     await on.ask("POST", "/api/show", content=b" " * 70_000)
+    await refused_files(on)
+
+
+async def refused_files(on: Stage) -> None:
+    """Provokes what files are refused with."""
+    file, content = "/v1/files/{file_id}", "/v1/files/{file_id}/content"
+    for method, path in (("GET", file), ("GET", content), ("DELETE", file)):
+        await on.ask(method, path, path.replace("{file_id}", "file-nobody"))
+    await on.ask("GET", "/v1/files", "/v1/files?limit=0")
+    await on.ask("POST", "/v1/files", content=b"no form")
+    await on.unfinished("/v1/files", size=200_000_000)
+    store, made = on.api.gateway.store, await on.ask("POST", "/v1/files", **A_FILE)
+    await store.command("HSET", store.keys.file(made.json()["id"]), "uses", 1)
+    await on.ask("DELETE", file, f"/v1/files/{made.json()['id']}")
+    await store.command("HSET", store.keys.files("ann"), "file-large", f"{10**12} {10**15}")
+    await on.ask("POST", "/v1/files", **A_FILE)
+    await store.command("HDEL", store.keys.files("ann"), "file-large")
 
 
 async def refused_keys(on: Stage) -> None:
@@ -278,8 +296,10 @@ async def too_much(store: Store, book: Book) -> None:
     """Provokes what is refused while a caller, or all together, hold as much as they may."""
     async with stage(store, book, Limits(bodies_bytes=0)) as on:
         await all_of(on.unfinished(kind.path, b"{", size=2) for kind in app.HOT)
+        await on.ask("POST", "/v1/files", **A_FILE)
     async with stage(store, book, Limits(connections_of_caller=0)) as on:
         await all_of(on.post(kind.path, {}) for kind in app.HOT)
+        await on.ask("POST", "/v1/files", **A_FILE)
         job = JobRecord(id="followed", caller="ann", state=State.QUEUED)
         await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
         await on.ask("GET", "/v1/jobs/{job_id}/events", f"/v1/jobs/{job.id}/events")
@@ -292,6 +312,8 @@ NEED_A_POLICY = [
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
 ]  # fmt: skip
 NEED_REDIS = [
+    ("GET", "/v1/files", ""), *((method, "/v1/files/{file_id}" + end, "/v1/files/file-x" + end) for method, end in (
+        ("GET", ""), ("GET", "/content"), ("DELETE", ""))),
     ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
@@ -329,6 +351,9 @@ async def answered(on: Stage) -> None:
     last = re.findall(r"^id: (\S+)$", followed.text, re.MULTILINE)[-1]
     for seen in (last, "the last"):
         await on.ask("GET", "/v1/jobs/{job_id}/events", at + "/events", headers={"last-event-id": seen})
+    made = await on.ask("POST", "/v1/files", **A_FILE)
+    for method, end in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+        await on.ask(method, "/v1/files/{file_id}" + end, f"/v1/files/{made.json()['id']}{end}")
     await on.ask("GET", "/v1/models/{name}", "/v1/models/plain")
     await on.ask("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/pin")
     for verb in ("drain", "undrain"):
@@ -361,6 +386,7 @@ async def test_every_described_answer_is_real(
         book = on.book
         for method, path, at in NEED_A_POLICY:
             await on.ask(method, path, at)
+        await on.ask("POST", "/v1/files", **A_FILE)
         for path, body in ((COUNT, ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):
             await on.post(path, body)
 
@@ -389,6 +415,7 @@ async def test_every_described_answer_is_real(
         own_server.kill()
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
         await on.post("/v1/keys", {"name": "guest"})
+        await on.ask("POST", "/v1/files", **A_FILE)
         await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
 
         async def out_of_date() -> bool:

@@ -24,6 +24,9 @@ MADE = {
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<digest>"),
     "retries": (("laptop-3", "tab:7"), "retries:<caller>:<digest>"),
     "count": (("01J9ZK",), "count:<id>"),
+    "file": (("file-01J9ZK",), "file:<id>"),
+    "parts": (("file-01J9ZK",), "file:<id>:parts"),
+    "files": (("laptop-3",), "files:<caller>"),
     "usage": (("2026-10-30",), "usage:<day>"),
     "waits": (("laptop-3",), "waits:<caller>"),
     "runs": (("laptop-3",), "runs:<caller>"),
@@ -103,4 +106,6 @@ def test_the_printed_table_has_a_line_per_row() -> None:
 
 def test_what_is_not_persistent_says_when_it_goes() -> None:
     assert all(family.lifetime and family.holds for family in TABLE)
-    assert not any(f.persistent for f in TABLE if f.pattern.startswith(("job", "readers", "idem", "due", "host:")))
+    assert not any(
+        f.persistent for f in TABLE if f.pattern.startswith(("job", "readers", "idem", "due", "host:", "file"))
+    )

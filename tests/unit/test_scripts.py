@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lupa import lua51
 
-from broker import errors, hosts, jobs, lanes, operator, scripts, wake
+from broker import errors, files, hosts, jobs, lanes, operator, scripts, wake
 from broker.callers import EVERYTHING
 from broker.keybook import KeyBook
 from broker.lifecycle import LIVE, Event, as_lua, next_state
@@ -22,6 +22,7 @@ from tests.support.invariants import take, take_by_script
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
+    "file_append": ("ARGV",),
 }  # fmt: skip
 
 
@@ -168,6 +169,11 @@ async def call_everything(world: World) -> None:
     refusals = Refusals(store, world.book)
     refusals.note(errors.BadRequest("no"), caller="", job=None)
     await refusals.write()
+    for _ in range(2):
+        upload = files.Upload(store, world.book.active, "ann")
+        await upload.write(b"1\n2\n")
+        sent = await upload.finish("in.jsonl")
+    await files.drop(store, sent.id, caller="ann")
 
 
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself
@@ -178,6 +184,7 @@ ROWS = {
     "downgrades": "downgrades:<model>", "sticky": "sticky:<model>",
     "retries": "retries:<caller>:<digest>",
     "learned": "learned:<model>:<host>",
+    "file": "file:<id>", "parts": "file:<id>:parts", "files": "files:<caller>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 
@@ -214,7 +221,7 @@ async def test_the_picture_of_a_fake_server_is_what_its_script_would_tell() -> N
         await call_everything(world)
         await world.claim(await world.submit("side"))
         read, told = await take(world.store), await take_by_script(world.store)
-        assert {key.type for key in read.keys.values()} == {"hash", "string", "zset", "stream"}
+        assert {key.type for key in read.keys.values()} == {"hash", "list", "string", "zset", "stream"}
         assert any(stream.groups and stream.groups[0][1] for stream in read.lanes.values())
         assert read.keys == told.keys and read == told
 
