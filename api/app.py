@@ -32,6 +32,7 @@ from api.openapi import Document
 from api.routes import (
     anthropic,
     audit,
+    batches,
     chat,
     completions,
     embeddings,
@@ -90,6 +91,7 @@ REST = (
     models.router,
     jobs.router,
     files.router,
+    batches.router,
     ollama.router,
     health.router,
     usage.router,

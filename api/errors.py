@@ -68,6 +68,8 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.NoSuchFile: Row(404, INVALID),
     errors.FilesFull: Row(413, INVALID),
     errors.FileInUse: Row(409, INVALID),
+    errors.NoSuchBatch: Row(404, INVALID),
+    errors.BatchLimit: Row(429, _LIMIT, 30),
     errors.IdempotencyMismatch: Row(422, INVALID),
     errors.PolicyInvalid: Row(422, INVALID),
     errors.ColdStartDeadline: Row(503, BUSY, 5),

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from api.routes.batches import NewBatch
 from api.routes.keys import NewCaller, Rotation
 from broker.callers import Key, Keyring, Rights
 from broker.dialects.json_schema import (
@@ -28,7 +29,7 @@ from broker.usage_report import BY, Used
 
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
-    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_FILES}
+    return {**_status(), "Job": _job(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_FILES, **_batches()}
 
 
 def _status() -> dict[str, Schema]:
@@ -64,6 +65,38 @@ def _keys() -> dict[str, Schema]:
         "Callers": thing({"object": one_of("list"), "data": list_of(thing(caller, {"from": one_of("GATEWAY_KEYS")}))}),
         "NewKey": thing(new, words="It cannot be shown again."),
         "Revoked": thing({"name": text(), "revoked": list_of(text(), "Ids of the keys.")}),
+    }
+
+
+def _batches() -> dict[str, Schema]:
+    new = _asked(NewBatch)
+    parts = new.pop("$defs", {})
+    batch = {
+        "id": text(),
+        "object": one_of("batch"),
+        "endpoint": text(),
+        "errors": maybe(ref("BatchErrors")),
+        "input_file_id": text(),
+        "completion_window": text(),
+        "status": one_of(
+            "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+        ),
+        "output_file_id": maybe(text("Of the answers, once there is one.")),
+        "error_file_id": maybe(text("Of the requests without an answer, once there is one.")),
+        "created_at": whole("In seconds."),
+        "expires_at": whole("What has no answer then is left without."),
+        "request_counts": thing({"total": whole(), "completed": whole(), "failed": whole()}),
+        "metadata": maybe({"type": "object", "additionalProperties": text()}),
+    }
+    instants = "in_progress finalizing completed failed expired cancelling cancelled".split()
+    batch |= {f"{name}_at": maybe(whole()) for name in instants}
+    wrong = thing({"code": text(), "message": text(), "line": maybe(whole("Of the input file, from 1."))})
+    return {
+        **parts,
+        "NewBatch": new,
+        "Batch": thing(batch),
+        "Batches": thing({"object": one_of("list"), "data": list_of(ref("Batch")), **_PAGE}),
+        "BatchErrors": thing({"object": one_of("list"), "data": list_of(wrong)}, words="Why all of it failed."),
     }
 
 

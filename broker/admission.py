@@ -44,6 +44,7 @@ async def admit(
     may_retry: bool = False,
     is_retry: bool = False,
     promote_within_ms: int | None = None,
+    give_up_within_ms: int | None = None,
     rights: Rights = EVERYTHING,
 ) -> Admitted:
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
@@ -51,7 +52,8 @@ async def admit(
     `job.asked` is what the client wrote. `may_retry`: its SDK may send the request again; `is_retry`: it does so now.
     `rights` limit how much its caller may have, and whether its requests may leave at all. A lane that is full, or that
     has given the caller its share, spills to its fallback; a lane that no live host can serve, whose model cannot hold
-    the prompt, or that leads out where the job may not leave is passed over.
+    the prompt, or that leads out where the job may not leave is passed over. `give_up_within_ms`: instead of its lane's
+    `maxWaitMs`.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
         found = await lanes.find_by_key(
@@ -77,6 +79,7 @@ async def admit(
                 key=idempotency_key,
                 may_retry=may_retry,
                 promote_within_ms=promote_within_ms,
+                give_up_within_ms=give_up_within_ms,
                 rights=rights,
             )
         except errors.StalePolicy:
@@ -99,6 +102,7 @@ async def _admit(
     key: str,
     may_retry: bool,
     promote_within_ms: int | None,
+    give_up_within_ms: int | None,
     rights: Rights,
 ) -> Admitted:
     asked = active.policy.route(
@@ -133,6 +137,7 @@ async def _admit(
                     max_waiting=rights.max_waiting,
                     tokens_per_day=rights.tokens_per_day,
                     promote_within_ms=promote_within_ms,
+                    give_up_within_ms=give_up_within_ms,
                 )
                 return Admitted(found.job_id, found.lane, found.attached)
             except errors.LaneFull as full:

@@ -27,6 +27,8 @@ BrokerError
 │   ├── NoSuchFile              file_not_found
 │   ├── FilesFull               files_full                the caller's files hold as much as they may
 │   ├── FileInUse               file_in_use               a batch reads it
+│   ├── NoSuchBatch             batch_not_found
+│   ├── BatchLimit              batch_limit               the caller has as many batches as are kept
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   └── PolicyInvalid           policy_invalid            problems
 ├── JobEnded                    it was accepted and ended, but not well
@@ -287,6 +289,21 @@ class FileInUse(Refused):
     """A batch that has not ended reads or writes the file."""
 
     code = "file_in_use"
+
+
+class NoSuchBatch(Refused):
+    """No such batch; it may have been forgotten."""
+
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"no batch {batch_id!r}: there never was one, or its time is over")
+
+
+class BatchLimit(Refused):
+    """As many of the caller's batches are kept as may be."""
+
+    code = "batch_limit"
 
 
 class IdempotencyMismatch(Refused):

@@ -161,3 +161,27 @@ async def parts_of(store: Store, record: FileRecord, *, first: int = 0) -> Async
             raise errors.NoSuchFile(record.id)
         yield b"".join(found)
         first = last + 1
+
+
+async def lines_of(
+    store: Store, record: FileRecord, at: Place, *, bytes_max: int
+) -> AsyncIterator[tuple[bytes, Place, Place]]:
+    """Reads the lines from a place on: each, where it begins, and where the next one does. Of a line that is longer
+    than `bytes_max` it gives one byte more than that. Raises NoSuchFile."""
+    held, begins, part, offset = bytearray(), at, at.part, at.offset
+    while part < record.parts:
+        data = await store.command("LINDEX", store.keys.parts(record.id), part)
+        if data is None:
+            raise errors.NoSuchFile(record.id)
+        while (end := data.find(b"\n", offset)) >= 0:
+            held += data[offset : min(end, offset + bytes_max + 1)]
+            offset = end + 1
+            after = Place(part, offset)
+            yield bytes(held[: bytes_max + 1]), begins, after
+            held.clear()
+            begins = after
+        held += data[offset:]
+        del held[bytes_max + 1 :]
+        part, offset = part + 1, 0
+    if held:
+        yield bytes(held), begins, Place(part)

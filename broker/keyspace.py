@@ -128,6 +128,29 @@ TABLE: tuple[Family, ...] = (
         False,
         "id of each of the caller's files -> `<bytes> <until>`",
     ),
+    Family("batch:<id>", "hash", "`fileDays` after its end, or its window's", False, "the batch record"),
+    Family(
+        "batch:<id>:window",
+        "hash",
+        "the batch's end",
+        False,
+        "number of a line that is being worked off -> where it begins, its custom_id",
+    ),
+    Family(
+        "batch:<id>:names",
+        "zset",
+        "the batch's end",
+        False,
+        "digest of a custom_id that was read -> number of its line",
+    ),
+    Family("batches", "zset", "a member lives until its batch ends", True, "batch that has not ended -> since when"),
+    Family(
+        "batches:<caller>",
+        "zset",
+        "as the last of its batches",
+        False,
+        "the caller's batches -> until when each is kept",
+    ),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on"),
     Family(
@@ -164,6 +187,7 @@ class Keyspace:
         self.dead = self._prefix + "dead"
         self.audit = self._prefix + "audit"
         self.policy = self._prefix + "policy"
+        self.batches = self._prefix + "batches"
         self.no_idem = self.idem("-", "-")
         """What stands in a script's keys where a request has no Idempotency-Key."""
 
@@ -278,6 +302,22 @@ class Keyspace:
     def files(self, caller: str) -> str:
         """Hash of a caller's files: what each holds, and until when."""
         return f"{self._prefix}files:{caller}"
+
+    def batch(self, batch_id: str) -> str:
+        """Hash of a batch."""
+        return f"{self._prefix}batch:{batch_id}"
+
+    def window(self, batch_id: str) -> str:
+        """Hash of the lines of a batch that are being worked off."""
+        return f"{self._prefix}batch:{batch_id}:window"
+
+    def names(self, batch_id: str) -> str:
+        """Zset of the custom_ids of a batch that were read, as digests."""
+        return f"{self._prefix}batch:{batch_id}:names"
+
+    def batches_of(self, caller: str) -> str:
+        """Zset of a caller's batches."""
+        return f"{self._prefix}batches:{caller}"
 
     def usage(self, day: str) -> str:
         """Hash of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""

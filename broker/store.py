@@ -298,6 +298,14 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
 }
 
 
+_IN_SENTENCES: dict[str, type[errors.BrokerError]] = {
+    "FILESFULL": errors.FilesFull,
+    "FILEINUSE": errors.FileInUse,
+    "BATCHLIMIT": errors.BatchLimit,
+}
+"""Whose words are the script's, in full."""
+
+
 def refusal(verb: str, text: str) -> errors.BrokerError:
     """Reads a script's refusal: its first word names the error, the rest is for people."""
     word, _, rest = text.partition(" ")
@@ -311,10 +319,12 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
         return errors.CallerLimit(rest)
     if word == "QUOTA":
         return errors.QuotaUsed(retry_after_s=math.ceil(int(rest) / 1000))
-    if word in ("FILESFULL", "FILEINUSE"):  # in whole sentences
-        return errors.FilesFull(rest) if word == "FILESFULL" else errors.FileInUse(rest)
+    if word in _IN_SENTENCES:
+        return _IN_SENTENCES[word](rest)
     if word == "NOFILE":
         return errors.NoSuchFile(rest.rpartition(":")[2])
+    if word == "NOBATCH":
+        return errors.NoSuchBatch(rest.rpartition(":")[2])
     if word == "NOJOB":
         return errors.NoSuchJob(rest.rpartition(":")[2])
     if word in ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "UNBLOCKED", "NOGROUP", "OOM", "MISCONF"):

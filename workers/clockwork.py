@@ -14,6 +14,7 @@ from arq.worker import Worker
 from broker.policies import PolicyBook
 from broker.store import Store
 from workers import chores
+from workers.batches import Expander
 
 log = logging.getLogger("warmlane.clockwork")
 
@@ -25,6 +26,7 @@ RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_MAX_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 CANCEL_AGAIN_S = 0.5
+EVERY_SECOND = set(range(60))
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
 
 
@@ -32,11 +34,12 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
     """Runs arq's worker until cancelled; a crash of it is logged and it starts again after a pause."""
     if not store.url:
         return
+    expander = Expander(store, book)
     pause_s = RESTART_PAUSE_S
     while True:
         # a pool of our own: whatever arq dies of, and wherever it is cancelled, its connections can be closed
         pool = _pool(store)
-        worker = _worker(store, book, pool)
+        worker = _worker(store, book, pool, expander)
         started = asyncio.get_running_loop().time()
         try:
             await _run(worker)
@@ -59,6 +62,10 @@ async def _forget(context: dict[str, Any]) -> None:
     await chores.forget(context["store"], context["book"])
 
 
+async def _advance(context: dict[str, Any]) -> None:
+    await context["expander"].round()
+
+
 def _as_json(value: Any) -> bytes:
     return json.dumps(value, default=str).encode()
 
@@ -69,7 +76,7 @@ def _pool(store: Store) -> ArqRedis:
     return ArqRedis(connections, job_serializer=_as_json, job_deserializer=json.loads)
 
 
-def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
+def _worker(store: Store, book: PolicyBook, pool: ArqRedis, expander: Expander) -> Worker:
     name = store.keys.namespace  # arq's own keys know no namespace: without it, gateways that share a Redis take turns
     return Worker(
         functions=[],
@@ -91,6 +98,14 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
                 keep_result=0,
                 unique=True,
             ),
+            cron(
+                cast(Any, _advance),
+                name=f"{name}:batches",
+                second=EVERY_SECOND,
+                timeout=JOB_TIMEOUT_S,
+                keep_result=0,
+                unique=True,
+            ),
         ],
         redis_pool=pool,
         queue_name=f"arq:{name}",  # beside its other keys, and not among ours: no row of our key table describes it
@@ -102,7 +117,7 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis) -> Worker:
         max_jobs=4,
         job_serializer=_as_json,
         job_deserializer=json.loads,
-        ctx={"store": store, "book": book},
+        ctx={"store": store, "book": book, "expander": expander},
     )
 
 

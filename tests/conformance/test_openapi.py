@@ -70,6 +70,7 @@ def narrowed() -> Any:
         "model": NAMES,
         "job_id": [A_JOB, "nobody"],
         "file_id": ["file-nobody", "nobody"],
+        "batch_id": ["batch_nobody", "nobody"],
         "name": ["pretend", "fast-edit", "nobody"],
         "host": ["nobody"],  # a drained one would serve nobody
         "X-Gateway-Lane": ["fast-edit", "nowhere"],

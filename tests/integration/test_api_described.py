@@ -254,6 +254,28 @@ async def refused_rest(on: Stage) -> None:
     await on.unfinished(COUNT)
     await on.ask("POST", "/api/show", content=b" " * 70_000)
     await refused_files(on)
+    await refused_batches(on)
+
+
+async def refused_batches(on: Stage) -> None:
+    """Provokes what batches are refused with."""
+    for method, end in (("GET", ""), ("POST", "/cancel")):
+        await on.ask(method, "/v1/batches/{batch_id}" + end, "/v1/batches/batch_nobody" + end)
+    await on.ask("GET", "/v1/batches", "/v1/batches?limit=0")
+    await on.ask("POST", "/v1/batches", content=b" " * 70_000)
+    store, made = on.api.gateway.store, await on.ask("POST", "/v1/files", **A_FILE)
+    asked = a_batch(made.json()["id"])
+    await on.post("/v1/batches", {})
+    await on.post("/v1/batches", a_batch("file-nobody"))
+    await on.post("/v1/batches", asked, x_gateway_lane="nowhere")
+    await on.ask("POST", "/v1/batches", json=asked, headers={**on.keys["fenced"], "x-gateway-lane": "far"})
+    until = await store.now_ms() + 600_000
+    await store.command("ZADD", store.keys.batches_of("ann"), *(x for n in range(1_000) for x in (until, f"b{n}")))
+    await on.post("/v1/batches", asked)
+
+
+def a_batch(file_id: str) -> dict[str, Any]:
+    return {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
 
 
 async def refused_files(on: Stage) -> None:
@@ -312,6 +334,8 @@ NEED_A_POLICY = [
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
 ]  # fmt: skip
 NEED_REDIS = [
+    ("GET", "/v1/batches", ""), ("GET", "/v1/batches/{batch_id}", "/v1/batches/batch_x"),
+    ("POST", "/v1/batches/{batch_id}/cancel", "/v1/batches/batch_x/cancel"),
     ("GET", "/v1/files", ""), *((method, "/v1/files/{file_id}" + end, "/v1/files/file-x" + end) for method, end in (
         ("GET", ""), ("GET", "/content"), ("DELETE", ""))),
     ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
@@ -352,6 +376,10 @@ async def answered(on: Stage) -> None:
     for seen in (last, "the last"):
         await on.ask("GET", "/v1/jobs/{job_id}/events", at + "/events", headers={"last-event-id": seen})
     made = await on.ask("POST", "/v1/files", **A_FILE)
+    batch = await on.post("/v1/batches", a_batch(made.json()["id"]))
+    for method, end in (("GET", ""), ("POST", "/cancel")):
+        await on.ask(method, "/v1/batches/{batch_id}" + end, f"/v1/batches/{batch.json()['id']}{end}")
+    made = await on.ask("POST", "/v1/files", **A_FILE)
     for method, end in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
         await on.ask(method, "/v1/files/{file_id}" + end, f"/v1/files/{made.json()['id']}{end}")
     await on.ask("GET", "/v1/models/{name}", "/v1/models/plain")
@@ -387,6 +415,7 @@ async def test_every_described_answer_is_real(
         for method, path, at in NEED_A_POLICY:
             await on.ask(method, path, at)
         await on.ask("POST", "/v1/files", **A_FILE)
+        await on.post("/v1/batches", a_batch("file-nobody"))
         for path, body in ((COUNT, ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):
             await on.post(path, body)
 
@@ -416,6 +445,7 @@ async def test_every_described_answer_is_real(
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
         await on.post("/v1/keys", {"name": "guest"})
         await on.ask("POST", "/v1/files", **A_FILE)
+        await on.post("/v1/batches", a_batch("file-nobody"))
         await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
 
         async def out_of_date() -> bool:

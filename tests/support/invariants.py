@@ -488,6 +488,10 @@ _MUST_EXPIRE = (
     "file:<id>",
     "file:<id>:parts",
     "files:<caller>",
+    "batch:<id>",
+    "batch:<id>:window",
+    "batch:<id>:names",
+    "batches:<caller>",
 )
 
 

@@ -27,6 +27,10 @@ MADE = {
     "file": (("file-01J9ZK",), "file:<id>"),
     "parts": (("file-01J9ZK",), "file:<id>:parts"),
     "files": (("laptop-3",), "files:<caller>"),
+    "batch": (("batch_01J9ZK",), "batch:<id>"),
+    "window": (("batch_01J9ZK",), "batch:<id>:window"),
+    "names": (("batch_01J9ZK",), "batch:<id>:names"),
+    "batches_of": (("laptop-3",), "batches:<caller>"),
     "usage": (("2026-10-30",), "usage:<day>"),
     "waits": (("laptop-3",), "waits:<caller>"),
     "runs": (("laptop-3",), "runs:<caller>"),
@@ -36,7 +40,7 @@ MADE = {
     "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
-FIXED = ("due", "hosts", "audit", "dead", "callers", "policy")
+FIXED = ("batches", "due", "hosts", "audit", "dead", "callers", "policy")
 OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
 
 
@@ -107,5 +111,7 @@ def test_the_printed_table_has_a_line_per_row() -> None:
 def test_what_is_not_persistent_says_when_it_goes() -> None:
     assert all(family.lifetime and family.holds for family in TABLE)
     assert not any(
-        f.persistent for f in TABLE if f.pattern.startswith(("job", "readers", "idem", "due", "host:", "file"))
+        f.persistent
+        for f in TABLE
+        if f.pattern.startswith(("job", "readers", "idem", "due", "host:", "file", "batch:"))
     )

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 from lupa import lua51
 
-from broker import errors, files, hosts, jobs, lanes, operator, scripts, wake
+from broker import batches, errors, files, hosts, jobs, lanes, operator, scripts, wake
+from broker.batch_lines import Line
+from broker.batches import Taken
 from broker.callers import EVERYTHING
+from broker.files import Place
 from broker.keybook import KeyBook
 from broker.lifecycle import LIVE, Event, as_lua, next_state
-from broker.records import HostRecord, Learned, ModelOnHost
+from broker.records import BatchRecord, HostRecord, Learned, ModelOnHost
 from broker.refusals import Refusals
 from broker.store import Store, refusal
 from broker.trust import door
@@ -22,7 +25,7 @@ from tests.support.invariants import take, take_by_script
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
-    "file_append": ("ARGV",),
+    "file_append": ("ARGV",), "batch_open": ("ARGV",), "batch_take": ("ARGV",),
 }  # fmt: skip
 
 
@@ -173,6 +176,12 @@ async def call_everything(world: World) -> None:
         upload = files.Upload(store, world.book.active, "ann")
         await upload.write(b"1\n2\n")
         sent = await upload.finish("in.jsonl")
+    asked = BatchRecord(id="", caller="ann", input_file_id=sent.id, keep_ms=1_000)
+    batch = await batches.open_batch(store, asked, within_ms=60_000)
+    await batches.take(store, batch, [Taken(Line(1, "a"), Place())], taken=1, place=Place(1), read_all=True)
+    await batches.note_line(store, batch, 1, which="output", text=b"{}")
+    await batches.end(store, batch, "completed")
+    await batches.stop(store, batch.id, "cancelled")
     await files.drop(store, sent.id, caller="ann")
 
 
@@ -185,6 +194,9 @@ ROWS = {
     "retries": "retries:<caller>:<digest>",
     "learned": "learned:<model>:<host>",
     "file": "file:<id>", "parts": "file:<id>:parts", "files": "files:<caller>",
+    "output": "file:<id>", "output_parts": "file:<id>:parts", "error": "file:<id>", "error_parts": "file:<id>:parts",
+    "batch": "batch:<id>", "window": "batch:<id>:window", "names": "batch:<id>:names",
+    "batches_of": "batches:<caller>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 
