@@ -12,6 +12,8 @@ from broker.dialects.json_schema import Schema, one_of, ref, some, text, whole
 
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
+FORM: Final = "multipart/form-data"
+OCTETS: Final = "application/octet-stream"
 
 UNSEEN: Final[Schema] = {}
 """What the pieces of a stream are, OpenAPI 3.1 has no words for: the answer's description tells it."""
@@ -38,6 +40,7 @@ class Described:
     words: str = ""
     body: str = ""
     """The named schema of the request's body, "" where it has none."""
+    body_type: str = JSON
     bodyless: bool = False
     """The request may come without that body."""
     fails: Kinds = ()

@@ -4,7 +4,7 @@ At most one task beside the request's own watches for the client to hang up. Not
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from api.asgi import Receive, Scope, Send
 from api.errors import Wrong, dialect_of
@@ -90,6 +90,16 @@ class Exchange:
             return body
         return await self._read_parts(message, house)
 
+    async def parts(self) -> AsyncIterator[bytes]:
+        """Gives a body as it comes; raises ClientGone where it breaks off."""
+        while True:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            yield message.get("body", b"")
+            if not message.get("more_body"):
+                return
+
     def watch(self) -> None:
         """Begins to watch for the client to hang up; from here on nobody else may read."""
         self._watcher = self._loop.create_task(self._watch(), name="watch for a hang-up")
@@ -157,10 +167,11 @@ class Exchange:
         await self.start(status, [*headers, (b"content-length", str(len(body)).encode())])
         await self.write(body, last=True)
 
-    async def refuse(self, wrong: Wrong, headers: Headers = ()) -> None:
-        """Tells what went wrong in the way that is still open: a status, an event in the stream, a cut connection."""
+    async def refuse(self, wrong: Wrong, headers: Headers = (), *, unread: bool = False) -> None:
+        """Tells what went wrong in the way that is still open: a status, an event in the stream, a cut connection.
+        `unread`: there may be more of the request's body."""
         if not self.started:
-            if wrong.code in _BODY_UNREAD:
+            if unread or wrong.code in _BODY_UNREAD:
                 await self._refuse_body(wrong)
             else:
                 await self.answer(self.dialect.status(wrong), [*wrong.headers(), *headers], self.dialect.body(wrong))

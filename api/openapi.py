@@ -38,6 +38,7 @@ _TAGS = {
     "openai": "OpenAI's dialect.",
     "anthropic": "Anthropic's dialect.",
     "ollama": "Ollama's dialect.",
+    "batches": "Files of requests, and the batches that work them off.",
     "jobs": "Every generation is a job: look at it, follow it, cancel it.",
     "operator": "What an operator asks of models and hosts.",
     "keys": "Callers and their keys, for administrators.",
@@ -132,7 +133,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if parameters:
         said["parameters"] = parameters
     if what.body:
-        said["requestBody"] = {"required": not what.bodyless, "content": {JSON: {"schema": ref(what.body)}}}
+        said["requestBody"] = {"required": not what.bodyless, "content": {what.body_type: {"schema": ref(what.body)}}}
     if what.keyless:
         said["security"] = []
     return said

@@ -11,6 +11,7 @@ from api.async_jobs import (
     METADATA_TEXT_CHARACTERS_MAX,
 )
 from api.durations import LENGTH_PATTERN
+from api.routes.batches import NewBatch
 from api.routes.keys import NewCaller, Rotation
 from api.routes.webhooks import NewSecret
 from broker import requests
@@ -22,6 +23,7 @@ from broker.dialects.json_schema import (
     flag,
     list_of,
     maybe,
+    nothing,
     number,
     one_of,
     ref,
@@ -42,6 +44,7 @@ def schemas() -> dict[str, Schema]:
     """Gives them by name."""
     return {
         **_status(), "Job": _job(), **_new_jobs(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_webhooks(),
+        **_FILES, **_batches(),
     }  # fmt: skip
 
 
@@ -117,6 +120,38 @@ def _keys() -> dict[str, Schema]:
     }
 
 
+def _batches() -> dict[str, Schema]:
+    new = _asked(NewBatch)
+    parts = new.pop("$defs", {})
+    batch = {
+        "id": text(),
+        "object": one_of("batch"),
+        "endpoint": text(),
+        "errors": maybe(ref("BatchErrors")),
+        "input_file_id": text(),
+        "completion_window": text(),
+        "status": one_of(
+            "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+        ),
+        "output_file_id": maybe(text("Of the answers, once there is one.")),
+        "error_file_id": maybe(text("Of the requests without an answer, once there is one.")),
+        "created_at": whole("In seconds."),
+        "expires_at": whole("What has no answer then is left without."),
+        "request_counts": thing({"total": whole(), "completed": whole(), "failed": whole()}),
+        "metadata": maybe({"type": "object", "additionalProperties": text()}),
+    }
+    instants = "in_progress finalizing completed failed expired cancelling cancelled".split()
+    batch |= {f"{name}_at": maybe(whole()) for name in instants}
+    wrong = thing({"code": text(), "message": text(), "line": maybe(whole("Of the input file, from 1."))})
+    return {
+        **parts,
+        "NewBatch": new,
+        "Batch": thing(batch),
+        "Batches": thing({"object": one_of("list"), "data": list_of(ref("Batch")), **_PAGE}),
+        "BatchErrors": thing({"object": one_of("list"), "data": list_of(wrong)}, words="Why all of it failed."),
+    }
+
+
 def _asked(kind: Any) -> Schema:
     schema: Schema = TypeAdapter(kind).json_schema(ref_template=REFS + "{model}")
     return schema
@@ -181,6 +216,33 @@ def _read_off(kind: Any) -> tuple[Schema, dict[str, Schema]]:
     return schema, schema.pop("$defs", {})
 
 
+_PAGE: Schema = {"has_more": flag(), "first_id": maybe(text()), "last_id": maybe(text())}
+_FILES: dict[str, Schema] = {
+    "NewFile": thing(
+        {"file": text("JSONL: each line is one request.", format="binary"), "purpose": one_of("batch")},
+        {
+            "expires_after[anchor]": one_of("created_at"),
+            "expires_after[seconds]": whole(
+                "Kept this long, where that is less than `fileDays`.", least=3_600, most=2_592_000
+            ),
+        },
+    ),
+    "File": thing(
+        {
+            "id": text(),
+            "object": one_of("file"),
+            "bytes": whole(),
+            "created_at": whole("In seconds, as all of OpenAI's instants."),
+            "expires_at": whole(),
+            "filename": text(),
+            "purpose": one_of("batch", "batch_output"),
+            "status": one_of("processed"),
+            "status_details": nothing(),
+        }
+    ),
+    "Files": thing({"object": one_of("list"), "data": list_of(ref("File")), **_PAGE}),
+    "FileDeleted": thing({"id": text(), "object": one_of("file"), "deleted": one_of(True)}),
+}
 _HEALTH: dict[str, Schema] = {
     "Health": thing(
         {

@@ -2,17 +2,16 @@
 that a client without a stream gets. One voice for each dialect; the words of errors are in `errors`.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from api.errors import Wrong
+from broker import whole
 from broker.dialects import anthropic, ollama, ollama_fold, openai, openai_completions, responses
 from broker.dialects.anthropic_fold import fold_messages
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_embeddings import PATH as EMBEDDINGS
-from broker.dialects.responses_stream import fold_responses
 from broker.dialects.responses_voice import ResponsesVoice
 from broker.records import JobRecord
 
@@ -35,7 +34,7 @@ class Voice(Protocol):
     def heartbeat(self, note: str) -> bytes:
         """Says "still waiting" in a stream."""
 
-    def fold(self, whole: list[bytes]) -> bytes:
+    def fold(self, parts: list[bytes]) -> bytes:
         """Makes the one object of a stream; raises ValueError where it is none."""
 
 
@@ -48,23 +47,22 @@ class ChatVoice:
     def heartbeat(self, note: str) -> bytes:
         return openai.heartbeat(note)
 
-    def fold(self, whole: list[bytes]) -> bytes:
-        return json.dumps(openai.fold_chat(whole), separators=(",", ":"), ensure_ascii=False).encode()
+    def fold(self, parts: list[bytes]) -> bytes:
+        return whole.chat(parts)
 
 
 class CompletionVoice(ChatVoice):
     """OpenAI's older completions."""
 
-    def fold(self, whole: list[bytes]) -> bytes:
-        answer = openai_completions.fold_completion(b"".join(whole))
-        return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
+    def fold(self, parts: list[bytes]) -> bytes:
+        return whole.completion(parts)
 
 
 class VectorVoice(ChatVoice):
     """Vectors in any dialect: they are one object already."""
 
-    def fold(self, whole: list[bytes]) -> bytes:
-        return b"".join(whole)
+    def fold(self, parts: list[bytes]) -> bytes:
+        return whole.vectors(parts)
 
 
 class AnthropicVoice:
@@ -76,8 +74,8 @@ class AnthropicVoice:
     def heartbeat(self, note: str) -> bytes:
         return anthropic.heartbeat(note)
 
-    def fold(self, whole: list[bytes]) -> bytes:
-        return fold_messages(b"".join(whole))
+    def fold(self, parts: list[bytes]) -> bytes:
+        return fold_messages(b"".join(parts))
 
 
 class OllamaVoice:
@@ -93,8 +91,8 @@ class OllamaVoice:
     def heartbeat(self, note: str) -> bytes:
         return ollama.heartbeat(self._shape, self._model, note, now_ns=time.time_ns())
 
-    def fold(self, whole: list[bytes]) -> bytes:
-        return ollama_fold.fold(whole)
+    def fold(self, parts: list[bytes]) -> bytes:
+        return ollama_fold.fold(parts)
 
 
 class CountedVoice:
@@ -121,8 +119,8 @@ class CountedVoice:
         """Says in the stream what went wrong."""
         return self._voice.failed(wrong.code, wrong.message, status=wrong.status, retry_after_s=wrong.retry_after_s)
 
-    def fold(self, whole: list[bytes]) -> bytes:
-        return json.dumps(fold_responses(b"".join(whole)), separators=(",", ":"), ensure_ascii=False).encode()
+    def fold(self, parts: list[bytes]) -> bytes:
+        return whole.response(parts)
 
 
 def voice_of(job: JobRecord, body: bytes = b"") -> Voice:

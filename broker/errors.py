@@ -28,6 +28,11 @@ BrokerError
 │   ├── BegunAgain              begun_again               the part of the answer that it goes on from is void
 │   ├── NoSuchDelivery          delivery_not_found
 │   ├── AddressRefused          address_refused           a webhook would go where the policy lets none go
+│   ├── NoSuchFile              file_not_found
+│   ├── FilesFull               files_full                the caller's files hold as much as they may
+│   ├── FileInUse               file_in_use               a batch reads it
+│   ├── NoSuchBatch             batch_not_found
+│   ├── BatchLimit              batch_limit               the caller has as many batches as are kept
 │   ├── IdempotencyMismatch     idempotency_mismatch
 │   ├── NotEnded                not_ended                 the job has no result yet
 │   ├── NotRetryable            not_retryable             the job lives or is done, or its request is not kept
@@ -312,6 +317,42 @@ class AddressRefused(Refused):
             f"webhooks do not go to {host[:NAME_SHOWN]}, which is {kind}; an administrator opens it with this line in "
             f"the policy: `webhooks: {{ allow: [{host[:NAME_SHOWN]!r}] }}`"
         )
+
+
+class NoSuchFile(Refused):
+    """No such file; it was deleted, or its time is over."""
+
+    code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"no file {file_id!r}: it was deleted, or its time is over")
+
+
+class FilesFull(Refused):
+    """The caller's files hold as much as they may."""
+
+    code = "files_full"
+
+
+class FileInUse(Refused):
+    """A batch that has not ended reads or writes the file."""
+
+    code = "file_in_use"
+
+
+class NoSuchBatch(Refused):
+    """No such batch; it may have been forgotten."""
+
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"no batch {batch_id!r}: there never was one, or its time is over")
+
+
+class BatchLimit(Refused):
+    """As many of the caller's batches are kept as may be."""
+
+    code = "batch_limit"
 
 
 class IdempotencyMismatch(Refused):

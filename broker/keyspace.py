@@ -20,7 +20,7 @@ class Family:
     """One row of the key table: a pattern with <names>, its Redis type, its lifetime, what it holds."""
 
     pattern: str
-    type: Literal["string", "hash", "stream", "zset", "channel"]
+    type: Literal["string", "hash", "list", "stream", "zset", "channel"]
     lifetime: str
     persistent: bool
     holds: str
@@ -129,6 +129,38 @@ TABLE: tuple[Family, ...] = (
         "tokens computed for the caller on the day: read anew, or made",
     ),
     Family("count:<id>", "string", "2 s, or until its worker has it", False, "a prompt whose tokens are to be counted"),
+    Family("file:<id>", "hash", "`fileDays`, a minute after the last part while it is sent", False, "a caller's file"),
+    Family("file:<id>:parts", "list", "as its file", False, "what the file holds, in order"),
+    Family(
+        "files:<caller>",
+        "hash",
+        "as the last of its files",
+        False,
+        "id of each of the caller's files -> `<bytes> <until>`",
+    ),
+    Family("batch:<id>", "hash", "`fileDays` after its end, or its window's", False, "the batch record"),
+    Family(
+        "batch:<id>:window",
+        "hash",
+        "the batch's end",
+        False,
+        "number of a line that is being worked off -> where it begins, its custom_id",
+    ),
+    Family(
+        "batch:<id>:names",
+        "zset",
+        "the batch's end",
+        False,
+        "digest of a custom_id that was read -> number of its line",
+    ),
+    Family("batches", "zset", "a member lives until its batch ends", True, "batch that has not ended -> since when"),
+    Family(
+        "batches:<caller>",
+        "zset",
+        "as the last of its batches",
+        False,
+        "the caller's batches -> until when each is kept",
+    ),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on: whose, which, in which lane, and why"),
     Family("outbox", "stream", "an entry goes when its delivery is made", True, "ended jobs that owe a webhook"),
@@ -209,6 +241,7 @@ class Keyspace:
         self.webhooks = self._prefix + "webhooks"
         self.webhook_counts = self._prefix + "webhook_counts"
         self.policy = self._prefix + "policy"
+        self.batches = self._prefix + "batches"
         self.no_idem = self.idem("-", "-")
         """What stands in a script's keys where a request has no Idempotency-Key."""
 
@@ -315,6 +348,34 @@ class Keyspace:
     def count(self, question_id: str) -> str:
         """String with a prompt whose tokens are to be counted."""
         return f"{self._prefix}count:{question_id}"
+
+    def file(self, file_id: str) -> str:
+        """Hash of a file."""
+        return f"{self._prefix}file:{file_id}"
+
+    def parts(self, file_id: str) -> str:
+        """List of what a file holds."""
+        return f"{self._prefix}file:{file_id}:parts"
+
+    def files(self, caller: str) -> str:
+        """Hash of a caller's files: what each holds, and until when."""
+        return f"{self._prefix}files:{caller}"
+
+    def batch(self, batch_id: str) -> str:
+        """Hash of a batch."""
+        return f"{self._prefix}batch:{batch_id}"
+
+    def window(self, batch_id: str) -> str:
+        """Hash of the lines of a batch that are being worked off."""
+        return f"{self._prefix}batch:{batch_id}:window"
+
+    def names(self, batch_id: str) -> str:
+        """Zset of the custom_ids of a batch that were read, as digests."""
+        return f"{self._prefix}batch:{batch_id}:names"
+
+    def batches_of(self, caller: str) -> str:
+        """Zset of a caller's batches."""
+        return f"{self._prefix}batches:{caller}"
 
     def usage(self, day: str) -> str:
         """Hash of who and what was counted on a day; `day` is YYYY-MM-DD in UTC."""

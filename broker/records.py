@@ -279,6 +279,70 @@ class HostRecord(_Hash):
     machine: str = ""  # which hardware the name stands for
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileRecord(_Hash):
+    """A caller's file. Instants are ms of Redis' clock; `parts` of its list are whole, what comes after them is not."""
+
+    _always = frozenset("caller purpose state bytes parts lines uses created_at expires_at".split())
+
+    id: str
+    caller: str = ""
+    purpose: str = "batch"  # batch | batch_output
+    state: str = "sent"  # sending | sent
+    filename: str = ""
+    bytes: int = 0
+    parts: int = 0
+    lines: int = 0  # those that are not blank
+    uses: int = 0  # batches that have not ended and read or write it
+    created_at: int = 0
+    expires_at: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecord(_Hash):
+    """Requests in a file, worked off line by line. Instants are ms of Redis' clock, 0 = has not come."""
+
+    _always = frozenset("caller state taken failed completed".split())
+    ENDED: ClassVar[frozenset[str]] = frozenset({"failed", "completed", "expired", "cancelled"})
+
+    id: str
+    caller: str = ""
+    named: bool = False  # its caller's rights stand in Redis, and are asked anew for each line
+    state: str = "validating"  # validating | in_progress | finalizing | cancelling, or one of ENDED
+    ending: str = ""  # expired | cancelled: no more lines are asked for, and it will end so
+    endpoint: str = ""
+    lane: str = ""  # what its requests ask for instead of their model, "" = their model
+    leave: str = ""  # true | false: what was said of remote models, "" = nothing
+    input_file_id: str = ""
+    output_file_id: str = ""  # once there is a line in it
+    error_file_id: str = ""
+    completion_window: str = ""
+    metadata: str = ""  # JSON
+    errors: str = ""  # JSON: why it failed, [{code, message, line}]
+    total: int = 0  # lines that are not blank
+    completed: int = 0
+    failed: int = 0
+    taken: int = 0  # lines that were read, blank ones included
+    part: int = 0  # where the next line begins: a part of the file …
+    offset: int = 0  # … and a byte of it
+    read_all: bool = False  # there is no next line
+    keep_ms: int = 0  # how long it and its files are kept after its end
+    created_at: int = 0
+    in_progress_at: int = 0
+    finalizing_at: int = 0
+    completed_at: int = 0
+    failed_at: int = 0
+    expires_at: int = 0
+    expired_at: int = 0
+    cancelling_at: int = 0
+    cancelled_at: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended."""
+        return self.state not in self.ENDED
+
+
 @dataclass(frozen=True)
 class Frame:
     """One numbered piece of a job's answer. A terminal frame's kind is the state that the job ended in."""

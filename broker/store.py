@@ -109,9 +109,11 @@ class Store:
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as e:
             raise errors.BrokerUnavailable(f"Redis does not answer: {e}") from None
 
-    async def run_through(self, verb: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Runs a verb and repeats it while Redis is away, at most OUTAGE_LIMIT_S. Every verb may be repeated."""
-        give_up = asyncio.get_running_loop().time() + OUTAGE_LIMIT_S
+    async def run_through(
+        self, verb: str, keys: Sequence[str], args: Sequence[Any], *, limit_s: float = OUTAGE_LIMIT_S
+    ) -> Any:
+        """Runs a verb and repeats it while Redis is away, at most `limit_s`. Every verb may be repeated."""
+        give_up = asyncio.get_running_loop().time() + limit_s
         while True:
             try:
                 return await self.run(verb, keys, args)
@@ -297,6 +299,14 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
 }
 
 
+_IN_SENTENCES: dict[str, type[errors.BrokerError]] = {
+    "FILESFULL": errors.FilesFull,
+    "FILEINUSE": errors.FileInUse,
+    "BATCHLIMIT": errors.BatchLimit,
+}
+"""Whose words are the script's, in full."""
+
+
 def refusal(verb: str, text: str) -> errors.BrokerError:
     """Reads a script's refusal: its first word names the error, the rest is for people."""
     word, _, rest = text.partition(" ")
@@ -312,6 +322,12 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
         return errors.QuotaUsed(retry_after_s=math.ceil(int(rest) / 1000))
     if word == "NODELIVERY":
         return errors.NoSuchDelivery(rest)
+    if word in _IN_SENTENCES:
+        return _IN_SENTENCES[word](rest)
+    if word == "NOFILE":
+        return errors.NoSuchFile(rest.rpartition(":")[2])
+    if word == "NOBATCH":
+        return errors.NoSuchBatch(rest.rpartition(":")[2])
     if word == "NOJOB":
         return errors.NoSuchJob(rest.rpartition(":")[2])
     if word in ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "UNBLOCKED", "NOGROUP", "OOM", "MISCONF"):

@@ -15,6 +15,7 @@ from arq.worker import Worker
 from broker.policies import PolicyBook
 from broker.store import Store
 from workers import chores
+from workers.batches import Expander
 from workers.courier import Courier
 from workers.post import Post
 
@@ -28,8 +29,8 @@ RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_MAX_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 CANCEL_AGAIN_S = 0.5
+EVERY_SECOND = set(range(60))
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
-DELIVER_SECONDS = set(range(60))
 MAX_JOBS = 20
 """Rounds of webhooks overlap while endpoints are slow; chores must find a place beside them."""
 
@@ -39,15 +40,16 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
     if not store.url:
         return
     async with Post() as post:
-        await _keep_running(store, book, Courier(store, book, post))
+        works = {"store": store, "book": book, "courier": Courier(store, book, post), "expander": Expander(store, book)}
+        await _keep_running(store, works)
 
 
-async def _keep_running(store: Store, book: PolicyBook, courier: Courier) -> None:
+async def _keep_running(store: Store, works: dict[str, Any]) -> None:
     pause_s = RESTART_PAUSE_S
     while True:
         # a pool of our own: whatever arq dies of, and wherever it is cancelled, its connections can be closed
         pool = _pool(store)
-        worker = _worker(store, book, pool, courier)
+        worker = _worker(store, pool, works)
         started = asyncio.get_running_loop().time()
         try:
             await _run(worker)
@@ -74,6 +76,10 @@ async def _deliver(context: dict[str, Any]) -> None:
     await context["courier"].round()
 
 
+async def _advance(context: dict[str, Any]) -> None:
+    await context["expander"].round()
+
+
 def _as_json(value: Any) -> bytes:
     return json.dumps(value, default=str).encode()
 
@@ -84,14 +90,15 @@ def _pool(store: Store) -> ArqRedis:
     return ArqRedis(connections, job_serializer=_as_json, job_deserializer=json.loads)
 
 
-def _worker(store: Store, book: PolicyBook, pool: ArqRedis, courier: Courier) -> Worker:
+def _worker(store: Store, pool: ArqRedis, works: dict[str, Any]) -> Worker:
     name = store.keys.namespace  # arq's own keys know no namespace: without it, gateways that share a Redis take turns
     return Worker(
         functions=[],
         cron_jobs=[
             _chore(f"{name}:sweep", _sweep, second=SWEEP_SECONDS),
             _chore(f"{name}:forget", _forget, minute={7}, second={30}),
-            _chore(f"{name}:deliver", _deliver, second=DELIVER_SECONDS),
+            _chore(f"{name}:deliver", _deliver, second=EVERY_SECOND),
+            _chore(f"{name}:batches", _advance, second=EVERY_SECOND),
         ],
         redis_pool=pool,
         queue_name=f"arq:{name}",  # beside its other keys, and not among ours: no row of our key table describes it
@@ -103,7 +110,7 @@ def _worker(store: Store, book: PolicyBook, pool: ArqRedis, courier: Courier) ->
         max_jobs=MAX_JOBS,
         job_serializer=_as_json,
         job_deserializer=json.loads,
-        ctx={"store": store, "book": book, "courier": courier},
+        ctx={**works},  # arq adds to it
     )
 
 

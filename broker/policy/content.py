@@ -328,3 +328,6 @@ class Content(Part):
     keep_ms: SomeMs = Field(600_000, description="How long an ended synchronous job can be read.")
     keep_async_ms: SomeMs = Field(86_400_000, description="How long an ended asynchronous job can be read.")
     usage_days: int = Field(90, ge=1, le=3650, description="How many days the counters of a day are kept after it.")
+    file_days: int = Field(7, ge=1, le=365, description="How many days a file is kept, of a batch or its answers.")
+    max_file_mb: int = Field(100, ge=1, le=512, description="The largest file that a caller may send.")
+    max_files_mb: int = Field(1_000, ge=1, le=1_000_000, description="What all files of one caller may hold.")

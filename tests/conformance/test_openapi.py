@@ -69,6 +69,8 @@ def narrowed() -> Any:
     known = {
         "model": NAMES,
         "job_id": [A_JOB, "nobody"],
+        "file_id": ["file-nobody", "nobody"],
+        "batch_id": ["batch_nobody", "nobody"],
         "name": ["pretend", "fast-edit", "nobody"],
         "host": ["nobody"],  # a drained one would serve nobody
         "X-Gateway-Lane": ["fast-edit", "nowhere"],

@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 SLOTS = 2  # of each model of a scripted worker; a lane that waits for them takes as many jobs more
 KEYS = "ann:secret-a"
+A_FILE: dict[str, Any] = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"{}\n")}}
 KEY = {"authorization": "Bearer secret-a"}
 RIGHTS = {
     "bob": Rights(),
@@ -278,6 +279,45 @@ async def refused_rest(on: Stage) -> None:
         await on.post(path, ask("/v1/messages", "nobody"))
     await on.unfinished(COUNT)
     await on.ask("POST", "/api/show", content=b" " * 70_000)
+    await refused_files(on)
+    await refused_batches(on)
+
+
+async def refused_batches(on: Stage) -> None:
+    """Provokes what batches are refused with."""
+    for method, end in (("GET", ""), ("POST", "/cancel")):
+        await on.ask(method, "/v1/batches/{batch_id}" + end, "/v1/batches/batch_nobody" + end)
+    await on.ask("GET", "/v1/batches", "/v1/batches?limit=0")
+    await on.ask("POST", "/v1/batches", content=b" " * 70_000)
+    store, made = on.api.gateway.store, await on.ask("POST", "/v1/files", **A_FILE)
+    asked = a_batch(made.json()["id"])
+    await on.post("/v1/batches", {})
+    await on.post("/v1/batches", a_batch("file-nobody"))
+    await on.post("/v1/batches", asked, x_gateway_lane="nowhere")
+    await on.ask("POST", "/v1/batches", json=asked, headers={**on.keys["fenced"], "x-gateway-lane": "far"})
+    until = await store.now_ms() + 600_000
+    await store.command("ZADD", store.keys.batches_of("ann"), *(x for n in range(1_000) for x in (until, f"b{n}")))
+    await on.post("/v1/batches", asked)
+
+
+def a_batch(file_id: str) -> dict[str, Any]:
+    return {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+
+
+async def refused_files(on: Stage) -> None:
+    """Provokes what files are refused with."""
+    file, content = "/v1/files/{file_id}", "/v1/files/{file_id}/content"
+    for method, path in (("GET", file), ("GET", content), ("DELETE", file)):
+        await on.ask(method, path, path.replace("{file_id}", "file-nobody"))
+    await on.ask("GET", "/v1/files", "/v1/files?limit=0")
+    await on.ask("POST", "/v1/files", content=b"no form")
+    await on.unfinished("/v1/files", size=200_000_000)
+    store, made = on.api.gateway.store, await on.ask("POST", "/v1/files", **A_FILE)
+    await store.command("HSET", store.keys.file(made.json()["id"]), "uses", 1)
+    await on.ask("DELETE", file, f"/v1/files/{made.json()['id']}")
+    await store.command("HSET", store.keys.files("ann"), "file-large", f"{10**12} {10**15}")
+    await on.ask("POST", "/v1/files", **A_FILE)
+    await store.command("HDEL", store.keys.files("ann"), "file-large")
 
 
 JOBS, RETRIES = "/v1/jobs", ("/v1/jobs/{job_id}/retry", "/v1/dead/{letter}/retry")
@@ -409,8 +449,10 @@ async def too_much(store: Store, book: Book) -> None:
     """Provokes what is refused while a caller, or all together, hold as much as they may."""
     async with stage(store, book, Limits(bodies_bytes=0)) as on:
         await all_of(on.unfinished(path, b"{", size=2) for path in (JOBS, *(kind.path for kind in app.HOT)))
+        await on.ask("POST", "/v1/files", **A_FILE)
     async with stage(store, book, Limits(connections_of_caller=0)) as on:
         await all_of(on.post(kind.path, {}) for kind in app.HOT)
+        await on.ask("POST", "/v1/files", **A_FILE)
         job = JobRecord(id="followed", caller="ann", state=State.QUEUED, endpoint="/v1/responses", mode="async")
         await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
         await on.ask("GET", "/v1/jobs/{job_id}/events", f"/v1/jobs/{job.id}/events")
@@ -426,6 +468,10 @@ NEED_A_POLICY = [
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
 ]  # fmt: skip
 NEED_REDIS = [
+    ("GET", "/v1/batches", ""), ("GET", "/v1/batches/{batch_id}", "/v1/batches/batch_x"),
+    ("POST", "/v1/batches/{batch_id}/cancel", "/v1/batches/batch_x/cancel"),
+    ("GET", "/v1/files", ""), *((method, "/v1/files/{file_id}" + end, "/v1/files/file-x" + end) for method, end in (
+        ("GET", ""), ("GET", "/content"), ("DELETE", ""))),
     ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
@@ -487,6 +533,13 @@ async def answered(on: Stage) -> None:
     last = re.findall(r"^id: (\S+)$", followed.text, re.MULTILINE)[-1]
     for seen in (last, "the last"):
         await on.ask("GET", "/v1/jobs/{job_id}/events", at + "/events", headers={"last-event-id": seen})
+    made = await on.ask("POST", "/v1/files", **A_FILE)
+    batch = await on.post("/v1/batches", a_batch(made.json()["id"]))
+    for method, end in (("GET", ""), ("POST", "/cancel")):
+        await on.ask(method, "/v1/batches/{batch_id}" + end, f"/v1/batches/{batch.json()['id']}{end}")
+    made = await on.ask("POST", "/v1/files", **A_FILE)
+    for method, end in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+        await on.ask(method, "/v1/files/{file_id}" + end, f"/v1/files/{made.json()['id']}{end}")
     await on.ask("GET", "/v1/models/{name}", "/v1/models/plain")
     await on.ask("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/pin")
     for verb in ("drain", "undrain"):
@@ -521,6 +574,8 @@ async def test_every_described_answer_is_real(
         book = on.book
         for method, path, at in NEED_A_POLICY:
             await on.ask(method, path, at)
+        await on.ask("POST", "/v1/files", **A_FILE)
+        await on.post("/v1/batches", a_batch("file-nobody"))
         for path, body in ((COUNT, ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):
             await on.post(path, body)
 
@@ -550,6 +605,8 @@ async def test_every_described_answer_is_real(
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
         await on.post("/v1/keys", {"name": "guest"})
         await on.post(JOBS, {"body": ask(CHAT, "plain")})
+        await on.ask("POST", "/v1/files", **A_FILE)
+        await on.post("/v1/batches", a_batch("file-nobody"))
         await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
 
         async def out_of_date() -> bool:

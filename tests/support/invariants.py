@@ -21,6 +21,7 @@ from broker.policies import Active
 from broker.records import Frame, JobRecord, decode_hash
 from broker.store import Store
 from broker.trust import door
+from tests.support.files import files_and_batches
 from tests.support.owed import owed
 from tests.support.reckoning import Counted, counted, miscounted
 
@@ -32,6 +33,7 @@ for _, key in ipairs(redis.call("KEYS", ARGV[1])) do
   if type(kind) == "table" then kind = kind.ok end
   local value = false
   if kind == "hash" then value = redis.call("HGETALL", key)
+  elseif kind == "list" then value = redis.call("LRANGE", key, 0, -1)
   elseif kind == "string" then value = redis.call("GET", key)
   elseif kind == "zset" then value = redis.call("ZRANGE", key, 0, -1, "WITHSCORES")
   elseif kind == "stream" then
@@ -178,7 +180,7 @@ def violations(s: Snapshot) -> list[str]:
         found += _ended(s, job) if job.state in ENDED else _live(s, job)
         found += _log(s, job)
     found += _lanes(s) + _places(s) + _due(s) + _keys(s) + _wake_locks(s) + _downgrades(s)
-    return found + _listed(s) + owed(s)
+    return found + _listed(s) + owed(s) + files_and_batches(s)
 
 
 def undone(before: Snapshot, after: Snapshot) -> list[str]:
@@ -501,6 +503,13 @@ _MUST_EXPIRE = (
     "webhook_endpoint:<digest>",
     "spent:<caller>:<day>",
     "usage:<day>:<caller>:<lane>:<model>:<model>",
+    "file:<id>",
+    "file:<id>:parts",
+    "files:<caller>",
+    "batch:<id>",
+    "batch:<id>:window",
+    "batch:<id>:names",
+    "batches:<caller>",
 )
 
 
@@ -599,6 +608,8 @@ def _dump_fake(server: fakeredis.FakeServer, pattern: str) -> list[Any]:
             kind, told = b"hash", [x for pair in value.getall().items() for x in pair]
         elif isinstance(value, ZSet):
             kind, told = b"zset", [x for score, member in value.islice_score(None, None) for x in (member, score)]
+        elif isinstance(value, list):
+            kind, told = b"list", list(value)
         elif isinstance(value, XStream):
             kind, told = b"stream", _stream(value, grouped=b":lane:" in key)
         else:
@@ -630,6 +641,8 @@ def _value(kind: str, raw: Any) -> Any:
             return {raw[i]: raw[i + 1] for i in range(0, len(raw), 2)}
         case "zset":
             return tuple((raw[i].decode(), _score(float(raw[i + 1]))) for i in range(0, len(raw), 2))
+        case "list":
+            return tuple(raw)
         case "stream":
             entries = tuple((entry.decode(), tuple(values)) for entry, values in raw[0])
             groups = tuple(

@@ -24,6 +24,13 @@ MADE = {
     "idem": (("laptop-3", "any:thing at:all"), "idem:<caller>:<digest>"),
     "retries": (("laptop-3", "tab:7"), "retries:<caller>:<digest>"),
     "count": (("01J9ZK",), "count:<id>"),
+    "file": (("file-01J9ZK",), "file:<id>"),
+    "parts": (("file-01J9ZK",), "file:<id>:parts"),
+    "files": (("laptop-3",), "files:<caller>"),
+    "batch": (("batch_01J9ZK",), "batch:<id>"),
+    "window": (("batch_01J9ZK",), "batch:<id>:window"),
+    "names": (("batch_01J9ZK",), "batch:<id>:names"),
+    "batches_of": (("laptop-3",), "batches:<caller>"),
     "usage": (("2026-10-30",), "usage:<day>"),
     "waits": (("laptop-3",), "waits:<caller>"),
     "jobs": (("laptop-3",), "jobs:<caller>"),
@@ -40,7 +47,9 @@ MADE = {
     "figures": (("2026-10-30", "ci:big.batch:big:-"), "usage:<day>:<caller>:<lane>:<model>:<model>"),
 }
 CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
-FIXED = ("due", "hosts", "audit", "dead", "callers", "policy", "outbox", "webhooks", "webhook_counts")
+FIXED = (
+    "audit", "batches", "callers", "dead", "due", "hosts", "outbox", "policy", "webhook_counts", "webhooks",
+)  # fmt: skip
 OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
 
 
@@ -110,4 +119,8 @@ def test_the_printed_table_has_a_line_per_row() -> None:
 
 def test_what_is_not_persistent_says_when_it_goes() -> None:
     assert all(family.lifetime and family.holds for family in TABLE)
-    assert not any(f.persistent for f in TABLE if f.pattern.startswith(("job", "readers", "idem", "due", "host:")))
+    assert not any(
+        f.persistent
+        for f in TABLE
+        if f.pattern.startswith(("job", "readers", "idem", "due", "host:", "file", "batch:"))
+    )

@@ -112,6 +112,9 @@ def test_defaults_are_those_of_the_design() -> None:
         "keepMs": 600_000,
         "keepAsyncMs": 86_400_000,
         "usageDays": 90,
+        "fileDays": 7,
+        "maxFileMb": 100,
+        "maxFilesMb": 1_000,
     }
 
 
@@ -127,6 +130,7 @@ def test_every_key_can_be_set() -> None:
     assert (policy.max_losses, policy.header_hold_ms, policy.disconnect_grace_ms) == (2, 4_000, 3_000)
     assert (policy.drain_timeout_ms, policy.keep_ms, policy.keep_async_ms) == (20_000, 500_000, 3_600_000)
     assert policy.usage_days == 30
+    assert (policy.file_days, policy.max_file_mb, policy.max_files_mb) == (14, 50, 2_000)
     assert policy.models["deep-coder"].weight == 2.5
     assert policy.models["deep-coder"].options == {"sleepLevel": 2}
 
@@ -494,7 +498,8 @@ WHOLE_FILES = [
     (
         model() + "\nzzz: 1",
         "line 5: zzz: unknown key 'zzz', known here are models, routing, lanes, remote, webhooks, auditDays, "
-        "maxLosses, headerHoldMs, disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays",
+        "maxLosses, headerHoldMs, disconnectGraceMs, drainTimeoutMs, keepMs, keepAsyncMs, usageDays, "
+        "fileDays, maxFileMb, maxFilesMb",
     ),
     *(
         (model() + f"\nwebhooks: {{ allow: [{place!r}] }}", f"line 5: webhooks.allow[0]: {words}")

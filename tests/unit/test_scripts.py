@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 from lupa import lua51
 
-from broker import errors, hosts, jobs, lanes, operator, scripts, wake, webhook_secrets, webhooks
+from broker import batches, errors, files, hosts, jobs, lanes, operator, scripts, wake, webhook_secrets, webhooks
+from broker.batch_lines import Line
+from broker.batches import Taken
 from broker.callers import EVERYTHING
+from broker.files import Place
 from broker.keybook import KeyBook
 from broker.lifecycle import LIVE, Event, as_lua, next_state
-from broker.records import HostRecord, Learned, ModelOnHost
+from broker.records import BatchRecord, HostRecord, Learned, ModelOnHost
 from broker.refusals import Refusals
 from broker.store import Store, refusal
 from broker.trust import door
@@ -23,6 +26,7 @@ OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
     "webhook_gather": ("ARGV",),
+    "file_append": ("ARGV",), "batch_open": ("ARGV",), "batch_take": ("ARGV",),
 }  # fmt: skip
 
 
@@ -178,6 +182,17 @@ async def call_everything(world: World) -> None:
     refusals = Refusals(store, world.book)
     refusals.note(errors.BadRequest("no"), caller="", job=None)
     await refusals.write()
+    for _ in range(2):
+        upload = files.Upload(store, world.book.active, "ann")
+        await upload.write(b"1\n2\n")
+        sent = await upload.finish("in.jsonl")
+    asked = BatchRecord(id="", caller="ann", input_file_id=sent.id, keep_ms=1_000)
+    batch = await batches.open_batch(store, asked, within_ms=60_000)
+    await batches.take(store, batch, [Taken(Line(1, "a"), Place())], taken=1, place=Place(1), read_all=True)
+    await batches.note_line(store, batch, 1, which="output", text=b"{}")
+    await batches.end(store, batch, "completed")
+    await batches.stop(store, batch.id, "cancelled")
+    await files.drop(store, sent.id, caller="ann")
 
 
 # which row of the key table a KEYS name of a header stands for, where it is not the name itself
@@ -191,6 +206,10 @@ ROWS = {
     "webhook": "webhook:<id>", "webhook_line": "webhook_line:<id>", "webhook_due": "webhook_due:<digest>",
     "webhook_endpoint": "webhook_endpoint:<digest>", "webhook_secrets": "webhook_secrets:<caller>",
     "own_list": "webhook_list:<caller>", "all_list": "webhook_list:<caller>",
+    "file": "file:<id>", "parts": "file:<id>:parts", "files": "files:<caller>",
+    "output": "file:<id>", "output_parts": "file:<id>:parts", "error": "file:<id>", "error_parts": "file:<id>:parts",
+    "batch": "batch:<id>", "window": "batch:<id>:window", "names": "batch:<id>:names",
+    "batches_of": "batches:<caller>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 
@@ -227,7 +246,7 @@ async def test_the_picture_of_a_fake_server_is_what_its_script_would_tell() -> N
         await call_everything(world)
         await world.claim(await world.submit("side"))
         read, told = await take(world.store), await take_by_script(world.store)
-        assert {key.type for key in read.keys.values()} == {"hash", "string", "zset", "stream"}
+        assert {key.type for key in read.keys.values()} == {"hash", "list", "string", "zset", "stream"}
         assert any(stream.groups and stream.groups[0][1] for stream in read.lanes.values())
         assert read.keys == told.keys and read == told
 

@@ -1,0 +1,171 @@
+"""Batches: a file of requests, worked off while nobody waits. Made, looked at, listed and cancelled here; the scheduler
+does the work."""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.auth import Caller, Gate
+from api.described import WISHES, Described, described, says
+from api.gateway import Gateway
+from api.routes.files import KEEP_S_MAX, KEEP_S_MIN, SECOND_MS, ends_of, own_file
+from api.small_body import read_as
+from broker import batches, callers, errors, requests
+from broker.batch_lines import ENDPOINTS
+from broker.dialects.json_schema import text, whole
+from broker.lanes import DAY_MS
+from broker.records import BatchRecord
+
+router = APIRouter(tags=["batches"])
+
+PAGE, PAGE_MAX = 20, 100
+WINDOW_PATTERN = r"^([1-9][0-9]?[mh]|[1-7]d)$"
+_UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": DAY_MS}
+
+_ID = re.compile(r"batch_[0-9A-Za-z_-]{1,64}")
+_INSTANTS = (
+    "created_at in_progress_at finalizing_at completed_at failed_at expires_at expired_at cancelling_at cancelled_at"
+).split()
+
+Word = Annotated[str, Field(max_length=64)]
+Words = Annotated[str, Field(max_length=512)]
+
+
+class ExpiresAfter(BaseModel):
+    """For how long the files that a batch writes are kept after its end, at most `fileDays`."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=KEEP_S_MIN, le=KEEP_S_MAX, strict=True)]
+
+
+class NewBatch(BaseModel):
+    """A batch to make."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input_file_id: Annotated[str, Field(min_length=1, max_length=128)]
+    endpoint: Literal[ENDPOINTS]  # type: ignore[valid-type]  # the same words, in one place
+    completion_window: Annotated[str, Field(pattern=WINDOW_PATTERN)]
+    metadata: Annotated[dict[Word, Words], Field(max_length=16)] | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
+_WITHIN = {"batch_id": text("As it was told when the batch was made.")}
+_FAILS = (errors.NoSuchBatch, errors.BrokerUnavailable)
+_TAG = "batches"
+
+
+@router.post("/v1/batches")
+@described(
+    Described(
+        "Make a batch", _TAG, says("It will be worked off.", "Batch"), body="NewBatch",
+        words="Each line of the file is a request: `custom_id`, `method`, `url` (the endpoint), `body`. A line that is "
+        "wrong is a line of the error file; the others go on. All of it is batch work, behind people's.",
+        headers={name: WISHES[name] for name in ("X-Gateway-Lane", "X-Gateway-Allow-Remote")},
+        fails=(
+            errors.BadRequest, errors.BodyTooLarge, errors.NoSuchFile, errors.BatchLimit, errors.UnknownLane,
+            errors.LaneForbidden, errors.ModelUnavailable, errors.BrokerUnavailable,
+        ),
+    )
+)  # fmt: skip
+async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str, Any]:
+    """Makes a batch of a file of the caller."""
+    asked = await read_as(NewBatch, request)
+    lane, leave = request.headers.get("x-gateway-lane", ""), request.headers.get("x-gateway-allow-remote", "").lower()
+    if leave not in ("", "true", "false"):
+        raise errors.BadRequest("X-Gateway-Allow-Remote must be true or false", "X-Gateway-Allow-Remote")
+    policy = gateway.book.active.policy
+    if lane:
+        try:
+            requests.lane_of(policy, caller, lane, endpoint=asked.endpoint)
+        except errors.UnknownModel as unknown:
+            raise errors.UnknownLane(unknown.asked, unknown.suggestions) from None
+    record = await own_file(gateway, asked.input_file_id, callers.Caller(caller.name, callers.Rights()))
+    if record.purpose != "batch":
+        raise errors.BadRequest("the file is no input of a batch", "input_file_id")
+    keep_ms = policy.file_days * DAY_MS
+    if asked.output_expires_after is not None:
+        keep_ms = min(keep_ms, asked.output_expires_after.seconds * SECOND_MS)
+    batch = BatchRecord(
+        id="",
+        caller=caller.name,
+        named=gateway.keys.rights_of(caller.name) is caller.rights,
+        endpoint=asked.endpoint,
+        lane=lane,
+        leave=leave,
+        input_file_id=record.id,
+        completion_window=asked.completion_window,
+        metadata=json.dumps(asked.metadata) if asked.metadata is not None else "",
+        keep_ms=keep_ms,
+    )
+    number, unit = int(asked.completion_window[:-1]), asked.completion_window[-1]
+    return shown(await batches.open_batch(gateway.store, batch, within_ms=number * _UNIT_MS[unit]))
+
+
+@router.get("/v1/batches")
+@described(
+    Described(
+        "List batches", _TAG, says("The caller's own, the newest first.", "Batches"),
+        query={
+            "after": text("The last id of the page before."),
+            "limit": whole(f"How many; {PAGE} unless said.", least=1, most=PAGE_MAX),
+        },
+        fails=(errors.BadRequest, errors.BrokerUnavailable),
+    )
+)  # fmt: skip
+async def list_batches(gateway: Gate, caller: Caller, after: str = "", limit: int = PAGE) -> dict[str, Any]:
+    """Lists the caller's batches."""
+    if not 0 < limit <= PAGE_MAX:
+        raise errors.BadRequest(f"limit must be 1 to {PAGE_MAX}", "limit")
+    found = await batches.of_caller(gateway.store, caller.name, before=after, limit=limit + 1)
+    page = [shown(batch) for batch in found[:limit]]
+    return {"object": "list", "data": page, "has_more": len(found) > limit, **ends_of(page)}
+
+
+@router.get("/v1/batches/{batch_id}")
+@described(Described("Look at a batch", _TAG, says("As it is now.", "Batch"), within=_WITHIN, fails=_FAILS))
+async def show_batch(batch_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
+    """Shows a batch of the caller."""
+    return shown(await _own_batch(gateway, batch_id, caller))
+
+
+@router.post("/v1/batches/{batch_id}/cancel")
+@described(
+    Described(
+        "Cancel a batch", _TAG, says("As it is now; one that had ended stays as it ended.", "Batch"), within=_WITHIN,
+        fails=_FAILS,
+    )
+)  # fmt: skip
+async def cancel_batch(batch_id: str, gateway: Gate, caller: Caller) -> dict[str, Any]:
+    """Asks for no more lines, and ends those that are under way; what has been answered stays in its file."""
+    await _own_batch(gateway, batch_id, caller)
+    await batches.stop(gateway.store, batch_id, "cancelled")
+    return shown(await batches.read(gateway.store, batch_id))
+
+
+async def _own_batch(gateway: Gateway, batch_id: str, caller: callers.Caller) -> BatchRecord:
+    if not _ID.fullmatch(batch_id):
+        raise errors.NoSuchBatch(batch_id[: errors.NAME_SHOWN])
+    return await batches.read(gateway.store, batch_id, caller="" if caller.rights.admin else caller.name)
+
+
+def shown(batch: BatchRecord) -> dict[str, Any]:
+    """The batch object, as OpenAI's clients read it."""
+    instants = {name: getattr(batch, name) // SECOND_MS or None for name in _INSTANTS}
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "errors": {"object": "list", "data": json.loads(batch.errors)} if batch.errors else None,
+        "input_file_id": batch.input_file_id,
+        "completion_window": batch.completion_window,
+        "status": batch.state,
+        "output_file_id": batch.output_file_id or None,
+        "error_file_id": batch.error_file_id or None,
+        **instants,
+        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "metadata": json.loads(batch.metadata) if batch.metadata else None,
+    }

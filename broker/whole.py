@@ -1,0 +1,41 @@
+"""One object of an answer's frames, for whoever did not ask for a stream: the answer as JSON, in OpenAI's dialect."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from broker.dialects import openai, openai_completions, openai_embeddings, responses
+from broker.dialects.responses_stream import fold_responses
+
+
+def _written(answer: Any) -> bytes:
+    return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def chat(parts: Sequence[bytes]) -> bytes:
+    """Folds a chat stream; raises ValueError where it is none."""
+    return _written(openai.fold_chat(parts))
+
+
+def completion(parts: Sequence[bytes]) -> bytes:
+    """Folds a stream of completions; raises ValueError where it is none."""
+    return _written(openai_completions.fold_completion(b"".join(parts)))
+
+
+def response(parts: Sequence[bytes]) -> bytes:
+    """Folds a stream of responses; raises ValueError where it is none."""
+    return _written(fold_responses(b"".join(parts)))
+
+
+def vectors(parts: Sequence[bytes]) -> bytes:
+    """Vectors are one object already."""
+    return b"".join(parts)
+
+
+FOLDS: Final[Mapping[str, Callable[[Sequence[bytes]], bytes]]] = {
+    openai.PATH: chat,
+    openai_completions.PATH: completion,
+    openai_embeddings.PATH: vectors,
+    responses.PATH: response,
+}
+"""By the path that a job came by."""

@@ -1,0 +1,352 @@
+"""Batches by OpenAI's own client, before a worker that does what the test says and the scheduler's rounds."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+
+from broker import batches, jobs
+from broker.callers import Rights
+from broker.lifecycle import State
+from broker.policies import PolicyBook
+from broker.store import Store
+from tests.support.batch_files import CHAT, jsonl, line, read
+from tests.support.invariants import take, violated
+from tests.support.live_api import POLICY, Scene, live_scene, until_true
+from workers.batches import Expander
+
+Clients = Callable[..., openai.AsyncOpenAI]
+
+
+@pytest.fixture
+async def client_of() -> AsyncIterator[Clients]:
+    """Gives clients of a scene, by the key that they carry."""
+    async with AsyncExitStack() as opened:
+
+        def client(scene: Scene, key: str = "secret-a") -> openai.AsyncOpenAI:
+            made = scene.client(api_key=key)
+            opened.push_async_callback(made.close)
+            return made
+
+        yield client
+
+
+@pytest_asyncio.fixture
+async def keyed(store: Store) -> AsyncIterator[Scene]:
+    """A gateway with keys; `ann`'s is of the environment."""
+    async with live_scene(store, keys="ann:secret-a") as scene:
+        yield scene
+
+
+@asynccontextmanager
+async def rounds(store: Store, count: int = 1) -> AsyncIterator[list[Expander]]:
+    """So many schedulers' rounds, over and over, until the block ends."""
+    book = PolicyBook(store)
+    await book.reload()
+    found = [Expander(store, book) for _ in range(count)]
+
+    async def work(expander: Expander) -> None:
+        while True:
+            await expander.round()
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(work(one), name="rounds") for one in found]
+    try:
+        yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def begin(client: openai.AsyncOpenAI, content: bytes, **more: Any) -> Any:
+    """Sends a file and makes a batch of it."""
+    sent = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    asked: Any = {"endpoint": CHAT, "completion_window": "24h", **more}
+    return await client.batches.create(input_file_id=sent.id, **asked)
+
+
+async def ended(client: openai.AsyncOpenAI, batch_id: str, *, timeout_s: float = 30) -> Any:
+    """Waits for a batch to end."""
+
+    async def over() -> Any:
+        batch = await client.batches.retrieve(batch_id)
+        return batch if batch.status in ("completed", "failed", "expired", "cancelled") else None
+
+    return await until_true(over, what=f"{batch_id} has ended", timeout_s=timeout_s)
+
+
+async def lines_of(client: openai.AsyncOpenAI, file_id: str | None) -> dict[str, dict[str, Any]]:
+    return read((await client.files.content(file_id)).content) if file_id else {}
+
+
+async def test_a_batch_from_its_file_to_its_answers(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    names = [f"request-{n}" for n in range(60)]  # more than a window
+    batch = await begin(client, jsonl(*(line(name) for name in names)), metadata={"night": "7"})
+    assert (batch.status, batch.request_counts.total, batch.metadata) == ("validating", 60, {"night": "7"})
+    assert batch.expires_at - batch.created_at == 86_400
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.status, batch.error_file_id, batch.errors) == ("completed", None, None)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (60, 0)
+    assert batch.in_progress_at and batch.finalizing_at and batch.completed_at
+    answers = await lines_of(client, batch.output_file_id)
+    assert answers.keys() == set(names)
+    one = answers["request-7"]
+    assert one["error"] is None and one["response"]["status_code"] == 200
+    assert one["response"]["body"]["choices"][0]["message"]["content"] == "Hello world"
+    job = await jobs.read(scene.store, one["response"]["request_id"])
+    assert (job.mode, job.priority, job.lane, job.state) == ("async", "batch", "big.batch", State.DONE)
+    assert len(scene.worker.seen) == 60
+    assert [found.id async for found in client.batches.list()] == [batch.id]
+    output = await client.files.retrieve(batch.output_file_id)
+    assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+    assert await violated(scene.store) == []
+    assert (await client.files.delete(batch.input_file_id)).deleted
+    picture = await take(scene.store)
+    assert not picture.of("batch:<id>:window") and not picture.of("batch:<id>:names") and not picture.of("batches")
+
+
+WRONG: dict[str, Any] = {
+    "invalid_json_line": b'{"custom_id": "cut',
+    "invalid_custom_id": {"method": "POST", "url": CHAT, "body": {}},
+    "invalid_method": line("get") | {"method": "GET"},
+    "invalid_url": line("other", url="/v1/embeddings"),
+    "invalid_body": line("bodyless") | {"body": [1]},
+    "duplicate_custom_id": line("first"),
+    "model_not_found": line("nobody", model="nobody"),
+    "invalid_request": line("odd") | {"body": {"model": "big", "messages": "what"}},
+    "context_length_exceeded": line("long", model="hasty", said="word " * 100),
+}
+
+
+async def test_a_bad_line_is_a_line_of_the_error_file_and_the_others_go_on(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    content = jsonl(line("first"), *WRONG.values(), b"", b"  ", line("refused", said="refuse"), line("last"))
+    batch = await begin(client, content)
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert batch.status == "completed"
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (len(WRONG) + 3, 2, len(WRONG) + 1)
+    assert (await lines_of(client, batch.output_file_id)).keys() == {"first", "last"}
+    content = (await client.files.content(batch.error_file_id)).content
+    told = [json.loads(one) for one in content.splitlines()]
+    codes = [one["error"]["code"] for one in told if one["error"]]
+    assert sorted(codes) == sorted(WRONG)
+    assert next(one for one in told if one["error"]["code"] == "invalid_method")["error"]["message"].startswith(
+        "line 4"
+    )
+    (refused,) = [one for one in told if one["response"]]
+    assert (refused["custom_id"], refused["response"]["status_code"]) == ("refused", 422)
+    assert refused["response"]["body"]["error"]["code"] == "runtime_refused"
+    assert await violated(scene.store) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "line_number"),
+    [
+        (b"no json\n{}\n", "invalid_json_line", 1),
+        (b"\n\n \n", "empty_file", None),
+        (b"\n" * 3 + b"x\n" * 50_001, "too_many_lines", None),
+    ],
+    ids=["nothing right in it", "blank", "too long"],
+)
+async def test_a_file_without_a_request_fails_as_a_whole(
+    scene: Scene, client_of: Clients, content: bytes, code: str, line_number: int | None
+) -> None:
+    client = client_of(scene)
+    batch = await begin(client, content)
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
+    assert (batch.errors.data[0].code, batch.errors.data[0].line) == (code, line_number)
+    assert batch.failed_at
+    assert (await client.files.delete(batch.input_file_id)).deleted
+    assert await violated(scene.store) == []
+
+
+async def test_the_input_of_a_batch_is_not_deleted_before_its_end(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("waits", said="wait")))
+    with pytest.raises(openai.ConflictError, match="in use"):
+        await client.files.delete(batch.input_file_id)
+    async with rounds(scene.store):
+        scene.go.set()
+        await ended(client, batch.id)
+    await client.files.delete(batch.input_file_id)
+
+
+async def test_batches_of_two_bots_advance_side_by_side(keyed: Scene, client_of: Clients) -> None:
+    """The first has many lines, the second few: it does not wait for the end of the first."""
+    await keyed.api.name("bob")
+    ann, bob = client_of(keyed), client_of(keyed, keyed.api.keys["bob"])
+    many = await begin(ann, jsonl(*(line(f"a{n}") for n in range(300))))
+    few = await begin(bob, jsonl(*(line(f"b{n}") for n in range(20))))
+    async with rounds(keyed.store):
+        assert (await ended(bob, few.id)).request_counts.completed == 20
+        assert (await ann.batches.retrieve(many.id)).status == "in_progress"
+        await ended(ann, many.id)
+    of_bob = [record.id.startswith(few.id) for record in keyed.worker.seen]
+    assert of_bob.count(True) == 20 and of_bob.index(True) < 80
+    for other in (bob.batches.retrieve(many.id), bob.batches.cancel(many.id)):
+        with pytest.raises(openai.NotFoundError, match="no batch"):
+            await other
+    assert [found.id async for found in bob.batches.list()] == [few.id]
+    assert await violated(keyed.store) == []
+
+
+async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, client_of: Clients) -> None:
+    tight = POLICY + "lanes:\n  big.batch:\n    maxQueue: 1\n"
+    async with live_scene(store, policy=tight) as scene:
+        client = client_of(scene)
+        batch = await begin(client, jsonl(*(line(f"r{n}", said="wait") for n in range(12))))
+        async with rounds(scene.store):
+
+            async def full() -> bool:
+                return len(scene.worker.seen) == 2
+
+            await until_true(full, what="as many run as may")
+            scene.go.set()
+            batch = await ended(client, batch.id, timeout_s=60)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (12, 0)
+    assert len(scene.worker.seen) == 12
+
+
+async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("done"), *(line(f"r{n}", said="wait") for n in range(100))))
+    async with rounds(scene.store):
+
+        async def one_done() -> bool:
+            now = await client.batches.retrieve(batch.id)
+            return bool(now.request_counts and now.request_counts.completed)
+
+        await until_true(one_done, what="the first is done")
+        assert (await client.batches.cancel(batch.id)).status == "cancelling"
+        over = await ended(client, batch.id)
+        assert (await client.batches.cancel(batch.id)).status == "cancelled"
+    assert over.status == "cancelled" and over.cancelling_at and over.cancelled_at
+    assert (await lines_of(client, over.output_file_id)).keys() == {"done"}
+    assert (over.error_file_id, over.request_counts.completed, over.request_counts.failed) == (None, 1, 0)
+    live = [job for job in (await take(scene.store)).jobs.values() if job.live]
+    assert live == []
+    assert await violated(scene.store) == []
+
+
+async def test_what_has_no_answer_in_time_is_told_so(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("done"), *(line(f"r{n}", said="wait") for n in range(99)), b"nonsense"))
+    async with rounds(scene.store):
+
+        async def one_done() -> bool:
+            now = await client.batches.retrieve(batch.id)
+            return bool(now.request_counts and now.request_counts.completed)
+
+        await until_true(one_done, what="the first is done")
+        await scene.store.command("HSET", scene.store.keys.batch(batch.id), "expires_at", await scene.store.now_ms())
+        over = await ended(client, batch.id)
+    assert over.status == "expired" and over.expired_at
+    assert (over.request_counts.completed, over.request_counts.failed) == (1, 100)
+    errors = await lines_of(client, over.error_file_id)
+    codes = [one["error"]["code"] for one in errors.values()]
+    assert codes.count("batch_expired") == 99 and codes.count("invalid_json_line") == 1
+    assert not [job for job in (await take(scene.store)).jobs.values() if job.live]
+
+
+async def test_a_batch_ends_with_the_key_of_its_caller(keyed: Scene, client_of: Clients) -> None:
+    await keyed.api.name("ci", rights=Rights(lanes=("big",)))
+    client, admin = client_of(keyed, keyed.api.keys["ci"]), client_of(keyed)
+    batch = await begin(
+        client, jsonl(line("done"), line("elsewhere", model="small"), *(line(f"r{n}", said="wait") for n in range(50)))
+    )
+    async with rounds(keyed.store):
+
+        async def begun() -> bool:
+            now = await client.batches.retrieve(batch.id)
+            return bool(now.request_counts and now.request_counts.completed and now.request_counts.failed)
+
+        await until_true(begun, what="it has begun")
+        await keyed.api.gateway.keys.revoke("ci", by="ann")
+        over = await ended(admin, batch.id)
+    assert over.status == "cancelled"
+    assert (await lines_of(admin, over.error_file_id))["elsewhere"]["error"]["code"] == "lane_forbidden"
+    assert not [job for job in (await take(keyed.store)).jobs.values() if job.live]
+
+
+async def test_several_schedulers_at_one_batch_do_nothing_twice(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    names = {f"r{n}" for n in range(150)}
+    batch = await begin(client, jsonl(*(line(name) for name in sorted(names)), b"nonsense", line("r1")))
+    async with rounds(scene.store, count=4):
+        batch = await ended(client, batch.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (150, 2)
+    assert (await lines_of(client, batch.output_file_id)).keys() == names
+    assert len(await lines_of(client, batch.error_file_id)) == 2
+    assert len(scene.worker.seen) == 150
+    assert await violated(scene.store) == []
+
+
+class Killed(BaseException):
+    """The scheduler ends here and now."""
+
+
+async def test_a_scheduler_that_is_killed_after_any_step_loses_and_repeats_no_line(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round ends right after one more verb, whose reply it never sees; a new scheduler goes on."""
+    client = client_of(scene)
+    names = [f"r{n}" for n in range(70)]
+    batch = await begin(client, jsonl(*(line(name) for name in names), b"nonsense", line("r3")))
+    book = PolicyBook(scene.store)
+    await book.reload()
+    run, left = Store.run, [0]
+
+    async def dying(self: Store, verb: str, keys: Any, args: Any) -> Any:
+        reply = await run(self, verb, keys, args)
+        if verb.startswith(("batch_", "submit")) and asyncio.current_task().get_name() == "doomed":  # type: ignore[union-attr]
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        return reply
+
+    monkeypatch.setattr(Store, "run", dying)
+    deaths = 0
+    for number in range(2_000):
+        left[0] = number % 4
+        expander = Expander(scene.store, book)
+        live = await batches.live(scene.store)
+        if not live:
+            break
+        task = asyncio.create_task(expander.advance(live), name="doomed")
+        await asyncio.wait({task})
+        deaths += isinstance(task.exception(), Killed)
+        assert await violated(scene.store) == []
+    assert deaths > 30
+    batch = await client.batches.retrieve(batch.id)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 70, 2)
+    assert (await lines_of(client, batch.output_file_id)).keys() == set(names)
+    assert len(scene.worker.seen) == 70
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"endpoint": "/v1/moderations"}, {"completion_window": "8d"}, {"completion_window": "soon"},
+        {"metadata": {"k" * 65: "v"}}, {"extra_headers": {"X-Gateway-Allow-Remote": "perhaps"}},
+        {"output_expires_after": {"anchor": "created_at", "seconds": 5}},
+    ],
+)  # fmt: skip
+async def test_what_a_batch_may_not_be_is_refused_at_once(scene: Scene, client_of: Clients, more: Any) -> None:
+    client = client_of(scene)
+    with pytest.raises(openai.BadRequestError):
+        await begin(client, jsonl(line("a")), **more)
+    with pytest.raises(openai.NotFoundError, match="no file"):
+        await client.batches.create(input_file_id="file-nobody", endpoint=CHAT, completion_window="24h")
+    assert (await take(scene.store)).of("batch:<id>") == {}

@@ -1,0 +1,77 @@
+"""What became of a line: the bytes that are written of its job, once that has ended."""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from broker import errors, frames
+from broker.batch_lines import answered, unanswered
+from broker.lifecycle import State
+from broker.records import BatchRecord, Frame
+from broker.store import Store
+from broker.whole import FOLDS
+from workers.batch_reading import EXPIRED, LARGE_BYTES
+
+ANSWER_BYTES_MAX = 64 << 20
+
+
+@dataclass(frozen=True)
+class Written:
+    """A line of one of the batch's files; `which` "" = of neither."""
+
+    which: Literal["output", "error", ""]
+    text: bytes = b""
+
+
+async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, state: State) -> Written:
+    """What is written of a job that has ended."""
+    if state is State.CANCELLED and batch.ending == "cancelled":
+        return Written("")
+    if state is State.EXPIRED or (state is State.CANCELLED and batch.ending == "expired"):
+        return late(job_id, custom_id)
+    try:
+        parts, last = await _answer(store, job_id)
+        if state is State.DONE and parts:
+            return Written("output", await _line(batch.endpoint, parts, job_id, custom_id))
+        said = json.loads(last.data) if last is not None else {}
+        code, words = said.get("code") or errors.WorkerLost.code, said.get("message") or "the answer is gone"
+        status = int(said.get("status") or 0) if code == errors.RuntimeRefused.code else 0
+        return Written("error", unanswered(job_id, custom_id, code=code, message=words, status=status))
+    except errors.RuntimeFailed as failed:
+        return wrong(job_id, custom_id, failed)
+
+
+def wrong(job_id: str, custom_id: str, error: errors.BrokerError) -> Written:
+    """What is written of a request that was refused for good."""
+    return Written("error", unanswered(job_id, custom_id, code=error.code, message=str(error)))
+
+
+def late(job_id: str, custom_id: str) -> Written:
+    """What is written of a request for which there was no time left."""
+    code, message = EXPIRED
+    return Written("error", unanswered(job_id, custom_id, code=code, message=message))
+
+
+async def _answer(store: Store, job_id: str) -> tuple[list[bytes], Frame | None]:
+    parts: list[bytes] = []
+    size, last = 0, None
+    async for frame in frames.replay(store, job_id):
+        if frame.terminal:
+            last = frame
+        else:
+            parts.append(frame.data)
+            size += len(frame.data)
+        if size > ANSWER_BYTES_MAX:
+            raise errors.RuntimeFailed(f"the answer is larger than {ANSWER_BYTES_MAX} bytes")
+    return parts, last
+
+
+async def _line(endpoint: str, parts: list[bytes], job_id: str, custom_id: str) -> bytes:
+    def made() -> bytes:
+        return answered(job_id, custom_id, FOLDS[endpoint](parts))
+
+    try:
+        return made() if sum(map(len, parts)) <= LARGE_BYTES else await asyncio.to_thread(made)
+    except ValueError:
+        raise errors.RuntimeFailed("the answer could not be put together from its stream") from None

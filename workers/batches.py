@@ -1,0 +1,277 @@
+"""Works batches off: asks for their lines a window at a time, writes what became of each, and ends them.
+
+A round goes over all batches that have not ended and does a little for each, so they advance side by side. Nothing is
+kept here between rounds that Redis does not know: whatever is killed, the next round goes on, and several schedulers at
+it do nothing twice. A lane that is full, or a caller that has its share, is no error of a line: it is asked for
+again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from broker import admission, batches, errors, jobs, requests
+from broker.batch_lines import Line
+from broker.batches import Working, job_id_of
+from broker.callers import Caller
+from broker.hosts import Fleet
+from broker.keybook import KeyBook
+from broker.lifecycle import ENDED, State
+from broker.policies import PolicyBook
+from broker.records import BatchRecord, FileRecord
+from broker.store import Store
+from workers import batch_answers
+from workers.batch_answers import Written
+from workers.batch_reading import late_lines, line_at, next_lines, why_failed
+
+log = logging.getLogger("warmlane.batches")
+
+WINDOW = 32
+"""Lines of one batch that are worked off at once."""
+WINDOW_OF_CALLER = 128
+REFILL_BELOW = 24
+"""A window is filled up once it holds fewer: reading on costs a part of the file each time."""
+
+ROUND_S = 8.0
+IDLE_S = 0.1
+"""How long a round that found nothing to do waits."""
+PICTURE_S = 0.5
+REST_S_MAX = 2.0
+"""After a refusal a batch asks again within this time, whatever the lane says, and at once when a line of it ends."""
+
+LATER = (
+    errors.LaneFull,
+    errors.CallerShare,
+    errors.CallerLimit,
+    errors.QuotaUsed,
+    errors.ModelUnavailable,
+    errors.DowngradesCapped,
+)
+"""What says nothing against a line: it is asked for again."""
+
+
+class Expander:
+    """Advances every batch of a gateway."""
+
+    def __init__(self, store: Store, book: PolicyBook) -> None:
+        self._store = store
+        self._book = book
+        self._keys = KeyBook(store)
+        self._fleet = Fleet(store, book)
+        self._resting: dict[str, float] = {}  # batch that was refused a place -> loop time of its next try
+        self._at_work = False
+
+    async def round(self) -> None:
+        """Works for ROUND_S while there is a batch; over at once where there is none, or another round is at it."""
+        if self._at_work:
+            return
+        self._at_work = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + ROUND_S
+        try:
+            while self._book.present and loop.time() < end:
+                live = await batches.live(self._store)
+                if not live:
+                    return
+                if not await self.advance(live):
+                    await asyncio.sleep(IDLE_S)
+        finally:
+            self._at_work = False
+
+    async def advance(self, live: Sequence[BatchRecord]) -> bool:
+        """Does for each of them what can be done now; False if that was nothing."""
+        await self._keys.reload()
+        await self._fleet.look_again(older_than_s=PICTURE_S)
+        now, moved = await self._store.now_ms(), False
+        windows = {batch.id: await batches.window(self._store, batch.id) for batch in live}
+        held: dict[str, int] = {}
+        for batch in live:
+            held[batch.caller] = held.get(batch.caller, 0) + len(windows[batch.id])
+        for batch in live:
+            step = _Step(self, batch, windows[batch.id], now=now, room=WINDOW_OF_CALLER - held[batch.caller])
+            try:
+                moved |= await step.make()
+            except (errors.Moved, errors.AlreadyEnded, errors.NoSuchBatch):
+                pass  # somebody else is at it
+            except errors.BrokerUnavailable:
+                raise
+            except Exception:  # one batch that nobody can read must not keep the others from theirs
+                log.exception("event=batch_failed batch=%s", batch.id)
+        self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
+        return moved
+
+    def caller_of(self, batch: BatchRecord) -> Caller | None:
+        """Whose it is, with the rights of this moment; None for one whose key was taken away. A key of the environment
+        is known to the api alone: who had one when it made the batch may go on."""
+        if not batch.named:
+            return Caller(batch.caller)
+        rights = self._keys.rights_of(batch.caller)
+        return Caller(batch.caller, rights) if rights is not None else None
+
+    def rests(self, batch: BatchRecord) -> bool:
+        """Whether it was refused a place a moment ago."""
+        return asyncio.get_running_loop().time() < self._resting.get(batch.id, 0.0)
+
+    def rest(self, batch: BatchRecord, refusal: errors.Refused) -> None:
+        """Lets it rest for as long as the refusal says."""
+        after_s = min(REST_S_MAX, float(getattr(refusal, "retry_after_s", 1)))
+        self._resting[batch.id] = asyncio.get_running_loop().time() + after_s
+
+    def rests_no_more(self, batch: BatchRecord) -> None:
+        """A place of its own is free again."""
+        self._resting.pop(batch.id, None)
+
+    async def admit(self, batch: BatchRecord, line: Line, caller: Caller, *, now: int) -> None:
+        """Makes the line a job, or finds that it is one already; raises Refused."""
+        asked = requests.ENDPOINTS[batch.endpoint].read(line.body)
+        leave = {"true": True, "false": False}.get(batch.leave)
+        active, left_ms = self._book.active, max(1, batch.expires_at - now)
+        job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
+        job = replace(
+            job,
+            id=job_id_of(batch.id, line.number),
+            mode="async",
+            priority="batch",
+            stream=False,
+            keep_ms=left_ms + active.policy.keep_async_ms,  # until its answer is written; then for a while
+        )
+        await admission.admit(
+            self._store, self._book, self._fleet, job, line.body, give_up_within_ms=left_ms, rights=caller.rights
+        )
+
+    @property
+    def store(self) -> Store:
+        """Where it all is."""
+        return self._store
+
+
+class _Step:
+    """What is done for one batch in one go."""
+
+    def __init__(self, expander: Expander, batch: BatchRecord, window: list[Working], *, now: int, room: int) -> None:
+        self._expander = expander
+        self._store = expander.store
+        self._batch = batch
+        self._window = window
+        self._now = now
+        self._room = room
+
+    async def make(self) -> bool:
+        """Makes it; False if there was nothing to do. Raises Moved, AlreadyEnded, NoSuchBatch."""
+        batch, store = self._batch, self._store
+        caller = self._expander.caller_of(batch)
+        if not batch.ending and (caller is None or batch.expires_at <= self._now):
+            await batches.stop(store, batch.id, "cancelled" if caller is None else "expired")
+            return True
+        record = await self._input()
+        if record is None:
+            return True
+        states = await self._states()
+        collected = await self._collect(states)
+        left = [one for one in self._window if states[one.number] not in ENDED]
+        if batch.ending or caller is None:
+            return await self._wind_down(record, left, states) or collected
+        if collected:
+            self._expander.rests_no_more(batch)
+        asked = await self._ask(record, [one for one in left if states[one.number] is None], caller)
+        if not batch.read_all and len(left) < REFILL_BELOW and self._room > 0:
+            told = await next_lines(store, batch, record, most=min(self._room, WINDOW - len(left)))
+            await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
+            return True
+        if batch.read_all and not left:
+            await self._end("completed")
+            return True
+        return collected or asked
+
+    async def _input(self) -> FileRecord | None:
+        """The file; None where the batch has failed for it."""
+        batch = self._batch
+        try:
+            record = await batches.input_of(self._store, batch)
+        except errors.NoSuchFile as gone:
+            for one in self._window:
+                await self._cancel(job_id_of(batch.id, one.number))
+                await self._note(one, Written(""))
+            why = [{"code": gone.code, "message": str(gone), "line": None}]
+        else:
+            why = await why_failed(self._store, batch, record) if batch.state == "validating" else []
+            if not why:
+                return record
+        await batches.end(self._store, batch, "failed", why=why)
+        log.info("event=batch_ended batch=%s state=failed code=%s", batch.id, why[0]["code"])
+        return None
+
+    async def _states(self) -> dict[int, State | None]:
+        """How the jobs of the window's lines do; None = the line has not been asked for."""
+        store, batch = self._store, self._batch
+        told = await asyncio.gather(
+            *(store.command("HGET", store.keys.job(job_id_of(batch.id, one.number)), "state") for one in self._window)
+        )
+        states = (State(state.decode()) if state is not None else None for state in told)
+        return dict(zip((one.number for one in self._window), states, strict=True))
+
+    async def _collect(self, states: dict[int, State | None]) -> bool:
+        done = False
+        for one in self._window:
+            state = states[one.number]
+            if state in ENDED and state is not None:
+                job_id = job_id_of(self._batch.id, one.number)
+                await self._note(
+                    one, await batch_answers.of_job(self._store, self._batch, job_id, one.custom_id, state)
+                )
+                done = True
+        return done
+
+    async def _ask(self, record: FileRecord, unasked: list[Working], caller: Caller) -> bool:
+        """Makes jobs of lines, until there is no more place for them; the others keep their place in the window."""
+        expander, batch, asked = self._expander, self._batch, False
+        if expander.rests(batch):
+            return False
+        for one in unasked:
+            line = await line_at(self._store, batch, record, one)
+            job_id = job_id_of(batch.id, one.number)
+            try:
+                if line is None:
+                    raise errors.NoSuchFile(record.id)
+                await expander.admit(batch, line, caller, now=self._now)
+            except LATER as refusal:
+                expander.rest(batch, refusal)
+                return asked
+            except errors.Refused as refusal:
+                await self._note(one, batch_answers.wrong(job_id, one.custom_id, refusal))
+            asked = True
+        return asked
+
+    async def _wind_down(self, record: FileRecord, left: list[Working], states: dict[int, State | None]) -> bool:
+        """Ends what is under way; what nobody asked for is not asked for any more."""
+        batch, store = self._batch, self._store
+        for one in left:
+            job_id = job_id_of(batch.id, one.number)
+            if states[one.number] is not None:
+                await self._cancel(job_id)
+            elif batch.ending == "expired":
+                await self._note(one, batch_answers.late(job_id, one.custom_id))
+            else:
+                await self._note(one, Written(""))
+        if left:
+            return True
+        if batch.ending == "expired" and not batch.read_all:
+            told = await late_lines(store, batch, record)
+            await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
+        else:
+            await self._end("expired" if batch.ending == "expired" else "cancelled")
+        return True
+
+    async def _cancel(self, job_id: str) -> None:
+        try:
+            await jobs.cancel(self._store, job_id, message="its batch ended before it did")
+        except (errors.AlreadyEnded, errors.NoSuchJob):
+            pass  # the next step sees what it ended as
+
+    async def _note(self, one: Working, written: Written) -> None:
+        await batches.note_line(self._store, self._batch, one.number, which=written.which, text=written.text)
+
+    async def _end(self, state: batches.End) -> None:
+        await batches.end(self._store, self._batch, state)
+        log.info("event=batch_ended batch=%s state=%s", self._batch.id, state)
