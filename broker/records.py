@@ -157,6 +157,7 @@ class JobRecord(_Hash):
     error_message: str = ""
     usage: str = ""  # JSON of the runtime's own figures
     webhook: str = ""  # the URL that is told of its end, "" = none
+    batch: str = ""  # the batch that it is a line of, "" = none
     metadata: str = ""  # JSON object of what its caller noted on it, texts only
     retry_of: str = ""  # the job that ended badly whose request this one tries again
     retried_as: str = ""  # the newest job that tries this one's request again

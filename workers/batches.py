@@ -131,6 +131,7 @@ class Expander:
         job = replace(
             job,
             id=job_id_of(batch.id, line.number),
+            batch=batch.id,
             mode="async",
             priority="batch",
             stream=False,

@@ -139,7 +139,7 @@ redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end
 if ARGV[21] ~= "" then note_retries(KEYS[11], now, ARGV[21], id) end
-if named.mode == "async" then list_job(root, who, id, now, give_up_at + tonumber(named.keep_ms)) end
+if named.mode == "async" and not named.batch then list_job(root, who, id, now, give_up_at + tonumber(named.keep_ms)) end
 if old then note_retry(root, old, id) end
 if not_before <= now then want(KEYS[8], now, tonumber(ARGV[15])) end
 return { state, entry }

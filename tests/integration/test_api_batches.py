@@ -146,6 +146,9 @@ async def test_a_bad_line_is_a_line_of_the_error_file_and_the_others_go_on(scene
     (refused,) = [one for one in told if one["response"]]
     assert (refused["custom_id"], refused["response"]["status_code"]) == ("refused", 422)
     assert refused["response"]["body"]["error"]["code"] == "runtime_refused"
+    # a batch tells of its lines itself: they are among nobody's jobs and no dead letters
+    assert await scene.store.command("XLEN", scene.store.keys.dead) == 0
+    assert await scene.store.command("ZCARD", scene.store.keys.jobs("anonymous")) == 0
     assert await violated(scene.store) == []
 
 

@@ -439,12 +439,12 @@ def _places(s: Snapshot) -> list[str]:
 
 
 def _listed(s: Snapshot) -> list[str]:
-    """Each asynchronous job stands in its caller's list, in the order of the ids."""
+    """Each asynchronous job stands in its caller's list, in the order of the ids; lines of batches do not."""
     found = []
     for job in s.jobs.values():
         key = s.keys.get(s.names.jobs(job.caller))
         listed = dict(key.value) if key else {}
-        if (listed.get(job.id) == 0) != (job.mode == "async"):
+        if (listed.get(job.id) == 0) != (job.mode == "async" and not job.batch):
             found.append(f"{job.mode} job {job.id} stands in the list of {job.caller} as {listed.get(job.id)}")
     return found
 

@@ -3,7 +3,7 @@
 local function read_job(job, ...)
   local names = { "state", "lane", "entry", "attempt", "owner", "last_seq", "apis", "mode", "keep_ms", "idem", "losses",
     "caller", "model", "asked_model", "first_token_at", "first_token_by", "retries", "submitted_at", "not_before",
-    "claimed_at", "held_ms", "continues", "webhook", ... }
+    "claimed_at", "held_ms", "continues", "webhook", "batch", ... }
   local f = {}
   for i, value in ipairs(redis.call("HMGET", job, unpack(names))) do f[names[i]] = value end
   return f
@@ -27,9 +27,10 @@ local function count_end(day, f, now, to, code)
   if waited >= WAITED_MS then count(day, by, now, "queued_ms", waited) end
 end
 -- Whether a job is given up on and somebody should hear of it: not where a client that waited was told that its own
--- request is at fault, or waited in vain.
+-- request is at fault, or waited in vain, and not where it is a line of a batch, whose error file says so.
 local SAID_BY_RUNTIME = { runtime_refused = true, context_length_exceeded = true }
 local function is_dead(f, to, code)
+  if f.batch then return false end
   if f.mode == "async" then return to == "failed" or to == "expired" end
   return to == "failed" and not SAID_BY_RUNTIME[code]
 end

@@ -1,5 +1,5 @@
 -- A caller's list of its asynchronous jobs: `jobs:<caller>` has their ids, all with score 0, so that they stand in the order
--- in which they were made. An id goes once its job is forgotten: each new one looks at the oldest few.
+-- in which they were made. Lines of a batch are not among them: it tells of its own. An id goes once its job is forgotten: each new one looks at the oldest few.
 local LISTED_MAX, LISTED_LOOK, LISTED_AFTER_MS = 100000, 4, 86400000
 local function list_job(root, caller, id, now, gone_at)
   local key = root .. "jobs:" .. caller
