@@ -14,7 +14,7 @@ from typing import Any, Final
 from api.durations import instant_ms, length_ms
 from api.gateway import Gateway
 from api.visit import DOOR_OUTAGE_S, DOOR_PAUSE_S, JOIN_TRIES, Wishes
-from broker import admission, errors, jobs, requests, webhooks
+from broker import admission, errors, jobs, lanes, requests, webhooks
 from broker.callers import Caller, Rights
 from broker.dialects import openai
 from broker.dialects.bounds import read_request
@@ -28,6 +28,8 @@ log = logging.getLogger("warmlane.api")
 AHEAD_MS_MAX: Final = 30 * 86_400_000
 """How far ahead a job may start, and how long it may wait from there."""
 EXPIRES_MS_MIN: Final = 1_000
+AGAIN_MAX: Final = 100
+"""How many jobs that tried the same request are looked through for the newest."""
 LANE_CHARACTERS_MAX: Final = 256
 METADATA_KEYS_MAX, METADATA_KEY_CHARACTERS_MAX, METADATA_TEXT_CHARACTERS_MAX = 16, 64, 512
 """OpenAI's bounds."""
@@ -100,9 +102,13 @@ def job_of(gateway: Gateway, order: Order, wishes: Wishes, caller: Caller) -> Jo
 async def again(gateway: Gateway, old: JobRecord, caller: Caller) -> JobRecord:
     """Tries the request of a job that ended badly once more, as a new job of the same caller, or gives the job that
     does so already. Raises NotRetryable, UnknownCaller, and what POST /v1/jobs may be refused with."""
-    if old.retried_as and (known := await _known(gateway, old.retried_as)) is not None:
+    for _ in range(AGAIN_MAX):  # the newest of those that tried it: two of them never go on side by side
+        known = await _known(gateway, old.retried_as) if old.retried_as else None
+        if known is None:
+            break
         if known.live or known.state is State.DONE:
             return known
+        old = known
     if old.live or old.state is State.DONE:
         raise errors.NotRetryable(f"job {old.id} is {old.state.value}: there is nothing to try again")
     body = await gateway.store.command("GET", gateway.store.keys.request(old.id))
@@ -119,9 +125,17 @@ async def again(gateway: Gateway, old: JobRecord, caller: Caller) -> JobRecord:
         priority="batch" if owner.rights.priority == "batch" else old.priority,
         retry_of=old.id,
     )
-    leave = None if old.exits else old.zone == "remote"  # never further than the first time
-    job = job_of(gateway, order, Wishes(session=old.session, leave=leave), owner)
+    leave = None if old.exits else old.zone == "remote"
+    job = _no_further(job_of(gateway, order, Wishes(session=old.session, leave=leave), owner), old)
     return await let_in(gateway, job, order, rights=owner.rights)
+
+
+def _no_further(job: JobRecord, old: JobRecord) -> JobRecord:
+    """The job, leaving by no lane by which the one that it tries again could not, whatever its key allows by now."""
+    if not old.exits:
+        return job
+    exits = " ".join(sorted({*job.exits.split()} & {*old.exits.split()}))
+    return replace(job, exits=exits, zone=job.zone if exits else "local")
 
 
 def _owner(gateway: Gateway, name: str) -> Caller:
@@ -166,7 +180,7 @@ async def _admit(
         try:
             if unsure and (known := await _known(gateway, job.id)) is not None:
                 return admission.Admitted(known.id, known.lane)
-            if job.webhook:
+            if job.webhook and not await _comes_again(gateway, job, key, said):
                 allow = gateway.book.active.policy.webhooks.allow
                 await webhooks.accept(gateway.store, caller=job.caller, url=job.webhook, allow=allow)
             with _as_lane(order.lane):
@@ -186,6 +200,16 @@ async def _admit(
             if loop.time() > give_up:
                 raise
             await asyncio.sleep(DOOR_PAUSE_S)
+
+
+async def _comes_again(gateway: Gateway, job: JobRecord, key: str, said: bytes) -> bool:
+    """Whether its Idempotency-Key leads to a job that was taken before, whatever may be said against its webhook now.
+    Raises IdempotencyMismatch."""
+    if not key:
+        return False
+    return None is not await lanes.find_by_key(
+        gateway.store, caller=job.caller, key=key, endpoint=job.endpoint, body=said, consent=job.consent
+    )
 
 
 async def _known(gateway: Gateway, job_id: str) -> JobRecord | None:

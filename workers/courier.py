@@ -112,6 +112,8 @@ class Courier:
             found = await addresses.checked(target, allow, self._resolve)
         except errors.Refused as refused:
             return Answer(0, str(refused), refused=True)
+        except TimeoutError:
+            return Answer(0, "its host was not resolved in time", refused=True)
         except OSError:
             return Answer(0, "its host has no address")
         at_s = await self._store.now_ms() // 1000

@@ -1,18 +1,24 @@
 """POST /v1/jobs over real HTTP: a job that nobody waits for, what it may ask for, and how it is tried again."""
 
 import json
+import time
 from collections.abc import AsyncIterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from api import async_jobs
+from api.gateway import Gateway
 from broker import jobs
-from broker.callers import Rights
+from broker.callers import Caller, Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
+from broker.records import JobRecord
 from broker.store import Store
+from broker.trust import resolver
 from tests.support.invariants import violated
 from tests.support.live_api import POLICY, LiveApi, Scene, live_api, live_scene
 
@@ -72,6 +78,30 @@ async def test_a_webhook_that_could_never_be_told_is_refused_at_once(scene: Scen
     assert (inner.status_code, inner.json()["error"]["code"]) == (400, "address_refused")
     assert "webhooks: { allow: ['10.20.0.7'] }" in inner.json()["error"]["message"]
     assert await scene.store.command("ZCARD", scene.store.keys.due) == 0
+
+
+async def test_a_repeat_is_led_to_its_job_whatever_may_be_said_against_its_webhook_by_now(
+    scene: Scene, http: httpx.AsyncClient
+) -> None:
+    """Whoever lost the 202 and hears a refusal would hand the work in elsewhere."""
+    made = (await http.post("/v1/webhooks/secrets")).json()
+    told = await handed_in(http, order("wait", webhook=PUBLIC), idempotency_key="k")
+    await http.delete(f"/v1/webhooks/secrets/{made['id']}")
+    assert (await handed_in(http, order("wait", webhook=PUBLIC), idempotency_key="k"))["id"] == told["id"]
+    other = await http.post("/v1/jobs", json=order("hello", webhook=PUBLIC), headers={"idempotency-key": "k"})
+    assert other.status_code == 422
+
+
+async def test_a_name_that_is_not_resolved_in_time_is_looked_up_again_when_it_is_told(
+    scene: Scene, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' silent names may hold every thread of the resolver: nobody is refused for that."""
+    monkeypatch.setattr(resolver, "RESOLVE_S", 0.05)
+    monkeypatch.setattr(resolver, "_addresses", lambda _host, _port: time.sleep(0.3))
+    await http.post("/v1/webhooks/secrets")
+    for url in ("https://silent.example.com/", PUBLIC):
+        await handed_in(http, order(webhook=url))
+    assert await resolver.resolve("fe80::1%lo", 80) == ["fe80::1"]
 
 
 async def test_the_body_reaches_the_runtime_as_it_was_written(scene: Scene, http: httpx.AsyncClient) -> None:
@@ -287,6 +317,40 @@ async def test_a_dead_job_is_tried_again_from_its_request(scene: Scene, http: ht
     request = scene.store.keys.request
     bodies = [await scene.store.command("GET", request(one["id"])) for one in (first, again, third)]
     assert bodies == [json.dumps(asked["body"], separators=(",", ":"), ensure_ascii=False).encode()] * 3
+
+
+async def test_a_request_is_tried_again_by_one_job_at_a_time(scene: Scene, http: httpx.AsyncClient) -> None:
+    """Whichever of those that tried it is asked to: a script that tries again all that failed finds several."""
+    tried = [(await handed_in(http, order("wait", notBefore="1h")))["id"]]
+    for _ in range(3):
+        await http.delete(f"/v1/jobs/{tried[-1]}")
+        tried.append((await http.post(f"/v1/jobs/{tried[0]}/retry")).json()["id"])
+    *ended, newest = tried
+    assert len(set(tried)) == 4
+    for job_id in ended:
+        assert (await http.post(f"/v1/jobs/{job_id}/retry")).json()["id"] == newest
+    assert (await http.get(f"/v1/jobs/{newest}")).json()["retry_of"] == ended[-1]
+
+
+async def test_a_job_that_is_tried_again_may_leave_no_further(store: Store) -> None:
+    """Its key may be open to other remote lanes by now, its request said nothing of them."""
+    book = PolicyBook(store)
+    await book.apply(POLICY)
+    api = SimpleNamespace(book=book, store=store)
+    was = JobRecord(id="was", caller="ann", asked="big", mode="async", state=State.FAILED, zone="remote", exits="a b")
+    await store.command("SET", store.keys.request("was"), json.dumps(order()["body"]))
+    taken: list[JobRecord] = []
+
+    async def let_in(_gateway: Any, job: JobRecord, _order: Any, **_more: Any) -> JobRecord:
+        taken.append(job)
+        return job
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(async_jobs, "let_in", let_in)
+        for lanes in (("b", "c"), ("c",), ()):
+            rights = Rights(remote=True, remote_lanes=lanes)
+            await async_jobs.again(cast(Gateway, api), was, Caller("ann", rights))
+    assert [(job.zone, job.exits) for job in taken] == [("remote", "b"), ("local", ""), ("local", "")]
 
 
 async def test_only_the_dead_are_tried_again(scene: Scene, http: httpx.AsyncClient) -> None:

@@ -315,6 +315,25 @@ async def test_a_name_that_turns_inward_is_not_followed(world: World, endpoint: 
     assert told.status == 0 and "webhooks do not go to ci.example.com" in told.error
 
 
+async def test_a_slow_resolver_is_no_endpoints_fault(world: World, endpoint: Endpoint) -> None:
+    """Its name was not asked for: that may be others' doing, and breaks nothing."""
+    await secret_of(world)
+    (job_id,) = await ended(world)
+
+    async def slow(_host: str, _port: int) -> list[str]:
+        raise TimeoutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endpoint, "resolve", slow)
+        await webhooks.accept(world.store, caller="anonymous", url=URL, allow=[], resolve=endpoint.resolve)
+        await pass_time(world, endpoint, world.now + 600_000)
+    told = await delivery_of(world, job_id)
+    assert told.state == "pending" and len(told.attempts) > 5
+    assert {one.error for one in told.attempts} == {"its host was not resolved in time"}
+    await pass_time(world, endpoint, world.now + HOUR_MS)
+    assert [came.job for came in endpoint.taken] == [job_id]
+
+
 async def test_a_request_goes_to_the_addresses_that_were_checked(world: World, endpoint: Endpoint) -> None:
     await secret_of(world)
     endpoint.names["ci.example.com"] = [["93.184.215.14", "2606:4700::1"], ["10.0.0.1"]]
