@@ -1,6 +1,6 @@
 """Whose request it is and what it may, for the endpoints that FastAPI serves."""
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -40,6 +40,19 @@ def caller_of(request: Request, gateway: Gate) -> callers.Caller:
 
 
 Caller = Annotated[callers.Caller, Depends(caller_of)]
+
+
+async def counted(gateway: Gate, caller: Caller) -> AsyncIterator[callers.Caller]:
+    """The same, where answering takes more than a moment: the request counts among those that its caller has under way.
+    Raises CallerTooMany."""
+    gateway.house.enter(caller.name)
+    try:
+        yield caller
+    finally:
+        gateway.house.leave(caller.name)
+
+
+CountedCaller = Annotated[callers.Caller, Depends(counted)]
 
 
 def admin_of(caller: Caller) -> callers.Caller:

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from api.auth import Caller, Gate
+from api.auth import Caller, CountedCaller, Gate
 from api.described import Described, described, says
 from api.gateway import Gateway
 from api.routes.job_lists import LIMIT, LIMITS, checked
@@ -32,11 +32,11 @@ _NAME_CHARACTERS_MAX = 64
             "after": text("The `next` of the page before.", pattern=r"^(\d{1,19}-\d{1,19})?$"),
             "limit": LIMITS,
         },
-        fails=(errors.AdminOnly, errors.BadRequest, errors.BrokerUnavailable),
+        fails=(errors.AdminOnly, errors.BadRequest, errors.CallerTooMany, errors.BrokerUnavailable),
     )
 )  # fmt: skip
 async def list_letters(
-    gateway: Gate, me: Caller, caller: str = "", after: str = "", limit: int = LIMIT
+    gateway: Gate, me: CountedCaller, caller: str = "", after: str = "", limit: int = LIMIT
 ) -> dict[str, Any]:
     """Lists dead letters, never with a word of what their jobs held."""
     if after and not dead.is_id(after):
@@ -63,7 +63,7 @@ async def show_letter(letter: str, gateway: Gate, me: Caller) -> dict[str, Any]:
         words="As for its job; the letter goes with it.", fails=(errors.NoSuchLetter, *RETRY_FAILS),
     )
 )  # fmt: skip
-async def retry_letter(letter: str, gateway: Gate, me: Caller) -> Response:
+async def retry_letter(letter: str, gateway: Gate, me: CountedCaller) -> Response:
     """Tries the job of a letter again."""
     found = await _find(gateway, letter, me)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from api.auth import Caller, Gate
+from api.auth import CountedCaller, Gate
 from api.described import Described, described, says
 from api.gateway import Gateway
 from broker import callers, errors, job_lists
@@ -40,12 +40,12 @@ LIMITS = whole(
             "after": text("The `next` of the page before, or the id of any job.", pattern="^[0-9A-Za-z_-]{0,64}$"),
             "limit": LIMITS,
         },
-        fails=(errors.AdminOnly, errors.BadRequest, errors.BrokerUnavailable),
+        fails=(errors.AdminOnly, errors.BadRequest, errors.CallerTooMany, errors.BrokerUnavailable),
     )
 )  # fmt: skip
 async def list_jobs(
-    request: Request, gateway: Gate, me: Caller, state: str = "", lane: str = "", model: str = "", caller: str = "",
-    after: str = "", limit: int = LIMIT,
+    request: Request, gateway: Gate, me: CountedCaller, state: str = "", lane: str = "", model: str = "",
+    caller: str = "", after: str = "", limit: int = LIMIT,
 ) -> dict[str, Any]:  # fmt: skip
     """Lists asynchronous jobs that are still kept."""
     if state not in ("", *_STATES):

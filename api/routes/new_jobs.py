@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from api import async_jobs
 from api import errors as told
 from api.asgi import Receive, Scope, Send
-from api.auth import Caller, Gate
+from api.auth import Caller, CountedCaller, Gate
 from api.described import GENERATION_FAILS, JSON, WISHES, Answer, Described, Kinds, described
 from api.exchange import Exchange, Interrupted
 from api.gateway import Gateway
@@ -39,7 +39,7 @@ RETRIED = Answer(
 )
 
 _OF_A_BODY = (
-    errors.BadRequest, errors.BodyTooLarge, errors.BodiesTooMany, errors.CallerTooMany, errors.IdempotencyMismatch,
+    errors.BadRequest, errors.BodyTooLarge, errors.BodiesTooMany, errors.IdempotencyMismatch,
     errors.UnknownModel,
 )  # fmt: skip
 RETRY_FAILS = (
@@ -70,7 +70,7 @@ async def new_job(gateway: Gate, caller: Caller) -> Response:
         "`retried_as`. Asking again gives the same job while it lives, and once it is done.",
     )
 )  # fmt: skip
-async def retry_job(job_id: str, gateway: Gate, caller: Caller) -> Response:
+async def retry_job(job_id: str, gateway: Gate, caller: CountedCaller) -> Response:
     """Tries a job that failed, expired or was cancelled once more."""
     old = await own_job(gateway, job_id, caller)
     status, headers, body = await taken(gateway, await tried_again(gateway, old, caller))

@@ -459,6 +459,8 @@ async def too_much(store: Store, book: Book) -> None:
         await on.ask("GET", RESPONSE, f"/v1/responses/resp_{job.id}?stream=true")
         await on.ask("GET", "/v1/jobs/{job_id}", f"/v1/jobs/{job.id}?wait=1s")
         await on.post("/v1/jobs", {})
+        await all_of(on.ask("GET", path, path) for path in ("/v1/jobs", "/v1/dead"))
+        await all_of(on.ask("POST", path, re.sub("{.*?}", "x", path)) for path in RETRIES)
 
 
 NEED_A_POLICY = [
