@@ -34,7 +34,7 @@ FAULTS = [
     Fault(
         "an asynchronous job is in no list",
         ("submit",),
-        r"if named\.mode == \"async\" then list_job.*\n",
+        r"if named\.mode == \"async\" and not named\.batch then list_job.*\n",
         "",
     ),
     Fault(
