@@ -1,7 +1,7 @@
 """POST /v1/jobs over real HTTP: a job that nobody waits for, what it may ask for, and how it is tried again."""
 
 import json
-import time
+import threading
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -96,12 +96,14 @@ async def test_a_name_that_is_not_resolved_in_time_is_looked_up_again_when_it_is
     scene: Scene, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others' silent names may hold every thread of the resolver: nobody is refused for that."""
+    over = threading.Event()
     monkeypatch.setattr(resolver, "RESOLVE_S", 0.05)
-    monkeypatch.setattr(resolver, "_addresses", lambda _host, _port: time.sleep(0.3))
+    monkeypatch.setattr(resolver, "_addresses", lambda _host, _port: over.wait(20))
     await http.post("/v1/webhooks/secrets")
     for url in ("https://silent.example.com/", PUBLIC):
         await handed_in(http, order(webhook=url))
     assert await resolver.resolve("fe80::1%lo", 80) == ["fe80::1"]
+    over.set()
 
 
 async def test_the_body_reaches_the_runtime_as_it_was_written(scene: Scene, http: httpx.AsyncClient) -> None:
