@@ -129,7 +129,13 @@ async def killed(up: House, http: httpx.AsyncClient, key: dict[str, str]) -> Non
 
 async def values(store: Store) -> dict[str, str]:
     """Everything that Redis holds, by the name of its key."""
-    read = {"string": ("GET",), "hash": ("HGETALL",), "stream": ("XRANGE", "-", "+"), "zset": ("ZRANGE", "0", "-1")}
+    read = {
+        "list": ("LRANGE", "0", "-1"),
+        "string": ("GET",),
+        "hash": ("HGETALL",),
+        "stream": ("XRANGE", "-", "+"),
+        "zset": ("ZRANGE", "0", "-1"),
+    }
     found = {}
     for name in await store.command("KEYS", "*"):
         kind = (await store.command("TYPE", name)).decode()

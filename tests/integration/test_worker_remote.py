@@ -55,7 +55,7 @@ async def everything_in_redis(world: World) -> str:
             continue
         read = {
             "string": ("GET", key), "hash": ("HGETALL", key), "stream": ("XRANGE", key, "-", "+"),
-            "zset": ("ZRANGE", key, 0, -1),
+            "zset": ("ZRANGE", key, 0, -1), "list": ("LRANGE", key, 0, -1),
         }[kind]  # fmt: skip
         found.append(f"{key} {await store.command(*read)}")
     return "\n".join(found)
