@@ -3,18 +3,17 @@
 The generation's own body is cut out of the bytes that came, so a runtime gets it as its client wrote it.
 """
 
-import asyncio
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from api import letting_in
 from api.durations import instant_ms, length_ms
 from api.gateway import Gateway
-from api.visit import DOOR_OUTAGE_S, DOOR_PAUSE_S, JOIN_TRIES, Wishes
-from broker import admission, errors, jobs, lanes, requests, webhooks
+from api.visit import Wishes
+from broker import admission, errors, jobs, kept, requests, webhooks
 from broker.callers import Caller, Rights
 from broker.dialects import openai
 from broker.dialects.bounds import read_request
@@ -83,7 +82,7 @@ def job_of(gateway: Gateway, order: Order, wishes: Wishes, caller: Caller) -> Jo
     asked = requests.ENDPOINTS[order.endpoint].read(order.body)
     if asked.nothing is not None:
         raise errors.BadRequest("the gateway answers this request itself: ask the endpoint", "body")
-    with _as_lane(order.lane):
+    with requests.told_of_lanes(order.lane):
         job = requests.job_of(
             order.endpoint, asked, active, caller, lane=order.lane, session=wishes.session, leave=wishes.leave
         )
@@ -103,7 +102,7 @@ async def again(gateway: Gateway, old: JobRecord, caller: Caller) -> JobRecord:
     """Tries the request of a job that ended badly once more, as a new job of the same caller, or gives the job that
     does so already. Raises NotRetryable, UnknownCaller, and what POST /v1/jobs may be refused with."""
     for _ in range(AGAIN_MAX):  # the newest of those that tried it: two of them never go on side by side
-        known = await _known(gateway, old.retried_as) if old.retried_as else None
+        known = await jobs.find(gateway.store, old.retried_as) if old.retried_as else None
         if known is None:
             break
         if known.live or known.state is State.DONE:
@@ -111,8 +110,8 @@ async def again(gateway: Gateway, old: JobRecord, caller: Caller) -> JobRecord:
         old = known
     if old.live or old.state is State.DONE:
         raise errors.NotRetryable(f"job {old.id} is {old.state.value}: there is nothing to try again")
-    body = await gateway.store.command("GET", gateway.store.keys.request(old.id))
-    if body is None:
+    body = await kept.request_of(gateway.store, old.id)
+    if not body:
         raise errors.NotRetryable(f"the request of job {old.id} is not kept")
     owner = caller if caller.name == old.caller else _owner(gateway, old.caller)
     order = Order(
@@ -153,15 +152,14 @@ async def let_in(
 
     An ended job that freed its key is nobody's answer: then the request is a new one.
     """
-    for _ in range(JOIN_TRIES):
+    for _ in range(letting_in.JOIN_TRIES):
         try:
             admitted = await _admit(gateway, job, order, rights=rights, key=key, said=said)
         except errors.Refused as refusal:
             gateway.metrics.refused(gateway.known_lane(getattr(refusal, "lane", job.asked)), refusal.code)
             raise
-        try:
-            found = await jobs.read(gateway.store, admitted.job_id)
-        except errors.NoSuchJob:
+        found = await jobs.find(gateway.store, admitted.job_id)
+        if found is None:
             continue
         if not admitted.attached or found.state not in ENDED - {State.DONE}:
             gateway.metrics.submitted(gateway.known_lane(found.lane), attached=admitted.attached)
@@ -172,62 +170,27 @@ async def let_in(
 async def _admit(
     gateway: Gateway, job: JobRecord, order: Order, *, rights: Rights, key: str, said: bytes
 ) -> admission.Admitted:
-    """Admits it, also where Redis is away for a moment. The job may be in, its reply lost: then it is looked for before
-    anything can refuse it. Whoever has it wants to be told of its end only where somebody may be told."""
-    unsure, loop = False, asyncio.get_running_loop()
-    give_up = loop.time() + DOOR_OUTAGE_S
-    while True:
-        try:
-            if unsure and (known := await _known(gateway, job.id)) is not None:
-                return admission.Admitted(known.id, known.lane)
-            if job.webhook and not await _comes_again(gateway, job, key, said):
-                allow = gateway.book.active.policy.webhooks.allow
-                await webhooks.accept(gateway.store, caller=job.caller, url=job.webhook, allow=allow)
-            with _as_lane(order.lane):
-                return await admission.admit(
-                    gateway.store,
-                    gateway.book,
-                    gateway.fleet,
-                    job,
-                    order.body,
-                    idempotency_key=key,
-                    give_up_within_ms=order.give_up_within_ms,
-                    said=said,
-                    rights=rights,
-                )
-        except errors.BrokerUnavailable:
-            unsure = True
-            if loop.time() > give_up:
-                raise
-            await asyncio.sleep(DOOR_PAUSE_S)
+    async def vet() -> None:  # whoever is to be told of its end must be one whom somebody may tell
+        if job.webhook:
+            allow = gateway.book.active.policy.webhooks.allow
+            await webhooks.accept(gateway.store, caller=job.caller, url=job.webhook, allow=allow)
 
+    async def admit() -> admission.Admitted:
+        with requests.told_of_lanes(order.lane):
+            return await admission.admit(
+                gateway.store,
+                gateway.book,
+                gateway.fleet,
+                job,
+                order.body,
+                idempotency_key=key,
+                give_up_within_ms=order.give_up_within_ms,
+                said=said,
+                vet=vet,
+                rights=rights,
+            )
 
-async def _comes_again(gateway: Gateway, job: JobRecord, key: str, said: bytes) -> bool:
-    """Whether its Idempotency-Key leads to a job that was taken before, whatever may be said against its webhook now.
-    Raises IdempotencyMismatch."""
-    if not key:
-        return False
-    return None is not await lanes.find_by_key(
-        gateway.store, caller=job.caller, key=key, endpoint=job.endpoint, body=said, consent=job.consent
-    )
-
-
-async def _known(gateway: Gateway, job_id: str) -> JobRecord | None:
-    try:
-        return await jobs.read(gateway.store, job_id)
-    except errors.NoSuchJob:
-        return None
-
-
-@contextmanager
-def _as_lane(lane: str) -> Iterator[None]:
-    """Whoever named a lane hears of a lane, not of a model."""
-    try:
-        yield
-    except errors.UnknownModel as unknown:
-        if not lane:
-            raise
-        raise errors.UnknownLane(unknown.asked, unknown.suggestions) from None
+    return await letting_in.let_in(gateway.store, job.id, admit, why_not=lambda: None)
 
 
 def _one_of(asked: Mapping[str, Any], key: str, allowed: tuple[str, ...], default: str) -> str:

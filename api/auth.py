@@ -55,6 +55,16 @@ async def counted(gateway: Gate, caller: Caller) -> AsyncIterator[callers.Caller
 CountedCaller = Annotated[callers.Caller, Depends(counted)]
 
 
+def whose(me: callers.Caller, asked: str, what: str) -> str:
+    """Whose `what` somebody is shown, "" = everybody's: an administrator sees that, anybody else its own. Raises
+    AdminOnly."""
+    if me.rights.admin:
+        return asked
+    if asked not in ("", me.name):
+        raise errors.AdminOnly(f"the key of {me.name} sees the {what} of {me.name} only")
+    return me.name
+
+
 def admin_of(caller: Caller) -> callers.Caller:
     """The same, where only an administrator may; raises AdminOnly."""
     if not caller.rights.admin:

@@ -107,7 +107,7 @@ def job_result(
     """Prints a job's answer; with --json the whole of it."""
     from api.cli_answer import length_s, once, tell, until_ended, with_jobs
     from api.exit_codes import UNFINISHED, Failed
-    from api.jobs_client import ENDED
+    from broker.lifecycle import ENDED
 
     timeout_s = length_s(timeout) if timeout else None
 

@@ -21,7 +21,6 @@ POLL_S: Final = 30
 """How long one look waits at the gateway for the job's end."""
 ANSWER_S_MAX: Final = POLL_S + 15.0
 """A gateway that says nothing for so long is away; on a stream it says something every few seconds."""
-ENDED: Final = frozenset({"done", "failed", "cancelled", "expired"})
 
 
 class Away(Exception):

@@ -9,7 +9,8 @@ from typing import Any, Final, TypeVar
 
 from api.client import REMEDY, gateway_url
 from api.exit_codes import BUSY, UNREACHABLE, Failed
-from api.jobs_client import ENDED, POLL_S, Away, Busy, JobsClient
+from api.jobs_client import POLL_S, Away, Busy, JobsClient
+from broker.lifecycle import ENDED
 
 AWAY_S_MAX: Final = 900.0
 """How long a gateway may be away, or take nothing, before a command gives up, where it does not say otherwise."""

@@ -4,10 +4,9 @@ the error with its own status."""
 from api import errors as told
 from api.exchange import Headers
 from api.gateway import Gateway
-from api.stream import ANSWER_BYTES_MAX, JSON, fold
+from api.stream import JSON, fold
 from api.voices import voice_of
-from broker import errors
-from broker.frames import replay
+from broker import errors, kept
 from broker.records import Frame, JobRecord
 
 
@@ -15,26 +14,15 @@ async def result_of(gateway: Gateway, job: JobRecord) -> tuple[int, Headers, byt
     """Gives status, headers and body; raises NotEnded, NoSuchJob where it is forgotten meanwhile."""
     if job.live:
         raise errors.NotEnded(job.id, job.state.value)
-    whole, last = await _whole(gateway, job.id)
+    whole, last = await kept.answer_of(gateway.store, job.id)
+    if last is None:
+        raise errors.NoSuchJob(job.id)
     tells = [(b"x-gateway-job", job.id.encode()), (b"x-gateway-lane", job.lane.encode())]
     if last.kind != "done":
         return _failure(job, last, tells)
     if job.served_by:
         tells.append((b"x-gateway-served-by", job.served_by.encode("latin-1", "replace")))
     return 200, [*JSON, *tells], await fold(voice_of(job), whole, sum(map(len, whole)))
-
-
-async def _whole(gateway: Gateway, job_id: str) -> tuple[list[bytes], Frame]:
-    parts: list[bytes] = []
-    size = 0
-    async for frame in replay(gateway.store, job_id):
-        if frame.terminal:
-            return parts, frame
-        parts.append(frame.data)
-        size += len(frame.data)
-        if size > ANSWER_BYTES_MAX:
-            raise errors.RuntimeFailed(f"the answer is larger than {ANSWER_BYTES_MAX} bytes")
-    raise errors.NoSuchJob(job_id)
 
 
 def _failure(job: JobRecord, last: Frame, tells: list[tuple[bytes, bytes]]) -> tuple[int, Headers, bytes]:

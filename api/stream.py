@@ -12,12 +12,12 @@ from api.visit import Visit
 from api.voices import CountedVoice, Voice
 from broker import errors
 from broker.frames import Restarted
+from broker.kept import ANSWER_BYTES_MAX
 from broker.records import Frame
 
 HEARTBEAT_S = 10.0
 WHOLE_HOLD_S = 50.0
 """Under the minute after which proxies in between lose their patience."""
-ANSWER_BYTES_MAX = 64 << 20
 FOLD_INLINE_BYTES = 256 << 10
 """A longer answer is folded beside the loop, so that the other streams go on."""
 

@@ -11,8 +11,9 @@ from ulid import ULID
 
 from api.exchange import Exchange
 from api.gateway import Gateway
+from api.letting_in import JOIN_TRIES, let_in
 from api.voices import CountedVoice, voice_of
-from broker import admission, dispatch, errors, jobs, lanes
+from broker import admission, dispatch, errors, jobs, lanes, requests
 from broker.callers import Rights
 from broker.frames import FrameReader
 from broker.lifecycle import ENDED, State
@@ -22,10 +23,6 @@ from broker.store import OUTAGE_LIMIT_S
 
 log = logging.getLogger("warmlane.api")
 
-DOOR_OUTAGE_S = 5.0
-"""How long a request waits at the door while Redis is away; it holds nothing yet and may as well try elsewhere."""
-DOOR_PAUSE_S = 0.1
-JOIN_TRIES = 3
 QUICK_S = 0.05
 """An answer that began within this is not worth a look into the job's record for its headers."""
 RECORD_S_MAX = 0.25
@@ -42,6 +39,14 @@ _SECONDS = re.compile(r"\d{1,6}(\.\d{1,9})?")
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
+
+
+def leave_of(text: str) -> bool | None:
+    """Reads X-Gateway-Allow-Remote, None = it was not sent; raises BadRequest."""
+    told = text.lower()
+    if told not in ("", "true", "false"):
+        raise errors.BadRequest("X-Gateway-Allow-Remote must be true or false", "X-Gateway-Allow-Remote")
+    return None if told == "" else told == "true"
 
 
 class Asking(Protocol):
@@ -83,13 +88,10 @@ class Wishes:
         within = header(b"x-slo-ttft-ms")
         if within and not (_MS.fullmatch(within) and 0 < int(within) <= WITHIN_MS_MAX):
             raise errors.BadRequest("X-SLO-TTFT-Ms must be a whole number of milliseconds above 0", "X-SLO-TTFT-Ms")
-        leave = header(b"x-gateway-allow-remote").lower()
-        if leave not in ("", "true", "false"):
-            raise errors.BadRequest("X-Gateway-Allow-Remote must be true or false", "X-Gateway-Allow-Remote")
         return cls(
             lane=header(b"x-gateway-lane"),
             session=session,
-            leave=None if leave == "" else leave == "true",
+            leave=leave_of(header(b"x-gateway-allow-remote")),
             promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
             patience_s=_patience_s(header(b"x-stainless-read-timeout"), header(b"x-stainless-timeout")),
             idempotency_key=key,
@@ -149,13 +151,12 @@ class Visit:
     async def enter(self, body: bytes, wishes: Wishes) -> None:
         """Lets the job in, or finds the one that an Idempotency-Key leads to; raises Refused, ClientGone."""
         gateway = self._gateway
-        try:
-            admitted = await self._let_in(body, wishes)
-        except errors.Refused as refusal:
-            gateway.metrics.refused(self._known_lane(getattr(refusal, "lane", self._job.asked)), refusal.code)
-            if wishes.lane and isinstance(refusal, errors.UnknownModel):
-                raise errors.UnknownLane(refusal.asked, refusal.suggestions) from None
-            raise
+        with requests.told_of_lanes(wishes.lane):
+            try:
+                admitted = await self._let_in(body, wishes)
+            except errors.Refused as refusal:
+                gateway.metrics.refused(gateway.known_lane(getattr(refusal, "lane", self._job.asked)), refusal.code)
+                raise
         self.lane = admitted.lane
         if not self.exchange.started:  # else the client has heard this voice already
             self.voice = voice_of(replace(self._job, id=self.job_id), body)
@@ -247,8 +248,8 @@ class Visit:
                 queue_s = max(0, record.claimed_at - record.submitted_at) / 1000
                 told.append((b"x-gateway-queue-ms", str(round(queue_s * 1000)).encode()))
         metrics = self._gateway.metrics
-        metrics.queue_wait(self._known_lane(lane), queue_s)
-        metrics.first_token(self._known_lane(lane), self._known_model(model), waited_s)
+        metrics.queue_wait(self._gateway.known_lane(lane), queue_s)
+        metrics.first_token(self._gateway.known_lane(lane), self._known_model(model), waited_s)
         told += [
             (b"x-gateway-job", self.job_id.encode()),
             (b"x-gateway-lane", lane.encode()),
@@ -266,7 +267,7 @@ class Visit:
 
     def finished(self) -> None:
         """Notes that the whole answer came."""
-        lane, model = self._known_lane(self.lane), self._known_model(self._model)
+        lane, model = self._gateway.known_lane(self.lane), self._known_model(self._model)
         self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
 
     @property
@@ -286,38 +287,23 @@ class Visit:
 
     async def _admit(self, body: bytes, wishes: Wishes) -> admission.Admitted:
         g = self._gateway
-        unsure, began = False, self.loop.time()
-        while True:
-            try:
-                if unsure and (known := await self._known()) is not None:
-                    return admission.Admitted(known.id, known.lane)
-                return await admission.admit(
-                    g.store,
-                    g.book,
-                    g.fleet,
-                    self._job,
-                    body,
-                    reader=self._name,
-                    idempotency_key=wishes.idempotency_key,
-                    may_retry=wishes.may_retry,
-                    is_retry=wishes.is_retry,
-                    promote_within_ms=wishes.promote_within_ms,
-                    rights=self._rights,
-                )
-            except errors.BrokerUnavailable:
-                # The job may be in, its reply lost: look for it before anything can refuse it.
-                unsure = True
-                if self.loop.time() - began > DOOR_OUTAGE_S:
-                    raise
-                if self.exchange.why is not None:
-                    raise self.exchange.why from None
-                await asyncio.sleep(DOOR_PAUSE_S)
 
-    async def _known(self) -> JobRecord | None:
-        try:
-            return await jobs.read(self._gateway.store, self._job.id)
-        except errors.NoSuchJob:
-            return None
+        async def admit() -> admission.Admitted:
+            return await admission.admit(
+                g.store,
+                g.book,
+                g.fleet,
+                self._job,
+                body,
+                reader=self._name,
+                idempotency_key=wishes.idempotency_key,
+                may_retry=wishes.may_retry,
+                is_retry=wishes.is_retry,
+                promote_within_ms=wishes.promote_within_ms,
+                rights=self._rights,
+            )
+
+        return await let_in(g.store, self._job.id, admit, why_not=lambda: self.exchange.why)
 
     async def _join(self, job_id: str, *, by_key: bool) -> bool:
         """Follows the earlier job from its first frame; False where it is gone, or ended so just now that it frees its
@@ -347,9 +333,6 @@ class Visit:
     def _on_its_host(self, model: str) -> str:
         hosts = self._gateway.fleet.picture.on_host.get(model, {})
         return f"{model}@{next(iter(hosts))}" if len(hosts) == 1 else model
-
-    def _known_lane(self, lane: str) -> str:
-        return self._gateway.known_lane(lane)
 
     def _known_model(self, model: str) -> str:
         book = self._gateway.book

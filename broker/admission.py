@@ -1,6 +1,7 @@
 """Which lane a request enters: the one it asked for, else its fallbacks, else an honest refusal."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from broker import dispatch, downgrades, errors, lanes
@@ -46,6 +47,7 @@ async def admit(
     promote_within_ms: int | None = None,
     give_up_within_ms: int | None = None,
     said: bytes = b"",
+    vet: Callable[[], Awaitable[None]] | None = None,
     rights: Rights = EVERYTHING,
 ) -> Admitted:
     """Tries the lanes that may serve the job, in order; raises Refused with the reason that helps most.
@@ -55,6 +57,7 @@ async def admit(
     has given the caller its share, spills to its fallback; a lane that no live host can serve, whose model cannot hold
     the prompt, or that leads out where the job may not leave is passed over. `give_up_within_ms`: instead of its lane's
     `maxWaitMs`; `said`: what a repeat of the Idempotency-Key must repeat, where that is more than the body.
+    `vet` raises what else may be said against the job, and is asked only once no earlier job is found for the request.
     """
     if idempotency_key:  # its job is there to be found even when no lane would take it now
         found = await lanes.find_by_key(
@@ -66,6 +69,8 @@ async def admit(
         left = await lanes.rejoin(store, job, body, reader=reader)
         if left is not None:
             return Admitted(left.job_id, left.lane, attached=True)
+    if vet is not None:
+        await vet()
     looked = False
     for _ in range(STALE_TRIES):
         active = book.active

@@ -27,6 +27,14 @@ async def read(store: Store, job_id: str) -> JobRecord:
     return JobRecord.from_hash(raw)
 
 
+async def find(store: Store, job_id: str) -> JobRecord | None:
+    """The same, None where it is gone or never was."""
+    try:
+        return await read(store, job_id)
+    except errors.NoSuchJob:
+        return None
+
+
 @dataclass(frozen=True)
 class Holding:
     """A worker's hold on a job: every write carries its attempt, and a write after the hold is lost raises."""

@@ -5,7 +5,8 @@ without a client that waits: what is submitted for later, and the lines of a bat
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -79,6 +80,17 @@ def lane_of(policy: Policy, caller: Caller, name: str, *, endpoint: str, prompt_
         opens = ", ".join(caller.rights.lanes)
         raise errors.LaneForbidden(f"the key of {caller.name} is for {opens}, not for {name[: errors.NAME_SHOWN]!r}")
     return lane
+
+
+@contextmanager
+def told_of_lanes(lane: str) -> Iterator[None]:
+    """Whoever named a lane, not "", hears of a lane where nothing has the name, and not of a model."""
+    try:
+        yield
+    except errors.UnknownModel as unknown:
+        if not lane:
+            raise
+        raise errors.UnknownLane(unknown.asked, unknown.suggestions) from None
 
 
 def name_of(endpoint: str, asked: Asked, policy: Policy, *, lane: str = "") -> str:

@@ -5,15 +5,13 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from broker import errors, frames
+from broker import errors, kept
 from broker.batch_lines import answered, unanswered
 from broker.lifecycle import State
-from broker.records import BatchRecord, Frame
+from broker.records import BatchRecord
 from broker.store import Store
 from broker.whole import FOLDS
 from workers.batch_reading import EXPIRED, LARGE_BYTES
-
-ANSWER_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, 
     if state is State.EXPIRED or (state is State.CANCELLED and batch.ending == "expired"):
         return late(job_id, custom_id)
     try:
-        parts, last = await _answer(store, job_id)
+        parts, last = await kept.answer_of(store, job_id)
         if state is State.DONE and parts:
             return Written("output", await _line(batch.endpoint, parts, job_id, custom_id))
         said = json.loads(last.data) if last is not None else {}
@@ -51,20 +49,6 @@ def late(job_id: str, custom_id: str) -> Written:
     """What is written of a request for which there was no time left."""
     code, message = EXPIRED
     return Written("error", unanswered(job_id, custom_id, code=code, message=message))
-
-
-async def _answer(store: Store, job_id: str) -> tuple[list[bytes], Frame | None]:
-    parts: list[bytes] = []
-    size, last = 0, None
-    async for frame in frames.replay(store, job_id):
-        if frame.terminal:
-            last = frame
-        else:
-            parts.append(frame.data)
-            size += len(frame.data)
-        if size > ANSWER_BYTES_MAX:
-            raise errors.RuntimeFailed(f"the answer is larger than {ANSWER_BYTES_MAX} bytes")
-    return parts, last
 
 
 async def _line(endpoint: str, parts: list[bytes], job_id: str, custom_id: str) -> bytes:

@@ -8,11 +8,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.async_jobs import METADATA_KEY_CHARACTERS_MAX, METADATA_KEYS_MAX, METADATA_TEXT_CHARACTERS_MAX
 from api.auth import Caller, Gate
 from api.described import WISHES, Described, described, says
 from api.gateway import Gateway
-from api.routes.files import KEEP_S_MAX, KEEP_S_MIN, SECOND_MS, ends_of, own_file
+from api.paging import checked, ends_of
+from api.routes.files import KEEP_S_MAX, KEEP_S_MIN, SECOND_MS, own_file
 from api.small_body import read_as
+from api.visit import leave_of
 from broker import batches, callers, errors, requests
 from broker.batch_lines import ENDPOINTS
 from broker.dialects.json_schema import text, whole
@@ -30,8 +33,8 @@ _INSTANTS = (
     "created_at in_progress_at finalizing_at completed_at failed_at expires_at expired_at cancelling_at cancelled_at"
 ).split()
 
-Word = Annotated[str, Field(max_length=64)]
-Words = Annotated[str, Field(max_length=512)]
+Word = Annotated[str, Field(max_length=METADATA_KEY_CHARACTERS_MAX)]
+Words = Annotated[str, Field(max_length=METADATA_TEXT_CHARACTERS_MAX)]
 
 
 class ExpiresAfter(BaseModel):
@@ -49,7 +52,7 @@ class NewBatch(BaseModel):
     input_file_id: Annotated[str, Field(min_length=1, max_length=128)]
     endpoint: Literal[ENDPOINTS]  # type: ignore[valid-type]  # the same words, in one place
     completion_window: Annotated[str, Field(pattern=WINDOW_PATTERN)]
-    metadata: Annotated[dict[Word, Words], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Word, Words], Field(max_length=METADATA_KEYS_MAX)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
 
@@ -75,14 +78,11 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
     """Makes a batch of a file of the caller."""
     asked = await read_as(NewBatch, request)
     lane, leave = request.headers.get("x-gateway-lane", ""), request.headers.get("x-gateway-allow-remote", "").lower()
-    if leave not in ("", "true", "false"):
-        raise errors.BadRequest("X-Gateway-Allow-Remote must be true or false", "X-Gateway-Allow-Remote")
+    leave_of(leave)
     policy = gateway.book.active.policy
     if lane:
-        try:
+        with requests.told_of_lanes(lane):
             requests.lane_of(policy, caller, lane, endpoint=asked.endpoint)
-        except errors.UnknownModel as unknown:
-            raise errors.UnknownLane(unknown.asked, unknown.suggestions) from None
     record = await own_file(gateway, asked.input_file_id, callers.Caller(caller.name, callers.Rights()))
     if record.purpose != "batch":
         raise errors.BadRequest("the file is no input of a batch", "input_file_id")
@@ -118,8 +118,7 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
 )  # fmt: skip
 async def list_batches(gateway: Gate, caller: Caller, after: str = "", limit: int = PAGE) -> dict[str, Any]:
     """Lists the caller's batches."""
-    if not 0 < limit <= PAGE_MAX:
-        raise errors.BadRequest(f"limit must be 1 to {PAGE_MAX}", "limit")
+    limit = checked(limit, PAGE_MAX)
     found = await batches.of_caller(gateway.store, caller.name, before=after, limit=limit + 1)
     page = [shown(batch) for batch in found[:limit]]
     return {"object": "list", "data": page, "has_more": len(found) > limit, **ends_of(page)}

@@ -6,10 +6,11 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from api.auth import Caller, CountedCaller, Gate
+from api.auth import Caller, CountedCaller, Gate, whose
 from api.described import Described, described, says
 from api.gateway import Gateway
-from api.routes.job_lists import LIMIT, LIMITS, checked
+from api.paging import checked
+from api.routes.job_lists import LIMIT, LIMITS
 from api.routes.jobs import own_job
 from api.routes.new_jobs import RETRIED, RETRY_FAILS, taken, tried_again
 from broker import callers, dead, errors
@@ -41,9 +42,8 @@ async def list_letters(
     """Lists dead letters, never with a word of what their jobs held."""
     if after and not dead.is_id(after):
         raise errors.BadRequest("after must be the id of a dead letter", "after")
-    if not me.rights.admin and caller not in ("", me.name):
-        raise errors.AdminOnly(f"the key of {me.name} sees the dead letters of {me.name} only")
-    page = await dead.page(gateway.store, caller=_whose(me) or caller, after=after, limit=checked(limit))
+    owner, limit = whose(me, caller, "dead letters"), checked(limit, dead.PAGE_MAX)
+    page = await dead.page(gateway.store, caller=owner, after=after, limit=limit)
     return {"object": "list", "data": [asdict(letter) for letter in page.letters], "next": page.next}
 
 
@@ -90,9 +90,4 @@ async def drop_letter(letter: str, gateway: Gate, me: Caller) -> dict[str, Any]:
 async def _find(gateway: Gateway, name: str, me: callers.Caller) -> Letter:
     if len(name) > _NAME_CHARACTERS_MAX:
         raise errors.NoSuchLetter(name)
-    return await dead.find(gateway.store, name, caller=_whose(me))
-
-
-def _whose(me: callers.Caller) -> str:
-    """Whose letters somebody sees, "" = everybody's."""
-    return "" if me.rights.admin else me.name
+    return await dead.find(gateway.store, name, caller=whose(me, "", "dead letters"))

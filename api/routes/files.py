@@ -14,6 +14,7 @@ from api.described import FORM, OCTETS, UNSEEN, Answer, Described, described, sa
 from api.exchange import CutConnection, Exchange, Interrupted
 from api.form import Form
 from api.gateway import Gateway
+from api.paging import checked, ends_of
 from broker import callers, errors, files
 from broker.dialects.json_schema import one_of, text, whole
 from broker.files import Upload
@@ -76,8 +77,7 @@ async def list_files(
     purpose: str = "",
 ) -> dict[str, Any]:
     """Lists the caller's files."""
-    if not 0 < limit <= LISTED_MAX:
-        raise errors.BadRequest(f"limit must be 1 to {LISTED_MAX}", "limit")
+    limit = checked(limit, LISTED_MAX)
     found = [record for record in await files.of_caller(gateway.store, caller.name) if purpose in ("", record.purpose)]
     if order == "desc":
         found.reverse()
@@ -139,11 +139,6 @@ def shown(record: FileRecord) -> dict[str, Any]:
         "status": "processed",
         "status_details": None,
     }
-
-
-def ends_of(page: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ids between which the next pages lie."""
-    return {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
 
 
 class _Sent(Response):

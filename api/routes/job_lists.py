@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from api.auth import CountedCaller, Gate
+from api.auth import CountedCaller, Gate, whose
 from api.described import Described, described, says
 from api.gateway import Gateway
+from api.paging import checked
 from broker import callers, errors, job_lists
 from broker.dialects.json_schema import one_of, text, whole
 from broker.lifecycle import State
@@ -54,24 +55,14 @@ async def list_jobs(
         raise errors.BadRequest("after must be the id of a job", "after")
     notes = {found.group(1): value for key, value in request.query_params.items() if (found := _metadata(key))}
     fits = _filter({"state": state, "lane": lane, "model": model}, notes)
-    whose, limit = _whose(gateway, me, caller), checked(limit)
-    page = await job_lists.page(gateway.store, whose, fits=fits, after=after, limit=limit)
+    owners, limit = _whose(gateway, me, caller), checked(limit, job_lists.PAGE_MAX)
+    page = await job_lists.page(gateway.store, owners, fits=fits, after=after, limit=limit)
     return {"object": "list", "data": [job.public() for job in page.jobs], "next": page.next}
 
 
-def checked(limit: int) -> int:
-    """How many may be listed at once; raises BadRequest."""
-    if not 1 <= limit <= job_lists.PAGE_MAX:
-        raise errors.BadRequest(f"limit must be 1 to {job_lists.PAGE_MAX}", "limit")
-    return limit
-
-
 def _whose(gateway: Gateway, me: callers.Caller, asked: str) -> list[str]:
-    if me.rights.admin:
-        return [asked] if asked else sorted({*gateway.keys.names, callers.ANONYMOUS, me.name})
-    if asked not in ("", me.name):
-        raise errors.AdminOnly(f"the key of {me.name} sees the jobs of {me.name} only")
-    return [me.name]
+    one = whose(me, asked, "jobs")
+    return [one] if one else sorted({*gateway.keys.names, callers.ANONYMOUS, me.name})
 
 
 def _filter(wanted: dict[str, str], notes: dict[str, str]) -> Callable[[JobRecord], bool]:

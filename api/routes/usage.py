@@ -4,9 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from api.auth import Caller, Gate
+from api.auth import Caller, Gate, whose
 from api.described import Described, described, says
-from broker import callers, errors, usage
+from broker import errors, usage
 from broker.dialects.json_schema import text
 from broker.policy.sentences import near_words
 from broker.usage_report import BY, Report
@@ -31,19 +31,10 @@ async def show_usage(
     gateway: Gate, me: Caller, since: str = "7d", until: str = "", by: str = "caller,model", caller: str = ""
 ) -> dict[str, Any]:
     """Adds up the days from `since` to `until`, both included, by any of `day,caller,lane,model`."""
-    report = Report(_named(by), caller=_whose(me, caller))
+    report = Report(_named(by), caller=whose(me, caller, "usage") or None)
     first, last = await usage.days(gateway.store, since, until)
     await usage.tell(gateway.store, report, first, last)
     return report.as_json(first, last)
-
-
-def _whose(me: callers.Caller, asked: str) -> str | None:
-    """Whose usage is told, None = everybody's: an administrator sees that, anybody else its own."""
-    if me.rights.admin:
-        return asked or None
-    if asked not in ("", me.name):
-        raise errors.AdminOnly(f"the key of {me.name} sees the usage of {me.name} only")
-    return me.name
 
 
 def _named(text: str) -> list[str]:

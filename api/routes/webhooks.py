@@ -10,6 +10,7 @@ from pydantic.alias_generators import to_camel
 
 from api.auth import Caller, Gate
 from api.described import JSON, Answer, Described, described, says
+from api.paging import checked
 from api.small_body import read_as
 from broker import errors, webhook_secrets, webhooks
 from broker.dialects.json_schema import ref, text, whole
@@ -89,8 +90,7 @@ async def revoke_secret(secret_id: str, gateway: Gate, caller: Caller) -> dict[s
 )  # fmt: skip
 async def list_deliveries(gateway: Gate, caller: Caller, limit: int = 50, after: str = "") -> dict[str, Any]:
     """Lists deliveries with their last attempts; `has_more` says whether there is another page."""
-    if not 0 < limit <= PAGE_MAX:
-        raise errors.BadRequest(f"limit must be 1 to {PAGE_MAX}", "limit")
+    limit = checked(limit, PAGE_MAX)
     whose = EVERYBODY if caller.rights.admin else caller.name
     found = await webhooks.listed(gateway.store, caller=whose, limit=limit + 1, after=after)
     return {"object": "list", "data": [told(one) for one in found[:limit]], "has_more": len(found) > limit}

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api import app, async_jobs, visit
+from api import app, letting_in
 from api.limits import Limits
 from broker import errors, jobs, lanes, operator, webhooks
 from broker.callers import Rights
@@ -569,8 +569,7 @@ async def test_every_described_answer_is_real(
     own_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operator, "HEARD_S_MAX", 0.3)
-    monkeypatch.setattr(visit, "DOOR_OUTAGE_S", 0.3)
-    monkeypatch.setattr(async_jobs, "DOOR_OUTAGE_S", 0.3)
+    monkeypatch.setattr(letting_in, "DOOR_OUTAGE_S", 0.3)
     store = await Store.open(own_server.url, namespace=new_namespace(), name="test-api")
     async with stage(store) as on:
         book = on.book

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from api import exchange as exchange_module
+from api import letting_in
 from api import stream as stream_module
 from api import visit as visit_module
 from broker import errors, jobs, readers
@@ -112,7 +113,7 @@ async def test_a_redis_that_stays_away_is_a_503(
     own_server: RedisServer, frail: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody waits for ever: a new request gets a status, a stream an error inside it, never a clean-looking end."""
-    monkeypatch.setattr(visit_module, "DOOR_OUTAGE_S", 0.3)
+    monkeypatch.setattr(letting_in, "DOOR_OUTAGE_S", 0.3)
     monkeypatch.setattr(visit_module, "OUTAGE_LIMIT_S", 0.5)
     monkeypatch.setattr(stream_module, "HEARTBEAT_S", 0.1)
     reading, coming = [await RawClient.open(frail.api) for _ in range(2)]
