@@ -72,8 +72,10 @@ class Swaps:
             return
         there = [w for w in self._wakers.values() if w.ours and not w.leaving]
         under_way = [w for w in there if w.state == "waking" and w.name in self._loading()]
+        arrived = [w for w in there if self._has_arrived(w)]
         self._seats = [self._seat(w) for w in there if w.resident] + [self._seat_to_be(w) for w in under_way]
-        for waker in under_way:  # what it agreed to in an earlier stay is done
+        self._seats += [replace(self._seat(w), stayed_ms=0, busy=True) for w in arrived]
+        for waker in under_way + arrived:  # what it agreed to in an earlier stay is done
             if (turn := self._turns.get(waker.name)) is not None and turn.begun_ms:
                 del self._turns[waker.name]
         headroom, now_ms = self._headroom(), self._now_ms()
@@ -119,7 +121,7 @@ class Swaps:
     def _asker(self, waker: Waker) -> Asker | None:
         name, facts, now = waker.name, self._facts(waker.name), self._now_ms()
         loading = waker.state == "waking"
-        if not waker.ours or self._drained():
+        if not waker.ours or self._drained() or self._has_arrived(waker):
             return None
         if not (loading or waker.state in ("cold", "quarantined")) or waker.leaving:
             return None
@@ -141,6 +143,10 @@ class Swaps:
             waits=waits,
             loading=loading,
         )
+
+    def _has_arrived(self, waker: Waker) -> bool:
+        """Whether its load is over and it is about to be called warm: its memory is occupied, no more promised."""
+        return waker.state == "waking" and bool(waker.memory_bytes) and waker.name not in self._loading()
 
     def _deadlines(self, job: Waiting) -> list[int]:
         lane = self._active.lane(job.lane) if self._active is not None else None

@@ -260,6 +260,8 @@ class Waker(ModelHere):
                 raise
             finally:
                 self.progress = -1.0
+                if not self.resident:
+                    self.memory_bytes = 0  # what a failed load leaves is taken out again
                 if self.state == "waking":
                     await self._become("cold", "")
 
@@ -334,15 +336,16 @@ class Waker(ModelHere):
         somebody's memory; without any, the next one may still ask for an eviction, so the model only stays cold."""
         self._no_room_until_s = self._loop.time() + NO_ROOM_PAUSE_S
         log.info("event=no_room model=%s reason=%s", self.name, error)
-        await self._become("cold", str(error))
-        if self.unfit or not self._around.waited_for(self.name):
-            return
-        holder, self.room_at = self._around.held_up(self.name)  # another may have begun to load in the same moment
-        if holder:
-            await self._become("cold", holder)
-            return
-        await self._quarantine.pause(str(error), for_s=NO_ROOM_PAUSE_S)
-        await self._become("quarantined", str(error))
+        changed = self._is_now("cold", str(error))
+        waited_for = not self.unfit and self._around.waited_for(self.name)
+        holder = ""
+        if waited_for:  # asked with no await before: who had the room a moment ago has it still
+            holder, self.room_at = self._around.held_up(self.name)
+            self.reason = holder or self.reason
+        await self._note_since(changed)
+        if waited_for and not holder:
+            await self._quarantine.pause(str(error), for_s=NO_ROOM_PAUSE_S)
+            await self._become("quarantined", str(error))
 
     async def _look_after(self) -> None:
         """A resident model: still there? settled? slow? idle for long?"""
@@ -386,10 +389,19 @@ class Waker(ModelHere):
         return await self._demand.lets_go(self.warmth, idle_ms=idle_ms)
 
     async def _become(self, state: str, reason: str) -> None:
-        """The one place where the state changes."""
-        before, self.state, self.reason = self.state, state, reason  # at once: no claim may slip in before an unload
+        """Changes the state, and notes since when it is in it."""
+        await self._note_since(self._is_now(state, reason))
+
+    def _is_now(self, state: str, reason: str) -> bool:
+        """The one place where the state changes: at once, as no claim may slip in before an unload. True if it did."""
+        before, self.state, self.reason = self.state, state, reason
         if state != before:
             log.info("event=model_state model=%s from=%s to=%s reason=%s", self.name, before, state, reason or "-")
+        return state != before
+
+    async def _note_since(self, changed: bool) -> None:
+        """Tells everybody what the host says of it now; where its state changed, with the instant."""
+        if changed:
             try:
                 self.since_ms = await self._around.now_ms()
             except errors.BrokerUnavailable:

@@ -155,6 +155,36 @@ async def test_two_that_wake_at_once_do_not_both_take_the_same_room(
     assert "to=quarantined" not in caplog.text
 
 
+async def test_a_model_that_is_in_memory_and_not_yet_called_warm_still_holds_its_room(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What its load showed is noted in between, and that may take a moment: the other one still waits for its turn."""
+    caplog.set_level(logging.INFO)
+    noted, go_on, note = asyncio.Event(), asyncio.Event(), residents.Residents._loaded
+
+    async def slowly(here: residents.Residents, name: str, load_ms: float, footprint_bytes: int) -> None:
+        noted.set()
+        await asyncio.wait_for(go_on.wait(), BOUND_S)
+        await note(here, name, load_ms, footprint_bytes)
+
+    monkeypatch.setattr(residents.Residents, "_loaded", slowly)
+    await world.apply({name: simulated(keepWarm=False, memoryMb=600, minStayMs=0) for name in ("first", "second")})
+    host = await world.host(memory_mb=LIMIT_MB)
+    ask = await world.submit("first")
+    await asyncio.wait_for(noted.wait(), BOUND_S)
+    other = await world.submit("second")
+    await waits_for(world, "second", "first")
+    for _ in range(3):
+        one = host.residents.wakers["second"]
+        one.kick()
+        await until(lambda one=one: not one._kick.is_set(), what="it has looked")  # type: ignore[misc]
+        assert (one.state, one.reason) == ("cold", "waits for the memory of first")
+    go_on.set()
+
+    assert {(await one.end()).state for one in (ask, other)} == {State.DONE}
+    assert "to=quarantined" not in caplog.text
+
+
 async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: World) -> None:
     """Otherwise they would swap for ever, with nobody asking. A request decides; without one the first stays."""
     await world.apply({name: simulated(memoryMb=600, minStayMs=100) for name in ("first", "second")})
