@@ -49,8 +49,10 @@ from api.routes import (
     ollama_generations,
     openapi,
     operator,
+    page,
     responses,
     usage,
+    watch,
     webhooks,
 )
 from api.settings import ApiSettings
@@ -90,6 +92,7 @@ HOT = (
     ollama_generations.OllamaEmbeddings,
 )
 REST = (
+    page.router,
     operator.router,
     keys.router,
     audit.router,
@@ -103,6 +106,7 @@ REST = (
     batches.router,
     ollama.router,
     health.router,
+    watch.router,
     usage.router,
     webhooks.router,
     openapi.router,

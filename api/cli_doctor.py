@@ -21,7 +21,8 @@ from broker import errors
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.settings import BrokerSettings, read_settings
-from broker.status import Snapshot, snapshot
+from broker.snapshots import Snapshots
+from broker.status import Snapshot
 from broker.store import Store
 
 OLLAMA_S_MAX = 2.0
@@ -86,7 +87,7 @@ async def _from_redis(facts: Facts, data: Path | None) -> Facts:
         book = PolicyBook(store)
         await book.reload()
         fleet = Fleet(store, book)
-        shown = await snapshot(store, book, fleet) if book.present else None
+        shown = await Snapshots(store, book, fleet).latest() if book.present else None
         return replace(facts, redis=redis, shown=shown, api_skew_ms=fleet.skew_ms)
     except errors.BrokerUnavailable:
         return replace(facts, redis=RedisFacts(away=True))

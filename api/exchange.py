@@ -135,12 +135,22 @@ class Exchange:
         try:
             return await reader.next()
         except asyncio.CancelledError:
-            if not self._woken or self._task is None or self._task.uncancel() > 0:
-                raise
-            if self.why is not None:
-                raise self.why from None
+            self._heed()
             reader.look()  # it may have been in the middle of a look into the log
             return None
+        finally:
+            self._waiting = self._woken = False
+
+    async def pause(self, *, until: float) -> None:
+        """Waits until then (loop time); raises Interrupted."""
+        if self.why is not None:
+            raise self.why
+        self._expect(until)
+        self._waiting = True
+        try:
+            await self._loop.create_future()
+        except asyncio.CancelledError:
+            self._heed()
         finally:
             self._waiting = self._woken = False
 
@@ -198,6 +208,13 @@ class Exchange:
             self._alarm = self._loop.call_at(self._until, self._ring)
         else:
             self._wake()
+
+    def _heed(self) -> None:
+        """Takes back the cancellation that is our own; raises Interrupted where it has a reason, and anybody else's."""
+        if not self._woken or self._task is None or self._task.uncancel() > 0:
+            raise  # called while one is handled
+        if self.why is not None:
+            raise self.why from None
 
     def _wake(self) -> None:
         if not self._woken and self._task is not None:

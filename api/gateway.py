@@ -18,6 +18,7 @@ from broker.metrics import OTHER, Metrics
 from broker.policies import Active, PolicyBook
 from broker.readers import Readers
 from broker.refusals import Refusals
+from broker.snapshots import Snapshots
 from broker.store import Store
 from broker.trust import secrets as scanner
 from broker.waits import Waits
@@ -62,6 +63,7 @@ class Gateway:
         self.due = Due(store, self.book, self.fleet)
         self.readers = Readers(store, self.due)
         self.waits = Waits(store, self.fleet)
+        self.snapshots = Snapshots(store, self.book, self.fleet)
         self.metrics = Metrics(version=version)
         self.refusals = Refusals(store, self.book)
         self.exchanges: set[Exchange] = set()

@@ -51,6 +51,7 @@ def schemas() -> dict[str, Schema]:
 def _status() -> dict[str, Schema]:
     status, parts = _read_off(Snapshot)
     parts["ModelStatus"]["properties"]["cached_share"] = maybe(number("cached_tokens of prompt_tokens."))
+    del status["properties"]["day"], parts["By"]
     status["properties"]["policy"] = list_of(text(), "What happens to jobs that wait too long, in sentences.")
     return {**parts, "Status": {**status, "required": list(status["properties"])}}
 

@@ -5,13 +5,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from broker import errors
+from broker import errors, looks
 from broker.dispatch import Availability, ModelView
+from broker.looks import Look
 from broker.policies import Active, PolicyBook
+from broker.recent import RecentFirstTokens
 from broker.records import HostRecord, Learned, ModelFacts, ModelOnHost
 from broker.store import Store
 
@@ -184,6 +186,7 @@ class Fleet:
         self._book = book
         self.picture = Picture()
         self.skew_ms = 0  # Redis' clock minus this machine's
+        self.first_tokens = RecentFirstTokens()
         self._looked_at = -math.inf
         self._looking = asyncio.Lock()
 
@@ -215,27 +218,27 @@ class Fleet:
         async with self._looking:
             return await self._look()
 
+    async def look_by(self, how: Callable[[], Awaitable[Look]]) -> Picture:
+        """Looks in another way, which sees as much: `how` is called when no other look is under way."""
+        async with self._looking:
+            return self._seen(await how())
+
     async def _look(self) -> Picture:
-        store, active = self._store, self._book.active
-        now = await store.now_ms()
-        self.skew_ms = now - int(time.time() * 1000) if store.clock is None else 0
-        names = [n.decode() for n in await store.command("ZRANGEBYSCORE", store.keys.hosts, now - 60_000, "+inf")]
-        models = list(active.models())
-        picture = Picture(at_ms=now)
-        hosts = await asyncio.gather(*(store.hash(store.keys.host(n)) for n in names))
-        picture.hosts = {n: HostRecord.from_hash(h) for n, h in zip(names, hosts, strict=True) if h}
-        pairs = [(m, h) for m in models for h in picture.hosts]
-        states = await asyncio.gather(*(store.hash(store.keys.model_on_host(m, h)) for m, h in pairs))
-        for (model, host), raw in zip(pairs, states, strict=True):
-            if raw:
-                picture.on_host.setdefault(model, {})[host] = ModelOnHost.from_hash(raw)
-        facts = await asyncio.gather(*(store.hash(store.keys.model(m)) for m in models))
-        picture.facts = {m: ModelFacts.from_hash(f) for m, f in zip(models, facts, strict=True)}
-        for lane, (length, held) in (await lane_counts(store, list(active.lanes()))).items():
-            picture.waiting[lane], picture.running[lane] = length - held, held
-        self.picture = picture
+        return self._seen(await looks.look(self._store, self._book.active))
+
+    def _seen(self, look: Look) -> Picture:
+        self.skew_ms = look.at_ms - int(time.time() * 1000) if self._store.clock is None else 0
+        self.picture = Picture(
+            at_ms=look.at_ms,
+            hosts=dict(look.hosts),
+            on_host={model: dict(there) for model, there in look.on_host.items()},
+            facts=dict(look.facts),
+            waiting=dict(look.waiting),
+            running=dict(look.running),
+        )
+        self.first_tokens.note(self.picture.on_host)
         self._looked_at = asyncio.get_running_loop().time()
-        return picture
+        return self.picture
 
     def view(self, lane_name: str, active: Active | None = None) -> ModelView:
         """Sums up the model behind a lane: once for each picture, every request asks."""

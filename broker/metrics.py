@@ -218,6 +218,8 @@ _COUNTED: tuple[tuple[str, str, str, list[tuple[str, str]]], ...] = (
 def _gauges(s: Snapshot) -> Iterator[Metric]:
     lanes, models, hosts = s.lanes, s.models, s.hosts
     lane, model, host = ["lane"], ["model"], ["host"]
+    yield _gauge("gateway_snapshot_number", "The snapshot that the gauges tell of, as status and the page name it.",
+                 [], [((), s.number)])  # fmt: skip
     yield _gauge("gateway_policy_version", "The active policy.", [], [((), s.policy_version)])
     yield _gauge("gateway_lane_depth", "Jobs waiting.", lane, [((x.name,), x.waiting) for x in lanes])
     yield _gauge("gateway_lane_budget", "The most that may wait.", lane, [((x.name,), x.max_queue) for x in lanes])

@@ -1,19 +1,17 @@
 """One picture of the gateway: what `gateway status`, the status endpoint, the page and the gauges show."""
 
-import asyncio
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
-from broker import downgrades, usage
+from broker import dispatch, downgrades
+from broker.figures import Day
 from broker.hosts import Fleet, Picture
-from broker.lanes import waiting_entries
-from broker.lifecycle import State
-from broker.policies import Active, PolicyBook
+from broker.looks import CloseLook, Told
+from broker.policies import Active
 from broker.policy import Lane, Model
 from broker.records import ModelFacts, ModelOnHost, without_name
-from broker.store import Store
-from broker.today import Today, by_model
+from broker.today import Moves, Today, by_model, moves
 
 NO_HOST = "absent"
 """The state of a model that no live host serves."""
@@ -32,6 +30,10 @@ class ModelStatus:
     state: str = NO_HOST
     reason: str = ""
     first_token_ms: float = 0
+    first_token_budget_ms: int = 0
+    """What is slower than this counts as degraded."""
+    first_tokens_ms: tuple[float, ...] = ()
+    """Its last ones, the oldest first, as far as the api that answers has seen them."""
     waiting: int = 0
     max_queue: int = 0
     running: int = 0
@@ -90,8 +92,33 @@ class ModelStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """A job that stands in a lane. Instants are ms of Redis' clock, 0 = has not come, or never. Whose it is and its id
+    are told to its caller and to administrators; to anybody else both are empty."""
+
+    id: str = ""
+    caller: str = ""
+    state: str = ""
+    priority: str = ""
+    position: int = 0
+    """Of those that wait in the lane, in the order of their entries; 0 = a worker holds it."""
+    tokens: int = 0
+    attempt: int = 0
+    promotions: int = 0
+    submitted_at: int = 0
+    promote_at: int = 0
+    give_up_at: int = 0
+    claimed_at: int = 0
+    first_token_at: int = 0
+    first_token_in_ms: int | None = None
+    """When its first token should come; None = nothing was measured that could tell, or it has come."""
+    host: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaneStatus:
-    """A lane; `oldest_waiting_ms` is the age of the job that has waited longest, 0 where none waits."""
+    """A lane; `oldest_waiting_ms` is the age of the job that has waited longest, 0 where none waits. `jobs` are its
+    oldest, 256 at most, 64 of batch work."""
 
     name: str
     model: str
@@ -104,6 +131,7 @@ class LaneStatus:
     spills_only: bool = False  # the fallback is remote: it takes requests while the lane is full, and no promoted job
     retiring: bool = False
     oldest_waiting_ms: int = 0
+    jobs: tuple[JobStatus, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +155,20 @@ class HostStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The gateway at one moment."""
+    """The gateway at one moment. Where two carry the same `number` they are the same, whoever shows them: it is the
+    moment in microseconds of Redis' clock."""
 
+    number: int = 0
     at_ms: int = 0
     policy_version: int = 0
     made_up: bool = False
     models: tuple[ModelStatus, ...] = ()
     lanes: tuple[LaneStatus, ...] = ()
     hosts: tuple[HostStatus, ...] = ()
+    moves: Moves = field(default_factory=Moves)
+    """What the day has counted of promotions and refusals."""
+    day: Day = field(default=(), compare=False, repr=False)
+    """The day's counters that this was made with: what metrics tell of them. Not told as JSON."""
 
     @property
     def policy_lines(self) -> list[str]:
@@ -147,68 +181,94 @@ class Snapshot:
             if lane.fallback
         ]
 
-    def as_json(self) -> dict[str, Any]:
-        """Gives plain data; `from_json` reads it back."""
-        told = {**asdict(self), "policy": self.policy_lines}
-        for model, said in zip(self.models, told["models"], strict=True):
-            said["cached_share"] = model.cached_share
-        return told
+    def as_json(self, *, viewer: str | None = None) -> dict[str, Any]:
+        """Gives plain data; `from_json` reads it back. A `viewer` sees whose jobs his own are, None = everybody's."""
+        told = _plain(self)
+        del told["day"]
+        return told | {
+            "models": [_plain(model) | {"cached_share": model.cached_share} for model in self.models],
+            "lanes": [_plain(lane) | {"jobs": [_job_for(viewer, job) for job in lane.jobs]} for lane in self.lanes],
+            "hosts": [_plain(host) for host in self.hosts],
+            "moves": _plain(self.moves),
+            "policy": self.policy_lines,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Reads what another process told; what a newer version added is left out."""
         parts = _known(cls, data)
         parts["models"] = tuple(_read(ModelStatus, m) for m in data.get("models", ()))
-        parts["lanes"] = tuple(_read(LaneStatus, lane) for lane in data.get("lanes", ()))
+        parts["lanes"] = tuple(_read_lane(lane) for lane in data.get("lanes", ()))
+        parts["moves"] = _read(Moves, data.get("moves", {}))
         parts["hosts"] = tuple(_read(HostStatus, h) for h in data.get("hosts", ()))
         return cls(**parts)
 
 
-async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
-    """Takes the picture; raises ModelUnavailable where no policy has been applied yet."""
-    active = book.active
-    picture, day = await asyncio.gather(fleet.look(), usage.today(store))
-    lanes = []
+def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int) -> Snapshot:
+    """Makes the snapshot of a close look, which the fleet has seen too, and of the day's counters."""
+    picture, lanes = fleet.picture, []
     for lane in active.lanes().values():
-        oldest = await _oldest_waiting_at(store, lane.name, picture.running.get(lane.name, 0), picture)
         fallback = active.lane(lane.fallback) if lane.fallback else None
-        told = _lane_status(lane, picture, oldest)
-        lanes.append(replace(told, spills_only=fallback is not None and fallback.trust == "remote"))
+        told = _lane_status(lane, picture, seen.oldest_at.get(lane.name, 0))
+        spills_only = fallback is not None and fallback.trust == "remote"
+        lanes.append(replace(told, spills_only=spills_only, jobs=_jobs(seen.jobs.get(lane.name, ()), lane, fleet)))
     today, models = by_model(day), []
     for name, model in active.models().items():
         shown = _model_status(name, model, active, picture, today.get(name, Today()))
-        models.append(await _with_downgrades(store, model, shown))
+        shown = replace(_with_downgrades(model, shown, seen), first_tokens_ms=fleet.first_tokens.of(name))
+        models.append(shown)
     return Snapshot(
+        number=number,
         at_ms=picture.at_ms,
         policy_version=active.version,
         made_up=active.made_up,
         models=tuple(models),
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
+        moves=moves(day),
+        day=day,
     )
 
 
-async def _oldest_waiting_at(store: Store, lane: str, running: int, picture: Picture) -> int:
-    """The submit time of the job that has waited longest in a lane, 0 if none waits."""
-    if not picture.waiting.get(lane):
-        return 0
-    # Held jobs keep their entries, so the oldest waiting one is the first of `running + 1`, or a little behind where
-    # more were claimed since the picture was taken.
-    entries = [waiting async for waiting in waiting_entries(store, lane, limit=running + 8)]
-    states = await asyncio.gather(*(store.command("HGET", store.keys.job(entry.job), "state") for entry in entries))
-    for entry, state in zip(entries, states, strict=True):
-        if state == State.QUEUED.encode():
-            return entry.submitted
-    return 0
+def _jobs(told: Sequence[Told], lane: Lane, fleet: Fleet) -> tuple[JobStatus, ...]:
+    view, now_ms, found, waiting = fleet.view(lane.name), fleet.picture.at_ms, [], 0
+    for one in told:
+        entry, record = one.waiting, one.record
+        in_ms = None
+        if not one.held:
+            fresh = fleet.fresh_tokens(lane.model, session=entry.session, tokens=entry.tokens)
+            in_ms = dispatch.foretold_ms(view, ahead=waiting, now_ms=now_ms, fresh_tokens=fresh)
+            waiting += 1
+        found.append(
+            JobStatus(
+                id=entry.job,
+                caller=entry.caller,
+                state=record.state.value,
+                priority=entry.priority,
+                position=0 if one.held else waiting,
+                tokens=entry.tokens,
+                attempt=record.attempt,
+                promotions=record.promotions,
+                submitted_at=entry.submitted,
+                promote_at=record.promote_at,
+                give_up_at=record.give_up_at,
+                claimed_at=record.claimed_at if one.held else 0,
+                first_token_at=record.first_token_at,
+                first_token_in_ms=in_ms,
+                host=record.owner if one.held else "",
+            )
+        )
+    return tuple(found)
 
 
-async def _with_downgrades(store: Store, model: Model, shown: ModelStatus) -> ModelStatus:
+def _with_downgrades(model: Model, shown: ModelStatus, seen: CloseLook) -> ModelStatus:
     """Adds what is kept of a model's downgrades: nothing where the policy says nothing of them."""
+    name = shown.name
     if model.sticky_promotion_ms:
-        shown = replace(shown, sessions_on_fallback=await downgrades.sessions_on_fallback(store, shown.name))
+        shown = replace(shown, sessions_on_fallback=seen.sticky[name])
     if model.max_downgrade_share < 1:
-        counted = await downgrades.read(store, shown.name)
-        shown = replace(shown, asked=min(counted.asked, downgrades.WINDOW), downgraded=counted.downgraded)
+        asked = min(seen.asked[name], downgrades.WINDOW)
+        shown = replace(shown, asked=asked, downgraded=seen.downgraded[name])
     return shown
 
 
@@ -243,6 +303,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         state=state,
         reason=without_name(name, _reason(best, facts.failure if state == "quarantined" else "")),
         first_token_ms=best.first_token_ms if best is not None else 0,
+        first_token_budget_ms=model.first_token_budget_ms,
         waiting=picture.waiting.get(name, 0),
         max_queue=lane.max_queue if lane is not None else 0,
         running=sum(picture.running.get(lane_name, 0) for lane_name in active.lanes_of(name)),
@@ -319,6 +380,22 @@ _Part = TypeVar("_Part")
 
 def _read(kind: type[_Part], data: Mapping[str, Any]) -> _Part:
     return kind(**_known(kind, data))
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """The fields of a part; unlike `asdict` it copies no deeper, which for many jobs takes longer than all the rest."""
+    return dict(vars(part))
+
+
+def _job_for(viewer: str | None, job: JobStatus) -> dict[str, Any]:
+    told = _plain(job)
+    if viewer is not None and job.caller != viewer:
+        told["id"] = told["caller"] = ""
+    return told
+
+
+def _read_lane(data: Mapping[str, Any]) -> LaneStatus:
+    return replace(_read(LaneStatus, data), jobs=tuple(_read(JobStatus, job) for job in data.get("jobs", ())))
 
 
 def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

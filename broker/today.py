@@ -1,6 +1,7 @@
-"""What the day's counters say of each model. Pure: the scripts wrote them, `usage.today` reads them."""
+"""What the day's counters say of each model, and of jobs that moved or were refused. Pure: the scripts wrote them,
+`usage.today` reads them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from broker.figures import Day, counts
 
@@ -40,3 +41,30 @@ def by_model(day: Day) -> dict[str, Today]:
             asked = in_time if one.by.model == one.by.asked_model else 0
             add(one.by.asked_model, judged=one.amount, in_time_any=in_time, in_time_asked=asked)
     return found
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What was counted since midnight UTC: `promoted` by `<lane> <lane it went to>`, `refused` by `<lane> <code>`,
+    `put_back` by lane. Who compares two of them sees what happened in between."""
+
+    promoted: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    put_back: dict[str, int] = field(default_factory=dict)
+
+
+def moves(day: Day) -> Moves:
+    """Sums up what happened to jobs on the day, whoever's they were."""
+    found = Moves()
+    for one in counts(day):
+        if one.figure == "promoted":
+            _add(found.promoted, f"{one.by.lane} {one.detail}", one.amount)
+        elif one.figure == "refused":
+            _add(found.refused, f"{one.by.lane} {one.detail}", one.amount)
+        elif one.figure == "put_back":
+            _add(found.put_back, one.by.lane, one.amount)
+    return found
+
+
+def _add(sums: dict[str, int], name: str, amount: int) -> None:
+    sums[name] = sums.get(name, 0) + amount

@@ -6,15 +6,13 @@ Everything is said out of the policy and of what the hosts last told; no runtime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse
 
 from api.auth import Caller, Gate
-from api.described import Answer, Described, described, says
+from api.described import Described, described, says
 from api.gateway import Gateway
 from api.small_body import small_body
 from broker import callers, errors, requests
 from broker.dialects import ollama, ollama_models, ollama_stream
-from broker.dialects.json_schema import one_of
 from broker.dialects.ollama_models import Shown
 from broker.policies import Active
 from broker.policy.sentences import near_words
@@ -28,18 +26,6 @@ FRESH_S = 0.1
 
 FOR_EVER_MS = 100 * 365 * 86_400_000
 """How much longer a model stays of which the policy says no end."""
-
-
-_ALIVE = "Ollama is running"
-
-
-@router.api_route("/", methods=["GET", "HEAD"])
-@described(
-    Described("Is anybody there?", "ollama", {200: Answer("Yes.", {"text/plain": one_of(_ALIVE)})}, keyless=True)
-)
-async def alive() -> PlainTextResponse:
-    """Says what an Ollama says at its address: clients look for these words."""
-    return PlainTextResponse(_ALIVE)
 
 
 @router.api_route("/api/version", methods=["GET", "HEAD"])

@@ -10,7 +10,6 @@ from api.gateway import Gateway
 from broker import errors, operator
 from broker.dialects.json_schema import one_of, text
 from broker.policy.sentences import near_words
-from broker.status import snapshot
 
 router = APIRouter(tags=["operator"])
 
@@ -75,6 +74,6 @@ def _known_verb(verb: str, known: tuple[str, ...]) -> None:
 
 
 async def _shown(gateway: Gateway, kind: str, name: str) -> dict[str, Any]:
-    told = (await snapshot(gateway.store, gateway.book, gateway.fleet)).as_json()
+    told = (await gateway.snapshots.latest(older_than_s=0)).as_json()
     found: dict[str, Any] = next((x for x in told[kind] if x["name"] == name), {"name": name})
     return found

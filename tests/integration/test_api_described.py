@@ -158,6 +158,12 @@ class Stage:
     async def post(self, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
         return await self.ask("POST", path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
+    async def first_event(self, path: str) -> None:
+        """Reads the beginning of a stream that has no end."""
+        async with self.http.stream("GET", path, headers=KEY) as answer:
+            event = await anext(answer.aiter_text())
+            self.book.judge("get", path, httpx.Response(answer.status_code, headers=answer.headers, text=event))
+
     async def unfinished(self, path: str, sent: bytes = b"", *, size: int = 50_000_000) -> None:
         """Says how large its body is, and is answered before it has sent more of it than this."""
         client = await RawClient.open(self.api)
@@ -245,6 +251,7 @@ async def refused_rest(on: Stage) -> None:
         await on.ask("GET", path, f"{path}?limit=0")
         await on.ask("GET", path, f"{path}?caller=ann", headers=on.keys["bob"])
     await on.ask("GET", "/v1/models/{name}", "/v1/models/nobody")
+    await on.ask("GET", "/page/{name}", "/page/nothing.js")
     await on.ask("GET", "/v1/usage", "/v1/usage?by=modle")
     for wrong in ("after=the-last", "since_ms=0"):
         await on.ask("GET", "/v1/audit", f"/v1/audit?{wrong}")
@@ -459,7 +466,7 @@ async def too_much(store: Store, book: Book) -> None:
         await on.ask("GET", RESPONSE, f"/v1/responses/resp_{job.id}?stream=true")
         await on.ask("GET", "/v1/jobs/{job_id}", f"/v1/jobs/{job.id}?wait=1s")
         await on.post("/v1/jobs", {})
-        await all_of(on.ask("GET", path, path) for path in ("/v1/jobs", "/v1/dead"))
+        await all_of(on.ask("GET", path, path) for path in ("/v1/jobs", "/v1/dead", "/v1/status/events"))
         await all_of(on.ask("POST", path, re.sub("{.*?}", "x", path)) for path in RETRIES)
 
 
@@ -551,9 +558,14 @@ async def answered(on: Stage) -> None:
     await on.post("/v1/keys", {"name": "guest"})
     await on.ask("POST", "/v1/keys/{name}/rotate", "/v1/keys/guest/rotate")
     await on.ask("DELETE", "/v1/keys/{name}", "/v1/keys/guest")
+    for method in ("GET", "HEAD"):
+        await on.ask(method, "/", headers={"accept": "text/html"})
+    for name in ("index.html", "page.css", "page.js", "icon.svg"):
+        await on.ask("GET", "/page/{name}", f"/page/{name}")
+    await on.first_event("/v1/status/events")
     for path, item in on.book.document["paths"].items():
         for method in item:
-            if method != "post" and "{" not in path:
+            if method != "post" and "{" not in path and path != "/v1/status/events":
                 await on.ask(method.upper(), path)
 
 

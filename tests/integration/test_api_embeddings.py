@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from api.status_table import status_table
-from broker.status import snapshot
+from broker.snapshots import Snapshots
 from tests.support.clients import async_sdk, user
 from tests.support.fake_provider import FakeProvider
 from tests.support.live_api import LiveApi, RawClient, live_api
@@ -61,7 +61,7 @@ async def test_vectors_come_as_the_sdk_wants_them(redis_server: RedisServer, tmp
         assert job["usage"] == {"prompt_tokens": one.usage.prompt_tokens, "completion_tokens": 0}
         assert raw.headers["x-gateway-served-by"] == "embed-small@gpu1"
         await world.fleet.look()
-        shown = await snapshot(world.store, world.book, world.fleet)
+        shown = await Snapshots(world.store, world.book, world.fleet).latest()
         row = status_table(shown).splitlines()[1].split()
         assert (row[0], row[1], row[3], row[4]) == ("embed-small", "warm", "0/20", "1.4G")
         assert row[2].endswith("ms") and shown.models[0].first_token_ms > 0

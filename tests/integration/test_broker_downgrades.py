@@ -7,7 +7,8 @@ import pytest
 from broker import admission, downgrades, errors, jobs
 from broker.lifecycle import State
 from broker.records import Downgrades, JobRecord, ModelOnHost
-from broker.status import Snapshot, snapshot
+from broker.snapshots import Snapshots
+from broker.status import Snapshot
 from broker.today import Today, by_model
 from broker.usage import today
 from tests.support.broker_world import World, policy_with
@@ -315,7 +316,7 @@ async def test_status_shows_both_figures_and_who_stays_on_the_fallback(world: Wo
     held = await world.stream(promoted)
     usage = {"prompt_tokens": 100, "cached_tokens": 60, "completion_tokens": 5}
     await jobs.end(world.store, held, "finish", seq=1, usage=usage)
-    shown = Snapshot.from_json((await snapshot(world.store, world.book, world.fleet)).as_json())
+    shown = Snapshot.from_json((await Snapshots(world.store, world.book, world.fleet).latest()).as_json())
     big, small, _far = shown.models
     assert (big.judged, big.in_time_asked, big.in_time_any) == (2, 1, 2)
     assert (big.asked, big.downgraded, big.sessions_on_fallback) == (2, 1, 1)

@@ -1,7 +1,9 @@
 """Hosts, the wake lock, and the sweep that repairs what somebody broke by hand."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -47,17 +49,16 @@ async def test_a_host_tells_and_everybody_sees_it(world: World) -> None:
 async def test_an_older_look_never_replaces_a_newer_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two looks at once: the slower one, with the older answers in hand, must not have the last word."""
     await world.warm(big=1)
-    read, host = world.store.hash, world.store.keys.host("gpu1")
-    slow, overtaken = asyncio.Event(), asyncio.Event()
+    run, slow, overtaken = world.store.run, asyncio.Event(), asyncio.Event()
 
-    async def first_is_slow(key: str) -> dict[bytes, bytes]:
-        found = await read(key)
-        if key == host and not slow.is_set():
+    async def first_is_slow(verb: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        found = await run(verb, keys, args)
+        if verb == "look" and not slow.is_set():
             slow.set()
             await overtaken.wait()
         return found
 
-    monkeypatch.setattr(world.store, "hash", first_is_slow)
+    monkeypatch.setattr(world.store, "run", first_is_slow)
     older = asyncio.create_task(world.fleet.look(), name="older look")
     await slow.wait()
     await hosts.leave(world.store, HostRecord(name="gpu1", boot="boot1"), ["big"])
@@ -71,14 +72,14 @@ async def test_an_older_look_never_replaces_a_newer_one(world: World, monkeypatc
 
 async def test_many_who_want_a_fresh_picture_share_one_look(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty refusals in one moment are one question to Redis; a picture that is fresh enough is not asked for."""
-    fleet, command, looks = Fleet(world.store, world.book), world.store.command, 0
+    fleet, run, looks = Fleet(world.store, world.book), world.store.run, 0
 
-    async def counted(*args: str | int | float | bytes) -> object:
+    async def counted(verb: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         nonlocal looks
-        looks += args[:2] == ("ZRANGEBYSCORE", world.store.keys.hosts)
-        return await command(*args)
+        looks += verb == "look"
+        return await run(verb, keys, args)
 
-    monkeypatch.setattr(world.store, "command", counted)
+    monkeypatch.setattr(world.store, "run", counted)
     assert await asyncio.gather(*(fleet.look_again(older_than_s=60) for _ in range(60))) == [True] * 60
     assert looks == 1
     assert not await fleet.look_again(older_than_s=60)

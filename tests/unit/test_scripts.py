@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lupa import lua51
 
-from broker import batches, errors, files, hosts, jobs, lanes, operator, scripts, wake, webhook_secrets, webhooks
+from broker import batches, errors, files, hosts, jobs, lanes, looks, operator, scripts, wake, webhook_secrets, webhooks
 from broker.batch_lines import Line
 from broker.batches import Taken
 from broker.callers import EVERYTHING
@@ -26,6 +26,7 @@ OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
     "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
     "webhook_gather": ("ARGV",),
+    "look": ("KEYS",), "snapshot": ("KEYS", "ARGV"),
     "file_append": ("ARGV",), "batch_open": ("ARGV",), "batch_take": ("ARGV",),
 }  # fmt: skip
 
@@ -164,6 +165,7 @@ async def call_everything(world: World) -> None:
     await lanes.sweep(store, "big")
     await lanes.retire(store, "big")
     await hosts.beat(store, HostRecord(name="h", boot="b"), {"big": ModelOnHost(), "small": ModelOnHost()})
+    await looks.look_closely(store, world.book.active)
     await hosts.learn_here(store, "big", "h", Learned(footprint_bytes=1, load_ms=2))
     lock = await wake.take(store, "big", host="h", boot="b")
     assert lock is not None
@@ -213,6 +215,9 @@ ROWS = {
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 
+MORE_ROWS = {"model:<model>:<host>", "model:<model>", "downgrades:<model>", "sticky:<model>", "lane:<lane>"}
+"""Of keys behind those that a header names."""
+
 
 @pytest.fixture
 async def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[list[str], dict[str, Any]]]]:
@@ -258,14 +263,14 @@ def test_the_callers_send_what_the_headers_promise(sent: dict[str, list[tuple[li
         names, _ = scripts.header(verb)
         for rows, _ in calls:
             assert rows[: len(names)] == [ROWS.get(name, name) for name in names], verb
-            assert set(rows[len(names) :]) <= {"model:<model>:<host>", "lane:<lane>"}
+            assert set(rows[len(names) :]) <= MORE_ROWS
 
 
 def test_the_callers_send_the_arguments_in_order(sent: dict[str, list[tuple[list[str], dict[str, Any]]]]) -> None:
     """The arguments that can be told by their value stand where the header says."""
     known = {
         "group": "workers", "policy_version": 1, "frames_prefix": "frames:", "control_prefix": "control:",
-        "usage_prefix": "usage:", "job_prefix": "job:",
+        "usage_prefix": "usage:", "job_prefix": "job:", "host_prefix": "host:",
     }  # fmt: skip
     for verb, calls in sent.items():
         for _, args in calls:

@@ -8,7 +8,8 @@ from broker import hosts
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.records import HostRecord, ModelOnHost
-from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot, snapshot
+from broker.snapshots import Snapshots
+from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
 from broker.store import Store
 from tests.support.broker_world import fake_redis, new_namespace
 
@@ -201,7 +202,7 @@ async def test_the_snapshot_tells_which_hours_keep_a_model_cold() -> None:
     hours = {"in": "Fri 11:00-13:00 UTC", "out": "Sat 11:00-13:00 UTC", "here": "Sat 11:00-13:00"}
     rows = [f"{n}: {{backend: simulated, model: x, keepWarm: true, activeHours: '{h}'}}" for n, h in hours.items()]
     await book.apply(f"models: {{{', '.join(rows)}}}")
-    shown = await snapshot(store, book, Fleet(store, book))
+    shown = await Snapshots(store, book, Fleet(store, book)).latest()
     assert {m.name: m.outside_hours for m in shown.models} == {"in": "", "out": hours["out"], "here": ""}
     await store.close()
 
@@ -228,7 +229,7 @@ async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share()
         await store.command("HSET", store.keys.usage("2025-11-28"), by, 1)
         key = store.keys.figures("2025-11-28", by)
         await store.command("HSET", key, "tokens_in", read, "tokens_cached", cached)
-    shown = await snapshot(store, book, Fleet(store, book))
+    shown = await Snapshots(store, book, Fleet(store, book)).latest()
     big, bad = shown.models
     assert (big.progress, big.state_ms, big.load_ms, big.pinned, big.unloaded_ms) == (0.25, 4_000, 9_000, True, 60_000)
     assert (big.prompt_tokens, big.cached_tokens, big.cached_share) == (100, 70, 0.7)

@@ -1,0 +1,114 @@
+"""One look at Redis: hosts, models and lanes of a single moment, read by one script. What is made of it, others say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from broker.keyspace import GROUP
+from broker.policies import Active
+from broker.records import HostRecord, JobRecord, ModelFacts, ModelOnHost, Waiting
+from broker.store import Store
+
+TOLD_INTERACTIVE, TOLD_BATCH = 256, 64
+"""So many of a lane's oldest jobs a snapshot tells one by one."""
+
+_TOLD = "state model attempt promotions promote_at give_up_at claimed_at first_token_at owner".split()
+"""What `snapshot.lua` reads of a told job's record, in its order."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen: instants in ms; `running` are the jobs that workers hold, `waiting` the others, by lane."""
+
+    at_ms: int
+    hosts: Mapping[str, HostRecord]
+    on_host: Mapping[str, Mapping[str, ModelOnHost]]  # model -> host -> state
+    facts: Mapping[str, ModelFacts]
+    waiting: Mapping[str, int]
+    running: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A job that stands in a lane: its entry, whether a worker holds it, and its record as far as it was read."""
+
+    waiting: Waiting
+    held: bool
+    record: JobRecord
+
+
+@dataclass(frozen=True)
+class CloseLook:
+    """A look that a snapshot is made of. `moment` is its instant in microseconds, which no other look at this server
+    has; `oldest_at` is when the job was submitted that has waited longest in a lane, 0 = none waits; `jobs` are a lane's
+    oldest; `asked`, `downgraded` and `sticky` go by model."""
+
+    moment: int
+    look: Look
+    oldest_at: Mapping[str, int]
+    jobs: Mapping[str, Sequence[Told]]
+    asked: Mapping[str, int]
+    downgraded: Mapping[str, int]
+    sticky: Mapping[str, int]
+
+
+async def look(store: Store, active: Active) -> Look:
+    """Looks at all that the policy names."""
+    keys, models, lanes = store.keys, list(active.models()), list(active.lanes())
+    at_ms, hosts, seen, counted = await store.run(
+        "look",
+        [keys.hosts, *map(keys.model, models), *map(keys.lane, lanes)],
+        [store.now_arg(), GROUP, keys.host(""), len(models)],
+    )
+    return _look(at_ms, hosts, dict(zip(models, seen, strict=True)), dict(zip(lanes, counted, strict=True)))
+
+
+async def look_closely(store: Store, active: Active) -> CloseLook:
+    """Looks at all that the policy names and at the jobs in its lanes."""
+    keys, models, lanes = store.keys, list(active.models()), active.lanes()
+    most = [TOLD_BATCH if lane.priority == "batch" else TOLD_INTERACTIVE for lane in lanes.values()]
+    at_ms, moment, hosts, found, counted = await store.run(
+        "snapshot",
+        [
+            keys.hosts,
+            *map(keys.model, models),
+            *map(keys.downgrades, models),
+            *map(keys.sticky, models),
+            *map(keys.lane, lanes),
+        ],
+        [store.now_arg(), GROUP, keys.host(""), keys.job(""), len(models), *most],
+    )
+    seen, lines = dict(zip(models, found, strict=True)), dict(zip(lanes, counted, strict=True))
+    return CloseLook(
+        moment=int(moment),
+        look=_look(at_ms, hosts, seen, lines),
+        oldest_at={lane: int(oldest or 0) for lane, (_, _, oldest, _) in lines.items()},
+        jobs={lane: [_told(lane, *job) for job in jobs] for lane, (_, _, _, jobs) in lines.items()},
+        asked={model: int(asked) for model, (_, _, asked, _, _) in seen.items()},
+        downgraded={model: int(downgraded) for model, (_, _, _, downgraded, _) in seen.items()},
+        sticky={model: int(sticky) for model, (_, _, _, _, sticky) in seen.items()},
+    )
+
+
+def _look(at_ms: int, hosts: list[Any], seen: Mapping[str, Any], lines: Mapping[str, Any]) -> Look:
+    return Look(
+        at_ms=int(at_ms),
+        hosts={name: HostRecord.from_hash(raw) for name, raw in _by_host(hosts).items()},
+        on_host={
+            model: {host: ModelOnHost.from_hash(raw) for host, raw in _by_host(there).items()}
+            for model, (_, there, *_) in seen.items()
+            if there
+        },
+        facts={model: ModelFacts.from_hash(facts) for model, (facts, *_) in seen.items()},
+        waiting={lane: int(length) - int(held) for lane, (length, held, *_) in lines.items()},
+        running={lane: int(held) for lane, (_, held, *_) in lines.items()},
+    )
+
+
+def _by_host(flat: list[Any]) -> dict[str, Any]:
+    return {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
+
+
+def _told(lane: str, entry: bytes, values: list[Any], held: int, record: list[bytes]) -> Told:
+    waiting = Waiting.from_entry(lane, entry, values)
+    return Told(waiting, bool(held), JobRecord.from_values(_TOLD, [x or None for x in record], id=waiting.job))

@@ -1,0 +1,255 @@
+"""The status page in a real browser, before a real gateway: it shows what is true, and says when it cannot."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.browser import PHONE, a_page, accessible, fits, shows
+from tests.support.gateway_process import House, house
+from tests.support.waiting import until
+from tests.support.worker_world import eventually, policy, simulated
+
+pytestmark = pytest.mark.real
+
+CROWD = 200
+MODELS = {
+    "deep": simulated(
+        keepWarm=False, maxConcurrent=1, coldStartBudgetMs=60_000, memoryMb=100, options={"coldStartMs": 4000}
+    ),
+    "hasty": simulated(
+        keepWarm=False, coldStartBudgetMs=700, fallback="small", memoryMb=100, options={"coldStartMs": 60_000}
+    ),
+    "small": simulated(maxConcurrent=2, maxQueue=8, memoryMb=50, options={"decodeTps": 200}),
+    "narrow": simulated(maxConcurrent=1, maxQueue=2, memoryMb=50, options={"decodeTps": 2}),
+    "crowded": simulated(maxConcurrent=1, maxQueue=CROWD + 10, memoryMb=50, options={"decodeTps": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with house(tmp_path_factory.mktemp("page") / "data", policy=policy(MODELS, drainTimeoutMs=500)) as up:
+        for name in ("small", "narrow", "crowded"):
+            up.until_state(name, "warm")
+        yield up
+
+
+async def submit(up: House, model: str, *, count: int = 1, tokens: int = 5, **more: Any) -> list[str]:
+    """Hands jobs over; gives the ids of those that were taken."""
+    ask = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": "Hi"}]}
+    order = {"body": ask, "priority": "interactive", **more}
+    async with httpx.AsyncClient(base_url=up.url, timeout=30) as http:
+        answers = [await http.post("/v1/jobs", json=order) for _ in range(count)]
+    return [answer.json()["id"] for answer in answers if answer.is_success]
+
+
+@asynccontextmanager
+async def cancelled_after(up: House, ids: list[str]) -> AsyncIterator[None]:
+    """Cancels the jobs at the end, so that the next test finds an empty lane."""
+    try:
+        yield
+    finally:
+        async with httpx.AsyncClient(base_url=up.url, timeout=30) as http:
+            for job_id in ids:
+                await http.delete(f"/v1/jobs/{job_id}")
+
+
+def card(model: str) -> str:
+    return f"article[aria-label='model {model}']"
+
+
+def lane(name: str) -> str:
+    return f"article[aria-label='lane {name}']"
+
+
+async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House) -> None:
+    async with a_page(up.url) as page:
+        await shows(page, "#connection", "live")
+        await shows(page, card("deep"), "cold")
+        [job_id] = await submit(up, "deep")
+        await shows(page, card("deep"), "waking")
+        await shows(page, card("deep"), "loaded after")
+        await page.locator(f"{lane('deep')} .tile").filter(has_text="1. anonymous").click()
+        await shows(page, "#job-words", "0 before it, deep is waking")
+        await accessible(page)
+        await shows(page, "#job-words", "done")
+        steps = await page.locator("#job-steps li").all_inner_texts()
+        assert [step.split("\n")[0] for step in steps] == ["model woke", "waited", "read the prompt", "answered"]
+        assert await page.locator("#job-title").inner_text() == f"Job {job_id}"
+        await page.keyboard.press("Escape")
+        await shows(page, card("deep"), "warm")
+        await shows(page, "#event-list", "deep is waking, was cold")
+        assert await page.locator(f"{card('deep')} .spark path").get_attribute("d")
+
+
+async def test_a_burst_over_the_budget_shows_who_waits_and_who_was_refused(up: House) -> None:
+    async with a_page(up.url) as page:
+        await shows(page, "#connection", "live")
+        ids = await submit(up, "narrow", count=7, tokens=40)
+        async with cancelled_after(up, ids):
+            assert 3 <= len(ids) < 7
+            await shows(page, lane("narrow"), "2 of 2 waiting, 1 running")
+            await shows(page, "#event-list", f"{7 - len(ids)} requests refused in lane narrow: lane_full")
+            tiles = await page.locator(f"{lane('narrow')} .tile b").all_inner_texts()
+            assert tiles == ["anonymous", "1. anonymous", "2. anonymous"]
+            await shows(page, "#summary", "2 jobs wait")
+
+
+async def test_a_promotion_is_told_when_it_happens(up: House) -> None:
+    async with a_page(up.url) as page:
+        await shows(page, card("hasty"), "cold")
+        await submit(up, "hasty")
+        await shows(page, "#event-list", "1 job promoted from hasty to small")
+
+
+async def test_a_killed_worker_is_missed_and_seen_again(up: House) -> None:
+    async with a_page(up.url) as page:
+        await shows(page, "article[aria-label^='host ']", "up")
+        parent = psutil.Process(up.pid)
+        parent.send_signal(signal.SIGSTOP)  # or it would start another one at once
+        try:
+            worker = up.kill_part("worker")
+            await page.locator("#hosts-empty").wait_for(state="visible")
+            await shows(page, card("small"), "absent")
+            await shows(page, "#event-list", "is gone")
+        finally:
+            parent.send_signal(signal.SIGCONT)
+        await shows(page, "#event-list", "is here")
+        await shows(page, card("small"), "warm")
+        assert await asyncio.to_thread(lambda: up.part("worker")) is not None and worker
+
+
+async def test_what_is_old_is_marked_and_a_lost_connection_is_told(up: House) -> None:
+    async with a_page(up.url) as page:
+        await shows(page, "#connection", "live")
+        api = up.part("api")
+        assert api is not None
+        api.send_signal(signal.SIGSTOP)
+        try:
+            await shows(page, "#connection", "stale")
+            assert await page.locator("body.stale").count() == 1
+            number, summary = await page.locator("#number").inner_text(), await page.locator("#summary").inner_text()
+            await shows(page, "#connection", "went silent")
+            assert await page.locator("#number").inner_text() == number
+            assert await page.locator("#summary").inner_text() == summary, "it went on without having heard anything"
+            await accessible(page)
+        finally:
+            api.send_signal(signal.SIGCONT)
+        await shows(page, "#connection", "live")
+        assert await page.locator("body.stale").count() == 0
+        api.kill()
+        await shows(page, "#connection", "connection lost")
+        await shows(page, "#connection", "live")
+        assert int(await page.locator("#number").inner_text()) > int(number)
+
+
+async def test_two_hundred_wait_on_a_desk_and_on_a_phone(up: House) -> None:
+    ids = await submit(up, "crowded", count=CROWD + 1, tokens=200)
+    async with cancelled_after(up, ids):
+        assert len(ids) == CROWD + 1
+        async with a_page(up.url) as page:
+            await shows(page, lane("crowded"), f"{CROWD} of {CROWD + 10} waiting, 1 running")
+            tiles = page.locator(f"{lane('crowded')} .tile")
+            await until_count(tiles, CROWD + 1)
+            assert await page.locator(f"{lane('crowded')} .tile[tabindex='0']").count() == 1, "one stop for Tab"
+            await tiles.first.focus()
+            for key, at in (("ArrowRight", 1), ("End", CROWD), ("ArrowLeft", CROWD - 1), ("Home", 0), ("ArrowLeft", 0)):
+                await page.keyboard.press(key)
+                assert await tiles.nth(at).evaluate("tile => tile === document.activeElement"), key
+            await page.keyboard.press("End")
+            await page.keyboard.press("Enter")
+            await shows(page, "#job-title", ids[-1])
+            await shows(page, "#job-words", f"{CROWD - 1} before it")
+            await page.locator("#job-cancel").click()
+            await shows(page, "#job-words", "cancelled")
+            await page.keyboard.press("Escape")
+            await until_count(tiles, CROWD)
+            await fits(page)
+        async with a_page(up.url, size=PHONE, dark=True) as page:
+            await shows(page, lane("crowded"), f"{CROWD - 1} of {CROWD + 10} waiting")
+            await fits(page)
+            await accessible(page)
+
+
+async def until_count(found: Any, count: int) -> None:
+    async def seen() -> bool:
+        return bool(await found.count() == count)
+
+    await eventually(seen, what=f"{count} are shown")
+
+
+async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Path) -> None:
+    with house(
+        tmp_path / "data", policy=policy({"tiny": simulated(options={"decodeTps": 2})}), GATEWAY_KEYS="ann:secret-a"
+    ) as up:
+        up.until_state("tiny", "warm")
+        async with httpx.AsyncClient(base_url=up.url, headers={"authorization": "Bearer secret-a"}) as http:
+            bob = (await http.post("/v1/keys", json={"name": "bob"})).json()["key"]
+            ask = {"model": "tiny", "max_tokens": 60, "messages": [{"role": "user", "content": "Hi"}]}
+            job = (await http.post("/v1/jobs", json={"body": ask})).json()
+            async with a_page(up.url) as page:
+                await page.locator("#ask-key").wait_for(state="visible")
+                await accessible(page)
+                await give(page, bob)
+                await shows(page, ".tile", "somebody else")
+                assert await page.locator(".tile:enabled").count() == 0
+                assert not await page.get_by_role("button", name="Unload").is_visible()
+                assert job["id"] not in await page.content()
+                await page.locator("#key").click()
+                await give(page, "secret-a")
+                await shows(page, ".tile", "ann")
+                await page.get_by_role("button", name="Pin").click()
+                await shows(page, card("tiny"), "warm, pinned")
+                await page.get_by_role("button", name="Unload").click()
+                await shows(page, "#banner", "at work")
+
+
+async def give(page: Any, key: str) -> None:
+    await page.locator("#key-text").fill(key)
+    await page.get_by_role("button", name="Use it").click()
+
+
+async def test_browsers_get_the_page_and_ollamas_clients_their_words(up: House) -> None:
+    async with httpx.AsyncClient(base_url=up.url) as http:
+        page = await http.get("/", headers={"accept": "text/html,application/xhtml+xml"})
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        for answer in (await http.get("/"), await http.get("/", headers={"accept": "application/json"})):
+            assert answer.text == "Ollama is running"
+        assert page.text.count("http://") == page.text.count("https://") == 0, "nothing comes from elsewhere"
+
+
+async def test_the_stream_says_when_redis_is_away(up: House) -> None:
+    redis = up.part("redis")
+    assert redis is not None
+    async with (
+        httpx.AsyncClient(base_url=up.url, timeout=20) as http,
+        http.stream("GET", "/v1/status/events") as stream,
+    ):
+        lines = stream.aiter_lines()
+        first = json.loads((await line_of(lines, "data: "))[6:])
+        redis.send_signal(signal.SIGSTOP)
+        try:
+            assert await line_of(lines, "event: away")
+            assert json.loads((await line_of(lines, "data: "))[6:])["reason"]
+        finally:
+            redis.send_signal(signal.SIGCONT)
+        assert await line_of(lines, "event: snapshot")
+        again = json.loads((await line_of(lines, "data: "))[6:])
+        assert again["number"] > first["number"] and again["models"]
+    await until(lambda: up.part("redis") is not None, what="redis runs")
+
+
+async def line_of(lines: AsyncIterator[str], beginning: str) -> str:
+    async with asyncio.timeout(20):
+        async for line in lines:
+            if line.startswith(beginning):
+                return line
+    raise AssertionError(f"the stream ended before a line that begins with {beginning!r}")
