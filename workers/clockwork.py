@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 from arq.connections import ArqRedis
@@ -132,11 +133,19 @@ async def _run(worker: Worker) -> None:
 
 
 async def _close(worker: Worker, pool: ArqRedis) -> None:
-    """Closes everything, one after another; a job that arq cancels on its way out must not keep the rest open."""
-    for close in (worker.close, pool.aclose, pool.connection_pool.disconnect):
+    """Closes everything, one after another; a job that arq cancels on its way out must not keep the rest open.
+
+    Of several, arq waits for the first that ends cancelled; the others note their ends in Redis, and would open
+    connections anew behind us.
+    """
+    for close in (worker.close, partial(_ended, worker), pool.aclose, pool.connection_pool.disconnect):
         closing = asyncio.create_task(_quietly(close), name="arq close")
         await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
         closing.cancel()
+
+
+async def _ended(worker: Worker) -> None:
+    await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
 
 
 async def _quietly(close: Callable[[], Awaitable[Any]]) -> None:

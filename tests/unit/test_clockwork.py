@@ -16,6 +16,7 @@ class Deaf:
     def __init__(self) -> None:
         self.running = asyncio.Event()
         self.cancelled = 0
+        self.tasks: dict[str, asyncio.Task[None]] = {}
 
     async def async_run(self) -> None:
         while self.cancelled < 2:
@@ -35,7 +36,11 @@ class Pool:
 
     def __init__(self) -> None:
         self.closed: list[str] = []
+        self.used_late = False
         self.connection_pool = self
+
+    def use(self) -> None:
+        self.used_late = self.used_late or bool(self.closed)
 
     async def aclose(self) -> None:
         self.closed.append("client")
@@ -60,4 +65,19 @@ async def test_a_lost_cancellation_is_said_again_and_connections_are_closed(monk
         task.cancel()
     assert not late and keeping.cancelled()
     assert worker.cancelled == 2
+    assert pool.closed == ["client", "connections"]
+
+
+async def test_connections_stay_open_until_the_last_job_has_noted_its_end() -> None:
+    """arq's own close gives up at the first job that ends cancelled; another one still writes how it ended."""
+    worker, pool, told = Deaf(), Pool(), asyncio.Event()
+
+    async def writes_its_end() -> None:
+        await told.wait()
+        pool.use()
+
+    worker.tasks["slow"] = asyncio.create_task(writes_its_end())
+    asyncio.get_running_loop().call_later(0.05, told.set)
+    await clockwork._close(worker, pool)  # type: ignore[arg-type]
+    assert worker.tasks["slow"].done() and not pool.used_late
     assert pool.closed == ["client", "connections"]
