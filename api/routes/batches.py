@@ -92,7 +92,7 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
     batch = BatchRecord(
         id="",
         caller=caller.name,
-        named=gateway.keys.rights_of(caller.name) is caller.rights,
+        named=caller.named,
         endpoint=asked.endpoint,
         lane=lane,
         leave=leave,

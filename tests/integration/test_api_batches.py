@@ -17,7 +17,7 @@ from broker.policies import PolicyBook
 from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
 from tests.support.invariants import take, violated
-from tests.support.live_api import POLICY, Scene, live_scene, until_true
+from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
 from workers.batches import Expander
 
 Clients = Callable[..., openai.AsyncOpenAI]
@@ -281,6 +281,29 @@ async def test_a_batch_ends_with_the_key_of_its_caller(keyed: Scene, client_of: 
     assert over.status == "cancelled"
     assert (await lines_of(admin, over.error_file_id))["elsewhere"]["error"]["code"] == "lane_forbidden"
     assert not [job for job in (await take(keyed.store)).jobs.values() if job.live]
+
+
+async def test_a_batch_that_comes_while_keys_change_has_its_callers_rights_and_no_more(
+    keyed: Scene, client_of: Clients
+) -> None:
+    """Whoever sends the rest of the request after that was somebody else's change must not gain by it."""
+    await keyed.api.name("ci", rights=Rights(lanes=("big",)))
+    client, admin = client_of(keyed, keyed.api.keys["ci"]), client_of(keyed)
+    sent = await client.files.create(file=("in", jsonl(line("elsewhere", model="small"))), purpose="batch")
+    body = json.dumps({"input_file_id": sent.id, "endpoint": CHAT, "completion_window": "24h"}).encode()
+    raw = await RawClient.open(keyed.api)
+    head = ["POST /v1/batches HTTP/1.1", "host: localhost", f"content-length: {len(body)}", "expect: 100-continue"]
+    head.append(f"authorization: {keyed.api.bearer('ci')['authorization']}")
+    raw.writer.write("\r\n".join([*head, "", ""]).encode())
+    assert await raw.head() == 100  # from here on its key is not looked at again
+    await keyed.api.name("another")
+    raw.writer.write(body)
+    assert await raw.head() == 200
+    batch_id = json.loads(await raw.body())["id"]
+    async with rounds(keyed.store):
+        over = await ended(admin, batch_id)
+    assert (await lines_of(admin, over.error_file_id))["elsewhere"]["error"]["code"] == "lane_forbidden"
+    assert over.output_file_id is None
 
 
 async def test_several_schedulers_at_one_batch_do_nothing_twice(scene: Scene, client_of: Clients) -> None:
