@@ -92,6 +92,7 @@ class Expander:
             step = _Step(self, batch, windows[batch.id], now=now, room=WINDOW_OF_CALLER - held[batch.caller])
             try:
                 moved |= await step.make()
+                held[batch.caller] += step.taken
             except (errors.Moved, errors.AlreadyEnded, errors.NoSuchBatch):
                 pass  # somebody else is at it
             except errors.BrokerUnavailable:
@@ -157,6 +158,8 @@ class _Step:
         self._window = window
         self._now = now
         self._room = room
+        self.taken = 0
+        """Lines that came into the window."""
 
     async def make(self) -> bool:
         """Makes it; False if there was nothing to do. Raises Moved, AlreadyEnded, NoSuchBatch."""
@@ -179,6 +182,7 @@ class _Step:
         if not batch.read_all and len(left) < REFILL_BELOW and self._room > 0:
             told = await next_lines(store, batch, record, most=min(self._room, WINDOW - len(left)))
             await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
+            self.taken = sum(not one.line.code for one in told.lines)
             return True
         if batch.read_all and not left:
             await self._end("completed")

@@ -18,7 +18,7 @@ from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
 from tests.support.invariants import take, violated
 from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
-from workers.batches import Expander
+from workers.batches import WINDOW, WINDOW_OF_CALLER, Expander
 
 Clients = Callable[..., openai.AsyncOpenAI]
 
@@ -205,6 +205,20 @@ async def test_batches_of_two_bots_advance_side_by_side(keyed: Scene, client_of:
     assert await violated(keyed.store) == []
 
 
+async def test_a_caller_has_so_many_lines_at_once_over_all_its_batches(scene: Scene, client_of: Clients) -> None:
+    """Also where they all begin in the same round."""
+    client = client_of(scene)
+    content = jsonl(*(line(f"r{n}", said="wait") for n in range(WINDOW)))
+    made = [await begin(client, content) for _ in range(WINDOW_OF_CALLER // WINDOW + 2)]
+    book = PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+    for _ in range(2):
+        await expander.advance(await batches.live(scene.store))
+        windows = [len(await batches.window(scene.store, batch.id)) for batch in made]
+        assert sum(windows) == WINDOW_OF_CALLER
+
+
 async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, client_of: Clients) -> None:
     tight = POLICY + "lanes:\n  big.batch:\n    maxQueue: 1\n"
     async with live_scene(store, policy=tight) as scene:
@@ -317,6 +331,35 @@ async def test_several_schedulers_at_one_batch_do_nothing_twice(scene: Scene, cl
     assert len(await lines_of(client, batch.error_file_id)) == 2
     assert len(scene.worker.seen) == 150
     assert await violated(scene.store) == []
+
+
+async def test_a_scheduler_that_comes_too_late_asks_for_no_line_of_a_batch_that_is_over(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before the batch was cancelled, and goes on after another one has ended it."""
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}", said="wait") for n in range(40))))
+    book = PolicyBook(scene.store)
+    await book.reload()
+    slow, quick = Expander(scene.store, book), Expander(scene.store, book)
+    await slow.advance(await batches.live(scene.store))
+    looked, ended_meanwhile, admit = asyncio.Event(), asyncio.Event(), slow.admit
+
+    async def late(*args: Any, **more: Any) -> None:
+        looked.set()
+        await ended_meanwhile.wait()
+        await admit(*args, **more)
+
+    monkeypatch.setattr(slow, "admit", late)
+    advancing = asyncio.create_task(slow.advance(await batches.live(scene.store)))
+    await looked.wait()
+    assert (await client.batches.cancel(batch.id)).status == "cancelling"
+    while live := await batches.live(scene.store):
+        await quick.advance(live)
+    ended_meanwhile.set()
+    await advancing
+    assert (await client.batches.retrieve(batch.id)).status == "cancelled"
+    assert (await take(scene.store)).jobs == {} and scene.worker.seen == []
 
 
 class Killed(BaseException):
