@@ -108,7 +108,8 @@ async def read(store: Store, batch_id: str, *, caller: str = "") -> BatchRecord:
 
 async def of_caller(store: Store, caller: str, *, before: str = "", limit: int) -> list[BatchRecord]:
     """Lists the caller's batches, newest first: those made before the one named."""
-    names = await store.command("ZRANGE", store.keys.batches_of(caller), 0, -1)
+    # those whose time is over would fill a page, and the page would look like the last
+    names = await store.command("ZRANGE", store.keys.batches_of(caller), f"({await store.now_ms()}", "+inf", "BYSCORE")
     ids = sorted((name.decode() for name in names), reverse=True)
     if before:
         ids = [batch_id for batch_id in ids if batch_id < before]

@@ -175,9 +175,13 @@ class _Sent(Response):
         form = Form(exchange.header(b"content-type"))
         kept = False
         try:
+            came = 0
             async for data in exchange.parts():
                 if piece := form.feed(data):
                     await upload.write(piece)
+                came += len(data)
+                if came - upload.size > FORM_BYTES_MAX:  # it need not have said how much there will be
+                    raise errors.BodyTooLarge(upload.bytes_max)
             keep_ms = _asked_of(form, days_max=self._gateway.book.active.policy.file_days)
             record = await upload.finish(form.filename, keep_ms=keep_ms)
             kept = True

@@ -219,6 +219,15 @@ async def test_a_caller_has_so_many_lines_at_once_over_all_its_batches(scene: Sc
         assert sum(windows) == WINDOW_OF_CALLER
 
 
+async def test_a_list_of_batches_goes_on_behind_those_that_are_kept_no_more(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    made = [(await begin(client, jsonl(line("a")))).id for _ in range(6)]
+    for gone in made[2:5]:  # kept for an hour, say, where the others are for a week
+        await scene.store.command("DEL", scene.store.keys.batch(gone))
+        await scene.store.command("ZADD", scene.store.keys.batches_of("anonymous"), await scene.store.now_ms(), gone)
+    assert [found.id async for found in client.batches.list(limit=2)] == [made[5], made[1], made[0]]
+
+
 async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, client_of: Clients) -> None:
     tight = POLICY + "lanes:\n  big.batch:\n    maxQueue: 1\n"
     async with live_scene(store, policy=tight) as scene:

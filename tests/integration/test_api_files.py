@@ -127,6 +127,17 @@ async def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(small: Sce
     assert await violated(small.store) == []
 
 
+async def test_what_never_ends_behind_a_file_is_refused(small: Scene) -> None:
+    """Nothing of it counts as the file's, and without a length nobody knows how much is to come."""
+    client = await RawClient.open(small.api)
+    lines = ["POST /v1/files HTTP/1.1", "host: localhost", "transfer-encoding: chunked", f"content-type: {KIND}"]
+    client.writer.write("\r\n".join([*lines, "authorization: Bearer secret-a", "", ""]).encode())
+    for data in (HEAD + LINE + PURPOSE, *[b"x" * 10_000] * 20):
+        client.writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+    assert await client.head() == 413
+    assert await file_keys(small) == []
+
+
 async def test_the_files_of_a_caller_hold_so_much_together(small: Scene, client_of: Clients) -> None:
     first, _ = await send(client_of(small), 900_000), await send(client_of(small), 900_000)
     with pytest.raises(openai.APIStatusError) as told:
