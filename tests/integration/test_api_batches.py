@@ -10,7 +10,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from broker import batches, jobs
+from broker import batches, files, jobs
 from broker.callers import Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
@@ -226,6 +226,25 @@ async def test_a_list_of_batches_goes_on_behind_those_that_are_kept_no_more(scen
         await scene.store.command("DEL", scene.store.keys.batch(gone))
         await scene.store.command("ZADD", scene.store.keys.batches_of("anonymous"), await scene.store.now_ms(), gone)
     assert [found.id async for found in client.batches.list(limit=2)] == [made[5], made[1], made[0]]
+
+
+async def test_a_batch_whose_answer_got_lost_is_made_once(scene: Scene, client_of: Clients) -> None:
+    """The SDK asks again by itself, and says so; whoever asks for two batches of a file gets two."""
+    client = client_of(scene)
+    sent = await client.files.create(file=("in.jsonl", jsonl(line("a"))), purpose="batch")
+
+    async def make(tries: int, **more: Any) -> str:
+        asked: Any = {"endpoint": CHAT, "completion_window": "24h", **more}
+        headers = {"x-stainless-retry-count": str(tries)}
+        return (await client.batches.create(input_file_id=sent.id, extra_headers=headers, **asked)).id
+
+    first = await make(0)
+    assert [await make(1), await make(2)] == [first, first]
+    other = [await make(0), await make(1, metadata={"night": "7"}), await make(1, completion_window="1h")]
+    assert len({first, *other}) == 4
+    assert await make(1, completion_window="1h") == other[-1]
+    assert (await files.read(scene.store, sent.id)).uses == 4
+    assert await violated(scene.store) == []
 
 
 async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, client_of: Clients) -> None:
