@@ -24,7 +24,7 @@ KEPT_MAX = 1_000
 """Batches of one caller."""
 
 RETRY_MS = 900_000
-"""So long after it an SDK may still ask for the same batch again: its own timeout is ten minutes, and it tries thrice."""
+"""So long after it an SDK may still ask for the same batch again: its own timeout is ten minutes, tried thrice."""
 
 JOB_KEEP_MS = 600_000
 """How long the job of a line is kept once its answer is written."""

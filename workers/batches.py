@@ -8,6 +8,7 @@ again.
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -61,6 +62,7 @@ class Expander:
         self._fleet = Fleet(store, book)
         self._resting: dict[str, float] = {}  # batch that was refused a place -> loop time of its next try
         self._at_work = False
+        self._last = ""  # the batch that had its turn last: the next one's comes first
 
     async def round(self) -> None:
         """Works for ROUND_S while there is a batch; over at once where there is none, or another round is at it."""
@@ -74,21 +76,28 @@ class Expander:
                 live = await batches.live(self._store)
                 if not live:
                     return
-                if not await self.advance(live):
+                if not await self.advance(live, until=end):
                     await asyncio.sleep(IDLE_S)
         finally:
             self._at_work = False
 
-    async def advance(self, live: Sequence[BatchRecord]) -> bool:
-        """Does for each of them what can be done now; False if that was nothing."""
+    async def advance(self, live: Sequence[BatchRecord], *, until: float = math.inf) -> bool:
+        """Does for each of them what can be done now, and begins none after `until` (loop time); False if there was
+        nothing to do. The next time begins behind the last one: a round that is cut off must not always end at the same
+        batch."""
         await self._keys.reload()
         await self._fleet.look_again(older_than_s=PICTURE_S)
+        self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         now, moved = await self._store.now_ms(), False
         windows = {batch.id: await batches.window(self._store, batch.id) for batch in live}
         held: dict[str, int] = {}
         for batch in live:
             held[batch.caller] = held.get(batch.caller, 0) + len(windows[batch.id])
-        for batch in live:
+        loop = asyncio.get_running_loop()
+        for batch in sorted(live, key=lambda batch: (batch.id <= self._last, batch.id)):
+            if loop.time() > until:
+                return True
+            self._last = batch.id
             step = _Step(self, batch, windows[batch.id], now=now, room=WINDOW_OF_CALLER - held[batch.caller])
             try:
                 moved |= await step.make()
@@ -99,7 +108,6 @@ class Expander:
                 raise
             except Exception:  # one batch that nobody can read must not keep the others from theirs
                 log.exception("event=batch_failed batch=%s", batch.id)
-        self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         return moved
 
     def caller_of(self, batch: BatchRecord) -> Caller | None:
@@ -168,6 +176,8 @@ class _Step:
         if not batch.ending and (caller is None or batch.expires_at <= self._now):
             await batches.stop(store, batch.id, "cancelled" if caller is None else "expired")
             return True
+        if not batch.ending and not self._window and self._room <= 0:
+            return False  # its caller's other batches have all that they may have together
         record = await self._input()
         if record is None:
             return True

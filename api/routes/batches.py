@@ -67,7 +67,7 @@ _TAG = "batches"
         "Make a batch", _TAG, says("It will be worked off.", "Batch"), body="NewBatch",
         words="Each line of the file is a request: `custom_id`, `method`, `url` (the endpoint), `body`. A line that is "
         "wrong is a line of the error file; the others go on. All of it is batch work, behind people's.",
-        headers={name: WISHES[name] for name in ("X-Gateway-Lane", "X-Gateway-Allow-Remote", "X-Stainless-Retry-Count")},
+        headers={n: WISHES[n] for n in ("X-Gateway-Lane", "X-Gateway-Allow-Remote", "X-Stainless-Retry-Count")},
         fails=(
             errors.BadRequest, errors.BodyTooLarge, errors.NoSuchFile, errors.BatchLimit, errors.UnknownLane,
             errors.LaneForbidden, errors.ModelUnavailable, errors.BrokerUnavailable,

@@ -14,10 +14,13 @@ from broker import batches, files, jobs
 from broker.callers import Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
+from broker.records import BatchRecord, FileRecord
 from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
 from tests.support.invariants import take, violated
 from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
+from workers import batch_reading
+from workers import batches as worked_off
 from workers.batches import WINDOW, WINDOW_OF_CALLER, Expander
 
 Clients = Callable[..., openai.AsyncOpenAI]
@@ -388,6 +391,48 @@ async def test_a_scheduler_that_comes_too_late_asks_for_no_line_of_a_batch_that_
     await advancing
     assert (await client.batches.retrieve(batch.id)).status == "cancelled"
     assert (await take(scene.store)).jobs == {} and scene.worker.seen == []
+
+
+async def test_a_batch_that_takes_long_keeps_no_other_from_its_turn(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds are cut off when they last too long; the next one begins behind the batch that it was at."""
+    client = client_of(scene)
+    first, *others = [await begin(client, jsonl(line("a", said="wait"))) for _ in range(3)]
+    why_failed = batch_reading.why_failed
+
+    async def forever(store: Store, batch: BatchRecord, record: FileRecord) -> Any:
+        if batch.id == first.id:
+            await asyncio.Event().wait()
+        return await why_failed(store, batch, record)
+
+    monkeypatch.setattr(worked_off, "why_failed", forever)
+    book = PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(expander.advance(await batches.live(scene.store)), 0.5)
+    for other in others:
+        assert len(await batches.window(scene.store, other.id)) == 1
+
+
+async def test_much_is_read_a_little_at_a_time(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step reads a line at least, and else so many bytes; a file is no less read to its end for that."""
+    monkeypatch.setattr(batch_reading, "BYTES_AT_ONCE", 1_000)
+    client = client_of(scene)
+    names = {f"r{n}" for n in range(40)}
+    batch = await begin(client, jsonl(*[b"nonsense"] * 300, *(line(name) for name in sorted(names)), b"", b"nonsense"))
+    record, found = await files.read(scene.store, batch.input_file_id), await batches.read(scene.store, batch.id)
+    told = await batch_reading.next_lines(scene.store, found, record, most=WINDOW)
+    assert 100 < told.taken < 200 and not told.read_all
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (40, 301)
+    assert (await lines_of(client, batch.output_file_id)).keys() == names
+    assert await violated(scene.store) == []
 
 
 class Killed(BaseException):
