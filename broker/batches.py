@@ -26,8 +26,9 @@ KEPT_MAX = 1_000
 RETRY_MS = 900_000
 """So long after it an SDK may still ask for the same batch again: its own timeout is ten minutes, tried thrice."""
 
-JOB_KEEP_MS = 600_000
-"""How long the job of a line is kept once its answer is written."""
+JOB_KEEP_MS = 60_000
+"""How long the job of a line is kept once its answer is written: that is there twice for so long, and may be megabytes
+of vectors."""
 
 Ending = Literal["cancelled", "expired"]
 End = Literal["completed", "failed", "cancelled", "expired"]

@@ -24,6 +24,8 @@ OUTAGE_S = 5.0
 """How long an upload waits for a Redis that is away: its client can send it again."""
 FILES_MAX = 2_000
 MB = 1_000_000
+OF_BATCHES = (b"-output", b"-error")
+"""How the ids of files end that batches write."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,13 @@ async def of_caller(store: Store, caller: str) -> list[FileRecord]:
     raws = await asyncio.gather(*(store.hash(store.keys.file(file_id.decode())) for file_id in sorted(told)))
     found = [FileRecord.from_hash(raw) for raw in raws if b"id" in raw]
     return [record for record in found if record.state == "sent"]
+
+
+async def hold_answers_enough(store: Store, active: Active, caller: str) -> bool:
+    """Whether the files that batches wrote hold, by themselves, what all files of a caller may."""
+    told, now = await store.hash(store.keys.files(caller)), await store.now_ms()
+    sizes = (value.split() for file_id, value in told.items() if file_id.endswith(OF_BATCHES))
+    return sum(int(size) for size, til in sizes if int(til) > now) >= active.policy.max_files_mb * MB
 
 
 async def drop(store: Store, file_id: str, *, caller: str) -> None:

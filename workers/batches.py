@@ -2,8 +2,8 @@
 
 A round goes over all batches that have not ended and does a little for each, so they advance side by side. Nothing is
 kept here between rounds that Redis does not know: whatever is killed, the next round goes on, and several schedulers at
-it do nothing twice. A lane that is full, or a caller that has its share, is no error of a line: it is asked for
-again.
+it do nothing twice. A lane that is full, or a caller that has its share or whose answers fill its place for files, is no
+error of a line: it is asked for again.
 """
 
 import asyncio
@@ -12,14 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from broker import admission, batches, errors, jobs, requests
+from broker import admission, batches, errors, files, jobs, requests
 from broker.batch_lines import Line
 from broker.batches import Working, job_id_of
 from broker.callers import Caller
 from broker.hosts import Fleet
 from broker.keybook import KeyBook
 from broker.lifecycle import ENDED, State
-from broker.policies import PolicyBook
+from broker.policies import Active, PolicyBook
 from broker.records import BatchRecord, FileRecord
 from broker.store import Store
 from workers import batch_answers
@@ -151,6 +151,11 @@ class Expander:
         )
 
     @property
+    def active(self) -> Active:
+        """The policy in force."""
+        return self._book.active
+
+    @property
     def store(self) -> Store:
         """Where it all is."""
         return self._store
@@ -241,7 +246,10 @@ class _Step:
     async def _ask(self, record: FileRecord, unasked: list[Working], caller: Caller) -> bool:
         """Makes jobs of lines, until there is no more place for them; the others keep their place in the window."""
         expander, batch, asked = self._expander, self._batch, False
-        if expander.rests(batch):
+        if expander.rests(batch) or not unasked:
+            return False
+        if await files.hold_answers_enough(self._store, expander.active, batch.caller):
+            expander.rest(batch, errors.FilesFull("the caller's answers have no more place"))
             return False
         for one in unasked:
             line = await line_at(self._store, batch, record, one)

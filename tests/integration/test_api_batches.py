@@ -106,6 +106,10 @@ async def test_a_batch_from_its_file_to_its_answers(scene: Scene, client_of: Cli
     assert one["response"]["body"]["choices"][0]["message"]["content"] == "Hello world"
     job = await jobs.read(scene.store, one["response"]["request_id"])
     assert (job.mode, job.priority, job.lane, job.state) == ("async", "batch", "big.batch", State.DONE)
+    kept = [
+        await scene.store.command("PTTL", key(job.id)) for key in (scene.store.keys.frames, scene.store.keys.request)
+    ]
+    assert all(0 < ms <= 60_000 for ms in kept)  # what it answered stands in the file now
     assert len(scene.worker.seen) == 60
     assert [found.id async for found in client.batches.list()] == [batch.id]
     output = await client.files.retrieve(batch.output_file_id)
@@ -265,6 +269,26 @@ async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, clien
             batch = await ended(client, batch.id, timeout_s=60)
     assert (batch.request_counts.completed, batch.request_counts.failed) == (12, 0)
     assert len(scene.worker.seen) == 12
+
+
+async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis has an end, and a few bytes that are asked for can mean megabytes of vectors."""
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}") for n in range(100))))
+    monkeypatch.setattr(files, "MB", 10)  # a thousand of them make some twenty answers
+    async with rounds(scene.store) as (expander,):
+
+        async def held_up() -> bool:
+            now = await batches.read(scene.store, batch.id)
+            return now.completed == len(scene.worker.seen) > 0 and expander.rests(now)
+
+        await until_true(held_up, what="nothing more is asked for", timeout_s=20)
+        assert len(scene.worker.seen) <= 2 * WINDOW
+        monkeypatch.undo()
+        batch = await ended(client, batch.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (100, 0)
 
 
 async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene, client_of: Clients) -> None:
