@@ -2,7 +2,7 @@
 
 A round goes over all batches that have not ended and does a little for each, so they advance side by side. Nothing is
 kept here between rounds that Redis does not know: whatever is killed, the next round goes on, and several schedulers at
-it do nothing twice. That a lane is full, that a caller has its share, or that its answers fill its place for files, is no
+it do nothing twice. That a lane is full, that a caller has its share, or that its answers fill its place for files is no
 error of a line: it is asked for again.
 """
 
