@@ -2,8 +2,8 @@
 
 A round goes over all batches that have not ended and does a little for each, so they advance side by side. Nothing is
 kept here between rounds that Redis does not know: whatever is killed, the next round goes on, and several schedulers at
-it do nothing twice. That a lane is full, that a caller has its share, or that its answers fill its place for files is no
-error of a line: it is asked for again.
+it do nothing twice. Where a lane is full, a caller has its share, or its answers fill its place for files, nothing is
+wrong with a line: it is asked for again.
 """
 
 import asyncio
