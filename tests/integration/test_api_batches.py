@@ -19,6 +19,7 @@ from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
 from tests.support.invariants import take, violated
 from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
+from tests.support.scripted_worker import Turn
 from workers import batch_reading
 from workers import batches as worked_off
 from workers.batches import WINDOW, WINDOW_OF_CALLER, Expander
@@ -289,6 +290,25 @@ async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
         monkeypatch.undo()
         batch = await ended(client, batch.id)
     assert (batch.request_counts.completed, batch.request_counts.failed) == (100, 0)
+
+
+async def test_an_answer_that_cannot_be_put_together_is_an_error_of_its_line(scene: Scene, client_of: Clients) -> None:
+    """Runtimes write odd chunks that a stream's client never minds, and the batch has to end all the same."""
+
+    async def odd(turn: Turn) -> None:
+        await turn.say("Hello")
+        turn.seq += 1
+        data = b'data: {"choices": [{"index": null, "delta": {"tool_calls": [null]}}]}\n\n'
+        await jobs.emit(turn.store, turn.held, turn.seq, data)
+        await turn.finish()
+
+    scene.worker.scripts["odd"] = odd
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("odd", said="odd"), line("plain")))
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
+    assert (await lines_of(client, batch.error_file_id))["odd"]["error"]["code"] == "runtime_failed"
 
 
 async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene, client_of: Clients) -> None:
