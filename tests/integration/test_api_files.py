@@ -192,6 +192,18 @@ async def test_a_form_that_is_not_as_it_should_be_is_refused(
     assert await file_keys(scene) == []
 
 
+async def test_whoever_fetches_a_file_has_a_request_under_way(store: Store, client_of: Clients) -> None:
+    async with live_scene(store, limits=Limits(connections_of_caller=1)) as scene:
+        made = await send(client_of(scene), 20_000_000)
+        slow = await RawClient.open(scene.api)
+        await slow.send("GET", f"/v1/files/{made.id}/content")
+        assert await slow.head() == 200  # and takes no more for now
+        with pytest.raises(openai.APIStatusError) as told:
+            await client_of(scene).files.content(made.id)
+        assert told.value.code == "too_many_requests"
+        assert len(await slow.body()) == 20_000_000
+
+
 async def test_no_upload_holds_more_than_a_part_of_the_house(store: Store, client_of: Clients) -> None:
     """A file larger than all bodies together may be passes, because nobody holds it."""
     async with live_scene(store, limits=Limits(bodies_bytes=files.PART_BYTES, body_bytes=1_000)) as scene:
