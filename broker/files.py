@@ -163,7 +163,7 @@ async def drop(store: Store, file_id: str, *, caller: str) -> None:
 
 
 async def parts_of(store: Store, record: FileRecord, *, first: int = 0) -> AsyncIterator[bytes]:
-    """Reads what the file held when its record was read, some PART_BYTES at a time, never more than PARTS_AT_ONCE parts;
+    """Reads what the file held when its record was read, some PART_BYTES at a time, at most PARTS_AT_ONCE parts;
     raises NoSuchFile in the middle where it goes away."""
     at_once = PART_BYTES * record.parts // max(1, record.bytes)  # the parts of answers are single lines, mostly short
     at_once = max(1, min(at_once, PARTS_AT_ONCE))
