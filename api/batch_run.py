@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from api.batch_files import Asked, BadLine, Line, Requests, Written
 from api.exit_codes import USAGE, Failed
-from api.jobs_client import JobsClient, Refusal, Result
+from api.jobs_client import JobsClient, Refusal, Result, param_of
 from api.patience import GaveUp, Patience
 
 FORGOTTEN_MAX: Final = 3
@@ -21,6 +21,9 @@ FORGOTTEN_MAX: Final = 3
 
 _FATAL: Final = {"invalid_api_key": 1, "not_found": 1, "idempotency_mismatch": USAGE}
 """Refusals that any other line would hear too, and the exit codes that they end the run with."""
+
+_OF_OPTIONS: Final = {"X-Gateway-Lane": "lane", "expiresAfter": "expiresAfter"}
+"""What a refusal may name that is no line's but the run's, and how the order of each job calls it."""
 
 
 @dataclass
@@ -109,6 +112,8 @@ class BatchRun:
                     continue
                 if refusal.code in _FATAL:
                     raise Failed(_fatal(refusal, line), _FATAL[refusal.code]) from None
+                if _OF_OPTIONS.get(param_of(refusal.told)) in self._options.order:
+                    raise Failed(str(refusal), USAGE) from None
                 return self._note_failure(line, _response(asked, "", Result(refusal.status, refusal.told)))
             told = _response(asked, job["id"], result)
             return self._note_output(line, told) if result.good else self._note_failure(line, told)

@@ -57,6 +57,8 @@ def batch_run(
     """Runs every request of a file. The same command again goes on where it was; nothing is paid for twice."""
     from api.cli_answer import length_s
 
+    if not output.name:
+        raise Failed("--output must name a file.", USAGE)
     order = {name: value for name, value in {"lane": lane, "expiresAfter": expires_after}.items() if value}
     failures = errors or output.with_suffix(f".errors{output.suffix}")
     if len({path.resolve() for path in (file, output, failures)}) < 3:

@@ -53,7 +53,10 @@ def submit(
 ) -> None:
     """Hands a request in and prints its job's id; with --wait or --stream, the answer."""
     from api.cli_answer import length_s, pair
+    from api.client import fits_header
 
+    if not fits_header(idempotency_key):
+        raise Failed("--idempotency-key takes ASCII without line feeds and the like: a header carries it.", USAGE)
     order = {
         "endpoint": endpoint,
         "body": _whole(body, model, given=file) if body else _chat(file, model, system, max_tokens),

@@ -6,7 +6,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from api.exit_codes import UNREACHABLE, Failed, of_status
+from api.exit_codes import UNREACHABLE, USAGE, Failed, of_status
 from api.listen import DEFAULT_URL
 
 ANSWER_S_MAX = 10.0
@@ -19,8 +19,11 @@ def gateway_url() -> str:
 
 
 def connect(*, answer_s_max: float = ANSWER_S_MAX, connections_max: int = 100) -> httpx.AsyncClient:
-    """A client of the gateway that the environment names, with the key that it holds."""
-    key = os.environ.get("GATEWAY_KEY", "")
+    """A client of the gateway that the environment names, with the key that it holds. What no header can carry is a
+    Failed that does not repeat it: a pipeline's log is read by many."""
+    key = os.environ.get("GATEWAY_KEY", "").strip()  # a secret out of a file ends with a line feed, mostly
+    if not fits_header(key):
+        raise Failed("GATEWAY_KEY holds characters that no key has.", USAGE)
     return httpx.AsyncClient(
         timeout=httpx.Timeout(answer_s_max, connect=ANSWER_S_MAX, pool=None),
         limits=httpx.Limits(max_connections=connections_max, max_keepalive_connections=connections_max),
@@ -57,6 +60,11 @@ def unreachable(why: str) -> Failed:
 def no_gateway() -> Failed:
     """Says that somebody else answers."""
     return Failed(f"What answers at {gateway_url()} is no warmlane gateway: {REMEDY}.", UNREACHABLE)
+
+
+def fits_header(text: str) -> bool:
+    """Whether a header can carry it: ASCII without control characters."""
+    return text.isascii() and text.isprintable()
 
 
 def part(name: str) -> str:

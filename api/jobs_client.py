@@ -150,6 +150,12 @@ def code_of(told: Any) -> str:
     return str((error if isinstance(error, dict) else told).get("code") or "")
 
 
+def param_of(told: Any) -> str:
+    """What of the request an error object is about, "" where it does not say."""
+    error = told.get("error") if isinstance(told, dict) else None
+    return str(error.get("param") or "") if isinstance(error, dict) else ""
+
+
 def sentence_of(told: Any) -> str:
     """The words in an error object of any dialect, "" without any."""
     error = told.get("error") if isinstance(told, dict) else None

@@ -41,6 +41,11 @@ SESSION = re.compile(r"[\x21-\x7e]{1,128}")
 _model_in = re.compile(rb'"model"\s*:\s*"([^"\\]{1,128})"').search
 
 
+def tries_again(retry_count: str) -> bool:
+    """Whether an SDK says so, by the number of its tries before this one."""
+    return retry_count.strip("0").isdecimal()
+
+
 def leave_of(text: str) -> bool | None:
     """Reads X-Gateway-Allow-Remote, None = it was not sent; raises BadRequest."""
     told = text.lower()
@@ -97,7 +102,7 @@ class Wishes:
             idempotency_key=key,
             keep=on_disconnect == "keep",
             may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
-            is_retry=not key and header(b"x-stainless-retry-count").strip("0").isdecimal(),
+            is_retry=not key and tries_again(header(b"x-stainless-retry-count")),
         )
 
     def grace_ms(self, disconnect_grace_ms: int) -> int:

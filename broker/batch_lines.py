@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from broker import requests
 from broker.dialects import openai
+from broker.dialects.bounds import too_many_values
 from broker.keyspace import digest
 from broker.whole import FOLDS
 
@@ -50,6 +51,8 @@ def read_line(line: bytes, *, number: int, endpoint: str) -> Line:
     found = Line(number)
     if len(line) > LINE_BYTES_MAX:
         return found.wrong("line_too_long", f"it has more than {LINE_BYTES_MAX} bytes")
+    if too_many_values(line):
+        return found.wrong("invalid_json_line", "it holds too many values")
     try:
         said = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is one

@@ -16,14 +16,19 @@ from ulid import ULID
 from broker import errors, files
 from broker.batch_lines import Line, unanswered
 from broker.files import Place
+from broker.keyspace import digest
 from broker.records import BatchRecord, FileRecord
 from broker.store import Store
 
 KEPT_MAX = 1_000
 """Batches of one caller."""
 
-JOB_KEEP_MS = 600_000
-"""How long the job of a line is kept once its answer is written."""
+RETRY_MS = 900_000
+"""So long after it an SDK may still ask for the same batch again: its own timeout is ten minutes, tried thrice."""
+
+JOB_KEEP_MS = 60_000
+"""How long the job of a line is kept once its answer is written: that is there twice for so long, and may be megabytes
+of vectors."""
 
 Ending = Literal["cancelled", "expired"]
 End = Literal["completed", "failed", "cancelled", "expired"]
@@ -65,13 +70,14 @@ def error_id_of(batch_id: str) -> str:
     return f"file-{batch_id.removeprefix('batch_')}-error"
 
 
-async def open_batch(store: Store, batch: BatchRecord, *, within_ms: int) -> BatchRecord:
-    """Accepts a batch of `batch.caller`; raises NoSuchFile, BatchLimit."""
+async def open_batch(store: Store, batch: BatchRecord, *, within_ms: int, is_retry: bool = False) -> BatchRecord:
+    """Accepts a batch of `batch.caller`; raises NoSuchFile, BatchLimit. `is_retry`: its SDK asks again, and is led to
+    the batch that the same request made within RETRY_MS before, if it made one: no line is to be paid for twice."""
     keys, batch_id = store.keys, f"batch_{ULID()}"
     file_id, caller = batch.input_file_id, batch.caller
     told = {**batch.to_hash(), "id": batch_id}
     fields = [x for name, value in told.items() if name not in ("state", "keep_ms") for x in (name, value)]
-    await store.run_through(
+    opened = await store.run_through(
         "batch_open",
         [
             keys.batch(batch_id),
@@ -88,13 +94,15 @@ async def open_batch(store: Store, batch: BatchRecord, *, within_ms: int) -> Bat
             within_ms,
             batch.keep_ms,
             KEPT_MAX,
+            digest(json.dumps([*batch.to_hash().items()], default=str)),
+            RETRY_MS if is_retry else 0,
             *fields,
             "keep_ms",
             batch.keep_ms,
         ],
         limit_s=files.OUTAGE_S,
     )
-    return await read(store, batch_id)
+    return await read(store, opened.decode())
 
 
 async def read(store: Store, batch_id: str, *, caller: str = "") -> BatchRecord:
@@ -108,7 +116,8 @@ async def read(store: Store, batch_id: str, *, caller: str = "") -> BatchRecord:
 
 async def of_caller(store: Store, caller: str, *, before: str = "", limit: int) -> list[BatchRecord]:
     """Lists the caller's batches, newest first: those made before the one named."""
-    names = await store.command("ZRANGE", store.keys.batches_of(caller), 0, -1)
+    # those whose time is over would fill a page, and the page would look like the last
+    names = await store.command("ZRANGE", store.keys.batches_of(caller), f"({await store.now_ms()}", "+inf", "BYSCORE")
     ids = sorted((name.decode() for name in names), reverse=True)
     if before:
         ids = [batch_id for batch_id in ids if batch_id < before]

@@ -86,6 +86,11 @@ class Caller:
     name: str
     rights: Rights = EVERYTHING
 
+    @property
+    def named(self) -> bool:
+        """Whether its rights stand in Redis and may change: not those of GATEWAY_KEYS, nor of nobody in particular."""
+        return self.rights is not EVERYTHING
+
 
 NOBODY_IN_PARTICULAR = Caller(ANONYMOUS)
 

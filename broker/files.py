@@ -19,11 +19,16 @@ from broker.store import Store
 PART_BYTES = 256 << 10
 """Larger ones would keep Redis from others, smaller ones would cost more calls."""
 
+PARTS_AT_ONCE = 64
+"""Many short lines and then long ones in a file must not be megabytes of each times many."""
+
 SENDING_MS = 60_000
 OUTAGE_S = 5.0
 """How long an upload waits for a Redis that is away: its client can send it again."""
 FILES_MAX = 2_000
 MB = 1_000_000
+OF_BATCHES = (b"-output", b"-error")
+"""How the ids of files end that batches write."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,13 @@ async def of_caller(store: Store, caller: str) -> list[FileRecord]:
     return [record for record in found if record.state == "sent"]
 
 
+async def hold_answers_enough(store: Store, active: Active, caller: str) -> bool:
+    """Whether the files that batches wrote hold, by themselves, what all files of a caller may."""
+    told, now = await store.hash(store.keys.files(caller)), await store.now_ms()
+    sizes = (value.split() for file_id, value in told.items() if file_id.endswith(OF_BATCHES))
+    return sum(int(size) for size, til in sizes if int(til) > now) >= active.policy.max_files_mb * MB
+
+
 async def drop(store: Store, file_id: str, *, caller: str) -> None:
     """Deletes a file of this caller; raises NoSuchFile, FileInUse."""
     keys = store.keys
@@ -151,9 +163,10 @@ async def drop(store: Store, file_id: str, *, caller: str) -> None:
 
 
 async def parts_of(store: Store, record: FileRecord, *, first: int = 0) -> AsyncIterator[bytes]:
-    """Reads what the file held when its record was read, some PART_BYTES at a time; raises NoSuchFile in the middle
-    where it goes away."""
-    at_once = max(1, PART_BYTES * record.parts // max(1, record.bytes))  # the parts of answers are single lines
+    """Reads what the file held when its record was read, some PART_BYTES at a time, at most PARTS_AT_ONCE parts;
+    raises NoSuchFile in the middle where it goes away."""
+    at_once = PART_BYTES * record.parts // max(1, record.bytes)  # the parts of answers are single lines, mostly short
+    at_once = max(1, min(at_once, PARTS_AT_ONCE))
     while first < record.parts:
         last = min(first + at_once, record.parts) - 1
         found = await store.command("LRANGE", store.keys.parts(record.id), first, last)

@@ -62,6 +62,7 @@ async def submit(
     its SDK may try again, and its retry may then `rejoin` it. `refused_by`: lanes that had no place for it just now.
     `said`: what a repeat of the Idempotency-Key must repeat, where that is more than the body. With `job.retry_of` the
     answer is the job that tries the other's request again already, if there is one; raises NotRetryable, NoSuchJob.
+    With `job.batch` raises AlreadyEnded where its line is not being worked off any more.
     """
     if lane.retiring:
         raise errors.ModelUnavailable(f"lane {lane.name} is being removed")

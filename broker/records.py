@@ -295,6 +295,7 @@ class FileRecord(_Hash):
     parts: int = 0
     lines: int = 0  # those that are not blank
     uses: int = 0  # batches that have not ended and read or write it
+    opened: str = ""  # the last batch that was made of it, a digest of what was asked, and when
     created_at: int = 0
     expires_at: int = 0
 

@@ -12,19 +12,26 @@ def _written(answer: Any) -> bytes:
     return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def _written_of(fold: Callable[[Any], Any], stream: Any) -> bytes:
+    try:
+        return _written(fold(stream))
+    except (AttributeError, LookupError, TypeError, RecursionError) as odd:  # a runtime may write anything into a chunk
+        raise ValueError(f"the stream holds what no answer is made of: {type(odd).__name__}") from None
+
+
 def chat(parts: Sequence[bytes]) -> bytes:
     """Folds a chat stream; raises ValueError where it is none."""
-    return _written(openai.fold_chat(parts))
+    return _written_of(openai.fold_chat, parts)
 
 
 def completion(parts: Sequence[bytes]) -> bytes:
     """Folds a stream of completions; raises ValueError where it is none."""
-    return _written(openai_completions.fold_completion(b"".join(parts)))
+    return _written_of(openai_completions.fold_completion, b"".join(parts))
 
 
 def response(parts: Sequence[bytes]) -> bytes:
     """Folds a stream of responses; raises ValueError where it is none."""
-    return _written(fold_responses(b"".join(parts)))
+    return _written_of(fold_responses, b"".join(parts))
 
 
 def vectors(parts: Sequence[bytes]) -> bytes:

@@ -16,6 +16,8 @@ LARGE_BYTES = 256 << 10
 """More than this is read or folded beside the loop, on which deadlines wait."""
 LINES_AT_ONCE = 500
 """So many lines, most of them wrong, are read in one go at most."""
+BYTES_AT_ONCE = 4 << 20
+"""After so many, no further line is begun in one go: a batch's step has to end, for the others to have theirs."""
 WHY_MAX = 10
 
 EXPIRED = "batch_expired", "the batch's time was over before this request could be answered"
@@ -32,13 +34,16 @@ class Next:
 
 
 async def why_failed(store: Store, batch: BatchRecord, record: FileRecord) -> list[dict[str, Any]]:
-    """What is wrong with all of it, as OpenAI lists it; [] where at least one line can be asked for."""
+    """What is wrong with all of it, as OpenAI lists it; [] where at least one line can be asked for, and of a file that
+    is nothing but wrong for longer than BYTES_AT_ONCE: that is read on as it goes."""
     if record.lines > LINES_MAX:
         words = f"the file has {record.lines} lines; a batch has {LINES_MAX} at most"
         return [{"code": "too_many_lines", "message": words, "line": None}]
     wrong: list[dict[str, Any]] = []
-    async for line, _, _ in _lines(store, batch, record, Place(), number=0):
-        if line is not None and not line.code:
+    read = 0
+    async for line, size, _, _ in _lines(store, batch, record, Place(), number=0):
+        read += size
+        if (line is not None and not line.code) or read > BYTES_AT_ONCE:
             return []
         if line is not None and len(wrong) < WHY_MAX:
             wrong.append({"code": line.code, "message": line.message, "line": line.number})
@@ -48,13 +53,13 @@ async def why_failed(store: Store, batch: BatchRecord, record: FileRecord) -> li
 async def next_lines(store: Store, batch: BatchRecord, record: FileRecord, *, most: int) -> Next:
     """Reads on, until there are `most` good lines; what earlier lines were called is wrong with a later one."""
     found: list[Taken] = []
-    taken, place, read_all, good = batch.taken, Place(batch.part, batch.offset), True, 0
-    async for line, begins, after in _lines(store, batch, record, place, number=taken):
-        taken, place = taken + 1, after
+    taken, place, read_all, good, read = batch.taken, Place(batch.part, batch.offset), True, 0, 0
+    async for line, size, begins, after in _lines(store, batch, record, place, number=taken):
+        taken, place, read = taken + 1, after, read + size
         if line is not None:
             found.append(Taken(replace(line, body=b""), begins))  # it is read anew when its turn comes
             good += not line.code
-        if good == most or len(found) == LINES_AT_ONCE:
+        if good == most or len(found) == LINES_AT_ONCE or read > BYTES_AT_ONCE:
             read_all = False
             break
     known = await batches.known_names(store, batch.id, [one.line for one in found])
@@ -83,12 +88,12 @@ async def line_at(store: Store, batch: BatchRecord, record: FileRecord, working:
 
 async def _lines(
     store: Store, batch: BatchRecord, record: FileRecord, at: Place, *, number: int
-) -> AsyncIterator[tuple[Line | None, Place, Place]]:
-    """Reads line by line, None for a blank one: each with its place and the next one's."""
+) -> AsyncIterator[tuple[Line | None, int, Place, Place]]:
+    """Reads line by line, None for a blank one: each with its bytes, its place and the next one's."""
     async for raw, begins, after in files.lines_of(store, record, at, bytes_max=LINE_BYTES_MAX):
         number += 1
         line = await _read(raw, number=number, endpoint=batch.endpoint) if raw.strip() else None
-        yield line, begins, after
+        yield line, len(raw), begins, after
 
 
 async def _read(raw: bytes, *, number: int, endpoint: str) -> Line:

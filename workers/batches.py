@@ -2,23 +2,24 @@
 
 A round goes over all batches that have not ended and does a little for each, so they advance side by side. Nothing is
 kept here between rounds that Redis does not know: whatever is killed, the next round goes on, and several schedulers at
-it do nothing twice. A lane that is full, or a caller that has its share, is no error of a line: it is asked for
-again.
+it do nothing twice. Where a lane is full, a caller has its share, or its answers fill its place for files, nothing is
+wrong with a line: it is asked for again.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from broker import admission, batches, errors, jobs, requests
+from broker import admission, batches, errors, files, jobs, requests
 from broker.batch_lines import Line
 from broker.batches import Working, job_id_of
 from broker.callers import Caller
 from broker.hosts import Fleet
 from broker.keybook import KeyBook
 from broker.lifecycle import ENDED, State
-from broker.policies import PolicyBook
+from broker.policies import Active, PolicyBook
 from broker.records import BatchRecord, FileRecord
 from broker.store import Store
 from workers import batch_answers
@@ -61,6 +62,7 @@ class Expander:
         self._fleet = Fleet(store, book)
         self._resting: dict[str, float] = {}  # batch that was refused a place -> loop time of its next try
         self._at_work = False
+        self._last = ""  # the batch that had its turn last: the next one's comes first
 
     async def round(self) -> None:
         """Works for ROUND_S while there is a batch; over at once where there is none, or another round is at it."""
@@ -74,31 +76,38 @@ class Expander:
                 live = await batches.live(self._store)
                 if not live:
                     return
-                if not await self.advance(live):
+                if not await self.advance(live, until=end):
                     await asyncio.sleep(IDLE_S)
         finally:
             self._at_work = False
 
-    async def advance(self, live: Sequence[BatchRecord]) -> bool:
-        """Does for each of them what can be done now; False if that was nothing."""
+    async def advance(self, live: Sequence[BatchRecord], *, until: float = math.inf) -> bool:
+        """Does for each of them what can be done now, and begins none after `until` (loop time); False if there was
+        nothing to do. The next time begins behind the last one: a round that is cut off must not always end at the same
+        batch."""
         await self._keys.reload()
         await self._fleet.look_again(older_than_s=PICTURE_S)
+        self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         now, moved = await self._store.now_ms(), False
         windows = {batch.id: await batches.window(self._store, batch.id) for batch in live}
         held: dict[str, int] = {}
         for batch in live:
             held[batch.caller] = held.get(batch.caller, 0) + len(windows[batch.id])
-        for batch in live:
+        loop = asyncio.get_running_loop()
+        for batch in sorted(live, key=lambda batch: (batch.id <= self._last, batch.id)):
+            if loop.time() > until:
+                return True
+            self._last = batch.id
             step = _Step(self, batch, windows[batch.id], now=now, room=WINDOW_OF_CALLER - held[batch.caller])
             try:
                 moved |= await step.make()
+                held[batch.caller] += step.taken
             except (errors.Moved, errors.AlreadyEnded, errors.NoSuchBatch):
                 pass  # somebody else is at it
             except errors.BrokerUnavailable:
                 raise
             except Exception:  # one batch that nobody can read must not keep the others from theirs
                 log.exception("event=batch_failed batch=%s", batch.id)
-        self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         return moved
 
     def caller_of(self, batch: BatchRecord) -> Caller | None:
@@ -142,6 +151,11 @@ class Expander:
         )
 
     @property
+    def active(self) -> Active:
+        """The policy in force."""
+        return self._book.active
+
+    @property
     def store(self) -> Store:
         """Where it all is."""
         return self._store
@@ -157,6 +171,8 @@ class _Step:
         self._window = window
         self._now = now
         self._room = room
+        self.taken = 0
+        """Lines that came into the window."""
 
     async def make(self) -> bool:
         """Makes it; False if there was nothing to do. Raises Moved, AlreadyEnded, NoSuchBatch."""
@@ -165,6 +181,8 @@ class _Step:
         if not batch.ending and (caller is None or batch.expires_at <= self._now):
             await batches.stop(store, batch.id, "cancelled" if caller is None else "expired")
             return True
+        if not batch.ending and not self._window and self._room <= 0:
+            return False  # its caller's other batches have all that they may have together
         record = await self._input()
         if record is None:
             return True
@@ -179,6 +197,7 @@ class _Step:
         if not batch.read_all and len(left) < REFILL_BELOW and self._room > 0:
             told = await next_lines(store, batch, record, most=min(self._room, WINDOW - len(left)))
             await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
+            self.taken = sum(not one.line.code for one in told.lines)
             return True
         if batch.read_all and not left:
             await self._end("completed")
@@ -227,7 +246,10 @@ class _Step:
     async def _ask(self, record: FileRecord, unasked: list[Working], caller: Caller) -> bool:
         """Makes jobs of lines, until there is no more place for them; the others keep their place in the window."""
         expander, batch, asked = self._expander, self._batch, False
-        if expander.rests(batch):
+        if expander.rests(batch) or not unasked:
+            return False
+        if await files.hold_answers_enough(self._store, expander.active, batch.caller):
+            expander.rest(batch, errors.FilesFull("the caller's answers have no more place"))
             return False
         for one in unasked:
             line = await line_at(self._store, batch, record, one)

@@ -15,7 +15,7 @@ from api.gateway import Gateway
 from api.paging import checked, ends_of
 from api.routes.files import KEEP_S_MAX, KEEP_S_MIN, SECOND_MS, own_file
 from api.small_body import read_as
-from api.visit import leave_of
+from api.visit import leave_of, tries_again
 from broker import batches, callers, errors, requests
 from broker.batch_lines import ENDPOINTS
 from broker.dialects.json_schema import text, whole
@@ -67,7 +67,7 @@ _TAG = "batches"
         "Make a batch", _TAG, says("It will be worked off.", "Batch"), body="NewBatch",
         words="Each line of the file is a request: `custom_id`, `method`, `url` (the endpoint), `body`. A line that is "
         "wrong is a line of the error file; the others go on. All of it is batch work, behind people's.",
-        headers={name: WISHES[name] for name in ("X-Gateway-Lane", "X-Gateway-Allow-Remote")},
+        headers={n: WISHES[n] for n in ("X-Gateway-Lane", "X-Gateway-Allow-Remote", "X-Stainless-Retry-Count")},
         fails=(
             errors.BadRequest, errors.BodyTooLarge, errors.NoSuchFile, errors.BatchLimit, errors.UnknownLane,
             errors.LaneForbidden, errors.ModelUnavailable, errors.BrokerUnavailable,
@@ -92,7 +92,7 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
     batch = BatchRecord(
         id="",
         caller=caller.name,
-        named=gateway.keys.rights_of(caller.name) is caller.rights,
+        named=caller.named,
         endpoint=asked.endpoint,
         lane=lane,
         leave=leave,
@@ -102,7 +102,8 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
         keep_ms=keep_ms,
     )
     number, unit = int(asked.completion_window[:-1]), asked.completion_window[-1]
-    return shown(await batches.open_batch(gateway.store, batch, within_ms=number * _UNIT_MS[unit]))
+    is_retry = tries_again(request.headers.get("x-stainless-retry-count", ""))
+    return shown(await batches.open_batch(gateway.store, batch, within_ms=number * _UNIT_MS[unit], is_retry=is_retry))
 
 
 @router.get("/v1/batches")

@@ -97,13 +97,13 @@ async def show_file(file_id: str, gateway: Gate, caller: Caller) -> dict[str, An
 @router.get("/v1/files/{file_id}/content", response_class=Response)
 @described(
     Described(
-        "Read a file", _TAG, within=_WITHIN, fails=_FAILS,
+        "Read a file", _TAG, within=_WITHIN, fails=(errors.CallerTooMany, *_FAILS),
         answers={200: Answer("What it holds; of a batch that goes on, what there is by now.", {OCTETS: UNSEEN})},
     )
 )  # fmt: skip
 async def read_file(file_id: str, gateway: Gate, caller: Caller) -> Response:
     """Sends what a file holds."""
-    return _Content(gateway, await own_file(gateway, file_id, caller))
+    return _Content(gateway, caller.name, await own_file(gateway, file_id, caller))
 
 
 @router.delete("/v1/files/{file_id}")
@@ -175,9 +175,13 @@ class _Sent(Response):
         form = Form(exchange.header(b"content-type"))
         kept = False
         try:
+            came = 0
             async for data in exchange.parts():
                 if piece := form.feed(data):
                     await upload.write(piece)
+                came += len(data)
+                if came - upload.size > FORM_BYTES_MAX:  # it need not have said how much there will be
+                    raise errors.BodyTooLarge(upload.bytes_max)
             keep_ms = _asked_of(form, days_max=self._gateway.book.active.policy.file_days)
             record = await upload.finish(form.filename, keep_ms=keep_ms)
             kept = True
@@ -209,13 +213,18 @@ def _asked_of(form: Form, *, days_max: int) -> int:
 class _Content(Response):
     """Sends a file part by part, as fast as its client takes them."""
 
-    def __init__(self, gateway: Gateway, record: FileRecord) -> None:
+    def __init__(self, gateway: Gateway, caller: str, record: FileRecord) -> None:
         super().__init__()
         self._gateway = gateway
+        self._caller = caller
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange, record = Exchange(scope, receive, send), self._record
+        exchange, record, house = Exchange(scope, receive, send), self._record, self._gateway.house
+        try:
+            house.enter(self._caller)
+        except errors.CallerTooMany as error:
+            return await exchange.refuse(told.wrong(error))
         self._gateway.exchanges.add(exchange)  # whoever takes nothing for minutes is cut off
         try:
             await exchange.start(200, [*_OCTETS, (b"content-length", str(record.bytes).encode())])
@@ -228,3 +237,4 @@ class _Content(Response):
             pass
         finally:
             self._gateway.exchanges.discard(exchange)
+            house.leave(self._caller)

@@ -25,7 +25,8 @@
 -- Jobs of the same session that nobody reads any more and that asked for something else end: their grace is over.
 -- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key,
 -- or where the request is tried again already.
--- Errors: STALEPOLICY, IDEMMISMATCH, NOJOB, NOTDEAD, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
+-- A line of a batch that is to end, or that was written already, is nobody's wish any more: who asks looked too long ago.
+-- Errors: STALEPOLICY, IDEMMISMATCH, NOJOB, NOTDEAD, ENDED, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include schedule
@@ -36,6 +37,7 @@
 --- @include share
 --- @include spent
 --- @include listed
+--- @include batch_line_wanted
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local hosts = tonumber(ARGV[14])
 local known = redis.call("HGET", KEYS[2], "state")
@@ -59,6 +61,7 @@ for i = 25, #ARGV, 2 do
   fields[#fields + 1] = ARGV[i + 1]
 end
 local root, who = root_of(KEYS[2], id), named.caller
+if named.batch and not worked_off(root, named.batch, id) then return redis.error_reply("ENDED " .. named.batch) end
 local old = named.retry_of and root .. "job:" .. named.retry_of
 if old then
   local again, refusal = tried_again(root, old)

@@ -10,15 +10,19 @@ import openai
 import pytest
 import pytest_asyncio
 
-from broker import batches, jobs
+from broker import batches, files, jobs
 from broker.callers import Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
+from broker.records import BatchRecord, FileRecord
 from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
 from tests.support.invariants import take, violated
-from tests.support.live_api import POLICY, Scene, live_scene, until_true
-from workers.batches import Expander
+from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
+from tests.support.scripted_worker import Turn
+from workers import batch_reading
+from workers import batches as worked_off
+from workers.batches import WINDOW, WINDOW_OF_CALLER, Expander
 
 Clients = Callable[..., openai.AsyncOpenAI]
 
@@ -103,6 +107,10 @@ async def test_a_batch_from_its_file_to_its_answers(scene: Scene, client_of: Cli
     assert one["response"]["body"]["choices"][0]["message"]["content"] == "Hello world"
     job = await jobs.read(scene.store, one["response"]["request_id"])
     assert (job.mode, job.priority, job.lane, job.state) == ("async", "batch", "big.batch", State.DONE)
+    kept = [
+        await scene.store.command("PTTL", key(job.id)) for key in (scene.store.keys.frames, scene.store.keys.request)
+    ]
+    assert all(0 < ms <= 60_000 for ms in kept)  # what it answered stands in the file now
     assert len(scene.worker.seen) == 60
     assert [found.id async for found in client.batches.list()] == [batch.id]
     output = await client.files.retrieve(batch.output_file_id)
@@ -205,6 +213,48 @@ async def test_batches_of_two_bots_advance_side_by_side(keyed: Scene, client_of:
     assert await violated(keyed.store) == []
 
 
+async def test_a_caller_has_so_many_lines_at_once_over_all_its_batches(scene: Scene, client_of: Clients) -> None:
+    """Also where they all begin in the same round."""
+    client = client_of(scene)
+    content = jsonl(*(line(f"r{n}", said="wait") for n in range(WINDOW)))
+    made = [await begin(client, content) for _ in range(WINDOW_OF_CALLER // WINDOW + 2)]
+    book = PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+    for _ in range(2):
+        await expander.advance(await batches.live(scene.store))
+        windows = [len(await batches.window(scene.store, batch.id)) for batch in made]
+        assert sum(windows) == WINDOW_OF_CALLER
+
+
+async def test_a_list_of_batches_goes_on_behind_those_that_are_kept_no_more(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    made = [(await begin(client, jsonl(line("a")))).id for _ in range(6)]
+    for gone in made[2:5]:  # kept for an hour, say, where the others are for a week
+        await scene.store.command("DEL", scene.store.keys.batch(gone))
+        await scene.store.command("ZADD", scene.store.keys.batches_of("anonymous"), await scene.store.now_ms(), gone)
+    assert [found.id async for found in client.batches.list(limit=2)] == [made[5], made[1], made[0]]
+
+
+async def test_a_batch_whose_answer_got_lost_is_made_once(scene: Scene, client_of: Clients) -> None:
+    """The SDK asks again by itself, and says so; whoever asks for two batches of a file gets two."""
+    client = client_of(scene)
+    sent = await client.files.create(file=("in.jsonl", jsonl(line("a"))), purpose="batch")
+
+    async def make(tries: int, **more: Any) -> str:
+        asked: Any = {"endpoint": CHAT, "completion_window": "24h", **more}
+        headers = {"x-stainless-retry-count": str(tries)}
+        return (await client.batches.create(input_file_id=sent.id, extra_headers=headers, **asked)).id
+
+    first = await make(0)
+    assert [await make(1), await make(2)] == [first, first]
+    other = [await make(0), await make(1, metadata={"night": "7"}), await make(1, completion_window="1h")]
+    assert len({first, *other}) == 4
+    assert await make(1, completion_window="1h") == other[-1]
+    assert (await files.read(scene.store, sent.id)).uses == 4
+    assert await violated(scene.store) == []
+
+
 async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, client_of: Clients) -> None:
     tight = POLICY + "lanes:\n  big.batch:\n    maxQueue: 1\n"
     async with live_scene(store, policy=tight) as scene:
@@ -220,6 +270,63 @@ async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, clien
             batch = await ended(client, batch.id, timeout_s=60)
     assert (batch.request_counts.completed, batch.request_counts.failed) == (12, 0)
     assert len(scene.worker.seen) == 12
+
+
+async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis has an end, and a few bytes that are asked for can mean megabytes of vectors."""
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}") for n in range(70))))
+    monkeypatch.setattr(files, "MB", 10)  # a thousand of them make some twenty answers
+    async with rounds(scene.store) as (expander,):
+
+        async def held_up() -> bool:
+            now = await batches.read(scene.store, batch.id)
+            return now.completed == len(scene.worker.seen) > 0 and expander.rests(now)
+
+        await until_true(held_up, what="nothing more is asked for", timeout_s=20)
+        assert len(scene.worker.seen) < 70
+        monkeypatch.undo()
+        batch = await ended(client, batch.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (70, 0)
+
+
+async def test_a_long_answer_is_kept_in_parts_that_are_read_one_by_one(scene: Scene, client_of: Clients) -> None:
+    async def much(turn: Turn) -> None:
+        for _ in range(3):
+            await turn.say("x" * files.PART_BYTES)
+        await turn.finish()
+
+    scene.worker.scripts["much"] = much
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("long", said="much"), line("short")))
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    parts = await scene.store.command("LRANGE", scene.store.keys.parts(batch.output_file_id), 0, -1)
+    assert max(map(len, parts)) == files.PART_BYTES and len(parts) == 5
+    answers = await lines_of(client, batch.output_file_id)
+    assert answers["long"]["response"]["body"]["choices"][0]["message"]["content"] == "x" * files.PART_BYTES * 3
+    assert await violated(scene.store) == []
+
+
+async def test_an_answer_that_cannot_be_put_together_is_an_error_of_its_line(scene: Scene, client_of: Clients) -> None:
+    """Runtimes write odd chunks that a stream's client never minds, and the batch has to end all the same."""
+
+    async def odd(turn: Turn) -> None:
+        await turn.say("Hello")
+        turn.seq += 1
+        data = b'data: {"choices": [{"index": null, "delta": {"tool_calls": [null]}}]}\n\n'
+        await jobs.emit(turn.store, turn.held, turn.seq, data)
+        await turn.finish()
+
+    scene.worker.scripts["odd"] = odd
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("odd", said="odd"), line("plain")))
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
+    assert (await lines_of(client, batch.error_file_id))["odd"]["error"]["code"] == "runtime_failed"
 
 
 async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene, client_of: Clients) -> None:
@@ -283,6 +390,29 @@ async def test_a_batch_ends_with_the_key_of_its_caller(keyed: Scene, client_of: 
     assert not [job for job in (await take(keyed.store)).jobs.values() if job.live]
 
 
+async def test_a_batch_that_comes_while_keys_change_has_its_callers_rights_and_no_more(
+    keyed: Scene, client_of: Clients
+) -> None:
+    """Whoever sends the rest of the request after that was somebody else's change must not gain by it."""
+    await keyed.api.name("ci", rights=Rights(lanes=("big",)))
+    client, admin = client_of(keyed, keyed.api.keys["ci"]), client_of(keyed)
+    sent = await client.files.create(file=("in", jsonl(line("elsewhere", model="small"))), purpose="batch")
+    body = json.dumps({"input_file_id": sent.id, "endpoint": CHAT, "completion_window": "24h"}).encode()
+    raw = await RawClient.open(keyed.api)
+    head = ["POST /v1/batches HTTP/1.1", "host: localhost", f"content-length: {len(body)}", "expect: 100-continue"]
+    head.append(f"authorization: {keyed.api.bearer('ci')['authorization']}")
+    raw.writer.write("\r\n".join([*head, "", ""]).encode())
+    assert await raw.head() == 100  # from here on its key is not looked at again
+    await keyed.api.name("another")
+    raw.writer.write(body)
+    assert await raw.head() == 200
+    batch_id = json.loads(await raw.body())["id"]
+    async with rounds(keyed.store):
+        over = await ended(admin, batch_id)
+    assert (await lines_of(admin, over.error_file_id))["elsewhere"]["error"]["code"] == "lane_forbidden"
+    assert over.output_file_id is None
+
+
 async def test_several_schedulers_at_one_batch_do_nothing_twice(scene: Scene, client_of: Clients) -> None:
     client = client_of(scene)
     names = {f"r{n}" for n in range(150)}
@@ -293,6 +423,77 @@ async def test_several_schedulers_at_one_batch_do_nothing_twice(scene: Scene, cl
     assert (await lines_of(client, batch.output_file_id)).keys() == names
     assert len(await lines_of(client, batch.error_file_id)) == 2
     assert len(scene.worker.seen) == 150
+    assert await violated(scene.store) == []
+
+
+async def test_a_scheduler_that_comes_too_late_asks_for_no_line_of_a_batch_that_is_over(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before the batch was cancelled, and goes on after another one has ended it."""
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}", said="wait") for n in range(40))))
+    book = PolicyBook(scene.store)
+    await book.reload()
+    slow, quick = Expander(scene.store, book), Expander(scene.store, book)
+    await slow.advance(await batches.live(scene.store))
+    looked, ended_meanwhile, admit = asyncio.Event(), asyncio.Event(), slow.admit
+
+    async def late(*args: Any, **more: Any) -> None:
+        looked.set()
+        await ended_meanwhile.wait()
+        await admit(*args, **more)
+
+    monkeypatch.setattr(slow, "admit", late)
+    advancing = asyncio.create_task(slow.advance(await batches.live(scene.store)))
+    await looked.wait()
+    assert (await client.batches.cancel(batch.id)).status == "cancelling"
+    while live := await batches.live(scene.store):
+        await quick.advance(live)
+    ended_meanwhile.set()
+    await advancing
+    assert (await client.batches.retrieve(batch.id)).status == "cancelled"
+    assert (await take(scene.store)).jobs == {} and scene.worker.seen == []
+
+
+async def test_a_batch_that_takes_long_keeps_no_other_from_its_turn(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds are cut off when they last too long; the next one begins behind the batch that it was at."""
+    client = client_of(scene)
+    first, *others = [await begin(client, jsonl(line("a", said="wait"))) for _ in range(3)]
+    why_failed = batch_reading.why_failed
+
+    async def forever(store: Store, batch: BatchRecord, record: FileRecord) -> Any:
+        if batch.id == first.id:
+            await asyncio.Event().wait()
+        return await why_failed(store, batch, record)
+
+    monkeypatch.setattr(worked_off, "why_failed", forever)
+    book = PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(expander.advance(await batches.live(scene.store)), 0.5)
+    for other in others:
+        assert len(await batches.window(scene.store, other.id)) == 1
+
+
+async def test_much_is_read_a_little_at_a_time(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step reads a line at least, and else so many bytes; a file is no less read to its end for that."""
+    monkeypatch.setattr(batch_reading, "BYTES_AT_ONCE", 1_000)
+    client = client_of(scene)
+    names = {f"r{n}" for n in range(40)}
+    batch = await begin(client, jsonl(*[b"nonsense"] * 300, *(line(name) for name in sorted(names)), b"", b"nonsense"))
+    record, found = await files.read(scene.store, batch.input_file_id), await batches.read(scene.store, batch.id)
+    told = await batch_reading.next_lines(scene.store, found, record, most=WINDOW)
+    assert 100 < told.taken < 200 and not told.read_all
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (40, 301)
+    assert (await lines_of(client, batch.output_file_id)).keys() == names
     assert await violated(scene.store) == []
 
 

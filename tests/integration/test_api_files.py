@@ -127,6 +127,17 @@ async def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(small: Sce
     assert await violated(small.store) == []
 
 
+async def test_what_never_ends_behind_a_file_is_refused(small: Scene) -> None:
+    """Nothing of it counts as the file's, and without a length nobody knows how much is to come."""
+    client = await RawClient.open(small.api)
+    lines = ["POST /v1/files HTTP/1.1", "host: localhost", "transfer-encoding: chunked", f"content-type: {KIND}"]
+    client.writer.write("\r\n".join([*lines, "authorization: Bearer secret-a", "", ""]).encode())
+    for data in (HEAD + LINE + PURPOSE, *[b"x" * 10_000] * 20):
+        client.writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+    assert await client.head() == 413
+    assert await file_keys(small) == []
+
+
 async def test_the_files_of_a_caller_hold_so_much_together(small: Scene, client_of: Clients) -> None:
     first, _ = await send(client_of(small), 900_000), await send(client_of(small), 900_000)
     with pytest.raises(openai.APIStatusError) as told:
@@ -179,6 +190,18 @@ async def test_a_form_that_is_not_as_it_should_be_is_refused(
     assert answer.status_code == 400
     assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("invalid_request", param)
     assert await file_keys(scene) == []
+
+
+async def test_whoever_fetches_a_file_has_a_request_under_way(store: Store, client_of: Clients) -> None:
+    async with live_scene(store, limits=Limits(connections_of_caller=1)) as scene:
+        made = await send(client_of(scene), 20_000_000)
+        slow = await RawClient.open(scene.api)
+        await slow.send("GET", f"/v1/files/{made.id}/content")
+        assert await slow.head() == 200  # and takes no more for now
+        with pytest.raises(openai.APIStatusError) as told:
+            await client_of(scene).files.content(made.id)
+        assert told.value.code == "too_many_requests"
+        assert len(await slow.body()) == 20_000_000
 
 
 async def test_no_upload_holds_more_than_a_part_of_the_house(store: Store, client_of: Clients) -> None:

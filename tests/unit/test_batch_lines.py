@@ -51,6 +51,18 @@ def test_a_line_that_is_too_long_is_not_read(monkeypatch: pytest.MonkeyPatch) ->
     assert read(b" " * 11).code == "line_too_long"
 
 
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0"])
+def test_a_line_that_would_keep_the_scheduler_busy_for_seconds_is_not_read(value: bytes) -> None:
+    """No body with so many values is read anywhere; and reading it beside the loop would hold the loop all the same."""
+    raw = (
+        json.dumps(line("a"))
+        .encode()
+        .replace(b'"messages"', b'"more": [' + b",".join([value] * 2_100_000) + b'], "messages"')
+    )
+    found = read(raw)
+    assert found.code == "invalid_json_line" and "too many values" in found.message
+
+
 def test_an_answer_is_one_line_for_every_client() -> None:
     body = json.dumps({"text": "a\u2028b\x85c ü", "more": [1]}, ensure_ascii=False, indent=2).encode()
     written = answered("batch_1-7", "näme", body)

@@ -112,6 +112,26 @@ def code_of(found: dict[str, Any]) -> tuple[int, str]:
     return found["response"]["status_code"], found["response"]["body"]["error"]["code"]
 
 
+@pytest.mark.parametrize("order", [{"lane": "nowhere"}, {"expiresAfter": "soon"}, {"expiresAfter": "60d"}])
+async def test_wrong_words_for_the_whole_run_are_no_failure_of_its_lines(
+    batch: Batch, scene: Scene, tmp_path: Path, order: dict[str, str]
+) -> None:
+    """They would all be noted as failed, and left alone by the next run, whose words are right."""
+    ran = await batch([line("a", "hello"), line("b", "hello")], order)
+    assert ran.code == exit_codes.USAGE and asked(scene) == 0
+    assert "nowhere" in ran.err or "expiresAfter" in ran.err
+    assert not (tmp_path / "out.errors.jsonl").exists()
+    assert (await batch()).code == exit_codes.OK
+
+
+@pytest.mark.parametrize("output", ["", ".", "/"])
+def test_an_output_without_a_name_is_a_wrong_word(gateway: Gateway, tmp_path: Path, output: str) -> None:
+    """As where a variable of a pipeline is not set."""
+    (tmp_path / "in.jsonl").write_text(line("a", "hello"))
+    ran = gateway("batch", "run", str(tmp_path / "in.jsonl"), "-o", output)
+    assert (ran.code, ran.err) == (exit_codes.USAGE, "--output must name a file.\n")
+
+
 async def test_failed_lines_are_tried_again_when_that_is_asked_for(batch: Batch, scene: Scene, tmp_path: Path) -> None:
     assert (await batch([line("a", "hello"), line("b", "break_early")])).code == exit_codes.FAILED
     scene.worker.scripts["break_early"] = scene.worker.scripts["hello"]

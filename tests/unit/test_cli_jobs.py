@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from api import exit_codes
+from api import client, exit_codes
 from broker import errors, lanes
 from broker.lifecycle import State
 from broker.store import Store
@@ -198,6 +198,7 @@ async def test_the_whole_request_reaches_the_job(
         (["-m", "big", "-f", "nothing.md"], "can't be read"),
         (["-m", "big", "-f", "FILE", "--timeout", "7"], "no length"),
         (["-m", "big", "-f", "FILE", "--metadata", "x"], "KEY=VALUE"),
+        (["-m", "big", "-f", "FILE", "--idempotency-key", "für-immer"], "ASCII"),
     ],
 )  # fmt: skip
 async def test_wrong_words_are_a_2(words: list[str], said: str, run: Command, prompt: Prompt) -> None:
@@ -221,3 +222,19 @@ def test_a_gateway_that_is_away_is_a_3(words: list[str], gateway: Gateway, promp
     gateway(*words, prompt("hello")).complains(exit_codes.UNREACHABLE, "can't be reached")
     for name in ("tail", "result", "retry", "list"):
         gateway("job", name, *(["x"] if name != "list" else [])).complains(exit_codes.UNREACHABLE, "can't be reached")
+
+
+@pytest.mark.parametrize("key", ["wl_abc\x07secret", "wl_abc\nsecret", "wl_äsecret"])
+def test_a_key_that_no_header_carries_is_not_repeated(
+    key: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads a pipeline's log must not find it there."""
+    monkeypatch.setenv("GATEWAY_KEY", key)
+    for words in (("job", "list"), ("status",)):
+        ran = gateway(*words)
+        assert (ran.code, ran.err) == (exit_codes.USAGE, "GATEWAY_KEY holds characters that no key has.\n")
+
+
+def test_a_key_out_of_a_file_may_end_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_KEY", "wl_abc_secret\n")
+    assert client.connect().headers["authorization"] == "Bearer wl_abc_secret"
