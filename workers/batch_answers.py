@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ from broker.records import BatchRecord
 from broker.store import Store
 from broker.whole import FOLDS
 from workers.batch_reading import EXPIRED, LARGE_BYTES
+
+log = logging.getLogger("warmlane.batches")
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,6 @@ async def _line(endpoint: str, parts: list[bytes], job_id: str, custom_id: str) 
         return made() if sum(map(len, parts)) <= LARGE_BYTES else await asyncio.to_thread(made)
     except ValueError:
         raise errors.RuntimeFailed("the answer could not be put together from its stream") from None
+    except Exception:  # a line that nobody foresaw must not hold its batch up past its expiry
+        log.exception("event=answer_unreadable job=%s", job_id)
+        raise errors.RuntimeFailed("the gateway could not put the answer together from its stream") from None

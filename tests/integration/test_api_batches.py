@@ -20,7 +20,7 @@ from tests.support.batch_files import CHAT, jsonl, line, read
 from tests.support.invariants import take, violated
 from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
 from tests.support.scripted_worker import Turn
-from workers import batch_reading
+from workers import batch_answers, batch_reading
 from workers import batches as worked_off
 from workers.batches import WINDOW, WINDOW_OF_CALLER, Expander
 
@@ -327,6 +327,20 @@ async def test_an_answer_that_cannot_be_put_together_is_an_error_of_its_line(sce
         batch = await ended(client, batch.id)
     assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
     assert (await lines_of(client, batch.error_file_id))["odd"]["error"]["code"] == "runtime_failed"
+
+
+async def test_an_answer_that_breaks_our_own_reader_ends_its_batch_all_the_same(
+    scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_parts: list[bytes]) -> bytes:
+        raise KeyError("nobody foresaw it")
+
+    monkeypatch.setitem(batch_answers.FOLDS, CHAT, broken)
+    client = client_of(scene)
+    batch = await begin(client, jsonl(line("plain")))
+    async with rounds(scene.store):
+        batch = await ended(client, batch.id)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 0, 1)
 
 
 async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene, client_of: Clients) -> None:
