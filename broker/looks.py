@@ -40,7 +40,7 @@ class Told:
 @dataclass(frozen=True)
 class CloseLook:
     """A look that a snapshot is made of. `moment` is its instant in microseconds, which no other look at this server
-    has; `oldest_at` is when the job was submitted that has waited longest in a lane, 0 = none waits; `jobs` are a lane's
+    has; `oldest_at` is when the job was submitted that has waited longest in a lane, 0 = none; `jobs` are a lane's
     oldest; `asked`, `downgraded` and `sticky` go by model."""
 
     moment: int
