@@ -7,6 +7,7 @@ import asyncio
 import gc
 import json
 import math
+import os
 import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,6 +29,7 @@ from tests.support.held_runtime import Held, HeldLlamaServer, HeldOllama, HeldVl
 from tests.support.invariants import take, violations
 from tests.support.live_api import LiveApi, RawClient, live_api
 from tests.support.redis_server import RedisServer
+from tests.support.starvation import Starvation
 from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, worker_world
 from workers import upkeep
@@ -36,7 +38,8 @@ from workers.asking import OWN, THROUGH
 pytestmark = pytest.mark.real
 
 SOON_S = 1.0
-"""What the promise gives the gateway, from the DELETE or hang-up, or from the end of the grace."""
+"""What the promise gives the gateway, from the DELETE or hang-up, or from the end of the grace. Time for which this
+process or Redis was not let onto a core comes on top."""
 
 CELL_S_MAX = 40.0
 CELLS_PER_PLACE = 24
@@ -96,6 +99,7 @@ class Scene:
     http: httpx.AsyncClient
     turns: asyncio.Semaphore
     places: dict[str, list[Place]]
+    redis_pid: int
 
     async def ask(self, place: Place, cell: Cell, stage: str, name: str, **headers: str) -> RawClient:
         """Sends a request of the cell's endpoint that is answered up to a stage."""
@@ -164,7 +168,7 @@ async def gateway(server: RedisServer, directory: Path, counts: dict[str, int], 
                 live_api(await world._open("api")) as api,
                 httpx.AsyncClient(base_url=api.url, timeout=10) as http,
             ):
-                yield Scene(world, api, http, asyncio.Semaphore(TURNS), places)
+                yield Scene(world, api, http, asyncio.Semaphore(TURNS), places, server.pid)
 
 
 def _model(kind: str, place: Place) -> dict[str, Any]:
@@ -209,6 +213,7 @@ class Asked:
     held: Held | None  # the runtime has it
     before: RawClient | None  # who holds the slot that it waits for
     said: bytes  # what the client has heard
+    sent_s: float  # when it was sent, on the loop's clock
 
 
 async def run(scene: Scene, place: Place, cell: Cell, *, grace_s: float) -> None:
@@ -219,14 +224,15 @@ async def run(scene: Scene, place: Place, cell: Cell, *, grace_s: float) -> None
     if end.told and not cell.heard_some:
         assert await asked.client.head() == 200
     async with scene.turns:
+        starved = Starvation(os.getpid(), scene.redis_pid)
         began_ms, began_s = await scene.world.store.now_ms(), asyncio.get_running_loop().time()
         await leave(scene, cell, asked)
         if end.keep:
             await go_on(scene, place, asked)
         elif not grace_s:
-            await gone(scene, asked, began_s, began_ms, 0.0)
+            await gone(scene, asked, began_s, began_ms, 0.0, starved)
     if grace_s:
-        await gone(scene, asked, began_s, began_ms, grace_s)
+        await gone(scene, asked, began_s, began_ms, grace_s, starved)
     if asked.before is not None:
         place.double.held[f"{name}.before"].go.set()
         await whole(asked.before)
@@ -244,6 +250,7 @@ async def bring(scene: Scene, place: Place, cell: Cell) -> Asked:
         before = await scene.ask(place, cell, "prefill", f"{name}.before")
         await scene.held(place, f"{name}.before")
     headers = {key: value.format(cell=name) for key, value in cell.end.headers.items()}
+    sent_s = asyncio.get_running_loop().time()
     client = await scene.ask(place, cell, "no" if before else cell.state, name, **headers)
     job_id = await scene.newest_job(place, 2 if before else 1)
     held = None if before else await scene.held(place, name)
@@ -254,7 +261,7 @@ async def bring(scene: Scene, place: Place, cell: Cell) -> Asked:
     if cell.heard_some:
         assert await client.head() == 200
         said = await client.until_said(b"Hello")
-    return Asked(client, job_id, held, before, said)
+    return Asked(client, job_id, held, before, said, sent_s)
 
 
 async def leave(scene: Scene, cell: Cell, asked: Asked) -> None:
@@ -268,33 +275,38 @@ async def leave(scene: Scene, cell: Cell, asked: Asked) -> None:
         await until(lambda: not scene.present(cell.name), what="the api sees the hang-up")
 
 
-async def gone(scene: Scene, asked: Asked, began_s: float, began_ms: int, grace_s: float) -> None:
+async def gone(scene: Scene, asked: Asked, began_s: float, began_ms: int, grace_s: float, starved: Starvation) -> None:
     """The runtime is rid of the request, and the job is cancelled: when the grace is over, and soon then."""
     if asked.held is not None:
         await asyncio.wait_for(asked.held.over.wait(), grace_s + 5)
         assert asked.held.closed_s is not None
-        within(asked.held.closed_s - began_s, grace_s, "the runtime's connection is closed")
+        within(asked.held.closed_s - began_s, grace_s, starved, "the runtime's connection is closed")
     job = await scene.until_state(asked.job_id, State.CANCELLED, timeout_s=grace_s + 5)
-    within((job.ended_at - began_ms) / 1000, grace_s, "the job ends")
+    within((job.ended_at - began_ms) / 1000, grace_s, starved, "the job ends")
     assert job.error == "cancelled"
 
 
-def within(took_s: float, grace_s: float, what: str) -> None:
+def within(took_s: float, grace_s: float, starved: Starvation, what: str) -> None:
     """Not before the grace is over, and within SOON_S of that."""
     assert grace_s - 0.002 <= took_s, f"{what} {took_s:.3f} s after: too soon, a retry could still come"
-    assert took_s <= grace_s + SOON_S, f"{what} {took_s:.3f} s after: {grace_s + SOON_S:g} s is the limit"
+    limit_s = grace_s + SOON_S + starved.seconds
+    assert took_s <= limit_s, f"{what} {took_s:.3f} s after: {limit_s:.3f} s is the limit"
 
 
 async def hear(cell: Cell, asked: Asked) -> None:
     """What the client is told of a DELETE by somebody else: a status, words in its stream, or a cut connection."""
-    client = asked.client
-    if cell.end.told and not cell.stream:  # after a 200 nothing else is honest
+    client, told_to_wait = asked.client, cell.end.told
+    in_band = cell.heard_some or told_to_wait
+    if not in_band:
+        status = await client.head()
+        if status == 200 and asyncio.get_running_loop().time() - asked.sent_s > HOLD_S:
+            in_band = told_to_wait = True  # on a busy machine its hold was over before we came to the DELETE
+        else:
+            assert status == 499
+    if told_to_wait and not cell.stream:  # after a 200 nothing else is honest
         with pytest.raises(asyncio.IncompleteReadError):
             await client.body()
         return
-    in_band = cell.heard_some or cell.end.told
-    if not in_band:
-        assert await client.head() == 499
     told = DIALECTS[cell.path](asked.said + await client.body(), in_band=in_band)
     assert (told["code"], told["message"]) == ("cancelled", "cancelled by its caller")
     client.close()
