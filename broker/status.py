@@ -11,7 +11,7 @@ from broker.lanes import waiting_entries
 from broker.lifecycle import State
 from broker.policies import Active, PolicyBook
 from broker.policy import Lane, Model
-from broker.records import ModelFacts, ModelOnHost, without_name
+from broker.records import JobRecord, ModelFacts, ModelOnHost, without_name
 from broker.store import Store
 from broker.today import Today, by_model
 
@@ -104,6 +104,9 @@ class LaneStatus:
     spills_only: bool = False  # the fallback is remote: it takes requests while the lane is full, and no promoted job
     retiring: bool = False
     oldest_waiting_ms: int = 0
+    deadline_used: float = 0
+    """How much of its time in the lane that job has used until its fallback is tried, or until it is given up where
+    none is: 1 = its deadline is now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +173,7 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
     picture, day = await asyncio.gather(fleet.look(), usage.today(store))
     lanes = []
     for lane in active.lanes().values():
-        oldest = await _oldest_waiting_at(store, lane.name, picture.running.get(lane.name, 0), picture)
+        oldest = await _oldest_waiting(store, lane.name, picture.running.get(lane.name, 0), picture)
         fallback = active.lane(lane.fallback) if lane.fallback else None
         told = _lane_status(lane, picture, oldest)
         lanes.append(replace(told, spills_only=fallback is not None and fallback.trust == "remote"))
@@ -188,18 +191,27 @@ async def snapshot(store: Store, book: PolicyBook, fleet: Fleet) -> Snapshot:
     )
 
 
-async def _oldest_waiting_at(store: Store, lane: str, running: int, picture: Picture) -> int:
-    """The submit time of the job that has waited longest in a lane, 0 if none waits."""
+async def _oldest_waiting(store: Store, lane: str, running: int, picture: Picture) -> JobRecord | None:
+    """The job that has waited longest in a lane, as far as its instants go; None if none waits."""
     if not picture.waiting.get(lane):
-        return 0
+        return None
     # Held jobs keep their entries, so the oldest waiting one is the first of `running + 1`, or a little behind where
     # more were claimed since the picture was taken.
     entries = [waiting async for waiting in waiting_entries(store, lane, limit=running + 8)]
-    states = await asyncio.gather(*(store.command("HGET", store.keys.job(entry.job), "state") for entry in entries))
-    for entry, state in zip(entries, states, strict=True):
-        if state == State.QUEUED.encode():
-            return entry.submitted
-    return 0
+    found = await asyncio.gather(*(store.command("HMGET", store.keys.job(entry.job), *_WAIT) for entry in entries))
+    for entry, values in zip(entries, found, strict=True):
+        job = JobRecord.from_values(_WAIT, values, id=entry.job, submitted_at=entry.submitted)
+        if values[0] and job.state is State.QUEUED:
+            return job
+    return None
+
+
+_WAIT = ("state", "queued_at", "promote_at", "give_up_at", "continue_by")
+
+
+def _deadline_used(job: JobRecord, at_ms: int) -> float:
+    deadline = job.continue_by or job.promote_at or job.give_up_at
+    return max(0, at_ms - job.queued_at) / max(1, deadline - job.queued_at) if deadline else 0
 
 
 async def _with_downgrades(store: Store, model: Model, shown: ModelStatus) -> ModelStatus:
@@ -212,7 +224,7 @@ async def _with_downgrades(store: Store, model: Model, shown: ModelStatus) -> Mo
     return shown
 
 
-def _lane_status(lane: Lane, picture: Picture, oldest_at: int) -> LaneStatus:
+def _lane_status(lane: Lane, picture: Picture, oldest: JobRecord | None) -> LaneStatus:
     return LaneStatus(
         name=lane.name,
         model=lane.model,
@@ -223,7 +235,8 @@ def _lane_status(lane: Lane, picture: Picture, oldest_at: int) -> LaneStatus:
         cold_start_budget_ms=lane.cold_start_budget_ms,
         fallback=lane.fallback or "",
         retiring=lane.retiring,
-        oldest_waiting_ms=max(0, picture.at_ms - oldest_at) if oldest_at else 0,
+        oldest_waiting_ms=max(0, picture.at_ms - oldest.submitted_at) if oldest is not None else 0,
+        deadline_used=_deadline_used(oldest, picture.at_ms) if oldest is not None else 0,
     )
 
 
