@@ -1,11 +1,12 @@
 """`/metrics` of a live api: both formats, what a client can and cannot put there, what Redis and the workers tell."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import pytest_asyncio
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 
 from broker import errors, hosts, jobs, vitals
@@ -27,6 +28,13 @@ MARK = "zqx"
 """Stands in every name that a hostile client makes up."""
 
 _numbers = itertools.count(1)
+
+
+@pytest_asyncio.fixture
+async def scene(fake_store: Store) -> AsyncIterator[Scene]:
+    """On one server: what depends on Redis is asked of both below."""
+    async with live_scene(fake_store) as scene:
+        yield scene
 
 
 def hostile() -> list[str]:
