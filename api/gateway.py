@@ -28,6 +28,8 @@ log = logging.getLogger("warmlane.api")
 STALLED_S = 300.0
 """A client that takes nothing for this long is cut off: its job's log does not live much longer either."""
 LOOK_FOR_STALLED_S = 5.0
+LOOP_LOOK_S = 0.5
+"""How often the event loop is asked how late it is."""
 START_S_MAX = 5.0
 
 
@@ -97,6 +99,7 @@ class Gateway:
                 tasks.create_task(self.readers.keep(), name="readers"),
                 tasks.create_task(self.refusals.keep(), name="refusals"),
                 tasks.create_task(self._cut_stalled(), name="stalled clients"),
+                tasks.create_task(self._watch_loop(), name="event loop"),
                 tasks.create_task(self._prepare_scanner(), name="scanner for secrets"),
             ]
             try:
@@ -128,6 +131,13 @@ class Gateway:
         self.book.on_change(look)
         await wanted.wait()
         await asyncio.to_thread(scanner.prepare)
+
+    async def _watch_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LOOP_LOOK_S
+            await asyncio.sleep(LOOP_LOOK_S)
+            self.metrics.loop_lag(loop.time() - due)
 
     async def _cut_stalled(self) -> None:
         loop = asyncio.get_running_loop()

@@ -170,7 +170,7 @@ class Visit:
         elif isinstance(self.voice, CountedVoice):
             self.voice.taken_over(self.job_id)
         gateway.readers.add(self._name, self.job_id, sees=self._sees)
-        gateway.metrics.submitted(self.lane, attached=admitted.attached)
+        gateway.metrics.submitted(gateway.known_lane(self.lane), attached=admitted.attached)
 
     async def enter_anew(self, body: bytes, wishes: Wishes) -> bool:
         """Hands the job in once more when a Redis came back without it; False if that would not be honest.
@@ -253,8 +253,8 @@ class Visit:
                 queue_s = max(0, record.claimed_at - record.submitted_at) / 1000
                 told.append((b"x-gateway-queue-ms", str(round(queue_s * 1000)).encode()))
         metrics = self._gateway.metrics
-        metrics.queue_wait(self._gateway.known_lane(lane), queue_s)
-        metrics.first_token(self._gateway.known_lane(lane), self._known_model(model), waited_s)
+        metrics.queue_wait(self._gateway.known_lane(lane), queue_s, job=self.job_id)
+        metrics.first_token(self._gateway.known_lane(lane), self._known_model(model), waited_s, job=self.job_id)
         told += [
             (b"x-gateway-job", self.job_id.encode()),
             (b"x-gateway-lane", lane.encode()),
@@ -273,7 +273,7 @@ class Visit:
     def finished(self) -> None:
         """Notes that the whole answer came."""
         lane, model = self._gateway.known_lane(self.lane), self._known_model(self._model)
-        self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at)
+        self._gateway.metrics.generation(lane, model, self.loop.time() - self.entered_at, job=self.job_id)
 
     @property
     def _sees(self) -> bool:

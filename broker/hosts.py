@@ -46,18 +46,25 @@ async def read(store: Store, name: str) -> HostRecord | None:
 
 
 async def leave(store: Store, host: HostRecord, models: list[str]) -> None:
-    """Takes a host off at once, so that nobody waits for its lease to end."""
+    """Takes a host off at once, so that nobody waits for its lease to end, or takes it for lost."""
     current = await store.command("HGET", store.keys.host(host.name), "boot")
     if current == host.boot.encode():
         await store.command(
             "DEL", store.keys.host(host.name), *(store.keys.model_on_host(m, host.name) for m in models)
         )
+        await store.command("ZREM", store.keys.hosts, host.name)
 
 
 async def learn(store: Store, model: str, **facts: float | int | str) -> None:
     """Notes what was learned of a model: fields of ModelFacts."""
     flat = [x for name, value in facts.items() for x in (name, value)]
     await store.command("HSET", store.keys.model(model), *flat)
+
+
+async def count(store: Store, model: str, **amounts: int) -> None:
+    """Adds to what is counted of a model: fields of ModelFacts."""
+    key = store.keys.model(model)
+    await asyncio.gather(*(store.command("HINCRBY", key, name, amount) for name, amount in amounts.items() if amount))
 
 
 NOT_FAILED: Mapping[str, int | str] = {"failures": 0, "quarantined_until": 0, "failure": "", "failed_at": ""}

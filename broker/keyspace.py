@@ -46,7 +46,7 @@ TABLE: tuple[Family, ...] = (
         "hash",
         "while the model is in the policy",
         True,
-        "wanted_until, quarantine, an operator's wishes, learned load time, footprint and rates",
+        "wanted_until, quarantine, an operator's wishes, learned load time, footprint and rates, counts of its wakes",
     ),
     Family(
         "downgrades:<model>",
@@ -80,7 +80,7 @@ TABLE: tuple[Family, ...] = (
     Family(
         "hosts",
         "zset",
-        "a member lives for a day after its last heartbeat",
+        "a member lives until its host leaves, or for a day after its last heartbeat",
         True,
         "host -> last heartbeat; the index of the keys above",
     ),

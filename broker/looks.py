@@ -12,7 +12,9 @@ from broker.store import Store
 TOLD_INTERACTIVE, TOLD_BATCH = 256, 64
 """So many of a lane's oldest jobs a snapshot tells one by one."""
 
-_TOLD = "state model attempt promotions promote_at give_up_at claimed_at first_token_at owner".split()
+_TOLD = (
+    "state model attempt promotions promote_at give_up_at claimed_at first_token_at owner queued_at continue_by".split()
+)
 """What `snapshot.lua` reads of a told job's record, in its order."""
 
 

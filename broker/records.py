@@ -241,6 +241,12 @@ class ModelFacts(_Hash):
     prefill_tps: float = 0  # uncached prompt tokens read a second, 0 = not known
     decode_tps: float = 0  # answer tokens written a second, 0 = not known
     rates_of: str = ""  # definition of the model whose service time and rates these are
+    wakes: int = 0  # that ended warm, as long as the model is in the policy; and below those that did not
+    wakes_failed: int = 0
+    wakes_unreachable: int = 0  # nobody was there to load it
+    loads: int = 0  # of those wakes that found it in no memory, and the time that their loads took together
+    loads_ms: int = 0
+    evictions: int = 0  # unloaded to make room for another
 
 
 @dataclass(frozen=True, kw_only=True)

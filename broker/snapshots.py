@@ -1,7 +1,7 @@
 """The numbered snapshots of one process: what status, the page and the metrics show.
 
-Whoever asks at about the same time gets the same one: equal numbers are equal figures, and many who look cost no more
-than one.
+Whoever asks while one is being taken shares the next one: it is never older than the question, equal numbers are equal
+figures, and many who look cost no more than a few.
 """
 
 import asyncio
@@ -15,9 +15,6 @@ from broker.looks import CloseLook, Look
 from broker.policies import PolicyBook
 from broker.status import Snapshot, compose
 from broker.store import Store
-
-FRESH_S = 0.1
-"""A snapshot that is no older than this is as good as a new one, unless somebody has just changed something."""
 
 
 class Snapshots:
@@ -34,8 +31,9 @@ class Snapshots:
         self._written_number = 0
         self._written: dict[str | None, bytes] = {}  # of that number, by viewer
 
-    async def latest(self, *, older_than_s: float = FRESH_S, counted_before_s: float = 0.0) -> Snapshot:
-        """Gives a snapshot no older than `older_than_s`; its counters of the day may be older by `counted_before_s`.
+    async def latest(self, *, older_than_s: float = 0.0, counted_before_s: float = 0.0) -> Snapshot:
+        """Gives a snapshot that was not older than this when it was asked for; its counters of the day may be older by
+        `counted_before_s`.
 
         Raises ModelUnavailable where no policy has been applied yet, BrokerUnavailable.
         """

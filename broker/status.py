@@ -10,7 +10,7 @@ from broker.hosts import Fleet, Picture
 from broker.looks import CloseLook, Told
 from broker.policies import Active
 from broker.policy import Lane, Model
-from broker.records import ModelFacts, ModelOnHost, without_name
+from broker.records import JobRecord, ModelFacts, ModelOnHost, without_name
 from broker.today import Moves, Today, by_model, moves
 
 NO_HOST = "absent"
@@ -131,6 +131,9 @@ class LaneStatus:
     spills_only: bool = False  # the fallback is remote: it takes requests while the lane is full, and no promoted job
     retiring: bool = False
     oldest_waiting_ms: int = 0
+    deadline_used: float = 0
+    """The most that a job which waits has used of its time in the lane, until its fallback is tried, or until it is
+    given up where none is: 1 = its deadline is now."""
     jobs: tuple[JobStatus, ...] = ()
 
 
@@ -209,9 +212,15 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
     picture, lanes = fleet.picture, []
     for lane in active.lanes().values():
         fallback = active.lane(lane.fallback) if lane.fallback else None
-        told = _lane_status(lane, picture, seen.oldest_at.get(lane.name, 0))
-        spills_only = fallback is not None and fallback.trust == "remote"
-        lanes.append(replace(told, spills_only=spills_only, jobs=_jobs(seen.jobs.get(lane.name, ()), lane, fleet)))
+        inside = seen.jobs.get(lane.name, ())
+        lanes.append(
+            replace(
+                _lane_status(lane, picture, seen.oldest_at.get(lane.name, 0)),
+                spills_only=fallback is not None and fallback.trust == "remote",
+                deadline_used=max((_deadline_used(x.record, picture.at_ms) for x in inside if not x.held), default=0),
+                jobs=_jobs(inside, lane, fleet),
+            )
+        )
     today, models = by_model(day), []
     for name, model in active.models().items():
         shown = _model_status(name, model, active, picture, today.get(name, Today()))
@@ -259,6 +268,11 @@ def _jobs(told: Sequence[Told], lane: Lane, fleet: Fleet) -> tuple[JobStatus, ..
             )
         )
     return tuple(found)
+
+
+def _deadline_used(job: JobRecord, at_ms: int) -> float:
+    deadline = job.continue_by or job.promote_at or job.give_up_at
+    return max(0, at_ms - job.queued_at) / max(1, deadline - job.queued_at) if deadline else 0
 
 
 def _with_downgrades(model: Model, shown: ModelStatus, seen: CloseLook) -> ModelStatus:

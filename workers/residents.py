@@ -143,6 +143,7 @@ class Residents:
             loaded=self._loaded,
             learned=self.footprints.learned,
             learn=self._learn,
+            count=self._count,
             tell=self._tell,
             changed=self._changed,
             outdone=self._outdone,
@@ -166,6 +167,13 @@ class Residents:
     async def _learn(self, model: str, **facts: float | int | str) -> None:
         await hosts.learn(self._store, model, **facts)
         await self._fleet.look()
+
+    async def _count(self, model: str, **amounts: int) -> None:
+        """Adds to the model's counts; while Redis is away nothing is counted, and nothing waits for that."""
+        try:
+            await hosts.count(self._store, model, **amounts)
+        except errors.BrokerUnavailable as e:
+            log.debug("event=uncounted model=%s reason=%s", model, e)
 
     def _warm_elsewhere(self, model: str) -> bool:
         """Whether as many other live hosts that stay have the model as the policy wants, or are about to."""
@@ -228,6 +236,7 @@ class Residents:
             return False
         log.info("event=evict model=%s for=%s", name, asker)
         await victim.unload(f"made room for {asker}")
+        await self._count(name, evictions=1)
         return True
 
     def _facts(self, model: str) -> ModelFacts:

@@ -24,6 +24,7 @@ class Surroundings:
     learned: Callable[[str], Learned]  # what loads on this host have shown
     held_up: Callable[[str], tuple[str, int]]  # whose memory it must wait for ("" = nobody's), until when at least
     learn: Callable[..., Awaitable[None]]
+    count: Callable[..., Awaitable[None]]  # adds to what is counted of its wakes
     tell: Callable[[], Awaitable[None]]  # a heartbeat now
     changed: Callable[[], None]
     outdone: Callable[[str], bool] = lambda _model: False  # whether another host has become warm after this one

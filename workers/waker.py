@@ -286,6 +286,7 @@ class Waker(ModelHere):
         except NoRoom as e:
             await self._wait_for_room(e)
         except NotWoken as e:
+            await self._around.count(self.name, **{"wakes_failed" if e.tried else "wakes_unreachable": 1})
             await self._set_aside(str(e), tried=e.tried)
         else:
             await self._woken(woken)
@@ -307,6 +308,7 @@ class Waker(ModelHere):
             "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s",
             self.name, woken.load_ms, woken.first_token_ms, self.state,
         )  # fmt: skip
+        await self._around.count(self.name, wakes=1, loads=int(woken.load_ms > 0), loads_ms=round(woken.load_ms))
 
     async def _begins(self) -> None:
         """Has the time of a load that had to wait count from now."""

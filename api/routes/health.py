@@ -3,16 +3,17 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from api.auth import Caller, Gate
 from api.described import JSON, Answer, Described, described, says
 from api.gateway import Gateway
-from broker import errors, usage, webhooks
+from api.scrape import wants_openmetrics
+from broker import errors, usage, vitals, webhooks
 from broker.dialects.json_schema import ref, text
 from broker.figures import Day
-from broker.metrics import CONTENT_TYPE
+from broker.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, Here
 from broker.status import Snapshot
 
 router = APIRouter(tags=["health"])
@@ -54,26 +55,45 @@ async def readyz(gateway: Gate) -> JSONResponse:
 
 
 @router.get("/metrics")
-@described(Described("Figures for Prometheus", "health", {200: Answer("They are.", {"text/plain": text()})}))
-async def metrics(gateway: Gate, caller: Caller) -> Response:
+@described(
+    Described(
+        "Figures for Prometheus", "health",
+        {200: Answer("They are.", {"text/plain": text(), "application/openmetrics-text": text()})},
+    )
+)  # fmt: skip
+async def metrics(request: Request, gateway: Gate, caller: Caller) -> Response:
     """The page that Prometheus reads. What others used is shown under their names to an administrator only."""
     shown: Snapshot | None = None
     day: Day = ()
     told: webhooks.Figures | None = None
+    vital: vitals.Vitals | None = None
+    ready: bool | None = None
     up = True
     try:
         async with asyncio.timeout(ASK_S_MAX):
             told = await webhooks.figures(gateway.store)
+            picture = gateway.fleet.picture
             if gateway.book.present:
                 shown = await gateway.snapshots.latest()
-                day = shown.day
+                picture, day = gateway.fleet.picture, shown.day
             else:
                 day = await usage.today(gateway.store)
+            vital = await vitals.read(gateway.store, live_hosts=picture.hosts, facts=picture.facts)
+            ready = gateway.book.present and not gateway.stopping and not _unserved(gateway)
     except (errors.BrokerError, TimeoutError):
         up = False
-    named = gateway.keys.names if caller.rights.admin else [caller.name]
-    page = gateway.metrics.render(shown, day, callers=named, redis_up=up, webhooks=told)
-    return Response(page, headers={"content-type": CONTENT_TYPE})
+    exemplars = wants_openmetrics(request.headers.getlist("accept"))
+    page = gateway.metrics.render(
+        shown,
+        day,
+        callers=gateway.keys.names if caller.rights.admin else [caller.name],
+        redis_up=up,
+        webhooks=told,
+        vitals=vital,
+        here=Here(requests=len(gateway.exchanges), bodies_bytes=gateway.house.bodies_bytes, ready=ready),
+        exemplars=exemplars,
+    )
+    return Response(page, headers={"content-type": OPENMETRICS_TYPE if exemplars else CONTENT_TYPE})
 
 
 @router.get("/v1/status")
@@ -99,6 +119,11 @@ async def _unready(gateway: Gateway) -> list[str]:
             await gateway.fleet.look()
     except (errors.BrokerError, TimeoutError):
         return ["Redis does not answer"]
+    return _unserved(gateway)
+
+
+def _unserved(gateway: Gateway) -> list[str]:
+    """Why no model can serve, by the last look; nothing where one can."""
     active = gateway.book.active
     views = {name: gateway.fleet.view(name) for name in active.policy.models}
     if any(view.availability != "unavailable" for view in views.values()):

@@ -74,6 +74,6 @@ def _known_verb(verb: str, known: tuple[str, ...]) -> None:
 
 
 async def _shown(gateway: Gateway, kind: str, name: str) -> dict[str, Any]:
-    told = (await gateway.snapshots.latest(older_than_s=0)).as_json()
+    told = (await gateway.snapshots.latest()).as_json()
     found: dict[str, Any] = next((x for x in told[kind] if x["name"] == name), {"name": name})
     return found

@@ -23,9 +23,9 @@ end
 local function told_of(entry)
   local record = redis.call(
     "HMGET", ARGV[4] .. value_of(entry, "job"), "state", "model", "attempt", "promotions", "promote_at", "give_up_at",
-    "claimed_at", "first_token_at", "owner"
+    "claimed_at", "first_token_at", "owner", "queued_at", "continue_by"
   )
-  for i = 1, 9 do record[i] = record[i] or "" end
+  for i = 1, 11 do record[i] = record[i] or "" end
   return record
 end
 -- Held jobs keep their entries, so of the first `held + 1` at least one waits. A job that was put back has an old submit

@@ -102,7 +102,7 @@ async def test_the_snapshot_is_what_the_jobs_say_of_themselves(
         snapshots, last = Snapshots(world.store, world.book, world.fleet), 0
         async with busy(world, seed=7, jobs=14):
             for _ in range(LOOKS):
-                shown = await snapshots.latest(older_than_s=0)
+                shown = await snapshots.latest()
                 agrees(shown, raw)
                 assert shown.number > last
                 last = shown.number
@@ -243,23 +243,24 @@ async def test_a_clock_that_is_set_back_gives_no_number_twice(redis_server: Redi
         await world.apply()
         world.store.clock = lambda: world.now
         snapshots = Snapshots(world.store, world.book, world.fleet)
-        first = await snapshots.latest(older_than_s=0)
+        first = await snapshots.latest()
         world.now -= 5
-        assert (await snapshots.latest(older_than_s=0)).number == first.number + 1
+        assert (await snapshots.latest()).number == first.number + 1
         world.now += 10
-        assert (await snapshots.latest(older_than_s=0)).number == world.now * 1000
+        assert (await snapshots.latest()).number == world.now * 1000
 
 
-async def test_who_asks_at_once_gets_one_snapshot_and_who_changed_something_a_new_one(
+async def test_many_who_ask_at_once_share_snapshots_that_are_newer_than_their_question(
     redis_server: RedisServer,
 ) -> None:
     async with real_world(redis_server.url) as world:
         await world.apply()
         snapshots = Snapshots(world.store, world.book, world.fleet)
         shown = await asyncio.gather(*(snapshots.latest() for _ in range(50)))
-        assert len({one.number for one in shown}) == 1
+        assert len({one.number for one in shown}) <= 2, "the first one's, and one that all others shared"
         await world.submit()
-        assert (await snapshots.latest(older_than_s=0)).lanes[0].waiting == 1
+        assert (await snapshots.latest()).lanes[0].waiting == 1
+        assert await snapshots.latest(older_than_s=60) is await snapshots.latest(older_than_s=60)
 
 
 STATUS_MS_MAX = 20.0
@@ -293,7 +294,7 @@ async def test_ten_thousand_who_wait_do_not_slow_the_status_down(redis_server: R
         snapshots, took_ms = Snapshots(world.store, world.book, world.fleet), []
         for _ in range(TRIES):
             began_s = time.perf_counter()
-            text = json.dumps((await snapshots.latest(older_than_s=0)).as_json())
+            text = json.dumps((await snapshots.latest()).as_json())
             took_ms.append((time.perf_counter() - began_s) * 1000)
         told = next(lane for lane in json.loads(text)["lanes"] if lane["name"] == "big.batch")
         assert (told["waiting"], len(told["jobs"])) == (10_000, 64)

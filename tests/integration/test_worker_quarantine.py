@@ -4,6 +4,7 @@ the fallback's worker are the test's."""
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         drained=lambda: False,
         outdone=lambda name: False,
         learn=learn,
+        count=partial(hosts.count, world.store),
         tell=tell,
         changed=lambda: None,
     )

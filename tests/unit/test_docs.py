@@ -11,7 +11,8 @@ import pytest
 import typer
 
 from api import cli, exit_codes
-from broker import keyspace, lifecycle
+from broker import keyspace, lifecycle, metric_notes
+from broker.metrics import Metrics
 from broker.policy import content, remote, webhooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +21,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "lifecycle": ("ARCHITECTURE.md", lambda: f"```mermaid\n{lifecycle.as_mermaid()}\n```"),
     "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
     "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
+    "metrics": ("docs/metrics.md", lambda: metric_notes.as_markdown(Metrics(version="1").families())),
 }
 
 
@@ -61,6 +63,7 @@ def test_readme_shows_every_command() -> None:
 
 
 CI = (ROOT / "docs" / "ci.md").read_text()
+MONITORING = "".join((ROOT / "docs" / page).read_text() for page in ("metrics.md", "monitoring/alerts.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_command_lines_of_the_pages_are_understood(line: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI))))
+@pytest.mark.parametrize("text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING))))
 def test_commands_in_the_prose_of_the_pages_exist(text: str) -> None:
     """With each option that is written behind them."""
     command, words = _find(re.split(r"[ |]+", text)[1:])

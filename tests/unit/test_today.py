@@ -50,4 +50,5 @@ def test_metrics_of_the_day_have_names_of_the_policy_and_the_keys_only() -> None
     assert found["prompt_tokens", "true", "ann", "big"] == 60 and found["prompt_tokens", "false", "ann", "big"] == 30
     assert (found["promotions", "big", "late"], found["jobs_released", "big"]) == (4, 3)
     assert found["leases_recovered", "big", "failed"] == 1
-    assert not {name for key in found for name in key} & {"left", "gone", "lane_full"}
+    assert not {name for key in found for name in key} & {"left", "gone"}
+    assert found["requests_refused", "other", "lane_full"] == 7
