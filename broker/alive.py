@@ -7,6 +7,7 @@ with its models loaded. The clock is the machine's, which runs on while people s
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,15 @@ def file_of(state_dir: Path, part: str) -> Path:
 
 
 class Pulse:
-    """What a part's main loop writes each time around; at a clean end the file goes."""
+    """What a part's main loop writes each time around; at a clean end the file goes. systemd hears it too, where it
+    has started the part and asked for that (`supervisor` is its socket)."""
 
-    def __init__(self, state_dir: Path, part: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, state_dir: Path, part: str, *, clock: Callable[[], float] = time.monotonic, supervisor: str | None = None
+    ) -> None:
         self._file = file_of(state_dir, part)
         self._clock = clock
+        self._supervisor = os.environ.get("NOTIFY_SOCKET", "") if supervisor is None else supervisor
         self._next = 0.0
         self._failed = False
 
@@ -40,6 +45,7 @@ class Pulse:
         if now < self._next:
             return
         self._next = now + BEAT_EVERY_S
+        self._tell(b"READY=1\nWATCHDOG=1")
         fresh = self._file.with_suffix(".new")
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -52,8 +58,18 @@ class Pulse:
 
     def end(self) -> None:
         """Takes the file away."""
+        self._tell(b"STOPPING=1")
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
+
+    def _tell(self, words: bytes) -> None:
+        """Says it as sd_notify does; `@` stands for the first byte of a name that is no file's."""
+        if not self._supervisor:
+            return
+        name = "\0" + self._supervisor[1:] if self._supervisor.startswith("@") else self._supervisor
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
+            there.setblocking(False)
+            there.sendto(words, name)
 
 
 def why_not(state_dir: Path, part: str, *, now_s: float) -> str:

@@ -1,6 +1,7 @@
 """Whether a part is alive: asked by supervisors every few seconds, so a wrong answer kills work or hides a fault."""
 
 import http.server
+import socket
 import subprocess
 import sys
 import threading
@@ -72,6 +73,22 @@ def test_a_directory_that_cannot_be_written_to_is_told_once_and_stops_nobody(
     pulse.beat()
     pulse.end()
     assert [record.message.split()[0] for record in caplog.records] == ["event=alive_unwritten"]
+
+
+def test_systemd_hears_that_a_part_is_ready_alive_and_at_its_end(tmp_path: Path) -> None:
+    clock = Clock()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(5)
+        pulse = Pulse(tmp_path, "worker", clock=clock, supervisor=str(tmp_path / "notify"))
+        pulse.beat()
+        clock.now += BEAT_EVERY_S
+        pulse.beat()
+        pulse.end()
+        heard = [systemd.recv(100) for _ in range(3)]
+    assert heard == [b"READY=1\nWATCHDOG=1"] * 2 + [b"STOPPING=1"]
+    clock.now += BEAT_EVERY_S
+    pulse.beat()  # a systemd that is gone stops nobody
 
 
 class Health(http.server.BaseHTTPRequestHandler):
