@@ -50,6 +50,7 @@ from api.routes import (
     openapi,
     operator,
     responses,
+    tune,
     usage,
     webhooks,
 )
@@ -104,6 +105,7 @@ REST = (
     ollama.router,
     health.router,
     usage.router,
+    tune.router,
     webhooks.router,
     openapi.router,
 )
