@@ -112,6 +112,7 @@ def test_volumes_are_declared_and_what_is_mounted_from_here_is_here(told: dict[s
 def test_prometheus_asks_the_api_with_a_key_from_a_file(there: dict[str, Service]) -> None:
     told = yaml.safe_load((ROOT / "docs/monitoring/prometheus.yml").read_text())
     [job] = told["scrape_configs"]
+    assert job["job_name"] == "warmlane", "the alert rules go by this name"
     assert job["static_configs"] == [{"targets": ["api:" + there["api"].environment["GATEWAY_BIND"].split(":")[1]]}]
     assert job["authorization"] == {"type": "Bearer", "credentials_file": "/run/secrets/metrics_key"}
     mounts = _mounts(there["prometheus"])

@@ -153,6 +153,7 @@ def test_the_parts_start_serve_and_stop(units: contextlib.ExitStack, redis_serve
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_everything_on_one_machine_starts_serves_and_stops(units: contextlib.ExitStack, tmp_path: Path) -> None:
     (tmp_path / "warmlane").mkdir()
     (tmp_path / "warmlane" / "policy.yaml").write_text(policy({"m": simulated(memoryMb=1)}))

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from tests.support.waiting import block_until
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?:(:?[-?])([^}]*))?\}")
 _LENGTH = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
+
+CHECK_EVERY_S = 0.25
 
 VALKEY_CLI = f"""#!{sys.executable}
 # Stands in for valkey-cli, which is in the image and on few other machines: `-e` makes an error its exit code.
@@ -178,6 +181,7 @@ class Here:
 
         def healthy() -> bool:
             assert process.poll() is None, self.log(service)
+            time.sleep(CHECK_EVERY_S)  # a check is a process, and would take the CPU that the service starts with
             return self.check(service).returncode == 0
 
         block_until(healthy, what=f"{service.name} is healthy: {self.log(service)}", timeout_s=limit_s)
