@@ -51,6 +51,7 @@ from api.routes import (
     operator,
     page,
     responses,
+    tune,
     usage,
     watch,
     webhooks,
@@ -108,6 +109,7 @@ REST = (
     health.router,
     watch.router,
     usage.router,
+    tune.router,
     webhooks.router,
     openapi.router,
 )

@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from api.alive import PARTS, tell
 from api.cli_audit import audit
 from api.cli_batch import batch_app
 from api.cli_completion import asked_for, completion, prepare
@@ -26,6 +27,7 @@ from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import AsJson, apply_policy, policy_app
 from api.cli_submit import submit
+from api.cli_tune import tune
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
 from api.client import ask
@@ -59,6 +61,7 @@ app.command()(audit)
 app.command()(drain)
 app.command()(undrain)
 app.command()(usage)
+app.command()(tune)
 app.command()(submit)
 app.command()(completion)
 
@@ -106,6 +109,14 @@ def worker() -> None:
 def scheduler() -> None:
     """Runs the scheduler alone."""
     _become("workers.scheduler")
+
+
+@app.command()
+def alive(part: Annotated[str, typer.Argument(metavar="PART", help="api, scheduler or worker.")]) -> None:
+    """Says by its exit code whether that part of this machine works: for health checks."""
+    if part not in PARTS:
+        raise Failed(f"A part is one of {', '.join(PARTS)}; {part!r} is none.", USAGE)
+    raise typer.Exit(tell(part, os.environ))
 
 
 @app.command()

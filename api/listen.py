@@ -8,8 +8,14 @@ from ipaddress import ip_address
 
 from api.state_dir import CannotStart
 
-DEFAULT_URL = "http://127.0.0.1:8400"
+DEFAULT_BIND = "127.0.0.1:8400"
+DEFAULT_URL = f"http://{DEFAULT_BIND}"
 """Where a gateway is when nobody said anything."""
+
+
+def reached_at(host: str) -> str:
+    """The address by which this machine reaches what listens on a host, or everywhere."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 @dataclass(frozen=True)
@@ -53,5 +59,4 @@ class Listen:
     @property
     def url(self) -> str:
         """Where a client on this machine finds it."""
-        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-        return f"http://{Listen(everywhere.get(self.host, self.host), self.port).bind}"
+        return f"http://{Listen(reached_at(self.host), self.port).bind}"

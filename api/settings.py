@@ -4,6 +4,7 @@ import re
 
 from pydantic import Field, SecretStr, field_validator
 
+from api.listen import DEFAULT_BIND
 from broker.callers import Keys
 from broker.settings import BrokerSettings
 
@@ -13,7 +14,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.-]+(:\d{1,5})?|[a-z][a-z0-
 class ApiSettings(BrokerSettings):
     """Environment of `gateway api`."""
 
-    bind: str = Field("127.0.0.1:8400", description="Where the api listens, host:port; [::1]:8400 for IPv6.")
+    bind: str = Field(DEFAULT_BIND, description="Where the api listens, host:port; [::1]:8400 for IPv6.")
     keys: SecretStr = Field(SecretStr(""), description="name:secret pairs; without any only this machine may call.")
     cors_origins: str = Field("", description="Origins whose web pages may call: https://chat.example.org,… or *.")
     stop_after_ms: int = Field(3_000, ge=0, description="How long running answers go on after SIGTERM.")

@@ -20,6 +20,7 @@ from broker.dead import Letter
 from broker.dialects.json_schema import (
     REFS,
     Schema,
+    any_value,
     flag,
     list_of,
     maybe,
@@ -43,8 +44,8 @@ from broker.webhooks import Delivery
 def schemas() -> dict[str, Schema]:
     """Gives them by name."""
     return {
-        **_status(), "Job": _job(), **_new_jobs(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_webhooks(),
-        **_FILES, **_batches(),
+        **_status(), "Job": _job(), **_new_jobs(), **_keys(), **_audit(), **_HEALTH, **_usage(), **_tune(),
+        **_webhooks(), **_FILES, **_batches(),
     }  # fmt: skip
 
 
@@ -176,6 +177,26 @@ def _usage() -> dict[str, Schema]:
         "UsageRow": thing(figures, names),
         "Usage": thing(usage),
     }
+
+
+def _tune() -> dict[str, Schema]:
+    proposal = {
+        "key": text("Where it stands in the policy file, like models.deep-coder.maxQueue; `routing` for a new rule."),
+        "now": any_value("What the file says; null = nothing of the kind."),
+        "proposed": any_value("What it should say."),
+        "why": text("The reason, with the figures that it rests on."),
+    }
+    tuning = {
+        "since": text("The first day that was looked at."),
+        "until": text("The last one."),
+        "zone": text("Whose days they are."),
+        "policy_version": whole("Of the policy that the proposals are for."),
+        "proposals": list_of(ref("Proposal")),
+        "advice": list_of(text(), "What no number mends."),
+        "unknown": list_of(text(), "What could not be judged."),
+        "fragment": thing({}, words="The proposals as a part of a policy."),
+    }
+    return {"Proposal": thing(proposal), "Tuning": thing(tuning)}
 
 
 def _figure(words: str, example: Any) -> Schema:

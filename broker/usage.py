@@ -8,11 +8,11 @@ same total. Slot time before a put-back is counted when the job is put back. Ref
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, timedelta
+from typing import Protocol
 
 from broker import errors
-from broker.figures import By, Day, counts
+from broker.figures import By, Count, Day, counts
 from broker.store import Store
-from broker.usage_report import Report
 
 DAYS_MAX = 400
 """How many days one question may be about."""
@@ -48,7 +48,13 @@ async def days(store: Store, since: str, until: str) -> tuple[date, date]:
     return first, last
 
 
-async def tell(store: Store, report: Report, first: date, last: date) -> None:
+class Counting(Protocol):
+    """Adds counters of days up."""
+
+    def count(self, day: date, one: Count) -> None: ...
+
+
+async def tell(store: Store, report: Counting, first: date, last: date) -> None:
     """Adds the days' counters to a report."""
     for number in range((last - first).days + 1):
         day = first + number * _ONE_DAY

@@ -23,6 +23,7 @@ import psutil
 from ulid import ULID
 
 from broker import continuing, errors, hosts, jobs, lanes
+from broker.alive import Pulse
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
 from broker.records import HostRecord
@@ -73,6 +74,7 @@ class Host:
         self._book = PolicyBook(store)
         self._fleet = Fleet(store, self._book)
         self._picture = LanePicture()
+        self._pulse = Pulse(settings.state_dir, "worker")
         self._beat_now = asyncio.Event()
         self._stop = asyncio.Event()
         self._started_at = 0
@@ -107,6 +109,7 @@ class Host:
                 for task in forever:
                     task.cancel()
         finally:
+            self._pulse.end()
             self.dispatcher.close()
             with contextlib.suppress(errors.BrokerUnavailable):
                 await hosts.leave(self._store, self._record(), list(self.residents.wakers))
@@ -211,6 +214,7 @@ class Host:
 
     async def _keep_beating(self) -> None:
         while True:
+            self._pulse.beat()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(hosts.BEAT_EVERY_S):
                     await self._beat_now.wait()

@@ -11,6 +11,7 @@ import signal
 from collections import OrderedDict
 
 from broker import dispatch, errors, hosts, lanes
+from broker.alive import Pulse
 from broker.dispatch import ModelView
 from broker.due import Due, Looked
 from broker.hosts import Fleet
@@ -39,8 +40,9 @@ RETRY_PAUSE_S = 0.2
 class Scheduler:
     """Settles due jobs until told to stop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, pulse: Pulse | None = None) -> None:
         self._store = store
+        self._pulse = pulse
         self._book = PolicyBook(store)
         self._fleet = Fleet(store, self._book)
         self._due = Due(store, self._book, self._fleet)
@@ -62,7 +64,7 @@ class Scheduler:
             loops = [
                 group.create_task(self._book.follow(), name="scheduler policy"),
                 group.create_task(self._fleet.follow(), name="scheduler fleet"),
-                group.create_task(self._steadily(self._settle_due), name="scheduler due"),
+                group.create_task(self._steadily(self._settle_due, self._pulse), name="scheduler due"),
                 group.create_task(self._steadily(self._retry_stuck), name="scheduler stuck"),
                 group.create_task(self._steadily(self._hasten_hopeless), name="scheduler hopeless"),
                 group.create_task(clockwork.keep_running(self._store, self._book), name="scheduler arq"),
@@ -71,9 +73,11 @@ class Scheduler:
             for task in loops:
                 task.cancel()
 
-    async def _steadily(self, step: "clockwork.Step") -> None:
+    async def _steadily(self, step: "clockwork.Step", pulse: Pulse | None = None) -> None:
         """Repeats a step; each says how long to sleep. Redis' absence is waited out."""
         while True:
+            if pulse is not None:
+                pulse.beat()
             try:
                 pause_s = await step() if self._book.present else RETRY_PAUSE_S
             except errors.BrokerUnavailable as e:
@@ -170,13 +174,15 @@ class Scheduler:
 async def serve(settings: WorkerSettings) -> int:
     """Runs the scheduler until it is told to stop; gives the exit code."""
     store = await Store.open(settings.redis_url, namespace=settings.namespace, name="scheduler")
-    scheduler = Scheduler(store)
+    pulse = Pulse(settings.state_dir, "scheduler")
+    scheduler = Scheduler(store, pulse)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, scheduler.stop)
     try:
         await scheduler.run()
     finally:
+        pulse.end()
         with contextlib.suppress(errors.BrokerUnavailable):
             await store.close()
     return 0

@@ -271,6 +271,8 @@ async def refused_rest(on: Stage) -> None:
         await on.ask("POST", path, at)
     await on.ask("GET", "/v1/usage", "/v1/usage?caller=ann", headers=on.keys["bob"])
     await on.ask("GET", "/v1/audit", headers=on.keys["bob"])
+    await on.ask("GET", "/v1/tune", headers=on.keys["bob"])
+    await on.ask("GET", "/v1/tune", "/v1/tune?since=tomorrow")
     for path, at in ((models, "/v1/models/plain/pin"), (hosts, "/v1/hosts/gpu1/drain")):
         await on.ask("POST", path, at, headers=on.keys["bob"])
     await refused_keys(on)
@@ -473,7 +475,8 @@ async def too_much(store: Store, book: Book) -> None:
 NEED_A_POLICY = [
     ("GET", "/api/ps", ""), ("GET", "/api/tags", ""), ("HEAD", "/api/tags", ""), ("GET", "/readyz", ""),
     ("HEAD", "/readyz", ""), ("GET", "/v1/models", ""), ("GET", "/v1/models/{name}", "/v1/models/plain"),
-    ("GET", "/v1/status", ""), ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
+    ("GET", "/v1/status", ""), ("GET", "/v1/tune", ""),
+    ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
     ("POST", "/v1/hosts/{host}/{verb}", "/v1/hosts/gpu1/drain"),
 ]  # fmt: skip
 NEED_REDIS = [
@@ -481,7 +484,8 @@ NEED_REDIS = [
     ("POST", "/v1/batches/{batch_id}/cancel", "/v1/batches/batch_x/cancel"),
     ("GET", "/v1/files", ""), *((method, "/v1/files/{file_id}" + end, "/v1/files/file-x" + end) for method, end in (
         ("GET", ""), ("GET", "/content"), ("DELETE", ""))),
-    ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""), ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
+    ("GET", "/v1/status", ""), ("GET", "/v1/audit", ""), ("GET", "/v1/tune", ""),
+    ("GET", "/v1/jobs/{job_id}", "/v1/jobs/x"),
     ("DELETE", "/v1/jobs/{job_id}", "/v1/jobs/x"), ("GET", "/v1/jobs/{job_id}/events", "/v1/jobs/x/events"),
     ("POST", "/v1/models/{name}/{verb}", "/v1/models/plain/warm"),
     *((method, RESPONSE + end, "/v1/responses/resp_x" + end) for method, end in RESPONSES),

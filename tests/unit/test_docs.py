@@ -64,6 +64,7 @@ def test_readme_shows_every_command() -> None:
 
 CI = (ROOT / "docs" / "ci.md").read_text()
 MONITORING = "".join((ROOT / "docs" / page).read_text() for page in ("metrics.md", "monitoring/alerts.yaml"))
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,9 @@ def test_command_lines_of_the_pages_are_understood(line: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING))))
+@pytest.mark.parametrize(
+    "text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING + OPERATIONS)))
+)
 def test_commands_in_the_prose_of_the_pages_exist(text: str) -> None:
     """With each option that is written behind them."""
     command, words = _find(re.split(r"[ |]+", text)[1:])

@@ -1,0 +1,310 @@
+"""The blocks of docs/operations.md, run as they stand: paths lead into a folder, and engines are stand-ins.
+
+A stand-in writes down how it was called; what it is told to run in a container, or to stop and start, it does here.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from broker.policy import Policy
+from tests.support.compose import free_port
+from tests.support.gateway_process import GatewayProcess, House, environment, gateway, gateway_program
+from tests.support.worker_world import policy, simulated
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- block: ([\w-]+) -->\n```bash\n(.*?)```", PAGE, re.DOTALL))
+SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+BLOCK_S_MAX = 120
+
+STAND_IN = f"""#!{sys.executable}
+import json, os, socket, subprocess, sys
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+with open(os.environ["CALLED"], "a") as log:
+    log.write(json.dumps([name, *words]) + "\\n")
+if name == "docker" and ("exec" in words or "run" in words):
+    place = words.index("exec" if "exec" in words else "run") + 1
+    options, rest = [], words[place:]
+    while rest[0].startswith("-"):
+        options.append(rest.pop(0))
+        if options[-1] == "--entrypoint":
+            options.append(rest.pop(0))
+    service, command = rest[0], rest[1:]
+    if "--entrypoint" in options:
+        command.insert(0, options[options.index("--entrypoint") + 1])
+    home = os.path.join(os.environ["CONTAINERS"], service)
+    os.makedirs(home, exist_ok=True)
+    command = [word.replace("/data", home) for word in command]
+    sys.exit(subprocess.run(command, cwd=home).returncode)
+if name == "systemctl" and words[0] in ("stop", "start") and "UNIT" in os.environ:
+    with socket.create_connection(("127.0.0.1", int(os.environ["UNIT"])), timeout=60) as unit:
+        unit.sendall(words[0].encode())
+        sys.exit(unit.recv(10) != b"done")
+"""
+
+
+class Bash:
+    """Runs blocks with a PATH of stand-ins, in a folder of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.settings: dict[str, str] = {}
+        programs = directory / "bin"
+        programs.mkdir()
+        for name in ("docker", "kubectl", "systemctl", "useradd", "pip", "python3"):
+            program = programs / name
+            program.write_text(STAND_IN)
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        self._path = f"{programs}:{Path(gateway_program()).parent}:{os.environ['PATH']}"
+        for name in ("docs", "pyproject.toml", "constraints.txt", "compose.yaml"):
+            (directory / name).symlink_to(ROOT / name)
+
+    def run(self, name: str, *, code: int = 0) -> str:
+        """Runs a block to its end, which is to come with this exit code; gives what it printed."""
+        text = BLOCKS[name]
+        for place in ("/var/lib", "/etc/", "/opt/"):
+            text = re.sub(rf"(?<=[ ]){place}|^{place}", f"{self.directory}{place}", text, flags=re.MULTILINE)
+        env = environment(**self.settings) | {
+            "PATH": self._path,
+            "CALLED": str(self.directory / "called"),
+            "CONTAINERS": str(self.directory / "containers"),
+        }
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.directory,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=BLOCK_S_MAX,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    @property
+    def called(self) -> list[list[str]]:
+        """How stand-ins were called."""
+        file = self.directory / "called"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def bash(tmp_path: Path) -> Bash:
+    return Bash(tmp_path)
+
+
+@pytest.fixture
+def at_a_gateway(bash: Bash, shared_house: House) -> Bash:
+    """Blocks reach a running gateway, and its Redis."""
+    bash.settings |= {"GATEWAY_URL": shared_house.url, "GATEWAY_REDIS_URL": shared_house.redis_url}
+    (bash.directory / "policy.yaml").write_text(shared_house.data.with_suffix(".yaml").read_text())
+    return bash
+
+
+def test_every_block_of_the_page_has_a_test() -> None:
+    assert BLOCKS.keys() == {
+        "systemd", "compose", "monitoring", "kubernetes", "capacity", "upgrade-compose", "upgrade-systemd", "backup",
+        "restore", "backup-compose", "restore-compose", "policy",
+    }  # fmt: skip
+    assert PAGE.count("\n```") == 2 * len(BLOCKS)
+
+
+def test_the_units_are_installed_where_they_look_for_their_files(bash: Bash) -> None:
+    (bash.directory / "etc/systemd/system").mkdir(parents=True)
+    pip_of(bash)
+    (bash.directory / "policy.yaml").write_text("models: {m: {backend: simulated, model: x}}")
+    bash.run("systemd")
+    unit = (bash.directory / "etc/systemd/system/warmlane.service").read_text()
+    assert "EnvironmentFile=/etc/warmlane/warmlane.env" in unit and "GATEWAY_POLICY=%E/warmlane/policy.yaml" in unit
+    secrets = bash.directory / "etc/warmlane/warmlane.env"
+    assert stat.S_IMODE(secrets.stat().st_mode) == 0o600
+    assert (bash.directory / "etc/warmlane/policy.yaml").exists()
+    assert [words for words in bash.called if words[0] == "systemctl"] == [
+        ["systemctl", "daemon-reload"],
+        ["systemctl", "enable", "--now", "warmlane"],
+    ]
+    made = next(words for words in bash.called if words[0] == "useradd")
+    assert f"User={made[-1]}" in unit.splitlines()
+    assert ["pip", "install", "-q", "-c", "constraints.txt", "."] in bash.called
+
+
+def test_compose_is_brought_up_and_given_a_policy(at_a_gateway: Bash) -> None:
+    said = at_a_gateway.run("compose")
+    assert "stays active" in said and "MODEL" in said
+    assert at_a_gateway.called[0] == ["docker", "compose", "up", "-d", "--build", "--wait"]
+    assert "GATEWAY_KEYS" in BLOCKS["compose"]
+
+
+def test_the_example_is_applied_to_a_cluster(bash: Bash) -> None:
+    bash.run("kubernetes")
+    [create, secret, apply, rollout] = [words[1:] for words in bash.called]
+    assert create == ["create", "namespace", "warmlane"] and secret[:5] == [
+        "-n",
+        "warmlane",
+        "create",
+        "secret",
+        "generic",
+    ]
+    assert (bash.directory / apply[-1] / "kustomization.yaml").exists()
+    named = [f"{m['kind'].lower()}/{m['metadata']['name']}" for m in _manifests()]
+    assert rollout[-1] in named
+    api = next(m for m in _manifests() if (m["kind"], m["metadata"]["name"]) == ("Deployment", "api"))
+    env = api["spec"]["template"]["spec"]["containers"][0]["env"]
+    reference = next(e["valueFrom"]["secretKeyRef"] for e in env if e["name"] == "GATEWAY_KEYS")
+    assert secret[5:] == [reference["name"], f"--from-literal={reference['key']}=me:SECRET"]
+
+
+def test_capacity_is_looked_at_and_the_proposal_is_yaml(at_a_gateway: Bash) -> None:
+    said = at_a_gateway.run("capacity")
+    assert "LANE" in said and "LAST LOAD" in said
+    proposal = (at_a_gateway.directory / "proposal.yaml").read_text()
+    assert proposal.startswith("# From ")
+    yaml.safe_load(proposal)
+
+
+def test_compose_is_upgraded_part_by_part(at_a_gateway: Bash) -> None:
+    said = at_a_gateway.run("upgrade-compose")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert said.strip() == version
+    brought_up = [words[-1] for words in at_a_gateway.called if "up" in words]
+    assert brought_up == ["scheduler", "api", "worker"] and set(brought_up) < SERVICES.keys()
+
+
+def test_a_backup_of_the_volume_comes_back(bash: Bash) -> None:
+    data = bash.directory / "containers" / "redis"
+    (data / "appendonlydir").mkdir(parents=True)
+    (data / "appendonlydir" / "file").write_text("kept")
+    bash.run("backup-compose")
+    (data / "appendonlydir" / "file").write_text("spoilt")
+    (data / "later").write_text("")
+    bash.run("restore-compose")
+    assert (data / "appendonlydir" / "file").read_text() == "kept" and not (data / "later").exists()
+    assert [words[2] for words in bash.called] == ["stop", "run", "start"] * 2
+    assert SERVICES["redis"]["volumes"] == ["redis:/data"]
+
+
+def test_a_backup_is_made_while_nothing_writes(bash: Bash) -> None:
+    there = bash.directory / "var/lib/warmlane"
+    there.mkdir(parents=True)
+    (there / "file").write_text("kept")
+    bash.run("backup")
+    (there / "file").write_text("spoilt")
+    (there / "later").write_text("")
+    bash.run("restore")
+    assert (there / "file").read_text() == "kept" and not (there / "later").exists()
+    assert [words[1] for words in bash.called] == ["stop", "start"] * 2
+
+
+def test_an_upgrade_restarts_the_workers_last(at_a_gateway: Bash) -> None:
+    pip_of(at_a_gateway)
+    said = at_a_gateway.run("upgrade-systemd", code=1)
+    assert "gone" in said, "doctor tells of the model without weights"
+    restarted = [words[-1] for words in at_a_gateway.called if words[:2] == ["systemctl", "restart"]]
+    assert restarted == ["warmlane-scheduler", "warmlane-api", "warmlane-worker"]
+    assert set(restarted) < {file.stem for file in (ROOT / "docs" / "deploy" / "systemd").glob("*.service")}
+
+
+def pip_of(bash: Bash) -> None:
+    """A pip of /opt/warmlane, which is a stand-in too."""
+    programs = bash.directory / "opt/warmlane/bin"
+    programs.mkdir(parents=True)
+    (programs / "pip").symlink_to(bash.directory / "bin" / "pip")
+
+
+class Unit:
+    """`warmlane.service`, for `systemctl stop` and `start`: a real `gateway up`."""
+
+    def __init__(self, bash: Bash) -> None:
+        self.settings = {
+            "GATEWAY_STATE_DIR": str(bash.directory / "var/lib/warmlane"),
+            "GATEWAY_BIND": f"127.0.0.1:{free_port()}",
+            "GATEWAY_POLICY": str(bash.directory / "policy.yaml"),
+        }
+        self.url = f"http://{self.settings['GATEWAY_BIND']}"
+        self.process: GatewayProcess | None = None
+
+    def start(self) -> None:
+        self.process = GatewayProcess("up", **self.settings)
+        self.process.until_said("ready ")
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.signal(signal.SIGTERM)
+        assert self.process.exit() == 0, self.process.output
+        self.process.end()
+
+    def serve(self, listener: socket.socket) -> None:
+        """Does what stand-ins ask for until the listener is closed."""
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    {b"start": self.start, b"stop": self.stop}[connection.recv(10)]()
+                    connection.sendall(b"done")
+
+
+@pytest.fixture
+def unit(bash: Bash) -> Iterator[Unit]:
+    (bash.directory / "policy.yaml").write_text(policy({"m": simulated(memoryMb=1)}))
+    (bash.directory / "var/lib").mkdir(parents=True)
+    running = Unit(bash)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.serve, args=[listener], name="unit")
+        thread.start()
+        bash.settings |= {"UNIT": str(listener.getsockname()[1]), "GATEWAY_URL": running.url, "GATEWAY_KEY": ""}
+        try:
+            yield running
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
+            if running.process is not None:
+                running.process.end()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_gateway_comes_back_from_its_backup(bash: Bash, unit: Unit) -> None:
+    """What was there when it was made is there again, a key and a policy; what came later is not."""
+    unit.start()
+    key = gateway("key", "new", "boss", "--admin", GATEWAY_URL=unit.url).stdout.split()[-1]
+    bash.settings["GATEWAY_KEY"] = key
+    pip_of(bash)
+    bash.run("upgrade-systemd")  # doctor finds nothing wrong
+    bash.run("monitoring")
+    assert bash.called[-1] == ["docker", "compose", "--profile", "monitoring", "up", "-d", "--wait"]
+
+    bash.run("backup")
+    assert gateway("key", "new", "later", GATEWAY_URL=unit.url, GATEWAY_KEY=key).returncode == 0
+    bash.run("restore")
+    told = gateway("key", "list", "--json", GATEWAY_URL=unit.url, GATEWAY_KEY=key).stdout
+    assert {name for name in ("boss", "prometheus", "later") if name in told} == {"boss", "prometheus"}, told
+    assert gateway("status", GATEWAY_URL=unit.url, GATEWAY_KEY=key).returncode == 0
+
+
+def test_the_policy_is_written_down(at_a_gateway: Bash) -> None:
+    said = at_a_gateway.run("policy")
+    assert "policy.yaml: fine" in said
+    Policy.parse((at_a_gateway.directory / "policy.yaml").read_text())
+
+
+def _manifests() -> list[dict[str, Any]]:
+    files = (ROOT / "docs" / "deploy" / "kubernetes").glob("*.yaml")
+    found = [manifest for file in files for manifest in yaml.safe_load_all(file.read_text())]
+    return [manifest for manifest in found if manifest and "metadata" in manifest]
