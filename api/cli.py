@@ -21,6 +21,7 @@ from api.cli_dead import dead_app
 from api.cli_doctor import doctor
 from api.cli_explain import policy_explain
 from api.cli_init import init
+from api.cli_inspect import inspect_app
 from api.cli_jobs import job_app
 from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
@@ -53,6 +54,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(dead_app, name="dead")
 app.add_typer(webhook_app, name="webhook")
+app.add_typer(inspect_app, name="inspect")
 app.command()(init)
 app.command()(doctor)
 app.command()(audit)

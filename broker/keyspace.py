@@ -253,6 +253,20 @@ class Keyspace:
         """Hash of a job."""
         return f"{self._prefix}job:{job_id}"
 
+    @property
+    def everything(self) -> str:
+        """Pattern of all keys of the namespace, for a scan."""
+        return f"{self._prefix}*"
+
+    def named_in(self, key: str) -> str:
+        """Reads what stands behind the first word of a key's name: a lane, a job's id, a model."""
+        return key.removeprefix(self._prefix).split(":")[1]
+
+    def job_of(self, key: str) -> str:
+        """Reads the id from the key of a job's hash; "" for any other key."""
+        family = self.family(key)
+        return key.removeprefix(self.job("")) if family and family.pattern == "job:<id>" else ""
+
     def request(self, job_id: str) -> str:
         """String with the request body of a job."""
         return f"{self._prefix}job:{job_id}:request"
@@ -272,6 +286,11 @@ class Keyspace:
     def wake_epoch(self, model: str) -> str:
         """Counter of a model's wakes: the fencing number in the lock."""
         return f"{self._prefix}wake:{model}:epoch"
+
+    def wake_model_of(self, key: str) -> str:
+        """Reads the model's name from a wake lock's key or from that of its counter; "" for any other key."""
+        family = self.family(key)
+        return self.named_in(key) if family is not None and family.pattern.startswith("wake:<model>") else ""
 
     def model(self, model: str) -> str:
         """Hash of what is known of a model wherever it runs."""
