@@ -27,6 +27,7 @@ from api.cli_keys import key_app
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import AsJson, apply_policy, policy_app
 from api.cli_submit import submit
+from api.cli_top import top
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
 from api.client import ask
@@ -61,6 +62,7 @@ app.command()(audit)
 app.command()(drain)
 app.command()(undrain)
 app.command()(usage)
+app.command()(top)
 app.command()(submit)
 app.command()(completion)
 
