@@ -24,6 +24,7 @@ from api.cli_init import init
 from api.cli_inspect import inspect_app
 from api.cli_jobs import job_app
 from api.cli_keys import key_app
+from api.cli_logs import logs
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import AsJson, apply_policy, policy_app
 from api.cli_submit import submit
@@ -62,6 +63,7 @@ app.command()(audit)
 app.command()(drain)
 app.command()(undrain)
 app.command()(usage)
+app.command()(logs)
 app.command()(top)
 app.command()(submit)
 app.command()(completion)

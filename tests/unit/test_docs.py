@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from api import cli, exit_codes
-from broker import keyspace, lifecycle
+from broker import keyspace, lifecycle, log_words
 from broker.policy import content, remote, webhooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +20,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "lifecycle": ("ARCHITECTURE.md", lambda: f"```mermaid\n{lifecycle.as_mermaid()}\n```"),
     "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
     "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
+    "log-words": ("docs/inspect.md", log_words.as_markdown),
 }
 
 
@@ -60,7 +61,7 @@ def test_readme_shows_every_command() -> None:
     assert len(commands) > 20 and [command for command in commands if command not in README] == []
 
 
-CI = (ROOT / "docs" / "ci.md").read_text()
+CI = (ROOT / "docs" / "ci.md").read_text() + (ROOT / "docs" / "inspect.md").read_text()
 
 
 @pytest.mark.parametrize(

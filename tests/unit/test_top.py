@@ -1,4 +1,4 @@
-"""`gateway top`, by Textual's own headless pilot: what the screen shows, its keys, and that old never passes for new."""
+"""`gateway top`, by Textual's own headless pilot: what it shows, its keys, and that old never passes for new."""
 
 import json
 import sys
