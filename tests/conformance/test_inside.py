@@ -96,7 +96,7 @@ def test_what_is_inside_is_told_whoever_is_dead(tmp_path: Path) -> None:
         data = json.loads(inside(up, "logs", job_id, "--json"))
         assert data["record"] and [e["at_ms"] for e in data["entries"]] == sorted(e["at_ms"] for e in data["entries"])
         kept = list((up.data / "logs").glob("*.log"))
-        assert {path.name for path in kept} == {"api.log", "scheduler.log", "worker.log"}
+        assert {"api.log", "worker.log"} <= {path.name for path in kept}, "who says nothing has no file"
         assert all(path.stat().st_mode & 0o077 == 0 and "zebra" not in path.read_text() for path in kept)
         up.kill_part("api")
         lanes = inside(up, "inspect", "lanes")

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -25,6 +26,7 @@ from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, gateway
 
 __all__ = ["a_person_who_has_set_nothing", "gateway"]
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "inspect.md").read_text()
 PROMPT = b'{"model":"big","messages":[{"role":"user","content":"zebra"}]}'
 VERBS = (
     ["lanes"], ["jobs"], ["jobs", "--state", "all"], ["jobs", "--state", "scheduled"], ["jobs", "--state", "running"],
@@ -273,8 +275,12 @@ async def world_of(world: World) -> dict[str, bytes]:
 async def test_a_user_who_may_only_read_can_run_all_of_it(
     real: World, gateway: Gateway, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Made by the very line that docs/inspect.md tells people to type."""
     ids = await busy(real)
-    await real.store.command("ACL", "SETUSER", "looker", "on", ">secret", "resetkeys", "~*", "+@read")
+    words = next(line for line in PAGE.splitlines() if line.strip().startswith("ACL SETUSER looker"))
+    words = words.replace("SECRET", "secret").replace("gw:", f"{real.store.keys.namespace}:")
+    assert {word for word in words.split() if word.startswith("+")} == {"+@read"}
+    await real.store.command(*words.split())
     monkeypatch.setenv("GATEWAY_REDIS_URL", f"redis://looker:secret@127.0.0.1:{redis_server.port}/0")
     try:
         for words in [*VERBS, ["job", ids["moved"]]]:
