@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 from broker.errors import BrokerError
+from broker.log_writer import Writer
 
 Format = Literal["human", "json"]
 
@@ -73,7 +74,10 @@ class JsonFormatter(Formatter):
         line |= fields_of(record)
         if record.exc_info and record.exc_info[1] is not None:
             line["trace"] = _told(record.exc_info[1])
-        return json.dumps(line, default=str)
+        return _json(line)
+
+
+_json = json.JSONEncoder(default=str).encode
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -83,35 +87,46 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
         return {"message": record.getMessage()}
     found: dict[str, Any] = {}
     left = list(args or ())
-    for name, template, count in _pieces(record.msg):
+    for name, template, count, kind in _pieces(record.msg):
         own, left = left[:count], left[count:]
-        found[name] = _value(template, own)
+        found[name] = _value(template, kind, own)
     return found
 
 
 @lru_cache(maxsize=512)
-def _pieces(message: str) -> tuple[tuple[str, str, int], ...]:
-    """The fields of a message: name, what is written for its value, how many arguments that takes."""
+def _pieces(message: str) -> tuple[tuple[str, str, int, str], ...]:
+    """The fields of a message: name, what is written for its value, how many arguments that takes, and of what kind
+    the value is where it is an argument and nothing else (`s`, `d`, `f`)."""
     parts = re.split(r"(?:^| )([a-z_]+)=", message)[1:]
-    return tuple((name, value, len(_SPEC.findall(value))) for name, value in zip(parts[::2], parts[1::2], strict=True))
+    found = []
+    for name, value in zip(parts[::2], parts[1::2], strict=True):
+        kind = value[-1] if _SPEC.fullmatch(value) else ""
+        found.append((name, value, len(_SPEC.findall(value)), kind))
+    return tuple(found)
 
 
 _SPEC = re.compile(r"%[-#0 +]*\d*(?:\.\d+)?[a-zA-Z]")
 
 
-def _value(template: str, args: list[Any]) -> Any:
-    if len(args) == 1 and _SPEC.fullmatch(template):
-        if template == "%s" and isinstance(args[0], bool | int | float | str | None):
-            return str(args[0]) if isinstance(args[0], str) else args[0]
-        if template[-1] in "df":
-            return int(args[0]) if template[-1] == "d" else float(template % args[0])
+def _value(template: str, kind: str, args: list[Any]) -> Any:
+    if template == "%s" and isinstance(args[0], str):
+        return str(args[0])  # a state is a word too
+    if template == "%s" and isinstance(args[0], bool | int | float | None):
+        return args[0]
+    if kind == "d":
+        return int(args[0])
+    if kind == "f":
+        return float(template % args[0])
     return template % tuple(args) if args else template
 
 
 def begin(level: str, form: Format = "human", *, part: str = "", stream: TextIO | None = None) -> None:
     """Sets the process's logging up. `level` is one for all, and `module=LEVEL` for some, with commas between."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = Writer(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(part) if form == "json" else Formatter(FORMAT))
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
+        setattr(logging, name, False)  # none of it is in a line
+    logging._srcfile = None  # nor where in the code it was said
     whole, of_modules = read_levels(level)
     logging.basicConfig(level=whole, handlers=[handler])
     for module, own in of_modules.items():

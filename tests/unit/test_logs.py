@@ -12,11 +12,20 @@ from typing import Any
 
 import pytest
 
-from broker import errors, log_words, logs
+from broker import errors, log_words, log_writer, logs
 from broker.lifecycle import Event
+from broker.log_writer import Writer
 from broker.settings import BrokerSettings, SettingsInvalid, read_settings
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`begin` is for a whole process, and this one goes on."""
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):
+        monkeypatch.setattr(logging, name, getattr(logging, name, True), raising=False)
 
 
 @pytest.fixture
@@ -166,6 +175,86 @@ def test_a_wrong_setting_is_a_sentence(name: str, value: str, words: str, monkey
     monkeypatch.setenv(f"GATEWAY_LOG_{name}", value)
     with pytest.raises(SettingsInvalid, match=re.escape(words)):
         read_settings(BrokerSettings)
+
+
+# --- when it is written ------------------------------------------------------------------------------------------
+
+
+class Pipe(io.StringIO):
+    """A stream that counts its writes, and breaks when told."""
+
+    writes, broken = 0, False
+
+    def write(self, text: str) -> int:
+        if self.broken:
+            raise BrokenPipeError
+        self.writes += 1
+        return super().write(text)
+
+
+@pytest.fixture
+def written() -> Iterator[tuple[logging.Logger, Pipe]]:
+    pipe = Pipe()
+    handler = Writer(pipe)
+    handler.setFormatter(logs.Formatter("%(message)s"))
+    logger = logging.getLogger("test of the writer")
+    logger.handlers[:], logger.propagate, logger.level = [handler], False, logging.INFO
+    yield logger, pipe
+    handler.close()
+
+
+async def test_lines_wait_for_each_other_and_are_written_together(written: tuple[logging.Logger, Pipe]) -> None:
+    logger, pipe = written
+    for number in range(5):
+        logger.info("event=a number=%d", number)
+    assert pipe.getvalue() == ""
+    await until(lambda: pipe.getvalue(), what="the lines are written", timeout_s=2)
+    assert pipe.getvalue().count("\n") == 5 and pipe.writes == 1
+    logger.info("event=b")
+    await until(lambda: "event=b" in pipe.getvalue(), what="the next one too", timeout_s=2)
+
+
+async def test_trouble_is_written_at_once_behind_what_came_before(written: tuple[logging.Logger, Pipe]) -> None:
+    logger, pipe = written
+    logger.info("event=a")
+    logger.warning("event=b")
+    assert pipe.getvalue() == "event=a\nevent=b\n" and pipe.writes == 1
+
+
+async def test_no_more_lines_wait_than_may(
+    written: tuple[logging.Logger, Pipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, pipe = written
+    monkeypatch.setattr(log_writer, "WAITING_MAX", 3)
+    for _ in range(4):
+        logger.info("event=a")
+    assert pipe.getvalue().count("\n") == 4
+
+
+async def test_the_end_of_a_process_writes_what_waits(written: tuple[logging.Logger, Pipe]) -> None:
+    logger, pipe = written
+    logger.info("event=a")
+    logger.handlers[0].flush()  # as `logging.shutdown` does
+    assert pipe.getvalue() == "event=a\n"
+
+
+def test_outside_of_a_loop_nothing_waits(written: tuple[logging.Logger, Pipe]) -> None:
+    logger, pipe = written
+    logger.info("event=a")
+    assert pipe.getvalue() == "event=a\n"
+
+
+def test_a_line_that_cannot_be_told_or_that_nobody_hears_ends_nobody(
+    written: tuple[logging.Logger, Pipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, pipe = written
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    logger.info("event=a number=%d", "none")
+    pipe.broken = True
+    logger.info("event=b")
+    pipe.broken = False
+    logger.info("event=c")
+    assert pipe.getvalue() == "event=c\n"
 
 
 # --- the vocabulary ----------------------------------------------------------------------------------------------
