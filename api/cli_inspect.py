@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from api import inspect_text as text
+from api.cli_jobs import JobId
 from api.cli_policy import AsJson, DataDir, redis_url
 from api.durations import length_ms
 from api.exit_codes import REFUSED, USAGE, Failed
@@ -95,7 +96,7 @@ def inspect_jobs(
 
 @inspect_app.command("job")
 def inspect_job(
-    job_id: Annotated[str, typer.Argument(metavar="ID", help="The job's id.", show_default=False)],
+    job_id: JobId,
     as_json: AsJson = False,
     watch: Watch = False,
     every_s: Every = 1.0,

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from api import job_log, part_logs
+from api.cli_jobs import JobId
 from api.cli_policy import AsJson, DataDir, data_dir, redis_url
 from api.exit_codes import USAGE, Failed
 from broker import errors, log_lines
@@ -24,7 +25,7 @@ SKEW_TOLD_MS = 1_000
 
 
 def logs(
-    job_id: Annotated[str, typer.Argument(metavar="ID", help="The job's id.", show_default=False)],
+    job_id: JobId,
     file: Annotated[
         list[Path] | None,
         typer.Option(

@@ -18,8 +18,9 @@ from broker.inspection import jobs as listing
 from broker.inspection.reading import CLOCK, READS, ReadingStore
 from broker.inspection.timeline import timeline, troubles
 from broker.lifecycle import ENDED, State
-from broker.policies import PolicyBook
+from broker.policies import Active, PolicyBook
 from broker.records import JobRecord, ModelOnHost
+from broker.store import Store
 from tests.support.broker_world import START, World, policy_with, real_world
 from tests.support.redis_server import RedisServer
 from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, gateway
@@ -371,7 +372,7 @@ async def test_tables_for_people(real: World, gateway: Gateway) -> None:
     assert "gpu1 1" in text and "-> small after 2s" in text
     text = await seen("jobs")
     assert all(ids[word] in text for word in ("streams", "waits", "later", "moved")) and ids["done"] not in text
-    assert "attempt 1 on gpu1" in text and "tries its fallback in" in text and "starts in 6" in text
+    assert "attempt 1 on gpu1" in text and "tries its fallback" in text and "starts in" in text
     text = await seen("jobs", "--state", "failed")
     assert ids["failed"] in text and "runtime_failed" in text
     assert (await seen("jobs", "--caller", "nobody")).strip() == "no such jobs"
@@ -407,6 +408,26 @@ async def test_without_a_policy_or_a_redis_it_says_so(
     monkeypatch.setenv("GATEWAY_REDIS_URL", "redis://127.0.0.1:9/0")
     for words in VERBS:
         (await asyncio.to_thread(gateway, "inspect", *words)).complains(3, "Redis does not answer at 127.0.0.1:9")
+
+
+@pytest.mark.real
+async def test_watching_goes_on_when_redis_goes_away(
+    real: World, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is when somebody watches. Ctrl-C is its proper end."""
+    looks = iter([None, errors.BrokerUnavailable("Redis does not answer"), None, KeyboardInterrupt()])
+    look = lanes.look
+
+    async def next_look(store: Store, active: Active) -> lanes.Lanes:
+        if (what := next(looks)) is not None:
+            raise what
+        return await look(store, active)
+
+    monkeypatch.setattr(lanes, "look", next_look)
+    ran = await asyncio.to_thread(gateway, "inspect", "lanes", "--watch", "--every", "0.2", "--json")
+    first, away, again = (json.loads(line) for line in ran.out.splitlines())
+    assert ran.code == 0 and away == {"error": "Redis does not answer"}
+    assert first["lanes"] == again["lanes"] and first["at_ms"] < again["at_ms"]
 
 
 @pytest.mark.parametrize(
