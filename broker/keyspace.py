@@ -5,7 +5,9 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 GROUP = "workers"
@@ -450,12 +452,7 @@ class Keyspace:
         name = key.removeprefix(self._prefix)
         if name == key:
             return None
-        for family in TABLE:
-            pattern = re.escape(family.pattern)
-            pattern = re.sub(r"<(lane|id|model|host|digest|caller|day|api)>", lambda m: _NAMES[m.group(1)], pattern)
-            if family.type != "channel" and re.fullmatch(pattern, name):
-                return family
-        return None
+        return next((family for family in _rows_of(name.split(":", 1)[0]) if _matcher(family.pattern)(name)), None)
 
 
 _NAMES = {
@@ -468,6 +465,18 @@ _NAMES = {
     "day": r"[0-9-]+",
     "api": r"[^:]+",
 }
+
+
+@cache
+def _rows_of(word: str) -> tuple[Family, ...]:
+    """The rows of keys that begin with this word."""
+    return tuple(row for row in TABLE if row.type != "channel" and row.pattern.split(":", 1)[0] == word)
+
+
+@cache
+def _matcher(pattern: str) -> Callable[[str], object]:
+    names = re.sub(r"<(lane|id|model|host|digest|caller|day|api)>", lambda m: _NAMES[m.group(1)], re.escape(pattern))
+    return re.compile(names).fullmatch
 
 
 def digest(text: str) -> str:

@@ -119,7 +119,8 @@ async def _lane(store: Store, lane: str, wanted: Wanted, now: int) -> tuple[list
     """The oldest wanted jobs of a lane, and how many of its entries were not looked at."""
     found: list[JobRecord] = []
     total, looked_at = int(await store.command("XLEN", store.keys.lane(lane))), 0
-    pages = _held(store, lane) if wanted.states <= HELD else _entries(store, lane)
+    page_size = min(PAGE, 2 * wanted.limit)  # most entries of a lane are wanted, as a rule
+    pages = _held(store, lane) if wanted.states <= HELD else _entries(store, lane, page_size)
     async for page in pages:
         kept = [entry for entry in page if wanted.may_be(entry, now)]
         for entry, job in zip(kept, await read(store, [entry.job for entry in kept]), strict=True):
@@ -134,13 +135,13 @@ async def _lane(store: Store, lane: str, wanted: Wanted, now: int) -> tuple[list
     return found[: wanted.limit], max(0, total - looked_at) + beyond
 
 
-async def _entries(store: Store, lane: str) -> AsyncIterator[list[Waiting]]:
-    after = ""
-    while page := [entry async for entry in waiting_entries(store, lane, limit=PAGE, after=after)]:
+async def _entries(store: Store, lane: str, page_size: int) -> AsyncIterator[list[Waiting]]:
+    after, size = "", page_size
+    while page := [entry async for entry in waiting_entries(store, lane, limit=size, after=after)]:
         yield page
-        if len(page) < PAGE:
+        if len(page) < size:
             return
-        after = page[-1].entry
+        after, size = page[-1].entry, PAGE
 
 
 async def _held(store: Store, lane: str) -> AsyncIterator[list[Waiting]]:
@@ -160,8 +161,8 @@ async def _due(store: Store, wanted: Wanted, now: int) -> tuple[list[JobRecord],
         if not ids:
             break
         looked_at += len(ids)
-        told = await read(store, [job_id.decode() for job_id in ids])
-        found += [job for job in told if job is not None and wanted.takes(job, now)]
+        told = await _read_in(store, [job_id.decode() for job_id in ids], wanted.states)
+        found += [job for job in told if wanted.takes(job, now)]
     beyond = max(0, len(found) - wanted.limit)
     return found[: wanted.limit], max(0, total - looked_at) + beyond
 
@@ -173,8 +174,8 @@ async def _ended(store: Store, wanted: Wanted, now: int, *, limit: int) -> tuple
 
     async def take(ids: Sequence[str]) -> None:
         nonlocal count
-        for job in await read(store, ids):
-            if job is None or job.live or not wanted.takes(job, now):
+        for job in await _read_in(store, ids, wanted.states & ENDED):
+            if not wanted.takes(job, now):
                 continue
             count += 1
             heapq.heappush(newest, (job.ended_at, job.id, job))
@@ -193,6 +194,14 @@ async def _ended(store: Store, wanted: Wanted, now: int, *, limit: int) -> tuple
             break
     await take(batch)
     return [job for _, _, job in sorted(newest, reverse=True)], count - len(newest), scanned < SCANNED_MAX
+
+
+async def _read_in(store: Store, ids: Sequence[str], states: frozenset[State]) -> list[JobRecord]:
+    """Reads those of the jobs that are in one of these states: a look at the state costs little, a record more."""
+    told = await asyncio.gather(*(store.command("HGET", store.keys.job(job_id), "state") for job_id in ids))
+    words = {state.value.encode() for state in states}
+    found = await read(store, [job_id for job_id, state in zip(ids, told, strict=True) if state in words])
+    return [job for job in found if job is not None]
 
 
 async def read(store: Store, ids: Iterable[str]) -> list[JobRecord | None]:

@@ -102,7 +102,7 @@ async def look(store: Store, active: Active | None) -> Keys:
             break
     suspects += await _page(store, active, page, rows)
     for key in suspects:
-        fault = await _fault(store, active, key, store.keys.family(key))
+        fault = await _fault_now(store, active, key)
         if fault and len(found.faults) < FAULTS_MAX:
             found.faults[key] = fault
         elif fault:
@@ -113,11 +113,14 @@ async def look(store: Store, active: Active | None) -> Keys:
 
 async def _page(store: Store, active: Active | None, page: list[str], rows: dict[str, FamilyLook]) -> list[str]:
     """Counts some keys; gives those with which something seems wrong."""
+    count = len(page)
     told = await asyncio.gather(
-        *(store.command("PTTL", key) for key in page), *(store.command("MEMORY", "USAGE", key) for key in page)
+        *(store.command("PTTL", key) for key in page),
+        *(store.command("MEMORY", "USAGE", key) for key in page),
+        *(store.command("TYPE", key) for key in page),
     )
-    for key, ttl, size in zip(page, told[: len(page)], told[len(page) :], strict=True):
-        family = store.keys.family(key)
+    families = [store.keys.family(key) for key in page]
+    for family, ttl, size in zip(families, told[:count], told[count : 2 * count], strict=True):
         name = family.pattern if family else "?"
         if int(ttl) == GONE:
             continue
@@ -126,25 +129,37 @@ async def _page(store: Store, active: Active | None, page: list[str], rows: dict
                 pattern=name, type=family.type if family else "", lifetime=family.lifetime if family else "unknown"
             )
         rows[name].add(int(size or 0), int(ttl))
-    faults = await asyncio.gather(*(_fault(store, active, key, store.keys.family(key)) for key in page))
+    faults = await asyncio.gather(
+        *(
+            _fault(store, active, key, family, kind=kind.decode(), ttl_ms=int(ttl))
+            for key, family, ttl, kind in zip(page, families, told[:count], told[2 * count :], strict=True)
+        )
+    )
     return [key for key, fault in zip(page, faults, strict=True) if fault]
 
 
-async def _fault(store: Store, active: Active | None, key: str, family: Family | None) -> str:
+async def _fault_now(store: Store, active: Active | None, key: str) -> str:
+    """Looks at one key anew."""
+    ttl, kind = await asyncio.gather(store.command("PTTL", key), store.command("TYPE", key))
+    return await _fault(store, active, key, store.keys.family(key), kind=kind.decode(), ttl_ms=int(ttl))
+
+
+async def _fault(
+    store: Store, active: Active | None, key: str, family: Family | None, *, kind: str, ttl_ms: int
+) -> str:
     """Says what is wrong with a key; "" where nothing is, or where it is gone by now."""
-    kind = (await store.command("TYPE", key)).decode()
-    if kind == "none":
+    if kind == "none" or ttl_ms == GONE:
         return ""
     if family is None:
         return "no row of the key table knows it: it has no owner"
     if kind != family.type:
         return f"is a {kind}, the key table says {family.type}"
-    if family.pattern in _OF_JOBS:
-        return await _fault_of_jobs(store, key, family)
     if family.pattern in _OF_POLICY:
         return _fault_of_policy(store, active, key, _OF_POLICY[family.pattern])
-    if await store.command("PTTL", key) != FOREVER:
+    if ttl_ms != FOREVER:
         return ""
+    if family.pattern in _OF_JOBS:
+        return await _fault_of_jobs(store, key)
     if family.pattern in MUST_END:
         return f"has no lifetime; it should live {family.lifetime}"
     if family.pattern == "idem:<caller>:<digest>":
@@ -156,9 +171,9 @@ async def _fault(store: Store, active: Active | None, key: str, family: Family |
     return ""
 
 
-async def _fault_of_jobs(store: Store, key: str, family: Family) -> str:
+async def _fault_of_jobs(store: Store, key: str) -> str:
     job_id = store.keys.named_in(key)
-    if await store.command("PTTL", key) != FOREVER or await _lives(store, job_id):
+    if await _lives(store, job_id):
         return ""
     there = await store.command("EXISTS", store.keys.job(job_id))
     if await store.command("PTTL", key) != FOREVER:

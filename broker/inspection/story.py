@@ -6,7 +6,7 @@ from typing import Any
 
 from broker import errors, jobs
 from broker.inspection.timeline import Step, timeline, troubles
-from broker.lanes import held_entries, waiting_entries
+from broker.lanes import held_entries
 from broker.lifecycle import State
 from broker.records import JobRecord, ModelOnHost
 from broker.store import Store
@@ -93,9 +93,5 @@ async def _ahead(store: Store, job: JobRecord) -> int:
     if job.state is not State.QUEUED or not job.entry:
         return -1
     held = set(await held_entries(store, job.lane, limit=PLACES_MAX))
-    before = 0
-    async for entry in waiting_entries(store, job.lane, limit=PLACES_MAX):
-        if entry.entry == job.entry:
-            break
-        before += entry.entry not in held
-    return before
+    before = await store.command("XRANGE", store.keys.lane(job.lane), "-", f"({job.entry}", "COUNT", PLACES_MAX)
+    return sum(entry.decode() not in held for entry, _ in before)
