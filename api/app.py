@@ -303,7 +303,7 @@ def main() -> int:
     except SettingsInvalid as problem:
         print(problem, file=sys.stderr)
         return CANNOT_LISTEN
-    logs.begin(settings.log_level)
+    logs.begin(settings.log_level, settings.log_format, part="api")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_worth_a_line)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from api.state_dir import CannotStart
+from broker import logs
 
 FIRST_PAUSE_S = 0.2
 PAUSE_S_MAX = 5.0
@@ -104,14 +105,21 @@ def how_it_ended(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-class Child:
-    """One program under supervision; each line that it writes is passed on under its name."""
+def _keep_nothing(_line: str) -> None:
+    pass
 
-    def __init__(self, name: str, command: Sequence[str], *, env: Mapping[str, str], say: Say) -> None:
+
+class Child:
+    """One program under supervision; each line that it writes is passed on under its name, and kept by `keep`."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], *, env: Mapping[str, str], say: Say, keep: Say = _keep_nothing
+    ) -> None:
         self._name = name
         self._command = command
         self._env = env
         self._say = say
+        self._keep = keep
         self._process: Process | None = None
         self._output: tuple[asyncio.StreamReader, asyncio.ReadTransport] | None = None
         self._half_line = b""
@@ -144,7 +152,9 @@ class Child:
         self._bad_settings = self._bad_settings + 1 if code == BAD_SETTING_EXIT else 0
         if self._bad_settings >= BAD_SETTING_TRIES:
             raise CannotStart(f"{self._name} can't run as it is set up; what it says is above.")
-        return how_it_ended(code)
+        how = how_it_ended(code)
+        self._keep(logs.line("WARNING", "up", f"event=part_ended part={self._name} reason={how}"))
+        return how
 
     async def stop(self, *, grace_s: float, hurry: asyncio.Event) -> bool:
         if self._process is None:
@@ -183,6 +193,7 @@ class Child:
     def _pass_on(self, line: bytes) -> None:
         if text := line.decode(errors="replace").rstrip():
             self._say(f"{self._name:<9} | {text}")
+            self._keep(text)
 
 
 def pauses() -> Iterator[float]:

@@ -22,11 +22,14 @@ from api.cli_dead import dead_app
 from api.cli_doctor import doctor
 from api.cli_explain import policy_explain
 from api.cli_init import init
+from api.cli_inspect import inspect_app
 from api.cli_jobs import job_app
 from api.cli_keys import key_app
+from api.cli_logs import logs
 from api.cli_models import drain, model_app, undrain
 from api.cli_policy import AsJson, apply_policy, policy_app
 from api.cli_submit import submit
+from api.cli_top import top
 from api.cli_tune import tune
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
@@ -55,6 +58,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(dead_app, name="dead")
 app.add_typer(webhook_app, name="webhook")
+app.add_typer(inspect_app, name="inspect")
 app.command()(init)
 app.command()(doctor)
 app.command()(audit)
@@ -62,6 +66,8 @@ app.command()(drain)
 app.command()(undrain)
 app.command()(usage)
 app.command()(tune)
+app.command()(logs)
+app.command()(top)
 app.command()(submit)
 app.command()(completion)
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -172,8 +172,7 @@ def redis_url(settings: BrokerSettings, data: Path | None) -> str:
     """The Redis of the environment, else the private one that `gateway up` runs on its data directory."""
     if os.environ.get("GATEWAY_REDIS_URL") and data is None:
         return settings.redis_url
-    given = data or (Path(os.environ["GATEWAY_STATE_DIR"]) if os.environ.get("GATEWAY_STATE_DIR") else None)
-    place = where(given, os.environ) / "redis" / "url"
+    place = data_dir(data, os.environ) / "redis" / "url"
     try:
         return place.read_text().strip()
     except OSError:
@@ -182,6 +181,11 @@ def redis_url(settings: BrokerSettings, data: Path | None) -> str:
             "where one runs on another directory, name it with --data.",
             UNREACHABLE,
         ) from None
+
+
+def data_dir(data: Path | None, environ: Mapping[str, str]) -> Path:
+    """The data directory of `gateway up`: the one that was named, else the one of the environment."""
+    return where(data or (Path(environ["GATEWAY_STATE_DIR"]) if environ.get("GATEWAY_STATE_DIR") else None), environ)
 
 
 async def _active(book: PolicyBook) -> Active:

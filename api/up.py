@@ -21,6 +21,7 @@ from api.children import Child, Part, Say, keep_alive
 from api.discover import discover
 from api.embedded_redis import EmbeddedRedis
 from api.listen import DEFAULT_URL, Listen
+from api.part_logs import PartLog
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
 from broker.errors import BrokerError, BrokerUnavailable
@@ -89,12 +90,16 @@ class MakeParts(Protocol):
 
 
 def gateway_parts(env: Mapping[str, str], *, keys: str, say: Say) -> Sequence[Part]:
-    """The three processes of the house; only the api learns the keys."""
-    python = (sys.executable, "-P", "-m")
+    """The three processes of the house; only the api learns the keys. What they say is kept in the data directory."""
+
+    def child(name: str, module: str, env: Mapping[str, str] = env) -> Child:
+        keep = PartLog(Path(env["GATEWAY_STATE_DIR"]), name).write
+        return Child(name, (sys.executable, "-P", "-m", module), env=env, say=say, keep=keep)
+
     return (
-        Child("api", (*python, "api.app"), env={**env, "GATEWAY_KEYS": keys} if keys else env, say=say),
-        Child("scheduler", (*python, "workers.scheduler"), env=env, say=say),
-        Child("worker", (*python, "workers.host"), env=env, say=say),
+        child("api", "api.app", {**env, "GATEWAY_KEYS": keys} if keys else env),
+        child("scheduler", "workers.scheduler"),
+        child("worker", "workers.host"),
     )
 
 

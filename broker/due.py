@@ -116,14 +116,6 @@ class Due:
         within_ms = continuing.within_ms(active, job) if job.seen else None
         go_on = await continuing.judge(self._store, job, within_ms=within_ms)
         again = await lanes.recover(self._store, job, max_losses=active.policy.max_losses, go_on=go_on)
-        log.warning(
-            "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
-            job.id,
-            job.attempt,
-            job.lane,
-            job.owner,
-            "queued" if again else "failed",
-        )
         return Looked("recovered" if again else "lost", late_ms=now - job.lease_until)
 
     async def _half_told(self, job: JobRecord, now: int) -> Looked:
@@ -164,16 +156,15 @@ class Due:
             fresh = overdue and await self._fleet.look_again(older_than_s=FRESH_S)
             if not fresh or not self._helps(job, here, to, ahead=ahead, overdue=overdue, now=now):
                 return await self._wait(job, overdue=overdue)
+        late = now - job.promote_at if overdue else 0
         try:
-            await lanes.promote(self._store, active, self._fleet, job, to)
+            await lanes.promote(self._store, active, self._fleet, job, to, late_ms=late)
         except errors.LaneFull:
             await self._wait(job, overdue=overdue)
             return Looked("full", lane=to.name)
         except errors.DowngradesCapped:  # it waits on, until it gives up or others of its model are served by it
             return await self._wait(job, overdue=overdue)
         self._fleet.moved(here.name, to.name)
-        late = now - job.promote_at if overdue else 0
-        log.info("event=promote job=%s lane=%s to=%s late_ms=%d", job.id, here.name, to.name, late)
         return Looked("promoted", lane=to.name, late_ms=late)
 
     async def _wait(self, job: JobRecord, *, overdue: bool) -> Looked:

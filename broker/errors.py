@@ -540,3 +540,10 @@ def without_quotes(error: BrokerError) -> str:
     if isinstance(error, RuntimeRefused | ContextTooLong):
         return f"the runtime refused the request ({error.code})"
     return str(error).partition(":")[0] if isinstance(error, RuntimeFailed) else str(error)
+
+
+def said_without_quotes(code: str, message: str) -> str:
+    """The same of an error that stands in a record, by its code and words."""
+    if code in (RuntimeRefused.code, ContextTooLong.code):
+        return "the runtime refused the request"
+    return message.partition(":")[0] if code == RuntimeFailed.code else message

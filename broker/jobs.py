@@ -1,6 +1,7 @@
 """Jobs: how one is read, fed with frames, ended, cancelled, and who reads along."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ from broker import errors
 from broker.keyspace import GROUP
 from broker.records import JobRecord
 from broker.store import Store
+
+log = logging.getLogger("warmlane.jobs")
 
 MAX_READERS = 16
 MOVED_TRIES = 8
@@ -69,6 +72,7 @@ async def first_token(store: Store, held: Holding, data: bytes, *, seq: int = 1)
         [keys.job(held.job_id), keys.frames(held.job_id)],
         [store.now_arg(), held.job_id, held.attempt, seq, data, keys.frames_channel("")],
     )
+    log.info("event=first_token job=%s attempt=%d lane=%s", held.job_id, held.attempt, held.lane)
 
 
 async def emit(store: Store, held: Holding, seq: int, data: bytes) -> None:
@@ -120,6 +124,11 @@ async def end(
             int(usage.get("completion_tokens") or 0),
         ],
     )
+    if error is None:
+        told = held.job_id, held.attempt, held.lane, served_by or "-", int(usage.get("completion_tokens") or 0)
+        log.info("event=finish job=%s attempt=%d lane=%s served_by=%s tokens=%d", *told)
+    else:
+        _tell_failed(held, error)
 
 
 async def release(
@@ -145,7 +154,13 @@ async def release(
         0,
     ]
     reply = await store.run_through("release", closing_keys(store, held.job_id, held.lane), args)
-    return "queued" if reply[0] == b"queued" else "failed"
+    outcome: Literal["queued", "failed"] = "queued" if reply[0] == b"queued" else "failed"
+    words = errors.without_quotes(error)
+    log.warning(
+        "event=release job=%s attempt=%d outcome=%s code=%s reason=%s",
+        held.job_id, held.attempt, outcome, error.code, words,
+    )  # fmt: skip
+    return outcome
 
 
 async def put_back(store: Store, held: Holding, *, left_ms: int = PUT_BACK_LEFT_MS) -> None:
@@ -156,6 +171,7 @@ async def put_back(store: Store, held: Holding, *, left_ms: int = PUT_BACK_LEFT_
     """
     args = [store.now_arg(), held.job_id, GROUP, *prefixes(store), held.attempt, 0, 0, "", "", *GoOn.args(None)]
     await store.run("release", closing_keys(store, held.job_id, held.lane), [*args, PUT_BACK_MAX, left_ms])
+    log.info("event=put_back job=%s attempt=%d lane=%s", held.job_id, held.attempt, held.lane)
 
 
 async def spend_cancelled(store: Store, held: Holding, tokens: int) -> None:
@@ -193,10 +209,11 @@ async def cancel(
         job = await read(store, job_id)
         args = [store.now_arg(), job_id, GROUP, *prefixes(store), job.lane, job.entry, only, message]
         try:
-            was: bytes = await store.run("cancel", closing_keys(store, job_id, job.lane), args)
-            return was.decode()
+            was = (await store.run("cancel", closing_keys(store, job_id, job.lane), args)).decode()
         except errors.Moved:
             continue
+        log.info("event=cancel job=%s attempt=%d lane=%s was=%s reason=%s", job_id, job.attempt, job.lane, was, message)
+        return str(was)
     raise errors.BrokerUnavailable(f"job {job_id} moved {MOVED_TRIES} times while it was to be cancelled")
 
 
@@ -224,6 +241,11 @@ async def forget(store: Store, job_id: str) -> None:
     """Deletes an ended job with its answer before its keep time is over; raises NotDue while it lives, NoSuchJob."""
     k = store.keys
     await store.run("forget", [k.job(job_id), k.request(job_id), k.frames(job_id)], [store.now_arg(), job_id])
+
+
+def _tell_failed(held: Holding, error: errors.BrokerError) -> None:
+    words = errors.without_quotes(error)
+    log.warning("event=fail job=%s attempt=%d code=%s reason=%s", held.job_id, held.attempt, error.code, words)
 
 
 def closing_keys(store: Store, job_id: str, lane: str) -> list[str]:

@@ -5,7 +5,9 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 GROUP = "workers"
@@ -253,6 +255,20 @@ class Keyspace:
         """Hash of a job."""
         return f"{self._prefix}job:{job_id}"
 
+    @property
+    def everything(self) -> str:
+        """Pattern of all keys of the namespace, for a scan."""
+        return f"{self._prefix}*"
+
+    def named_in(self, key: str) -> str:
+        """Reads what stands behind the first word of a key's name: a lane, a job's id, a model."""
+        return key.removeprefix(self._prefix).split(":")[1]
+
+    def job_of(self, key: str) -> str:
+        """Reads the id from the key of a job's hash; "" for any other key."""
+        family = self.family(key)
+        return key.removeprefix(self.job("")) if family and family.pattern == "job:<id>" else ""
+
     def request(self, job_id: str) -> str:
         """String with the request body of a job."""
         return f"{self._prefix}job:{job_id}:request"
@@ -272,6 +288,11 @@ class Keyspace:
     def wake_epoch(self, model: str) -> str:
         """Counter of a model's wakes: the fencing number in the lock."""
         return f"{self._prefix}wake:{model}:epoch"
+
+    def wake_model_of(self, key: str) -> str:
+        """Reads the model's name from a wake lock's key or from that of its counter; "" for any other key."""
+        family = self.family(key)
+        return self.named_in(key) if family is not None and family.pattern.startswith("wake:<model>") else ""
 
     def model(self, model: str) -> str:
         """Hash of what is known of a model wherever it runs."""
@@ -431,12 +452,7 @@ class Keyspace:
         name = key.removeprefix(self._prefix)
         if name == key:
             return None
-        for family in TABLE:
-            pattern = re.escape(family.pattern)
-            pattern = re.sub(r"<(lane|id|model|host|digest|caller|day|api)>", lambda m: _NAMES[m.group(1)], pattern)
-            if family.type != "channel" and re.fullmatch(pattern, name):
-                return family
-        return None
+        return next((family for family in _rows_of(name.split(":", 1)[0]) if _matcher(family.pattern)(name)), None)
 
 
 _NAMES = {
@@ -449,6 +465,18 @@ _NAMES = {
     "day": r"[0-9-]+",
     "api": r"[^:]+",
 }
+
+
+@cache
+def _rows_of(word: str) -> tuple[Family, ...]:
+    """The rows of keys that begin with this word."""
+    return tuple(row for row in TABLE if row.type != "channel" and row.pattern.split(":", 1)[0] == word)
+
+
+@cache
+def _matcher(pattern: str) -> Callable[[str], object]:
+    names = re.sub(r"<(lane|id|model|host|digest|caller|day|api)>", lambda m: _NAMES[m.group(1)], re.escape(pattern))
+    return re.compile(names).fullmatch
 
 
 def digest(text: str) -> str:

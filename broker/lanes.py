@@ -1,6 +1,7 @@
 """Lanes: how a job enters one, is taken from it, moves to another, and leaves it unserved."""
 
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from broker.policy import Lane, Model
 from broker.records import Claimed, JobRecord, Waiting
 from broker.store import Store
 from broker.trust import door
+
+log = logging.getLogger("warmlane.lanes")
 
 WANTED_FOR_MS = 60_000
 """A request keeps its model wanted for at least this long, and up to a quarter more: the demand that wakes it."""
@@ -130,8 +133,14 @@ async def submit(
     )
     word, value = reply[0].decode(), reply[1].decode()
     if word == "attached":
+        log.info("event=attach job=%s caller=%s", value, job.caller)
         return Submitted(value, lane.name, attached=True)
-    return Submitted(job.id, value if word == "known" else lane.name)
+    entered = value if word == "known" else lane.name
+    log.info(
+        "event=submit job=%s state=%s lane=%s asked=%s caller=%s priority=%s tokens=%d",
+        job.id, word, entered, job.asked, job.caller, record["priority"], job.tokens,
+    )  # fmt: skip
+    return Submitted(job.id, entered)
 
 
 async def find_by_key(
@@ -174,7 +183,10 @@ async def rejoin(store: Store, job: JobRecord, body: bytes, *, reader: str) -> S
             keys.readers(""),
         ],
     )
-    return Submitted(found[0].decode(), found[1].decode(), attached=True) if found else None
+    if not found:
+        return None
+    log.info("event=attach job=%s caller=%s", found[0].decode(), job.caller)
+    return Submitted(found[0].decode(), found[1].decode(), attached=True)
 
 
 def hash_of(endpoint: str, body: bytes, consent: str = "local", asked: str = "") -> str:
@@ -239,6 +251,7 @@ async def claim(
         claimed_at=int(at_ms),
         lease_until=int(at_ms) + lease_ms,
     )
+    _tell_claimed(record)
     return Claimed(record.attempt, record, body)
 
 
@@ -250,12 +263,21 @@ async def claimed(store: Store, waiting: Waiting, *, host: str, boot: str) -> Cl
         return None
     job = JobRecord.from_hash(raw)
     ours = job.state is State.CLAIMED and (job.lane, job.entry) == (waiting.lane, waiting.entry)
-    return Claimed(job.attempt, job, body) if ours and (job.owner, job.boot) == (host, boot) else None
+    if not ours or (job.owner, job.boot) != (host, boot):
+        return None
+    _tell_claimed(job)
+    return Claimed(job.attempt, job, body)
 
 
-async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to: Lane) -> None:
+def _tell_claimed(job: JobRecord) -> None:
+    waited_ms = max(0, job.claimed_at - job.submitted_at)
+    told = job.id, job.attempt, job.lane, job.model, job.owner, waited_ms
+    log.info("event=claim job=%s attempt=%d lane=%s model=%s host=%s waited_ms=%d", *told)
+
+
+async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to: Lane, *, late_ms: int = 0) -> None:
     """Moves a job without a first token into a fallback lane; LaneFull, TrustZoneRefused, DowngradesCapped, Moved,
-    StaleAttempt tell why not."""
+    StaleAttempt tell why not. `late_ms`: how long ago its deadline was."""
     keys = store.keys
     hosts, siblings = fleet.host_keys(to.model), [keys.lane(x) for x in active.lanes_of(to.model)]
     await store.run(
@@ -292,6 +314,9 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
             *downgrades.rules(active, job.asked_model, to),
         ],
     )
+    log.info(
+        "event=promote job=%s attempt=%d lane=%s to=%s late_ms=%d", job.id, job.attempt, job.lane, to.name, late_ms
+    )
 
 
 async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> None:
@@ -313,6 +338,7 @@ async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord
             _wanted_for_ms(active, fleet, lane, job.priority),
         ],
     )
+    log.info("event=release_due job=%s lane=%s", job.id, lane.name)
 
 
 async def postpone(store: Store, job: JobRecord, *, after_ms: int) -> None:
@@ -326,6 +352,7 @@ async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
     """Ends a job that still waits at its give-up instant; raises NotDue."""
     args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.lane, job.entry, error.code, str(error)]
     await store.run("expire", closing_keys(store, job.id, job.lane), args)
+    log.warning("event=expire job=%s lane=%s code=%s reason=%s", job.id, job.lane, error.code, error)
 
 
 async def recover(
@@ -340,7 +367,12 @@ async def recover(
     args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.attempt, max_losses, message, host, boot]
     args += GoOn.args(go_on)
     reply = await store.run("recover", closing_keys(store, job.id, job.lane), args)
-    return bool(reply[0] == b"queued")
+    again = bool(reply[0] == b"queued")
+    log.warning(
+        "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
+        job.id, job.attempt, job.lane, job.owner, "queued" if again else "failed",
+    )  # fmt: skip
+    return again
 
 
 async def held_by(store: Store, lane: str, host: str, *, limit: int = 1000) -> list[str]:

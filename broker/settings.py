@@ -1,10 +1,12 @@
 """The settings that every process shares. Lanes and models are the policy's business; this is wiring only."""
 
 import re
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from pydantic import ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker import logs
 
 PREFIX = "GATEWAY_"
 
@@ -26,13 +28,20 @@ class BrokerSettings(BaseSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     namespace: str = "gw"
     log_level: str = "INFO"
+    log_format: logs.Format = "human"
 
     @field_validator("log_level")
     @classmethod
-    def _level_is_known(cls, value: str) -> str:
-        if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
-        return value.upper()
+    def _levels_are_known(cls, value: str) -> str:
+        logs.read_levels(value)
+        return value
+
+    @field_validator("log_format", mode="before")
+    @classmethod
+    def _format_is_known(cls, value: str) -> str:
+        if value not in get_args(logs.Format):
+            raise ValueError("must be human or json")
+        return value
 
     @field_validator("namespace")
     @classmethod

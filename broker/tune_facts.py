@@ -12,7 +12,8 @@ from broker.first_tokens import percentile
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.policy import Lane, Model, Policy
-from broker.status import HostStatus, ModelStatus, snapshot
+from broker.snapshots import Snapshots
+from broker.status import HostStatus, ModelStatus
 from broker.store import Store
 from broker.tune import CallerSeen, LaneSeen, ModelSeen, Seen, propose
 
@@ -107,7 +108,7 @@ async def tuning(store: Store, book: PolicyBook, fleet: Fleet, *, since: str, un
     first, last = await usage.days(store, since, until)
     tally = Tally()
     await usage.tell(store, tally, first, last)
-    active, shown = book.active, await snapshot(store, book, fleet)
+    active, shown = book.active, await Snapshots(store, book, fleet).latest()
     found = propose(
         seen(
             active.policy,

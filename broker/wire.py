@@ -104,7 +104,8 @@ def _ignore(future: asyncio.Future[Any]) -> None:
 
 class Wire:
     """A connection that opens itself again. A call in flight when it breaks raises BrokerUnavailable; the caller
-    decides whether to repeat it (every verb may be repeated)."""
+    decides whether to repeat it (every verb may be repeated). One without a `name` is greeted by nothing but its
+    password and database."""
 
     def __init__(
         self,
@@ -203,7 +204,8 @@ class Wire:
             await link.call(("AUTH", *([o["username"]] if o.get("username") else []), o["password"]))
         if o.get("db"):
             await link.call(("SELECT", o["db"]))
-        await link.call(("CLIENT", "SETNAME", self._name))
+        if self._name:
+            await link.call(("CLIENT", "SETNAME", self._name))
         for channel in self._subscribed:
             await link.call(("SUBSCRIBE", channel))
 

@@ -369,8 +369,6 @@ class Attempt:
         except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as e:
             log.info("event=stop job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
             return "stopped"
-        words = errors.without_quotes(error)
-        log.warning("event=fail job=%s attempt=%d code=%s reason=%s", self.job.id, self.held.attempt, error.code, words)
         return "failed"
 
     async def _give_back(self, error: errors.BrokerError) -> str | None:
@@ -388,10 +386,6 @@ class Attempt:
             )
         except errors.BadTransition:
             return None
-        words = errors.without_quotes(error)
-        log.warning(
-            "event=release job=%s attempt=%d outcome=%s reason=%s", self.job.id, self.held.attempt, where, words
-        )
         return "released" if where == "queued" else "failed"
 
 

@@ -140,7 +140,7 @@ class Dispatcher:
         word, job_id, number = message.decode().split(" ")
         attempt = self.attempts.get((job_id, int(number)))
         if attempt is not None:
-            log.info("event=%s job=%s attempt=%s", word, job_id, number)
+            log.info("event=told job=%s attempt=%s word=%s", job_id, number, word)
             attempt.stop()
         elif self.claiming:  # its claim's reply is still on the way
             self._told_early.add((job_id, int(number)))

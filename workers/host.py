@@ -181,7 +181,7 @@ class Host:
                     job = await jobs.read(self._store, job_id)
                     within_ms = continuing.within_ms(active, job) if job.seen else None
                     go_on = await continuing.judge(self._store, job, within_ms=within_ms)
-                    again = await lanes.recover(
+                    await lanes.recover(
                         self._store,
                         job,
                         max_losses=active.policy.max_losses,
@@ -189,7 +189,6 @@ class Host:
                         boot=self.boot,
                         go_on=go_on,
                     )
-                    log.warning("event=recover job=%s attempt=%d again=%s", job_id, job.attempt, again)
 
     async def _idle_within(self, limit_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -339,7 +338,7 @@ async def _work(settings: WorkerSettings, name: str) -> int:
 
 def main() -> None:
     """Entry point of `python -m workers.host`."""
-    part.run(serve, quiet=["httpx"])
+    part.run(serve, part="worker", quiet=["httpx"])
 
 
 if __name__ == "__main__":

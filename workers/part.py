@@ -15,14 +15,14 @@ BAD_SETTING_EXIT = 2
 NO_REDIS_EXIT = 3
 
 
-def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, quiet: Sequence[str]) -> NoReturn:
+def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, part: str, quiet: Sequence[str]) -> NoReturn:
     """Runs a part until it ends, and exits with its code; the loggers in `quiet` tell only of trouble."""
     try:
         settings = read_settings(WorkerSettings)
     except SettingsInvalid as problem:
         print(problem, file=sys.stderr)
         raise SystemExit(BAD_SETTING_EXIT) from None
-    logs.begin(settings.log_level)
+    logs.begin(settings.log_level, settings.log_format, part=part)
     for name in quiet:
         logging.getLogger(name).setLevel(logging.WARNING)
     collector.settle()

@@ -120,7 +120,6 @@ class PutBacks:
                 self._refused.add(held)
             self._again()
             return
-        log.info("event=put_back job=%s attempt=%d lane=%s", *held, attempt.job.lane)
         attempt.stop(errors.StaleAttempt("put back for interactive work"))
 
     def _look_at(self, at_s: float) -> None:

@@ -190,7 +190,8 @@ async def serve(settings: WorkerSettings) -> int:
 
 def main() -> None:
     """Entry point of `python -m workers.scheduler`."""
-    part.run(serve, quiet=["arq", "httpx", "httpcore"])  # their lines would tell URLs, with tokens in them
+    # the lines of those would tell URLs, with tokens in them
+    part.run(serve, part="scheduler", quiet=["arq", "httpx", "httpcore"])
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def test_children_go_when_up_itself_is_killed(tmp_path: Path) -> None:
 
 
 def test_the_real_parts_are_started_by_name_and_safely() -> None:
-    parts = gateway_parts({}, keys="", say=print)
+    parts = gateway_parts({"GATEWAY_STATE_DIR": "/nowhere"}, keys="", say=print)
     commands = [part._command for part in parts if isinstance(part, Child)]
     assert commands == [
         (sys.executable, "-P", "-m", module) for module in ("api.app", "workers.scheduler", "workers.host")

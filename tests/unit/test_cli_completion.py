@@ -66,6 +66,7 @@ async def test_bash_completes_commands_options_and_names(path: str, api: LiveApi
     def look() -> None:
         assert completed(path, api.url, "gateway", "ba") == ["batch"]
         assert completed(path, api.url, "gateway", "job", "re") == ["retry", "result"]
+        assert completed(path, api.url, "gateway", "inspect", "jo") == ["jobs", "job"]
         assert completed(path, api.url, "gateway", "submit", "--meta") == ["--metadata"]
         assert completed(path, api.url, "gateway", "submit", "--model", "fa") == ["fast-edit"]
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from api import cli, exit_codes
-from broker import keyspace, lifecycle, metric_notes
+from broker import keyspace, lifecycle, log_words, metric_notes
 from broker.metrics import Metrics
 from broker.policy import content, remote, webhooks
 
@@ -22,6 +22,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
     "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
     "metrics": ("docs/metrics.md", lambda: metric_notes.as_markdown(Metrics(version="1").families())),
+    "log-words": ("docs/inspect.md", log_words.as_markdown),
 }
 
 
@@ -62,7 +63,7 @@ def test_readme_shows_every_command() -> None:
     assert len(commands) > 20 and [command for command in commands if command not in README] == []
 
 
-CI = (ROOT / "docs" / "ci.md").read_text()
+CI = (ROOT / "docs" / "ci.md").read_text() + (ROOT / "docs" / "inspect.md").read_text()
 MONITORING = "".join((ROOT / "docs" / page).read_text() for page in ("metrics.md", "monitoring/alerts.yaml"))
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 

@@ -50,7 +50,16 @@ CHANNELS = {"frames_channel": ("api1",), "control_channel": ("gpu1",)}
 FIXED = (
     "audit", "batches", "callers", "dead", "due", "hosts", "outbox", "policy", "webhook_counts", "webhooks",
 )  # fmt: skip
-OTHER = {"family", "model_of", "learned_model_of", "usage_prefix", "usage_day_of"}
+OTHER = {
+    "family",
+    "named_in",
+    "job_of",
+    "wake_model_of",
+    "model_of",
+    "learned_model_of",
+    "usage_prefix",
+    "usage_day_of",
+}
 
 
 @pytest.mark.parametrize("namespace", ["gw", "team.a-1_b"])
@@ -97,6 +106,14 @@ def test_the_model_of_a_key() -> None:
     assert k.model_of(k.model_on_host("a.b", "gpu1")) == k.model_of(k.due) == k.model_of("") == ""
     assert k.learned_model_of(k.learned("a.b", "gpu1")) == "a.b"
     assert k.learned_model_of(k.model_on_host("a.b", "gpu1")) == k.learned_model_of("") == ""
+
+
+def test_what_a_key_is_about() -> None:
+    k = Keyspace("ns")
+    assert k.job_of(k.job("01J9")) == k.named_in(k.request("01J9")) == "01J9"
+    assert k.job_of(k.request("01J9")) == k.job_of(k.due) == k.job_of("") == ""
+    assert k.wake_model_of(k.wake("a.b")) == k.wake_model_of(k.wake_epoch("a.b")) == "a.b"
+    assert k.wake_model_of(k.model("a.b")) == k.wake_model_of("") == ""
 
 
 def test_the_day_of_a_key() -> None:

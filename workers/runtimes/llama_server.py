@@ -29,7 +29,7 @@ from workers.runtimes.process import ChildServer, fill_command, free_port
 if TYPE_CHECKING:
     from broker.policy import Model
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("warmlane.llama_server")
 
 # Small batches, so that a cancelled prefill ends soon; no prompt cache in host memory, or headroom sums are wrong.
 DEFAULT_COMMAND = "llama-server -m {model} --port {port} -np {parallel} -c {context} -cram 0 -b 256 -ub 256".split()

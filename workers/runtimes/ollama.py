@@ -36,7 +36,7 @@ from workers.runtimes.base import (
 if TYPE_CHECKING:
     from broker.policy import Model
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("warmlane.ollama")
 
 DEFAULT_URL = "http://127.0.0.1:11434"
 KEEP_FOR_EVER = -1  # A number: the string "-1" is refused, it lacks a unit.

@@ -38,7 +38,7 @@ from workers.runtimes.base import (
 if TYPE_CHECKING:
     from broker.policy import Model
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("warmlane.vllm")
 
 SPEAKS = frozenset({anthropic.PATH})
 

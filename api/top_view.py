@@ -1,0 +1,138 @@
+"""What `gateway top` shows of a snapshot: rows of three tables, sorted and filtered. Pure."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from api.status_table import duration, loading, size
+from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
+
+BAR = 10
+"""Characters of the bar that shows how full a lane is."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its head, and by what of an item it is sorted; the greatest comes first where `falling`."""
+
+    head: str
+    by: Callable[[Any], Any]
+    falling: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: the name that it keeps over looks, its cells, the word that gives it a colour."""
+
+    name: str
+    cells: tuple[str, ...]
+    tone: str = ""
+
+
+_STATES = ("warm", "degraded", "waking", "unloading", "cold", "quarantined", "absent")
+
+MODELS = (
+    Column("MODEL", lambda m: m.label or m.name, falling=False),
+    Column("STATE", lambda m: _STATES.index(m.state) if m.state in _STATES else len(_STATES), falling=False),
+    Column("FOR", lambda m: m.state_ms),
+    Column("FIRST TOKEN", lambda m: m.first_token_ms),
+    Column("QUEUE", lambda m: m.waiting),
+    Column("SLOTS", lambda m: m.slots_used),
+    Column("MEM", lambda m: m.memory_bytes),
+    Column("", lambda m: m.reason, falling=False),
+)
+LANES = (
+    Column("LANE", lambda lane: lane.name, falling=False),
+    Column("WAITING", lambda lane: lane.waiting),
+    Column("FULL", lambda lane: lane.waiting / max(1, lane.max_queue)),
+    Column("OLDEST", lambda lane: lane.oldest_waiting_ms),
+    Column("RUNNING", lambda lane: lane.running),
+    Column("MODEL", lambda lane: lane.model, falling=False),
+    Column("FALLBACK", lambda lane: lane.fallback, falling=False),
+)
+HOSTS = (
+    Column("HOST", lambda host: host.name, falling=False),
+    Column("BEAT", lambda host: host.beat_age_ms),
+    Column("RUNNING", lambda host: host.running),
+    Column("USED", lambda host: host.memory_used),
+    Column("OF", lambda host: host.memory_total),
+    Column("HEADROOM", lambda host: host.memory_headroom),
+    Column("MODELS", lambda host: len(host.models)),
+)
+
+
+def model_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[Row]:
+    """The models, those whose name, label or host has `only` in it."""
+    found = (m for m in shown.models if _has(only, m.name, m.label, *m.hosts))
+    return [_model(m) for m in _sorted(found, MODELS[sort], backwards)]
+
+
+def lane_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[Row]:
+    """The lanes: who waits, for how long, and where it would go."""
+    found = (lane for lane in shown.lanes if _has(only, lane.name, lane.model))
+    return [_lane(lane) for lane in _sorted(found, LANES[sort], backwards)]
+
+
+def host_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[Row]:
+    """The live hosts."""
+    found = (host for host in shown.hosts if _has(only, host.name, *host.models))
+    return [_host(host) for host in _sorted(found, HOSTS[sort], backwards)]
+
+
+def summary(shown: Snapshot) -> str:
+    """One line over everything."""
+    waiting, running = sum(lane.waiting for lane in shown.lanes), sum(lane.running for lane in shown.lanes)
+    hosts = f"{len(shown.hosts)} host{'s'[: len(shown.hosts) != 1]}" if shown.hosts else "no host is alive"
+    return f"policy {shown.policy_version}   {hosts}   {waiting} waiting   {running} running"
+
+
+def _sorted(items: Iterable[Any], column: Column, backwards: bool) -> list[Any]:
+    return sorted(items, key=column.by, reverse=column.falling != backwards)
+
+
+def _has(only: str, *names: str) -> bool:
+    return not only or any(only.lower() in name.lower() for name in names)
+
+
+def _model(model: ModelStatus) -> Row:
+    words = f"{loading(model)}" if model.state == "waking" else model.reason
+    cells = (
+        model.label or model.name,
+        model.state,
+        duration(model.state_ms) if model.state_ms else "-",
+        f"{model.first_token_ms:.0f}ms" if model.first_token_ms else "-",
+        f"{model.waiting}/{model.max_queue}",
+        f"{model.slots_used}/{model.slots_total}" + f" +{model.slots_settling}" * bool(model.slots_settling),
+        size(model.memory_bytes),
+        words,
+    )
+    return Row(model.name, cells, model.state)
+
+
+def _lane(lane: LaneStatus) -> Row:
+    full = min(1.0, lane.waiting / max(1, lane.max_queue))
+    late = bool(lane.fallback) and lane.oldest_waiting_ms > lane.cold_start_budget_ms
+    goes = f"{lane.fallback} after {duration(lane.cold_start_budget_ms)}" if lane.fallback else "-"
+    cells = (
+        lane.name,
+        f"{lane.waiting}/{lane.max_queue}",
+        "#" * round(full * BAR) + "." * (BAR - round(full * BAR)),
+        duration(lane.oldest_waiting_ms) if lane.oldest_waiting_ms else "-",
+        str(lane.running),
+        lane.model,
+        goes + (", retiring" if lane.retiring else ""),
+    )
+    return Row(lane.name, cells, "late" if late else "full" if full >= 1 else "waits" if lane.waiting else "")
+
+
+def _host(host: HostStatus) -> Row:
+    cells = (
+        host.name + (" (draining)" if host.draining else ""),
+        duration(host.beat_age_ms),
+        str(host.running),
+        size(host.memory_used),
+        size(host.memory_total),
+        size(host.memory_headroom),
+        ", ".join(host.models) or "-",
+    )
+    return Row(host.name, cells, "draining" if host.draining else "")

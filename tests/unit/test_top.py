@@ -1,0 +1,201 @@
+"""`gateway top`, by Textual's own headless pilot: what it shows, its keys, and that old never passes for new."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, Static
+
+from api import cli_top
+from api.exit_codes import Failed
+from api.top import Table, Top
+from api.top_view import LANES, MODELS, host_rows, lane_rows, model_rows, summary
+from broker.status import LaneStatus, Snapshot
+from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, gateway
+from tests.unit.test_status_table import DEEP, HOST, SMALL
+
+__all__ = ["a_person_who_has_set_nothing", "gateway"]
+
+TEAM = Snapshot(
+    at_ms=1_000,
+    policy_version=3,
+    models=(DEEP, replace(SMALL, state="waking", progress=0.5, state_ms=4_000)),
+    lanes=(
+        LaneStatus(
+            name="deep-coder", model="deep-coder", waiting=2, max_queue=6, running=1, oldest_waiting_ms=30_000,
+            cold_start_budget_ms=25_000, fallback="coder-small",
+        ),
+        LaneStatus(name="coder-small", model="coder-small", waiting=12, max_queue=12, oldest_waiting_ms=3_000),
+    ),
+    hosts=(HOST,),
+)  # fmt: skip
+
+
+class Gate:
+    """A gateway that answers as told, and the clock of whoever asks."""
+
+    def __init__(self, *snapshots: Snapshot) -> None:
+        self.told: list[Snapshot | Failed] = list(snapshots)
+        self.now = 100.0
+        self.asked = 0
+
+    async def ask(self) -> dict[str, Any]:
+        self.asked += 1
+        told = self.told.pop(0) if len(self.told) > 1 else self.told[0]
+        if isinstance(told, Failed):
+            raise told
+        return json.loads(json.dumps(told.as_json()))  # type: ignore[no-any-return]
+
+    def top(self) -> Top:
+        """The screen before it; it looks again only when somebody presses `r`."""
+        return Top(self.ask, url="http://box:8400", every_s=3_600, clock=lambda: self.now)
+
+
+def cells(app: Top, table: str) -> list[list[str]]:
+    shown = app.query_one(f"#{table}", Table)
+    return [[str(cell) for cell in shown.get_row_at(at)] for at in range(shown.row_count)]
+
+
+def state_line(app: Top) -> str:
+    return str(app.query_one("#state", Static).content)
+
+
+async def until_asked(pilot: Pilot[None], gate: Gate, times: int) -> None:
+    while gate.asked < times:
+        await pilot.pause()
+    await pilot.pause()
+
+
+async def test_models_lanes_and_hosts_stand_on_one_screen() -> None:
+    gate = Gate(TEAM)
+    app = gate.top()
+    async with app.run_test(size=(140, 40)) as pilot:
+        await until_asked(pilot, gate, 1)
+        small, deep = cells(app, "models")
+        assert deep[:7] == ["deep-coder", "warm", "-", "1180ms", "2/6", "0/2", "31.8G"]
+        assert small[:2] == ["coder-small", "waking"] and "50% after 4s" in small[7]
+        assert cells(app, "lanes")[1] == [
+            "deep-coder", "2/6", "###.......", "30s", "1", "deep-coder", "coder-small after 25s"
+        ]  # fmt: skip
+        assert cells(app, "hosts")[0][0] == "gpu1" and "coder-small, deep-coder" in cells(app, "hosts")[0]
+        line = state_line(app)
+        assert "http://box:8400" in line and "live" in line and "policy 3   1 host   14 waiting   1 running" in line
+
+
+async def test_keys_sort_the_table_that_has_the_focus() -> None:
+    gate = Gate(TEAM)
+    app = gate.top()
+    async with app.run_test(size=(140, 40)) as pilot:
+        await until_asked(pilot, gate, 1)
+
+        def order(table: str) -> list[str]:
+            return [row[0] for row in cells(app, table)]
+
+        assert order("models") == ["coder-small", "deep-coder"]
+        await pilot.press("s")  # by state: the best first
+        assert order("models") == ["deep-coder", "coder-small"] and order("lanes") == ["coder-small", "deep-coder"]
+        await pilot.press("S")
+        assert order("models") == ["coder-small", "deep-coder"]
+        await pilot.press("tab", "s", "s", "s")  # the lanes, by the oldest
+        assert order("lanes") == ["deep-coder", "coder-small"]
+        labels = [str(column.label) for column in app.query_one("#lanes", Table).ordered_columns]
+        assert labels[3] == "OLDESTv" and labels[0] == "LANE "
+
+
+async def test_a_filter_leaves_what_has_the_words_in_it_and_escape_ends_it() -> None:
+    gate = Gate(TEAM)
+    app = gate.top()
+    async with app.run_test(size=(140, 40)) as pilot:
+        await until_asked(pilot, gate, 1)
+        await pilot.press("slash", *"DEEP")
+        assert [row[0] for row in cells(app, "models")] == ["deep-coder"]
+        assert [row[0] for row in cells(app, "lanes")] == ["deep-coder"]
+        await pilot.press("enter")
+        assert not app.query_one("#filter", Input).has_class("open") and "only 'DEEP'" in state_line(app)
+        await pilot.press("escape")
+        assert len(cells(app, "models")) == 2
+
+
+async def test_the_chosen_row_stays_chosen_when_figures_change() -> None:
+    later = replace(TEAM, at_ms=2_000, models=(replace(DEEP, waiting=5), SMALL, replace(SMALL, name="aaa")))
+    gate = Gate(TEAM, later)
+    app = gate.top()
+    async with app.run_test(size=(140, 40)) as pilot:
+        await until_asked(pilot, gate, 1)
+        await pilot.press("down")
+        assert app.query_one("#models", Table).chosen == "deep-coder"
+        await pilot.press("r")
+        await until_asked(pilot, gate, 2)
+        assert app.query_one("#models", Table).chosen == "deep-coder"
+        assert cells(app, "models")[-1][4] == "5/6"
+
+
+async def test_old_figures_are_called_stale_and_a_lost_connection_says_so() -> None:
+    """The worst that a screen can do is to show yesterday as now."""
+    gate = Gate(TEAM)
+    app = Top(gate.ask, url="http://box:8400", every_s=0.5, clock=lambda: gate.now)
+    async with app.run_test(size=(140, 40)) as pilot:
+        await until_asked(pilot, gate, 1)
+        gate.now += 60  # the gateway answers, and tells the same moment again
+        await until_asked(pilot, gate, gate.asked + 1)
+        assert "STALE: nothing new for 60s" in state_line(app) and app.query_one("#models").has_class("old")
+        gate.told = [Failed("The gateway at http://box:8400 can't be reached.", 3)]
+        await until_asked(pilot, gate, gate.asked + 1)
+        line = state_line(app)
+        assert "CONNECTION LOST, figures are 60s old" in line and "can't be reached" in line and "live" not in line
+        assert app.query_one("#state").has_class("lost") and len(cells(app, "models")) == 2
+        gate.told = [replace(TEAM, at_ms=9_000)]
+        await until_asked(pilot, gate, gate.asked + 1)
+        assert "live" in state_line(app) and not app.query_one("#models").has_class("old")
+
+
+async def test_a_gateway_that_never_answered_is_no_empty_gateway() -> None:
+    gate = Gate(TEAM)
+    gate.told = [Failed("nobody answers", 3)]
+    app = gate.top()
+    async with app.run_test() as pilot:
+        await until_asked(pilot, gate, 1)
+        assert "NO CONNECTION" in state_line(app) and "nobody answers" in state_line(app)
+
+
+async def test_q_ends_it() -> None:
+    gate = Gate(TEAM)
+    app = gate.top()
+    async with app.run_test() as pilot:
+        await until_asked(pilot, gate, 1)
+        await pilot.press("q")
+    assert app.return_code == 0
+
+
+def test_every_column_sorts_both_ways() -> None:
+    for make, columns in ((model_rows, MODELS), (lane_rows, LANES)):
+        for sort in range(len(columns)):
+            there = [row.name for row in make(TEAM, sort=sort, backwards=False, only="")]
+            back = [row.name for row in make(TEAM, sort=sort, backwards=True, only="")]
+            assert sorted(there) == sorted(back) == ["coder-small", "deep-coder"]
+    assert [row.tone for row in lane_rows(TEAM, sort=0, backwards=False, only="")] == ["full", "late"]
+    assert host_rows(replace(TEAM, hosts=()), sort=0, backwards=False, only="") == []
+    assert "no host is alive" in summary(replace(TEAM, hosts=()))
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_textual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "textual", None)
+    monkeypatch.setitem(sys.modules, "textual.app", None)
+    monkeypatch.delitem(sys.modules, "api.top", raising=False)
+    yield
+
+
+def test_without_textual_it_says_what_to_install(gateway: Gateway, without_textual: None) -> None:
+    gateway("top").complains(2, "pip install 'warmlane[top]'", "gateway status --watch")
+
+
+def test_it_needs_a_terminal(gateway: Gateway) -> None:
+    gateway("top").complains(2, cli_top.NO_TERMINAL)
