@@ -1,6 +1,6 @@
 """`gateway inspect`: what stands in Redis, read from Redis itself, for when the api, a worker or the scheduler is dead.
 
-Nothing is written: a user of Redis with `+@read` alone may run all of it. What is looked at stands in `looks`, which
+Nothing is written: a user of Redis with `+@read` alone may run all of it. What is looked at stands in `inspecting`, which
 other commands need not wait for.
 """
 
@@ -13,7 +13,7 @@ from api.cli_jobs import JobId
 from api.cli_policy import AsJson, DataDir
 
 if TYPE_CHECKING:
-    from api.looks import Look
+    from api.inspecting import Look
 
 EVERY_S_MIN = 0.2
 LIMIT_MAX = 10_000
@@ -30,7 +30,7 @@ Limit = Annotated[int, typer.Option(help="How many at most.", min=1, max=LIMIT_M
 @inspect_app.command("lanes")
 def inspect_lanes(as_json: AsJson = False, watch: Watch = False, every_s: Every = 1.0, data: DataDir = None) -> None:
     """Who waits and runs in each lane, for how long, held by whom."""
-    from api.looks import at_lanes
+    from api.inspecting import at_lanes
 
     _show(at_lanes, as_json, watch, every_s, data)
 
@@ -51,7 +51,7 @@ def inspect_jobs(
     data: DataDir = None,
 ) -> None:
     """Lists jobs: those of the lanes from the oldest on, ended ones from the newest on."""
-    from api.looks import at_jobs
+    from api.inspecting import at_jobs
 
     look = at_jobs(state=state, lane=lane, caller=caller, model=model, older_than=older_than, limit=limit)
     _show(look, as_json, watch, every_s, data)
@@ -62,7 +62,7 @@ def inspect_job(
     job_id: JobId, as_json: AsJson = False, watch: Watch = False, every_s: Every = 1.0, data: DataDir = None
 ) -> None:
     """One job: its steps with their times, what lies ahead, moves, put-backs and losses. Never what it says."""
-    from api.looks import at_job
+    from api.inspecting import at_job
 
     _show(at_job(job_id), as_json, watch, every_s, data)
 
@@ -70,7 +70,7 @@ def inspect_job(
 @inspect_app.command("hosts")
 def inspect_hosts(as_json: AsJson = False, watch: Watch = False, every_s: Every = 1.0, data: DataDir = None) -> None:
     """The hosts of the last day, alive or gone, and the models on them."""
-    from api.looks import at_hosts
+    from api.inspecting import at_hosts
 
     _show(at_hosts, as_json, watch, every_s, data)
 
@@ -78,7 +78,7 @@ def inspect_hosts(as_json: AsJson = False, watch: Watch = False, every_s: Every 
 @inspect_app.command("locks")
 def inspect_locks(as_json: AsJson = False, watch: Watch = False, every_s: Every = 1.0, data: DataDir = None) -> None:
     """Wake locks: who holds each, under which epoch, for how much longer."""
-    from api.looks import at_locks
+    from api.inspecting import at_locks
 
     _show(at_locks, as_json, watch, every_s, data)
 
@@ -88,7 +88,7 @@ def inspect_dead(
     limit: Limit = 50, as_json: AsJson = False, watch: Watch = False, every_s: Every = 1.0, data: DataDir = None
 ) -> None:
     """Jobs that were given up on, newest first; `gateway dead` tries them again."""
-    from api.looks import at_dead
+    from api.inspecting import at_dead
 
     _show(at_dead(limit), as_json, watch, every_s, data)
 
@@ -97,12 +97,12 @@ def inspect_dead(
 def inspect_keys(as_json: AsJson = False, watch: Watch = False, every_s: Every = 1.0, data: DataDir = None) -> None:
     """Every key by its row of the key table: count, memory, lifetime, and those without an owner or an end. It passes
     by all of them, which takes a while where there are many."""
-    from api.looks import at_keys
+    from api.inspecting import at_keys
 
     _show(at_keys, as_json, watch, every_s, data)
 
 
 def _show(look: "Look", as_json: bool, watch: bool, every_s: float, data: Path | None) -> None:
-    from api.looks import show
+    from api.inspecting import show
 
     show(look, as_json=as_json, every_s=every_s if watch else None, data=data)
