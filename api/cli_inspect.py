@@ -1,7 +1,7 @@
 """`gateway inspect`: what stands in Redis, read from Redis itself, for when the api, a worker or the scheduler is dead.
 
-Nothing is written: a user of Redis with `+@read` alone may run all of it. What is looked at stands in `inspecting`, which
-other commands need not wait for.
+Nothing is written: a user of Redis with `+@read` alone may run all of it. What is looked at stands in `inspecting`,
+which other commands need not wait for.
 """
 
 from pathlib import Path
