@@ -4,7 +4,12 @@ A limit in seconds is a promise of the gateway on a machine that lets it run. Wh
 test adds what it took. Linux counts it for each thread (`/proc/<pid>/schedstat`); elsewhere it is 0.
 """
 
+import asyncio
+import bisect
+import time
 from pathlib import Path
+
+EVERY_S = 0.1
 
 
 class Starvation:
@@ -28,3 +33,25 @@ def _waited_ns(file: Path) -> int:
         return int(file.read_text().split()[1])
     except (OSError, IndexError, ValueError):
         return 0
+
+
+class StarvationLog:
+    """The same over a whole run, so that one can ask afterwards about any part of it."""
+
+    def __init__(self, *pids: int) -> None:
+        self._starvation = Starvation(*pids)
+        self._at_s = [time.time()]
+        self._seconds = [0.0]
+
+    async def keep(self) -> None:
+        """Notes it again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(EVERY_S)
+            self._at_s.append(time.time())
+            self._seconds.append(self._starvation.seconds)
+
+    def between(self, begin_s: float, end_s: float) -> float:
+        """What was waited for cores from one instant to another (seconds since 1970), or a little more."""
+        begin = max(0, bisect.bisect_right(self._at_s, begin_s) - 1)
+        end = min(len(self._at_s) - 1, bisect.bisect_left(self._at_s, end_s))
+        return max(0.0, self._seconds[end] - self._seconds[begin])
