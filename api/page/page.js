@@ -35,7 +35,7 @@ async function operate(kind, name, verb) {
 operate.allowed = false;
 
 const timeline = new Timeline();
-const open = (id) => timeline.open(id, () => ({ now: now(), models: shown.models }));
+const open = (id) => timeline.open(id, () => ({ now: now(), at: shown.at_ms, models: shown.models }));
 const models = new Pieces(by("model-cards"), (model) => model.name, (model) => modelCard(model, operate));
 const hosts = new Pieces(by("host-cards"), (host) => host.name, (host) => hostCard(host, operate));
 const lanes = new Pieces(by("lane-rows"), (lane) => lane.name, (lane) => laneRow(lane, open));

@@ -5,6 +5,7 @@ import { make, say } from "./parts.js";
 import { duration } from "./words.js";
 
 const LOOK_EVERY_MS = 1000;
+const SAME_MOMENT_MS = 500;
 const ENDED = ["done", "failed", "cancelled", "expired"];
 const by = (id) => document.getElementById(id);
 
@@ -14,8 +15,9 @@ export function steps(job, warmSince) {
   const waitsUntil = claimed || job.ended_at;
   if (job.not_before > job.submitted_at) found.push(["scheduled", job.submitted_at, job.state === "scheduled" ? 0 : job.not_before]);
   if (job.state === "scheduled") return found;
-  if (warmSince > begins && warmSince < (waitsUntil || Infinity)) {
-    found.push(["model woke", begins, warmSince], ["waited", warmSince, waitsUntil]);
+  const woke = waitsUntil ? Math.min(warmSince, waitsUntil) : warmSince; // a claim follows within the same moment
+  if (woke > begins && warmSince < (waitsUntil || Infinity) + SAME_MOMENT_MS) {
+    found.push(["model woke", begins, woke], ["waited", woke, waitsUntil]);
   } else {
     found.push(["waited", begins, waitsUntil]);
   }
@@ -72,9 +74,9 @@ export class Timeline {
   }
 
   #show(job) {
-    const { now, models } = this.context();
+    const { now, at, models } = this.context();
     const model = models.find((one) => one.name === job.model), until = job.ended_at || now;
-    const warmSince = model?.state === "warm" ? now - model.state_ms : 0;
+    const warmSince = model?.state === "warm" ? at - model.state_ms : 0;
     const all = Math.max(1, until - job.submitted_at);
     const wait = job.wait ? `, ${job.wait.ahead} before it, ${job.wait.model} is ${job.wait.model_state}${job.wait.reason ? ` (${job.wait.reason})` : ""}` : "";
     say(by("job-words"), `${job.state}${job.error ? `: ${job.error.message}` : ""}${wait}, ${duration(all)} since it was submitted.`);

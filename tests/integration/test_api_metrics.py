@@ -13,7 +13,7 @@ from broker import errors, hosts, jobs, vitals
 from broker.lifecycle import State
 from broker.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, OTHER
 from broker.records import ModelFacts
-from broker.status import snapshot
+from broker.snapshots import Snapshots
 from broker.store import Store
 from tests.support.broker_world import World
 from tests.support.live_api import Scene, live_api, live_scene, until_true
@@ -185,7 +185,7 @@ async def test_a_lane_says_how_much_of_its_time_the_oldest_job_has_used(world: W
     """Until its fallback is tried; a promotion counts anew. Where there is no fallback, until it is given up."""
 
     async def used(lane: str) -> float:
-        told = await snapshot(world.store, world.book, world.fleet)
+        told = await Snapshots(world.store, world.book, world.fleet).latest()
         return next(one.deadline_used for one in told.lanes if one.name == lane)
 
     await world.warm(big=2, small=1)

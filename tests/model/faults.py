@@ -114,12 +114,14 @@ FAULTS = [
         ("release", "recover"),
         r"  if f\.last_seq ~= from then .*\n",
         "",
+        slow=True,
     ),
     Fault(
         "a job is put back for ever",
         ("release",),
         r"tonumber\(told\[1\] or 0\) >= put_backs_max or ",
         "",
+        slow=True,
     ),
     Fault(
         "a job is put back that gives up",
@@ -152,6 +154,7 @@ FAULTS = [
         ("first_token",),
         r"if tonumber\(f\[5\] or 0\) == 0 then (redis.*) end\n",
         r"\1\n",
+        slow=True,
     ),
     Fault(
         "an answer that stands starts again before its next first token",
@@ -194,6 +197,7 @@ FAULTS = [
         ("submit",),
         r"if waits < bound and shared_by > 1 and own >= share then",
         "if false then",
+        slow=True,
     ),
     Fault(
         "the fair share counts places of other lanes too",
@@ -213,6 +217,7 @@ FAULTS = [
         ("claim",),
         r"if max_running > 0 and .* then",
         "if false then",
+        slow=True,
     ),
     Fault(
         "an ended job goes on holding its place",
@@ -261,6 +266,7 @@ FAULTS = [
         ("end",),
         r"first > by and \"/late/\"",
         'first > by + 10000 and "/late/"',
+        slow=True,
     ),
     Fault(
         "promote counts under the lane that the job goes to",

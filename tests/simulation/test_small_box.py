@@ -227,6 +227,7 @@ def test_no_load_starts_without_room(seed: int) -> None:
     check(play(seed, 600), 600)
 
 
+@pytest.mark.long
 def test_no_load_starts_without_room_in_ten_thousand_arrivals() -> None:
     check(play(99, 10_000), 10_000)
 

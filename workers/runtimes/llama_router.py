@@ -36,6 +36,7 @@ from workers.runtimes.base import (
     probe_chat,
     probe_embedding,
 )
+from workers.runtimes.families import TABLE
 from workers.runtimes.llama_server import PROGRESS, probe_in
 from workers.runtimes.process import occupied
 
@@ -330,7 +331,7 @@ def _memory_of(args: Sequence[str]) -> int | None:
     for process in psutil.process_iter():
         try:
             if process.cmdline() == args:
-                return sum(occupied(member) for member in [process, *process.children(recursive=True)])
+                return sum(map(occupied, TABLE.family(process.pid)))
         except psutil.Error:
             continue
     return None

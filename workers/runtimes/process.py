@@ -29,6 +29,7 @@ from typing import IO, Any
 import psutil
 
 from workers.runtimes.base import LoadFailed, looks_like_oom
+from workers.runtimes.families import TABLE
 
 log = logging.getLogger("warmlane.process")
 
@@ -171,22 +172,11 @@ class ChildServer:
         Reads page tables, which takes a while on a large model: call it in a thread.
         """
         self.trim_log()
-        if self.pid is None:
-            return None
-        try:
-            leader = psutil.Process(self.pid)
-            return sum(occupied(process) for process in [leader, *leader.children(recursive=True)])
-        except psutil.NoSuchProcess:
-            return None
+        return sum(map(occupied, self.process_ids())) or None
 
     def process_ids(self) -> list[int]:
         """Lists the server's processes, so that GPU memory can be told apart by pid."""
-        if self.pid is None:
-            return []
-        try:
-            return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
-        except psutil.NoSuchProcess:
-            return []
+        return TABLE.family(self.pid) if self.pid is not None else []
 
     def exit_problem(self) -> str | None:
         """Says how the server ended, if it ended without being asked."""
@@ -322,13 +312,15 @@ def _created(pid: int) -> float | None:
         return None
 
 
-def occupied(process: psutil.Process) -> int:
+def occupied(pid: int) -> int:
     """Tells a process's host memory in bytes, shared pages by share (PSS) where the system can tell."""
     try:
-        full = process.memory_full_info()
+        process = psutil.Process(pid)
+        try:
+            full = process.memory_full_info()
+        except psutil.AccessDenied:
+            return int(process.memory_info().rss)
         return int(getattr(full, "pss", 0) or full.rss)
-    except psutil.AccessDenied:
-        return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
         return 0
 
