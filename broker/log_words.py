@@ -39,6 +39,7 @@ OTHERS: dict[str, str] = {
     "not_put_back": "it does not make way, and runs on",
     "frames_lost": "Redis came back without a part of its answer",
     "lost_redis": "Redis was away for too long: the attempt ended, and the lease will tell",
+    "answer_unreadable": "its answer, as a line of a batch, could not be put together by our own fault",
     "unexpected": "something of ours broke over it",
 }
 
