@@ -15,7 +15,7 @@ from tests.support.gateway_process import GatewayProcess, tells_no_traceback
 from tests.support.redis_server import RedisServer, start_server
 from tests.support.worker_world import Runtime
 
-START_S_MAX = 20.0
+START_S_MAX = 60.0
 
 
 class Parts:
