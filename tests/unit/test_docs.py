@@ -66,6 +66,7 @@ def test_readme_shows_every_command() -> None:
 CI = (ROOT / "docs" / "ci.md").read_text() + (ROOT / "docs" / "inspect.md").read_text()
 MONITORING = "".join((ROOT / "docs" / page).read_text() for page in ("metrics.md", "monitoring/alerts.yaml"))
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+REST = "".join((ROOT / "docs" / page).read_text() for page in ("quickstart.md", "troubleshooting.md"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_command_lines_of_the_pages_are_understood(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING + OPERATIONS)))
+    "text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING + OPERATIONS + REST)))
 )
 def test_commands_in_the_prose_of_the_pages_exist(text: str) -> None:
     """With each option that is written behind them."""
