@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gateway_process import House, environment, gateway_program
+from tests.support.gateway_process import House, environment, gateway_program, moves_by_the_table, tells_no_traceback
 from tests.support.pages import ADDRESS, ROOT, Marked, marked, unshown
 from tests.support.waiting import block_until
 
@@ -81,6 +81,8 @@ def newcomer(home: Path) -> Iterator[Newcomer]:
         yield somebody
     finally:
         up.end()
+    tells_no_traceback(up.output)
+    moves_by_the_table(up.output)
 
 
 def test_the_line_that_installs_is_the_one_that_ci_runs() -> None:

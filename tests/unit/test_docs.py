@@ -4,26 +4,45 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
 from api import cli, exit_codes
-from broker import keyspace, lifecycle, log_words, metric_notes
+from broker import keyspace, lifecycle, log_words, metric_notes, model_life, pictures
 from broker.metrics import Metrics
 from broker.policy import Policy, content, reference, remote, webhooks
+from tests.support.pages import ROOT, marked
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def drawn(text: str) -> str:
+    return f"```mermaid\n{text}\n```"
+
+
+def policy_of(page: str, file: str) -> Policy:
+    """The policy that a page shows as this file."""
+    [found] = [block.text for block in marked(ROOT / "docs" / page) if (block.kind, block.name) == ("file", file)]
+    return Policy.parse(found)
+
+
+def deep() -> str:
+    policy = policy_of("policy.md", "policy.yaml")
+    return pictures.instants(policy, policy.all_lanes()["deep-coder"])
+
 
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
-    "lifecycle": ("ARCHITECTURE.md", lambda: f"```mermaid\n{lifecycle.as_mermaid()}\n```"),
+    "lifecycle": ("ARCHITECTURE.md", lambda: drawn(lifecycle.as_mermaid())),
     "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
     "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
     "metrics": ("docs/metrics.md", lambda: metric_notes.as_markdown(Metrics(version="1").families())),
     "log-words": ("docs/inspect.md", log_words.as_markdown),
     "policy": ("docs/policy.md", reference.as_markdown),
+    "lanes": ("docs/concepts.md", lambda: drawn(pictures.lanes(policy_of("policy.md", "policy.yaml")))),
+    "instants": ("docs/concepts.md", lambda: drawn(deep())),
+    "zones": ("docs/concepts.md", lambda: drawn(pictures.lanes(policy_of("concepts.md", "zones.yaml")))),
+    "model-states": ("docs/concepts.md", model_life.as_markdown),
+    "model-life": ("docs/concepts.md", lambda: drawn(model_life.as_mermaid())),
 }
 
 
@@ -89,7 +108,9 @@ def test_readme_shows_every_command() -> None:
 CI = (ROOT / "docs" / "ci.md").read_text() + (ROOT / "docs" / "inspect.md").read_text()
 MONITORING = "".join((ROOT / "docs" / page).read_text() for page in ("metrics.md", "monitoring/alerts.yaml"))
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
-REST = "".join((ROOT / "docs" / page).read_text() for page in ("quickstart.md", "troubleshooting.md", "policy.md"))
+REST = "".join(
+    (ROOT / "docs" / page).read_text() for page in ("quickstart.md", "troubleshooting.md", "policy.md", "concepts.md")
+)
 
 
 @pytest.mark.parametrize(
