@@ -6,6 +6,7 @@ The environment of the test run stands for the line that installs; that line is 
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,11 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
 README = (ROOT / "README.md").read_text()
 WALK = marked(ROOT / "docs" / "quickstart.md")
-RUN = [step.name for step in WALK if step.kind == "block"]
 INSTALLS = ("install", "openai")
 """Done already where the tests run: the package with its `gateway`, and the SDK."""
-BLOCK_S_MAX = 60
+LAST = "fallback"
+"""Where the short form of the walk ends; the long one goes on to the page's end."""
+BLOCK_S_MAX = 120
 
 
 class Newcomer:
@@ -97,11 +99,11 @@ def test_the_line_that_installs_is_the_one_that_ci_runs() -> None:
 
 
 def test_readme_leads_to_an_answer_and_to_the_walk(newcomer: Newcomer) -> None:
-    """Its own two clients, and the refusal that it shows."""
+    """Its client is the one of the walk; its other one answers as well."""
     section = README.partition("## Point a client at it")[2].partition("\n## ")[0]
     [client] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert [step.text for step in WALK if (step.kind, step.name) == ("block", "client")] == [client]
     [curl] = re.findall(r"^    curl .*\n(?:^    .*\n)*", section, re.MULTILINE)
-    assert newcomer.runs("python", client.replace(ADDRESS, newcomer.address)).startswith("simulated 1 2")
     told = newcomer.runs("bash", curl.replace(ADDRESS, newcomer.address))
     assert '"content":' in told and "data: [DONE]" in told
     assert "(docs/quickstart.md)" in README.partition("## Point a client at it")[0]
@@ -109,18 +111,23 @@ def test_readme_leads_to_an_answer_and_to_the_walk(newcomer: Newcomer) -> None:
 
 def test_the_walk_does_what_the_page_says(newcomer: Newcomer) -> None:
     """In its order, since each step stands on those before it."""
-    for step in WALK:
+    last = max(place for place, step in enumerate(WALK) if step.name == LAST)
+    for step in WALK[: last + 1]:
         if not (step.kind == "block" and step.name in INSTALLS):
             newcomer.does(step)
-    assert len(RUN) > 8 and newcomer.printed.keys() == {*RUN, "up"} - {*INSTALLS}
+    sees_a_refusal(newcomer)
+
+
+def sees_a_refusal(newcomer: Newcomer) -> None:
+    """One is refused, the others are answered."""
     codes = sorted(re.findall(r"^(\d{3})$", newcomer.printed["refused"], re.MULTILINE))
-    assert codes == ["200", "200", "503"], "one is refused, the others are answered"
-    assert re.search(r"^wl_\w+_\S+$", newcomer.printed["keys"], re.MULTILINE), "a key is shown"
+    assert codes == ["200", "200", "503"], newcomer.printed["refused"]
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_from_a_clean_machine_the_first_line_leads_to_an_answer(tmp_path: Path) -> None:
-    """The line itself, in a copy of the repository: a new environment, and nothing of this one."""
+    """The line itself, in a copy of the repository: a new environment, nothing of this one, and the whole walk."""
     copy = tmp_path / "warmlane"
     left_out = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, copy, ignore=left_out)
@@ -133,6 +140,7 @@ def test_from_a_clean_machine_the_first_line_leads_to_an_answer(tmp_path: Path) 
             env=settings,
             stdout=heard,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         said = tmp_path / "up"
@@ -140,13 +148,14 @@ def test_from_a_clean_machine_the_first_line_leads_to_an_answer(tmp_path: Path) 
         found = re.search(r"listens on (http://\S+),", said.read_text())
         assert found is not None, said.read_text()
         stranger = Newcomer(tmp_path, copy / ".venv" / "bin")
-        stranger.address = found[1]
+        stranger.address, stranger.printed["up"] = found[1], said.read_text()
         for step in WALK:
-            if step.kind == "block" and step.name in ("openai", "client"):
+            if not (step.kind == "block" and step.name == "install"):
                 stranger.does(step)
-        assert stranger.printed["client"].startswith("simulated 1 2")
+        sees_a_refusal(stranger)
+        assert stranger.printed.keys() == {step.name for step in WALK if step.kind == "block"} - {"install"} | {"up"}
+        assert re.search(r"^wl_\w+_\S+$", stranger.printed["keys"], re.MULTILINE), "a key is shown"
     finally:
-        family = subprocess.run(["pgrep", "-P", str(up.pid)], capture_output=True, text=True).stdout.split()
-        for pid in [*map(int, family), up.pid]:
-            os.kill(pid, 2)
-        up.wait(30)
+        if up.poll() is None:
+            os.killpg(up.pid, signal.SIGINT)  # as Ctrl-C in its terminal
+        up.wait(60)

@@ -51,16 +51,21 @@ def blocks(page: Path) -> list[Block]:
     return fenced + indented
 
 
+_FREE = re.compile(r"(…|\d+(?:\.\d+)?(?:(?:ms|s|m|h)\b)?|\s+)")
+"""What of a line may differ: anything for …, figures, lengths of time, and gaps."""
+
+
 def as_told(told: str) -> "re.Pattern[str]":
-    """What a line of a page stands for: figures are any figures, … is anything, gaps are any gaps, remarks are free."""
-    parts = re.split(r"(…|\d+(?:\.\d+)?|\s+)", told.strip())
-    words = {"…": ".*"}
-    return re.compile(
-        "".join(
-            words.get(part) or (r"[\d.]+" if part[:1].isdigit() else r"\s+" if part.isspace() else re.escape(part))
-            for part in parts
-        )
-    )
+    """What a line of a page stands for."""
+    return re.compile("".join(_as_told(part) for part in _FREE.split(told.strip())))
+
+
+def _as_told(part: str) -> str:
+    if part == "…":
+        return ".*"
+    if part[:1].isdigit():
+        return r"[\d.]+" + (r"(?:ms|s|m|h)" if part[-1].isalpha() else "")
+    return r"\s+" if part.isspace() else re.escape(part)
 
 
 def unshown(told: str, printed: str) -> list[str]:
