@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
+from broker import model_life
 from broker.figures import ENDS, Day, counts
 from broker.records import ModelFacts
 from broker.status import Snapshot
@@ -48,7 +49,7 @@ _UNITS = ("tokens_per_second", "seconds", "bytes", "ratio", "tokens")
 DURABILITIES = ("none", "rdb", "aof-no", "aof-everysec", "aof-always", "unknown")
 """What `Store.durability` says."""
 
-MODEL_STATES = ("warm", "degraded", "waking", "unloading", "cold", "quarantined", "absent")
+MODEL_STATES = tuple(model_life.STATES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from broker.model_life import ARROWS
 from tests.support.waiting import block_until
 from tests.support.worker_world import Runtime
 
@@ -237,6 +238,7 @@ def house(data: Path, *, policy: str | None = None, cwd: Path | None = None, **s
     finally:
         up.end()
     tells_no_traceback(up.output)
+    moves_by_the_table(up.output)
 
 
 @asynccontextmanager
@@ -267,7 +269,13 @@ def tells_no_traceback(text: str) -> None:
     assert not places, text
 
 
+def moves_by_the_table(text: str) -> None:
+    """Fails where a log tells that a model moved as no arrow of its life leads."""
+    for line, before, after in re.findall(r"(event=model_state \S+ from=(\w+) to=(\w+).*)", text):
+        assert after in ARROWS[before], line
+
+
 __all__ = [
-    "GatewayProcess", "House", "environment", "gateway", "gateway_program", "house", "is_alive", "process",
-    "started", "tells_no_traceback",
+    "GatewayProcess", "House", "environment", "gateway", "gateway_program", "house", "is_alive",
+    "moves_by_the_table", "process", "started", "tells_no_traceback",
 ]  # fmt: skip

@@ -4,25 +4,45 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
 from api import cli, exit_codes
-from broker import keyspace, lifecycle, log_words, metric_notes
+from broker import keyspace, lifecycle, log_words, metric_notes, model_life, pictures
 from broker.metrics import Metrics
-from broker.policy import content, remote, webhooks
+from broker.policy import Policy, content, reference, remote, webhooks
+from tests.support.pages import ROOT, marked
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def drawn(text: str) -> str:
+    return f"```mermaid\n{text}\n```"
+
+
+def policy_of(page: str, file: str) -> Policy:
+    """The policy that a page shows as this file."""
+    [found] = [block.text for block in marked(ROOT / "docs" / page) if (block.kind, block.name) == ("file", file)]
+    return Policy.parse(found)
+
+
+def deep() -> str:
+    policy = policy_of("policy.md", "policy.yaml")
+    return pictures.instants(policy, policy.all_lanes()["deep-coder"])
+
 
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
-    "lifecycle": ("ARCHITECTURE.md", lambda: f"```mermaid\n{lifecycle.as_mermaid()}\n```"),
+    "lifecycle": ("ARCHITECTURE.md", lambda: drawn(lifecycle.as_mermaid())),
     "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
     "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
     "metrics": ("docs/metrics.md", lambda: metric_notes.as_markdown(Metrics(version="1").families())),
     "log-words": ("docs/inspect.md", log_words.as_markdown),
+    "policy": ("docs/policy.md", reference.as_markdown),
+    "lanes": ("docs/concepts.md", lambda: drawn(pictures.lanes(policy_of("policy.md", "policy.yaml")))),
+    "instants": ("docs/concepts.md", lambda: drawn(deep())),
+    "zones": ("docs/concepts.md", lambda: drawn(pictures.lanes(policy_of("concepts.md", "zones.yaml")))),
+    "model-states": ("docs/concepts.md", model_life.as_markdown),
+    "model-life": ("docs/concepts.md", lambda: drawn(model_life.as_mermaid())),
 }
 
 
@@ -58,6 +78,28 @@ def test_readme_names_every_key_of_the_policy() -> None:
     assert len(keys) > 40 and keys - words == set()
 
 
+def test_the_reference_begins_with_the_file_that_readme_shows() -> None:
+    """The one of the specification; it is a policy as it stands, and the schema line is one that editors know."""
+    page = (ROOT / "docs" / "policy.md").read_text()
+    first, schema_line = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert f"```yaml\n{first}```" in README
+    assert Policy.parse(first).models.keys() == {"deep-coder", "coder-small"}
+    assert Policy.parse(schema_line + first) is not None and "$schema=policy.schema.json" in schema_line
+
+
+def test_the_reference_has_every_key_with_its_meaning() -> None:
+    text = reference.as_markdown()
+    keys = {
+        field.alias or name
+        for part in (content.Content, content.Model, content.LaneEntry, content.Match, content.Rule, *PARTS)
+        for name, field in part.model_fields.items()
+    }
+    assert keys == set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    for row in re.findall(r"^\| `.*", text, re.MULTILINE):
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        assert len(cells) == 5 and cells[1] and cells[3], row
+
+
 def test_readme_shows_every_command() -> None:
     commands = [" ".join(words) for words, _ in _commands(GATEWAY, ["gateway"])]
     assert len(commands) > 20 and [command for command in commands if command not in README] == []
@@ -66,6 +108,9 @@ def test_readme_shows_every_command() -> None:
 CI = (ROOT / "docs" / "ci.md").read_text() + (ROOT / "docs" / "inspect.md").read_text()
 MONITORING = "".join((ROOT / "docs" / page).read_text() for page in ("metrics.md", "monitoring/alerts.yaml"))
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+REST = "".join(
+    (ROOT / "docs" / page).read_text() for page in ("quickstart.md", "troubleshooting.md", "policy.md", "concepts.md")
+)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +127,7 @@ def test_command_lines_of_the_pages_are_understood(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING + OPERATIONS)))
+    "text", sorted(set(re.findall(r"`(gateway [a-z][^`]*)`", README + CI + MONITORING + OPERATIONS + REST)))
 )
 def test_commands_in_the_prose_of_the_pages_exist(text: str) -> None:
     """With each option that is written behind them."""
