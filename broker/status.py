@@ -10,7 +10,7 @@ from broker.hosts import Fleet, Picture
 from broker.looks import CloseLook, Told
 from broker.policies import Active
 from broker.policy import Lane, Model
-from broker.records import JobRecord, ModelFacts, ModelOnHost, without_name
+from broker.records import ModelFacts, ModelOnHost, without_name
 from broker.today import Moves, Today, by_model, moves
 
 NO_HOST = "absent"
@@ -217,7 +217,7 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
             replace(
                 _lane_status(lane, picture, seen.oldest_at.get(lane.name, 0)),
                 spills_only=fallback is not None and fallback.trust == "remote",
-                deadline_used=max((_deadline_used(x.record, picture.at_ms) for x in inside if not x.held), default=0),
+                deadline_used=max((_deadline_used(x, picture.at_ms) for x in inside if not x.held), default=0),
                 jobs=_jobs(inside, lane, fleet),
             )
         )
@@ -242,35 +242,34 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
 def _jobs(told: Sequence[Told], lane: Lane, fleet: Fleet) -> tuple[JobStatus, ...]:
     view, now_ms, found, waiting = fleet.view(lane.name), fleet.picture.at_ms, [], 0
     for one in told:
-        entry, record = one.waiting, one.record
         in_ms = None
         if not one.held:
-            fresh = fleet.fresh_tokens(lane.model, session=entry.session, tokens=entry.tokens)
+            fresh = fleet.fresh_tokens(lane.model, session=one.session, tokens=one.tokens)
             in_ms = dispatch.foretold_ms(view, ahead=waiting, now_ms=now_ms, fresh_tokens=fresh)
             waiting += 1
         found.append(
             JobStatus(
-                id=entry.job,
-                caller=entry.caller,
-                state=record.state.value,
-                priority=entry.priority,
+                id=one.id,
+                caller=one.caller,
+                state=one.state,
+                priority=one.priority,
                 position=0 if one.held else waiting,
-                tokens=entry.tokens,
-                attempt=record.attempt,
-                promotions=record.promotions,
-                submitted_at=entry.submitted,
-                promote_at=record.promote_at,
-                give_up_at=record.give_up_at,
-                claimed_at=record.claimed_at if one.held else 0,
-                first_token_at=record.first_token_at,
+                tokens=one.tokens,
+                attempt=one.attempt,
+                promotions=one.promotions,
+                submitted_at=one.submitted_at,
+                promote_at=one.promote_at,
+                give_up_at=one.give_up_at,
+                claimed_at=one.claimed_at if one.held else 0,
+                first_token_at=one.first_token_at,
                 first_token_in_ms=in_ms,
-                host=record.owner if one.held else "",
+                host=one.owner if one.held else "",
             )
         )
     return tuple(found)
 
 
-def _deadline_used(job: JobRecord, at_ms: int) -> float:
+def _deadline_used(job: Told, at_ms: int) -> float:
     deadline = job.continue_by or job.promote_at or job.give_up_at
     return max(0, at_ms - job.queued_at) / max(1, deadline - job.queued_at) if deadline else 0
 

@@ -5,8 +5,8 @@
 --   ARGV[6 ..] of each lane, how many of its oldest jobs are told
 -- Returns now; the moment; the hosts: name, hash, …; of each model its hash, then host, hash, …, then of its last jobs how
 -- many asked and are downgrades, and its sessions that stay on its fallback; of each lane its jobs, those that a worker
--- holds, when the one was submitted that has waited longest ("" = none waits), and the told ones: the entry, whether it is
--- held, and of the record what `told_of` reads.
+-- holds, when the one was submitted that has waited longest ("" = none waits), and the told ones: the entry's fields,
+-- whether it is held, and of the record what `told_of` reads.
 --- @flags no-writes
 --- @include now_ms
 --- @include look
@@ -22,10 +22,10 @@ local function value_of(entry, name)
 end
 local function told_of(entry)
   local record = redis.call(
-    "HMGET", ARGV[4] .. value_of(entry, "job"), "state", "model", "attempt", "promotions", "promote_at", "give_up_at",
-    "claimed_at", "first_token_at", "owner", "queued_at", "continue_by"
+    "HMGET", ARGV[4] .. value_of(entry, "job"), "state", "owner", "attempt", "promotions", "promote_at", "give_up_at",
+    "claimed_at", "first_token_at", "queued_at", "continue_by"
   )
-  for i = 1, 11 do record[i] = record[i] or "" end
+  for i = 1, 10 do record[i] = record[i] or "" end
   return record
 end
 -- Held jobs keep their entries, so of the first `held + 1` at least one waits. A job that was put back has an old submit
@@ -39,7 +39,7 @@ local function line_of(lane, held, most)
     local id, fields = entry[1], entry[2]
     local submitted = not holds[id] and tonumber(value_of(fields, "submitted"))
     if submitted and (oldest == "" or submitted < oldest) then oldest = submitted end
-    if i <= most then told[#told + 1] = { id, fields, holds[id] and 1 or 0, told_of(fields) } end
+    if i <= most then told[#told + 1] = { fields, holds[id] and 1 or 0, told_of(fields) } end
   end
   return oldest, told
 end

@@ -469,6 +469,7 @@ async def too_much(store: Store, book: Book) -> None:
         await on.ask("GET", "/v1/jobs/{job_id}", f"/v1/jobs/{job.id}?wait=1s")
         await on.post("/v1/jobs", {})
         await all_of(on.ask("GET", path, path) for path in ("/v1/jobs", "/v1/dead", "/v1/status/events"))
+        await on.ask("GET", "/v1/files/{file_id}/content", "/v1/files/file-x/content")
         await all_of(on.ask("POST", path, re.sub("{.*?}", "x", path)) for path in RETRIES)
 
 
@@ -567,6 +568,7 @@ async def answered(on: Stage) -> None:
     for name in ("index.html", "page.css", "page.js", "icon.svg"):
         await on.ask("GET", "/page/{name}", f"/page/{name}")
     await on.first_event("/v1/status/events")
+    await on.ask("GET", "/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     for path, item in on.book.document["paths"].items():
         for method in item:
             if method != "post" and "{" not in path and path != "/v1/status/events":

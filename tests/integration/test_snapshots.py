@@ -270,6 +270,8 @@ STATUS_MS_MAX = 20.0
 CORE_SHARE_MAX = 0.01
 TRIES = 20
 RUNNING = 50
+SCRAPED_EVERY_S = 5
+"""Prometheus' own default is a minute, its examples say 15 s."""
 
 FILL = """
 for i = 1, tonumber(ARGV[2]) do
@@ -305,7 +307,8 @@ async def test_ten_thousand_who_wait_do_not_slow_the_status_down(redis_server: R
 
 
 async def test_the_page_and_the_metrics_cost_less_than_a_hundredth_of_a_core(redis_server: RedisServer) -> None:
-    """What a second of the page costs with fifty jobs in a lane, in the api and in Redis together, and a scrape too."""
+    """What a second of the page costs with fifty jobs in a lane, in the api and in Redis together, and its part of a
+    scrape."""
     async with live_house(redis_server) as (world, api):
         await fill(world, "big", RUNNING, priority="interactive")
         gateway, clock = api.gateway, time.process_time
@@ -320,7 +323,7 @@ async def test_the_page_and_the_metrics_cost_less_than_a_hundredth_of_a_core(red
             gateway.metrics.render(shown, shown.day, callers=["ann"], redis_up=True)
             scrape_s.append(clock() - began)
         redis_s = (await script_us(world.store) - before) / TRIES / 1e6
-    cost = min(tick_s) + min(scrape_s) + redis_s
+    cost = min(tick_s) + redis_s + min(scrape_s) / SCRAPED_EVERY_S
     print(f"a tick {min(tick_s) * 1e3:.2f} ms, a scrape {min(scrape_s) * 1e3:.2f} ms, in Redis {redis_s * 1e3:.2f} ms")
     assert cost < CORE_SHARE_MAX, (tick_s, scrape_s, redis_s)
 
