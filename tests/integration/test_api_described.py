@@ -18,7 +18,7 @@ import pytest
 
 from api import app, letting_in
 from api.limits import Limits
-from broker import errors, jobs, lanes, operator, webhooks
+from broker import errors, files, jobs, lanes, operator, webhooks
 from broker.callers import Rights
 from broker.capabilities import EMBEDDING_ENDPOINTS
 from broker.lifecycle import State
@@ -469,7 +469,10 @@ async def too_much(store: Store, book: Book) -> None:
         await on.ask("GET", "/v1/jobs/{job_id}", f"/v1/jobs/{job.id}?wait=1s")
         await on.post("/v1/jobs", {})
         await all_of(on.ask("GET", path, path) for path in ("/v1/jobs", "/v1/dead", "/v1/status/events"))
-        await on.ask("GET", "/v1/files/{file_id}/content", "/v1/files/file-x/content")
+        upload = files.Upload(store, on.api.gateway.book.active, "ann")
+        await upload.write(b"{}\n")
+        sent = await upload.finish("in.jsonl")
+        await on.ask("GET", "/v1/files/{file_id}/content", f"/v1/files/{sent.id}/content")
         await all_of(on.ask("POST", path, re.sub("{.*?}", "x", path)) for path in RETRIES)
 
 

@@ -37,11 +37,9 @@ KNOWN: dict[str, dict[str, str]] = {
         ".venv/bin/python -m pytest -n 2": (
             "tests/unit/test_house.py::test_ci_runs_the_very_line_that_readme_tells_people_to_run"
         ),
-        "from openai import OpenAI": (
-            "tests/conformance/test_quickstart.py::test_readme_leads_to_an_answer_and_to_the_walk"
-        ),
+        "from openai import OpenAI": ("tests/conformance/test_quickstart.py::test_the_walk_does_what_the_page_says"),
         "curl -N http://127.0.0.1:8400/v1/chat/completions -H 'content-type: application/json' \\": (
-            "tests/conformance/test_quickstart.py::test_readme_leads_to_an_answer_and_to_the_walk"
+            "tests/conformance/test_quickstart.py::test_the_walk_does_what_the_page_says"
         ),
         "models:": "tests/unit/test_docs.py::test_the_reference_begins_with_the_file_that_readme_shows",
         "remote:": "tests/unit/test_blocks.py::test_pieces_of_a_policy_are_taken",
