@@ -149,6 +149,7 @@ async def a_dead_worker_is_found_out(directory: Path) -> None:
         assert not ledger.found, ledger.found
 
 
+@pytest.mark.long
 async def test_nobody_is_stranded(tmp_path: Path) -> None:
     """Three gateways side by side, because most of it is waiting for leases to end."""
     async with asyncio.TaskGroup() as tasks:

@@ -143,6 +143,7 @@ def here(tmp_path: Path) -> Iterator[Here]:
     running.end()
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_each_service_of_ours_runs_answers_and_stops_as_the_file_says(there: dict[str, Service], here: Here) -> None:
     """In the order of their needs, each healthy by its own check before who needs it; SIGTERM in the opposite one."""

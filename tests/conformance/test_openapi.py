@@ -120,7 +120,7 @@ def tried(case: Case, gateway: House, a_job: str) -> None:
 
 
 @schema.parametrize()
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), phases=UNSHRUNK)
 def test_requests_out_of_the_document(case: Case, gateway: House, a_job: str) -> None:
     tried(case, gateway, a_job)
 

@@ -131,6 +131,7 @@ def units(tmp_path: Path) -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_the_parts_start_serve_and_stop(units: contextlib.ExitStack, redis_server: RedisServer, tmp_path: Path) -> None:
     port = free_port()

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from broker.lifecycle import State
 from broker.store import Store
 from tests.support.broker_world import fake_world
 from tests.support.live_api import LiveApi, RawClient, Scene, chat_body, live_api, live_scene, until_true
+from tests.support.starvation import Starvation
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(40)
@@ -76,10 +78,18 @@ async def test_a_revoked_key_opens_nothing_anywhere_within_a_second(guarded: Sce
         async def gone() -> bool:
             return (await call(second, "GET", "/v1/models", key=key)).status_code == 401
 
-        await until_true(known, what="the other api knows the key", timeout_s=1)
+        await within_a_second(known, "the other api knows the key")
         assert (await call(guarded.api, "DELETE", "/v1/keys/laptop-3")).json()["name"] == "laptop-3"
         assert (await call(guarded.api, "GET", "/v1/models", key=key)).status_code == 401
-        await until_true(gone, what="the other api refuses it", timeout_s=1)
+        await within_a_second(gone, "the other api refuses it")
+
+
+async def within_a_second(seen: Callable[[], Awaitable[bool]], what: str) -> None:
+    """A second of a machine that lets this process run."""
+    starved, began_s = Starvation(os.getpid()), time.monotonic()
+    await until_true(seen, what=what)
+    took_s = time.monotonic() - began_s
+    assert took_s <= 1 + starved.seconds, f"{what} after {took_s:.2f} s"
 
 
 async def test_a_rotated_key_ends_at_once_or_after_a_while(guarded: Scene) -> None:

@@ -88,6 +88,7 @@ def longest_wait(served: list[str], session: str) -> int:
     return max(later - before for before, later in pairwise(places))
 
 
+@pytest.mark.long
 async def test_six_agents_on_two_slots_cost_at_most_half_of_what_they_cost_in_order_of_arrival(
     world: World, tmp_path: Path, served: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

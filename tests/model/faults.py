@@ -42,6 +42,7 @@ FAULTS = [
         ("submit",),
         r"  if again then return \{ \"attached\", again \} end\n",
         "",
+        slow=True,
     ),
     Fault(
         "the cap check removed",
@@ -72,6 +73,7 @@ FAULTS = [
         ("emit",),
         r"(if seq > last \+ 1 then return .*\n)\n(redis\.call\(\"XADD\".*\n)",
         r"\2\n\1",
+        slow=True,
     ),
     Fault(
         "release reuses the entry",
@@ -84,6 +86,7 @@ FAULTS = [
         ("submit", "promote"),
         r"return jobs < from or .*\n",
         "return true\n",
+        slow=True,
     ),
     Fault(
         "promote does not mark the downgrade",
@@ -148,6 +151,7 @@ FAULTS = [
         ("release", "recover", "claim", "postpone", "attach", "rejoin", "detach"),
         r"  elseif f\[1\] == \"queued\" and tonumber\(f\[8\] or 0\) > 0 then.*\n.*\n",
         "",
+        slow=True,
     ),
     Fault(
         "an answer that goes on has its first token once more",
@@ -179,6 +183,7 @@ FAULTS = [
         ("detach",),
         r"  settle_retries\(index, now, fingerprint, ARGV\[2\], false\)\n",
         "",
+        slow=True,
     ),
     Fault(
         "an answer that was heard is handed out again",
@@ -191,6 +196,7 @@ FAULTS = [
         ("rejoin",),
         r"ended and \(fetched_by == .*\) then",
         "ended then",
+        slow=True,
     ),
     Fault(
         "the fair share is not looked at",
@@ -254,12 +260,14 @@ FAULTS = [
         ("webhook_note",),
         r" or f\[2\] ~= ARGV\[4\] then",
         " then",
+        slow=True,
     ),
     Fault(
         "slot time before a put-back counts as waiting",
         ("release",),
         r"  if ran > 0 then redis\.call\(\"HINCRBY\", job, \"held_ms\", .*\n",
         "",
+        slow=True,
     ),
     Fault(
         "a late first token counts as in time",

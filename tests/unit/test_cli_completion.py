@@ -62,6 +62,7 @@ def completed(path: str, url: str, *words: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.long
 async def test_bash_completes_commands_options_and_names(path: str, api: LiveApi) -> None:
     def look() -> None:
         assert completed(path, api.url, "gateway", "ba") == ["batch"]

@@ -174,7 +174,7 @@ def bound_ms(mine: Sim, other: Sim, *, lines: float = 1) -> float:
     return lines * (away + MIN_STAY_MS + turns.BATCH_MS)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 3))])
 def test_steady_mixed_load_neither_swaps_all_the_time_nor_starves_anybody(seed: int) -> None:
     """Four hours in which each model could keep the card busy for itself for half of the time."""
     deep, little = big(every_ms=40_000), small(every_ms=3_000)
@@ -188,6 +188,7 @@ def test_steady_mixed_load_neither_swaps_all_the_time_nor_starves_anybody(seed: 
     assert len(deep.waits) >= 0.9 * 4 * HOUR_MS / deep.every_ms and len(little.waits) > 3_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_a_flood_for_one_model_does_not_starve_the_other(seed: int) -> None:
     """The one gets many times what it can serve; whoever asks for the other is served within one turn."""
