@@ -5,13 +5,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broker import errors, looks
 from broker.dispatch import Availability, ModelView
-from broker.looks import Look
+from broker.looks import CloseLook, Look
 from broker.policies import Active, PolicyBook
 from broker.recent import RecentFirstTokens
 from broker.records import HostRecord, Learned, ModelFacts, ModelOnHost
@@ -225,10 +225,12 @@ class Fleet:
         async with self._looking:
             return await self._look()
 
-    async def look_by(self, how: Callable[[], Awaitable[Look]]) -> Picture:
-        """Looks in another way, which sees as much: `how` is called when no other look is under way."""
+    async def look_closely(self, active: Active) -> CloseLook:
+        """Looks at the jobs in the lanes too; the picture is then of that look."""
         async with self._looking:
-            return self._seen(await how())
+            seen = await looks.look_closely(self._store, active)
+            self._seen(seen.look)
+            return seen
 
     async def _look(self) -> Picture:
         return self._seen(await looks.look(self._store, self._book.active))

@@ -8,10 +8,9 @@ import asyncio
 import json
 import math
 
-from broker import looks, usage
+from broker import usage
 from broker.figures import Day
 from broker.hosts import Fleet
-from broker.looks import CloseLook, Look
 from broker.policies import PolicyBook
 from broker.status import Snapshot, compose
 from broker.store import Store
@@ -61,12 +60,6 @@ class Snapshots:
 
     async def _take(self) -> Snapshot:
         active = self._book.active
-        seen: list[CloseLook] = []
-
-        async def look() -> Look:
-            seen.append(await looks.look_closely(self._store, active))
-            return seen[-1].look
-
-        await self._fleet.look_by(look)
-        number = max(seen[-1].moment, self._last.number + 1)  # clocks may be set back
-        return compose(active, self._fleet, seen[-1], self._day, number=number)
+        seen = await self._fleet.look_closely(active)
+        number = max(seen.moment, self._last.number + 1)  # clocks may be set back
+        return compose(active, self._fleet, seen, self._day, number=number)
