@@ -91,9 +91,41 @@ def _pool(store: Store) -> ArqRedis:
     return ArqRedis(connections, job_serializer=_as_json, job_deserializer=json.loads)
 
 
-def _worker(store: Store, pool: ArqRedis, works: dict[str, Any]) -> Worker:
+class _Worker(Worker):
+    """arq's worker, and the notes that it writes of how its jobs ended.
+
+    Each is written behind a shield: a job that is cancelled goes without it, and of what the note dies of then, as when
+    Redis is away, nobody would hear but the event loop, in a traceback.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.notes: set[asyncio.Task[Any]] = set()
+
+    async def finish_job(self, *args: Any, **kwargs: Any) -> None:
+        """Notes how a job ended."""
+        self._write()
+        await super().finish_job(*args, **kwargs)
+
+    async def finish_failed_job(self, *args: Any, **kwargs: Any) -> None:
+        """Notes that a job could not be run."""
+        self._write()
+        await super().finish_failed_job(*args, **kwargs)
+
+    def _write(self) -> None:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self.notes.add(task)
+        task.add_done_callback(self._written)
+
+    def _written(self, task: asyncio.Task[Any]) -> None:
+        self.notes.discard(task)
+        if not task.cancelled() and (died_of := task.exception()) is not None:
+            log.debug("event=arq_note_lost reason=%s", died_of)
+
+
+def _worker(store: Store, pool: ArqRedis, works: dict[str, Any]) -> _Worker:
     name = store.keys.namespace  # arq's own keys know no namespace: without it, gateways that share a Redis take turns
-    return Worker(
+    return _Worker(
         functions=[],
         cron_jobs=[
             _chore(f"{name}:sweep", _sweep, second=SWEEP_SECONDS),
@@ -132,7 +164,7 @@ async def _run(worker: Worker) -> None:
     running.result()
 
 
-async def _close(worker: Worker, pool: ArqRedis) -> None:
+async def _close(worker: _Worker, pool: ArqRedis) -> None:
     """Closes everything, one after another; a job that arq cancels on its way out must not keep the rest open.
 
     Of several, arq waits for the first that ends cancelled; the others note their ends in Redis, and would open
@@ -144,8 +176,9 @@ async def _close(worker: Worker, pool: ArqRedis) -> None:
         closing.cancel()
 
 
-async def _ended(worker: Worker) -> None:
+async def _ended(worker: _Worker) -> None:
     await asyncio.gather(*worker.tasks.values(), return_exceptions=True)
+    await asyncio.gather(*worker.notes, return_exceptions=True)
 
 
 async def _quietly(close: Callable[[], Awaitable[Any]]) -> None:

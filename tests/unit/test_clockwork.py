@@ -1,10 +1,12 @@
 """arq's worker ends when it is told to, whatever the libraries below it do with a cancellation."""
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from arq.worker import Worker
 
 from workers import clockwork
 
@@ -17,6 +19,7 @@ class Deaf:
         self.running = asyncio.Event()
         self.cancelled = 0
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.notes: set[asyncio.Task[None]] = set()
 
     async def async_run(self) -> None:
         while self.cancelled < 2:
@@ -81,3 +84,35 @@ async def test_connections_stay_open_until_the_last_job_has_noted_its_end() -> N
     await clockwork._close(worker, pool)  # type: ignore[arg-type]
     assert worker.tasks["slow"].done() and not pool.used_late
     assert pool.closed == ["client", "connections"]
+
+
+@pytest.mark.parametrize("note", ["finish_job", "finish_failed_job"])
+async def test_a_note_outlives_its_cancelled_job_and_what_it_dies_of_is_no_traceback(
+    note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """arq writes how a job ended behind a shield. A cancelled job goes without it, and nobody hears of it any more."""
+    pool, told, unheard = Pool(), asyncio.Event(), list[Any]()
+
+    async def writes_in_vain(_self: Worker, *_: Any, **__: Any) -> None:
+        await told.wait()
+        pool.use()
+        raise ConnectionError("Redis is away")
+
+    async def job() -> None:
+        await asyncio.shield(getattr(worker, note)("job"))
+
+    monkeypatch.setattr(Worker, note, writes_in_vain)
+    store: Any = SimpleNamespace(keys=SimpleNamespace(namespace="gw"))
+    worker: Any = clockwork._worker(store, pool, {})  # type: ignore[arg-type]
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: unheard.append(context))
+    monkeypatch.setattr(worker, "close", Deaf().close)
+    worker.tasks["one"] = asyncio.create_task(job())
+    await asyncio.sleep(0.01)
+    worker.tasks["one"].cancel()
+    loop.call_later(0.05, told.set)
+    await clockwork._close(worker, pool)  # type: ignore[arg-type]
+    assert told.is_set() and not pool.used_late and pool.closed == ["client", "connections"]
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not unheard
