@@ -5,6 +5,7 @@ Exit codes: 0 after an orderly stop, 1 when a part of it broke, 2 when it may no
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -58,12 +59,12 @@ from api.routes import (
 )
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
-from api.version import version
-from broker import collector, errors, logs
+from broker import collector, errors, logs, tracing
 from broker.callers import Keys
 from broker.keybook import KeyBook
 from broker.settings import SettingsInvalid, read_settings
 from broker.store import Store
+from broker.version import version
 
 log = logging.getLogger("warmlane.api")
 
@@ -306,7 +307,7 @@ def main() -> int:
     logs.begin(settings.log_level, settings.log_format, part="api")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_worth_a_line)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with tracing.exporting(os.environ, part="api"), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(serve(settings))
 
 

@@ -84,8 +84,9 @@ def job_of(gateway: Gateway, order: Order, wishes: Wishes, caller: Caller) -> Jo
         raise errors.BadRequest("the gateway answers this request itself: ask the endpoint", "body")
     with requests.told_of_lanes(order.lane):
         job = requests.job_of(
-            order.endpoint, asked, active, caller, lane=order.lane, session=wishes.session, leave=wishes.leave
-        )
+            order.endpoint, asked, active, caller, lane=order.lane, session=wishes.session, leave=wishes.leave,
+            traceparent=wishes.traceparent,
+        )  # fmt: skip
     return replace(
         job,
         mode="async",

@@ -41,10 +41,10 @@ from api.state_dir import CannotStart
 from api.status_table import status_table
 from api.up import Options, child_environment
 from api.up import up as run_up
-from api.version import version as installed_version
 from broker import errors
 from broker.settings import SettingsInvalid, read_settings
 from broker.status import Snapshot
+from broker.version import version as installed_version
 
 app = typer.Typer(
     help="A gateway for local LLMs with predictable first-token latency.", no_args_is_help=True,

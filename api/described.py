@@ -93,6 +93,7 @@ WISHES: Final[Mapping[str, Schema]] = {
     "Idempotency-Key": text(
         "The same key with the same body comes back to the same job, live or finished.", pattern=f"^({KEY.pattern})?$"
     ),
+    "traceparent": text("W3C trace context: the job's spans and the runtime's belong to this trace."),
     "X-Stainless-Retry-Count": text("An SDK's own: above 0, the request comes back to what its first try left behind."),
     "X-Stainless-Read-Timeout": text("An SDK's own, in seconds: the fallback is tried before it hangs up."),
 }

@@ -73,6 +73,7 @@ class Wishes:
     promote_within_ms: int | None = None
     patience_s: float = math.inf  # how long the client is to hear nothing
     idempotency_key: str = ""
+    traceparent: str = ""
     keep: bool = False
     may_retry: bool = False
     is_retry: bool = False
@@ -100,6 +101,7 @@ class Wishes:
             promote_within_ms=_soonest_ms(within, header(b"x-stainless-read-timeout")),
             patience_s=_patience_s(header(b"x-stainless-read-timeout"), header(b"x-stainless-timeout")),
             idempotency_key=key,
+            traceparent=header(b"traceparent"),
             keep=on_disconnect == "keep",
             may_retry=on_disconnect != "cancel" and (bool(key) or _is_sdk(exchange)),
             is_retry=not key and tries_again(header(b"x-stainless-retry-count")),

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from broker import dispatch, downgrades, errors, lanes
+from broker import dispatch, downgrades, errors, lanes, traces
 from broker.callers import EVERYTHING, Rights
 from broker.capabilities import cannot_do
 from broker.hosts import Fleet
@@ -59,36 +59,53 @@ async def admit(
     `maxWaitMs`; `said`: what a repeat of the Idempotency-Key must repeat, where that is more than the body.
     `vet` raises what else may be said against the job, and is asked only once no earlier job is found for the request.
     """
-    if idempotency_key:  # its job is there to be found even when no lane would take it now
-        found = await lanes.find_by_key(
-            store, caller=job.caller, key=idempotency_key, endpoint=job.endpoint, body=said or body, consent=job.consent
+
+    async def enter(active: Active) -> Admitted:
+        return await _admit(
+            store,
+            active,
+            fleet,
+            job,
+            body,
+            reader=reader,
+            key=idempotency_key,
+            may_retry=may_retry,
+            promote_within_ms=promote_within_ms,
+            give_up_within_ms=give_up_within_ms,
+            said=said,
+            rights=rights,
         )
-        if found is not None:
-            return Admitted(found, "", attached=True)
-    elif is_retry and reader:
-        left = await lanes.rejoin(store, job, body, reader=reader)
-        if left is not None:
-            return Admitted(left.job_id, left.lane, attached=True)
-    if vet is not None:
-        await vet()
+
+    with traces.admission(job, fleet.now_ms) as search:
+        found = await _earlier(
+            store, job, body, key=idempotency_key, said=said or body, reader=reader if is_retry else ""
+        )
+        if found is None:
+            if vet is not None:
+                await vet()
+            found = await _by_the_newest(book, fleet, enter)
+        search.led_to = found.job_id if found.attached else ""
+        return found
+
+
+async def _earlier(store: Store, job: JobRecord, body: bytes, *, key: str, said: bytes, reader: str) -> Admitted | None:
+    """The job that an Idempotency-Key leads to, there to be found even when no lane would take it now, or the one that
+    an SDK's first try left behind, whose retry this `reader` is, "" = it is none."""
+    if key:
+        found = await lanes.find_by_key(
+            store, caller=job.caller, key=key, endpoint=job.endpoint, body=said, consent=job.consent
+        )
+        return Admitted(found, "", attached=True) if found is not None else None
+    left = await lanes.rejoin(store, job, body, reader=reader) if reader else None
+    return Admitted(left.job_id, left.lane, attached=True) if left is not None else None
+
+
+async def _by_the_newest(book: PolicyBook, fleet: Fleet, enter: Callable[[Active], Awaitable[Admitted]]) -> Admitted:
+    """Enters by the policy in force, and where no host seems to be there, by a picture of the hosts that is new."""
     looked = False
     for _ in range(STALE_TRIES):
-        active = book.active
         try:
-            return await _admit(
-                store,
-                active,
-                fleet,
-                job,
-                body,
-                reader=reader,
-                key=idempotency_key,
-                may_retry=may_retry,
-                promote_within_ms=promote_within_ms,
-                give_up_within_ms=give_up_within_ms,
-                said=said,
-                rights=rights,
-            )
+            return await enter(book.active)
         except errors.StalePolicy:
             await book.reload()
         except errors.ModelUnavailable:

@@ -2,11 +2,12 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from broker import errors
+from broker import errors, traces
 from broker.keyspace import GROUP
+from broker.lifecycle import HELD, State
 from broker.records import JobRecord
 from broker.store import Store
 
@@ -213,6 +214,7 @@ async def cancel(
         except errors.Moved:
             continue
         log.info("event=cancel job=%s attempt=%d lane=%s was=%s reason=%s", job_id, job.attempt, job.lane, was, message)
+        await tell_end(store, replace(job, state=State(was)))
         return str(was)
     raise errors.BrokerUnavailable(f"job {job_id} moved {MOVED_TRIES} times while it was to be cancelled")
 
@@ -241,6 +243,46 @@ async def forget(store: Store, job_id: str) -> None:
     """Deletes an ended job with its answer before its keep time is over; raises NotDue while it lives, NoSuchJob."""
     k = store.keys
     await store.run("forget", [k.job(job_id), k.request(job_id), k.frames(job_id)], [store.now_arg(), job_id])
+
+
+async def tell_end(store: Store, job: JobRecord) -> None:
+    """Tells the trace of a job, given as it was before, that it is over, and what it came to."""
+    over = await _over(store, job)
+    if over is None:
+        return
+    if job.state not in HELD:
+        traces.waited(job, until_ms=over.ended_at, outcome=over.state.value)
+    traces.ended(over)
+
+
+async def tell_lost(store: Store, job: JobRecord, *, again: bool) -> None:
+    """Tells the trace of a job, given as it was before, that its worker was lost; not `again`: and that it is over."""
+    over = await _over(store, job)
+    if over is None:
+        return
+    traces.lost(job, at_ms=traces.entered_ms(over) if again else over.ended_at)
+    if not again:
+        traces.ended(over)
+
+
+async def tell_attempt(store: Store, job: JobRecord, outcome: str, **told: Any) -> None:
+    """Tells the trace of a job that an attempt at it is over as `traces.attempted` has it, and where it is over too,
+    what it came to."""
+    over = await _over(store, job) if outcome in ("done", "failed") else None
+    traces.attempted(job, outcome, ended_at=over.ended_at if over is not None else 0, **told)
+    if over is not None:
+        traces.ended(over)
+
+
+async def _over(store: Store, job: JobRecord) -> JobRecord | None:
+    """What became of a job whose steps are told; None where they are not, or where that cannot be read."""
+    if not traces.told(job):
+        return None
+    try:
+        return await find(store, job.id)
+    except errors.BrokerUnavailable as e:
+        log.debug("event=trace_lost job=%s reason=%s", job.id, e)
+        return None
 
 
 def _tell_failed(held: Holding, error: errors.BrokerError) -> None:

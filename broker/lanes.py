@@ -5,9 +5,9 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
-from broker import downgrades, errors
+from broker import downgrades, errors, traces
 from broker.hosts import Fleet
-from broker.jobs import GoOn, closing_keys, prefixes
+from broker.jobs import GoOn, closing_keys, prefixes, tell_end, tell_lost
 from broker.keyspace import GROUP
 from broker.lifecycle import State
 from broker.policies import Active
@@ -317,6 +317,8 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
     log.info(
         "event=promote job=%s attempt=%d lane=%s to=%s late_ms=%d", job.id, job.attempt, job.lane, to.name, late_ms
     )
+    if job.state is State.QUEUED:
+        traces.waited(job, until_ms=fleet.now_ms(), outcome="promoted")
 
 
 async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> None:
@@ -339,6 +341,7 @@ async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord
         ],
     )
     log.info("event=release_due job=%s lane=%s", job.id, lane.name)
+    traces.waited(job, until_ms=fleet.now_ms(), outcome="started")
 
 
 async def postpone(store: Store, job: JobRecord, *, after_ms: int) -> None:
@@ -353,6 +356,7 @@ async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
     args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.lane, job.entry, error.code, str(error)]
     await store.run("expire", closing_keys(store, job.id, job.lane), args)
     log.warning("event=expire job=%s lane=%s code=%s reason=%s", job.id, job.lane, error.code, error)
+    await tell_end(store, job)
 
 
 async def recover(
@@ -372,6 +376,7 @@ async def recover(
         "event=recover job=%s attempt=%d lane=%s owner=%s outcome=%s",
         job.id, job.attempt, job.lane, job.owner, "queued" if again else "failed",
     )  # fmt: skip
+    await tell_lost(store, job, again=again)
     return again
 
 
@@ -457,6 +462,7 @@ _TOLD_BY_CLAIM = (
     "continues",
     "last_seq",
     "leaves",
+    "trace",
 )
 
 _SET_BY_SCRIPT = frozenset(

@@ -40,6 +40,7 @@ OTHERS: dict[str, str] = {
     "frames_lost": "Redis came back without a part of its answer",
     "lost_redis": "Redis was away for too long: the attempt ended, and the lease will tell",
     "answer_unreadable": "its answer, as a line of a batch, could not be put together by our own fault",
+    "trace_lost": "what it came to could not be told to its trace",
     "unexpected": "something of ours broke over it",
 }
 

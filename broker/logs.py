@@ -31,7 +31,7 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MODULES = (
     "admission alive api attempt batches chores clockwork counting dispatcher due errands frames host hosts inspection "
     "jobs keys lanes llama_server meter ollama overlap picture policy process progress put_back quarantine readers "
-    "refusals residents room scheduler store swaps upkeep vllm wake waker webhooks"
+    "refusals residents room scheduler store swaps traces upkeep vllm wake waker webhooks"
 ).split()
 """What a level may be set for, beside the whole. Each is a logger `warmlane.<module>`."""
 

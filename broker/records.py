@@ -91,7 +91,7 @@ class JobRecord(_Hash):
     HIDDEN: ClassVar[frozenset[str]] = frozenset(
         (
             "apis boot idem retries exits judged leaves left last_seq usage grace_ms keep_ms entry asked_number "
-            "error_message letter"
+            "error_message letter trace"
         ).split()
     )
     """What is ours alone to know, or is told in another form."""
@@ -159,6 +159,7 @@ class JobRecord(_Hash):
     webhook: str = ""  # the URL that is told of its end, "" = none
     batch: str = ""  # the batch that it is a line of, "" = none
     metadata: str = ""  # JSON object of what its caller noted on it, texts only
+    trace: str = ""  # `traceparent` of the trace that it belongs to, "" = none
     retry_of: str = ""  # the job that ended badly whose request this one tries again
     retried_as: str = ""  # the newest job that tries this one's request again
     letter: str = ""  # id of its entry among the dead letters

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ulid import ULID
 
-from broker import errors
+from broker import errors, traces
 from broker.callers import Caller
 from broker.dialects import (
     anthropic,
@@ -108,11 +108,13 @@ def job_of(
     session: str = "",
     leave: bool | None = None,
     grace_ms: int = -1,
+    traceparent: str = "",
 ) -> JobRecord:
     """Writes the job that a request asks for; raises UnknownModel, LaneForbidden.
 
     `lane` and `session` stand beside the body, in headers mostly, and count before what it says itself; `leave` is what
     was said of remote models, None = nothing. `grace_ms`: how long it outlives its last reader, -1 = it needs none.
+    `traceparent`: the client's own trace, "" = none.
     """
     policy, rights, later = active.policy, caller.rights, asked.background
     name = name_of(endpoint, asked, policy, lane=lane)
@@ -139,6 +141,7 @@ def job_of(
         tokens=asked.tokens,
         longest=asked.longest,
         max_tokens=asked.max_tokens,
+        trace=traces.accepted(traceparent),
     )
 
 

@@ -57,6 +57,7 @@ class Ended:
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
     timings: dict[str, Any] | None = None  # the runtime's own, where it tells them
+    code: str = ""  # of the error that ended it
     whole: bool = True  # else it went on with an earlier attempt's answer, and its times teach nothing
 
 
@@ -80,6 +81,7 @@ class Attempt:
         limits: Limits,
         *,
         served_by: str,
+        traceparent: str = "",
         slot: int | None = None,
         on_refusal: Callable[[Refusal], None] = lambda _refusal: None,
     ) -> None:
@@ -90,6 +92,7 @@ class Attempt:
         self._endpoint = endpoint
         self._limits = limits
         self._served_by = served_by
+        self._headers = endpoint.headers | ({"traceparent": traceparent} if traceparent else {})
         self._slot = slot if slot is not None and slot < endpoint.slots else None
         self._on_refusal = on_refusal  # before the job is anybody's again, or the next slot would take it
         self._body = claimed.body
@@ -101,6 +104,7 @@ class Attempt:
         self._started = self._last_byte = self._loop.time()
         self._timer: asyncio.TimerHandle
         self._first_token_s = 0.0
+        self._code = ""
         self._complaint = bytearray()
         self._gone = False  # the runtime says that it does not have the model
         self._stop: errors.BrokerError | None = None
@@ -140,6 +144,7 @@ class Attempt:
             total_ms=(self._loop.time() - self._started) * 1000,
             usage=self._reader.usage,
             timings=self._reader.timings,
+            code=self._code,
             whole=not self.job.continues,
         )
 
@@ -219,7 +224,7 @@ class Attempt:
                 self._endpoint.base_url,
                 self._asking.path,
                 self._asking.request(self._slot),
-                headers=self._endpoint.headers,
+                headers=self._headers,
                 on_data=self._on_data,
                 on_news=self._news.set,
                 fresh=fresh,
@@ -358,6 +363,7 @@ class Attempt:
 
     async def _fail(self, error: errors.BrokerError, *, final: bool = False) -> str:
         """Ends the attempt badly: back into the lane where another try is honest, else the client is told."""
+        self._code = error.code
         if refusal := self._refusal():
             self._on_refusal(refusal)
         try:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from broker import continuing, dispatch, errors, hosts, jobs, lanes
+from broker import continuing, dispatch, errors, hosts, jobs, lanes, traces
 from broker.hosts import Fleet
 from broker.policies import Active, PolicyBook
-from broker.records import Claimed, ModelFacts, Waiting
+from broker.records import Claimed, JobRecord, ModelFacts, Waiting
 from broker.store import Store
 from broker.trust import door
 from broker.trust.secrets import CannotScan
@@ -260,6 +260,8 @@ class Dispatcher:
             finally:
                 del self.attempts[held]
                 put_back = self._put_backs.over(held)
+            if traces.told(attempt.job):
+                self._tasks.create_task(self._trace(attempt.job, ended), name=f"trace {job.job}")
             clean, tokens = ended.clean, _cached_tokens(ended)
             estimate = job.tokens + (ended.usage or {}).get("completion_tokens", 0) if tokens else 0
             self._learn(waker, ended, new_session=new_session)
@@ -275,6 +277,10 @@ class Dispatcher:
                 self._held_back.pop(job.caller, None)
             waker.released(_user(job), clean=clean, tokens=tokens, estimate=estimate, served=served, keep=keep)
             self.dispatch()
+
+    async def _trace(self, job: JobRecord, ended: Ended) -> None:
+        times = {"first_token_ms": ended.first_token_ms, "total_ms": ended.total_ms}
+        await jobs.tell_attempt(self._store, job, ended.outcome, error=ended.code, **times)
 
     async def _spend(self, attempt: Attempt, tokens: int) -> None:
         """Charges the caller's day for an answer that it cancelled, or hung up on."""
@@ -316,6 +322,7 @@ class Dispatcher:
             claimed = leaving
         if job.priority != "batch":
             self._interactive_at[waker.name] = claimed.record.claimed_at
+        traces.claimed(claimed.record, loaded_ms=waker.last_load_ms, warm_ms=waker.stayed_ms)
         model, max_losses = waker.model, active.policy.max_losses
         limits = Limits(
             model.first_token_timeout_ms,
@@ -332,6 +339,7 @@ class Dispatcher:
             endpoint,
             limits,
             served_by=served_by,
+            traceparent=traces.onward(claimed.record) if model.trust == "local" else "",
             slot=slot,
             on_refusal=waker.refused,
         )
@@ -362,6 +370,7 @@ class Dispatcher:
             held = jobs.Holding(record.id, record.lane, claimed.attempt, record.boot)
             try:
                 await jobs.end(self._store, held, "fail", error=e)
+                await jobs.tell_end(self._store, record)
             except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as lost:
                 log.info("event=stop job=%s attempt=%d reason=%s", record.id, claimed.attempt, lost)
             return None

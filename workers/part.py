@@ -1,13 +1,14 @@
 """How a part starts as a process: settings, logging, the loop, and exit codes with one sentence for each."""
 
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
 import uvloop
 
-from broker import collector, errors, logs
+from broker import collector, errors, logs, tracing
 from broker.settings import SettingsInvalid, read_settings
 from workers.settings import WorkerSettings
 
@@ -31,7 +32,8 @@ def run(serve: Callable[[WorkerSettings], Awaitable[int]], *, part: str, quiet: 
         return await serve(settings)
 
     try:
-        raise SystemExit(uvloop.run(whole()))
+        with tracing.exporting(os.environ, part=part):
+            raise SystemExit(uvloop.run(whole()))
     except errors.BrokerUnavailable as e:
         print(e, file=sys.stderr)
         raise SystemExit(NO_REDIS_EXIT) from None

@@ -136,4 +136,5 @@ class ChatCompletions:
             session=wishes.session,
             leave=wishes.leave,
             grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
+            traceparent=wishes.traceparent,
         )

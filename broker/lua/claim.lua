@@ -7,7 +7,7 @@
 --   ARGV[12] rules         digest of those in force for that model, `-` = this runtime leads elsewhere
 --   ARGV[13] provider      its address           ARGV[14] audit_ms   how long records are kept
 -- Returns {attempt, claimed_at, body, and of the job's hash: zone, endpoint, stream, include_usage, choices, mode,
--- priority, session, tokens, put_backs, continues, last_seq, leaves}. A job that `continues` goes on counting behind its
+-- priority, session, tokens, put_backs, continues, last_seq, leaves, trace}. A job that `continues` goes on counting behind its
 -- last frame.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, TRUSTZONE, UNJUDGED, CALLERBUSY.
 --- @include now_ms
@@ -20,7 +20,7 @@ local stale = same_policy(KEYS[4], ARGV[6])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[2], "state", "lane", "entry", "zone", "attempt", "abandon_at", "endpoint", "stream",
   "include_usage", "choices", "mode", "priority", "session", "tokens", "continues", "last_seq", "leaves",
-  "caller", "max_running", "put_backs")
+  "caller", "max_running", "put_backs", "trace")
 local to, refusal = follow(f[1], "claim", KEYS[2])
 if not to then return refusal end
 if f[2] ~= ARGV[4] or f[3] ~= ARGV[5] then return redis.error_reply("MOVED " .. f[2] .. " " .. f[3]) end
@@ -50,4 +50,4 @@ if ARGV[10] == "remote" then
     "model", ARGV[11], "provider", ARGV[13], "host", ARGV[7], "rules", ARGV[12] })
 end
 return { attempt, ms(now), redis.call("GET", KEYS[5]), f[4], f[7], f[8], f[9], f[10], f[11], f[12], f[13], f[14],
-  f[20], f[15], last, f[17] }
+  f[20], f[15], last, f[17], f[21] }

@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.checks import (
 
 from api import app
 from api.openapi import Document
-from api.version import version
 from broker.capabilities import EMBEDDING_ENDPOINTS
+from broker.version import version
 from tests.support.described import Book
 from tests.support.gateway_process import House, house
 from tests.support.worker_world import policy, simulated

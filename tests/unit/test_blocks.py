@@ -106,6 +106,11 @@ KNOWN: dict[str, dict[str, str]] = {
         ),
     },
     "docs/security.md": {".ci/audit": "tests/unit/test_blocks.py::test_the_audit_is_a_script_that_bash_reads"},
+    "docs/traces.md": {
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 gateway up": (
+            "tests/conformance/test_traces.py::test_one_trace_from_the_client_through_every_part"
+        )
+    },
     "docs/troubleshooting.md": {
         "gateway status": "tests/conformance/test_jobs_page.py::test_what_troubleshooting_looks_at_first"
     },

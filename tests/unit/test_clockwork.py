@@ -91,9 +91,10 @@ async def test_a_note_outlives_its_cancelled_job_and_what_it_dies_of_is_no_trace
     note: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """arq writes how a job ended behind a shield. A cancelled job goes without it, and nobody hears of it any more."""
-    pool, told, unheard = Pool(), asyncio.Event(), list[Any]()
+    pool, begun, told, unheard = Pool(), asyncio.Event(), asyncio.Event(), list[Any]()
 
     async def writes_in_vain(_self: Worker, *_: Any, **__: Any) -> None:
+        begun.set()
         await told.wait()
         pool.use()
         raise ConnectionError("Redis is away")
@@ -108,7 +109,7 @@ async def test_a_note_outlives_its_cancelled_job_and_what_it_dies_of_is_no_trace
     loop.set_exception_handler(lambda _, context: unheard.append(context))
     monkeypatch.setattr(worker, "close", Deaf().close)
     worker.tasks["one"] = asyncio.create_task(job())
-    await asyncio.sleep(0.01)
+    await begun.wait()
     worker.tasks["one"].cancel()
     loop.call_later(0.05, told.set)
     await clockwork._close(worker, pool)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from api import cli, exit_codes
-from broker import keyspace, lifecycle, log_words, metric_notes, model_life, pictures
+from broker import keyspace, lifecycle, log_words, metric_notes, model_life, pictures, traces
 from broker.metrics import Metrics
 from broker.policy import Policy, content, reference, remote, webhooks
 from tests.support.pages import ROOT, marked
@@ -36,6 +36,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "keys": ("ARCHITECTURE.md", keyspace.as_markdown),
     "exit-codes": ("docs/ci.md", exit_codes.as_markdown),
     "metrics": ("docs/metrics.md", lambda: metric_notes.as_markdown(Metrics(version="1").families())),
+    "spans": ("docs/traces.md", traces.as_markdown),
     "log-words": ("docs/inspect.md", log_words.as_markdown),
     "policy": ("docs/policy.md", reference.as_markdown),
     "lanes": ("docs/concepts.md", lambda: drawn(pictures.lanes(policy_of("policy.md", "policy.yaml")))),

@@ -41,7 +41,7 @@ def test_every_version_is_pinned_within_its_range() -> None:
 
 def test_every_import_of_the_gateway_is_declared() -> None:
     """A package that only comes along with another goes when the other no longer needs it."""
-    extras = [*PROJECT["optional-dependencies"]["gpu"], *PROJECT["optional-dependencies"]["top"]]
+    extras = [line for name in ("gpu", "otel", "top") for line in PROJECT["optional-dependencies"][name]]
     declared = {canonicalize_name(Requirement(line).name) for line in [*PROJECT["dependencies"], *extras]}
     distributions = importlib.metadata.packages_distributions()
     for path, module in imports():

@@ -102,6 +102,7 @@ SAID = {
     "X-Gateway-Allow-Remote": ["true", "false", "yes"],
     "X-Gateway-On-Disconnect": ["keep", "cancel", "stay"],
     "Idempotency-Key": ["k", "", "k" * 255, "k" * 256, "a b", "ü"],
+    "traceparent": ["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "", "none"],
     "X-Stainless-Retry-Count": ["0", "1", "many"],
     "X-Stainless-Read-Timeout": ["600", "2.5", "never"],
 }
