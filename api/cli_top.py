@@ -17,7 +17,7 @@ NO_TERMINAL = "`gateway top` needs a terminal; `gateway status --watch` prints i
 def top(
     every_s: Annotated[float, typer.Option("--every", help="Seconds between two looks.", min=0.1)] = 1.0,
 ) -> None:
-    """Shows models, lanes and hosts on one screen: s sorts, / filters, q quits."""
+    """Shows models, lanes, jobs and hosts on one screen: s sorts, / filters, q quits."""
     try:
         from api.top import Top
     except ImportError as missing:

@@ -29,7 +29,7 @@ Clock = Callable[[], float]
 
 
 class Table(DataTable[Text]):
-    """One of the three tables, with the order of its rows. It keeps the chosen row over looks."""
+    """One of the four tables, with the order of its rows. It keeps the chosen row over looks."""
 
     def __init__(self, name: str, columns: tuple[Column, ...], rows: Callable[..., list[Row]]) -> None:
         super().__init__(id=name, cursor_type="row", zebra_stripes=True)
@@ -74,7 +74,7 @@ class Top(App[None]):
     #state { height: 1; padding: 0 1; background: $primary; color: $text; }
     #state.stale { background: $warning; }
     #state.lost { background: $error; }
-    DataTable { height: auto; max-height: 40%; margin: 0 0 1 0; }
+    DataTable { height: auto; max-height: 30%; margin: 0 0 1 0; }
     DataTable.old { opacity: 60%; }
     #filter { display: none; dock: bottom; }
     #filter.open { display: block; }
@@ -105,6 +105,7 @@ class Top(App[None]):
         yield Static(id="state", markup=False)
         yield Table("models", top_view.MODELS, top_view.model_rows)
         yield Table("lanes", top_view.LANES, top_view.lane_rows)
+        yield Table("jobs", top_view.JOBS, top_view.job_rows)
         yield Table("hosts", top_view.HOSTS, top_view.host_rows)
         yield Input(id="filter", placeholder="part of a name; Enter keeps it, Esc shows all")
         yield Footer()

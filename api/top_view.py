@@ -1,11 +1,11 @@
-"""What `gateway top` shows of a snapshot: rows of three tables, sorted and filtered. Pure."""
+"""What `gateway top` shows of a snapshot: rows of four tables, sorted and filtered. Pure."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from api.status_table import duration, loading, size
-from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, JobStatus, LaneStatus, ModelStatus, Snapshot
 
 BAR = 10
 """Characters of the bar that shows how full a lane is."""
@@ -50,6 +50,17 @@ LANES = (
     Column("MODEL", lambda lane: lane.model, falling=False),
     Column("FALLBACK", lambda lane: lane.fallback, falling=False),
 )
+JOBS = (
+    Column("AGE", lambda seen: seen.age_ms),
+    Column("JOB", lambda seen: seen.job.id, falling=False),
+    Column("CALLER", lambda seen: seen.job.caller, falling=False),
+    Column("LANE", lambda seen: seen.lane, falling=False),
+    Column("STATE", lambda seen: seen.job.state, falling=False),
+    Column("PLACE", lambda seen: seen.job.position, falling=False),
+    Column("FIRST TOKEN", lambda seen: seen.first_token_ms),
+    Column("UNLESS SERVED", lambda seen: seen.left_ms, falling=False),
+    Column("PROMPT", lambda seen: seen.job.tokens),
+)
 HOSTS = (
     Column("HOST", lambda host: host.name, falling=False),
     Column("BEAT", lambda host: host.beat_age_ms),
@@ -71,6 +82,43 @@ def lane_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list
     """The lanes: who waits, for how long, and where it would go."""
     found = (lane for lane in shown.lanes if _has(only, lane.name, lane.model))
     return [_lane(lane) for lane in _sorted(found, LANES[sort], backwards)]
+
+
+@dataclass(frozen=True)
+class JobSeen:
+    """A job in its lane, at the moment of a snapshot. Times in ms."""
+
+    at_ms: int
+    lane: str
+    number: int  # of the jobs told of its lane
+    job: JobStatus
+
+    @property
+    def age_ms(self) -> int:
+        """Since its submit."""
+        return max(0, self.at_ms - self.job.submitted_at)
+
+    @property
+    def first_token_ms(self) -> float:
+        """From its submit to its first token, told or foretold; below 0 where nobody can say."""
+        if self.job.first_token_at:
+            return self.job.first_token_at - self.job.submitted_at
+        return -1.0 if self.job.first_token_in_ms is None else self.age_ms + self.job.first_token_in_ms
+
+    @property
+    def left_ms(self) -> float:
+        """Until it tries its fallback, or is given up on; below 0 where that is overdue, inf where nothing is due."""
+        due = [at for at in (self.job.promote_at, self.job.give_up_at) if at] if self.job.position else []
+        return min(due) - self.at_ms if due else float("inf")
+
+
+def job_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[Row]:
+    """The jobs that wait and run, the oldest first; whose they are only as far as whoever asks may know."""
+    seen = (
+        JobSeen(shown.at_ms, lane.name, number, job) for lane in shown.lanes for number, job in enumerate(lane.jobs)
+    )
+    found = (one for one in seen if _has(only, one.lane, one.job.id, one.job.caller, one.job.host))
+    return [_job(one) for one in _sorted(found, JOBS[sort], backwards)]
 
 
 def host_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[Row]:
@@ -123,6 +171,28 @@ def _lane(lane: LaneStatus) -> Row:
         goes + (", retiring" if lane.retiring else ""),
     )
     return Row(lane.name, cells, "late" if late else "full" if full >= 1 else "waits" if lane.waiting else "")
+
+
+def _job(seen: JobSeen) -> Row:
+    job, token, left = seen.job, duration(abs(seen.first_token_ms)), duration(abs(seen.left_ms))
+    first = "-" if seen.first_token_ms < 0 else f"after {token}" if job.first_token_at else f"~{token}"
+    due = "-"
+    if seen.left_ms < float("inf"):
+        moves = bool(job.promote_at) and job.promote_at <= (job.give_up_at or job.promote_at)
+        due = ("moves" if moves else "ends") + (f" in {left}" if seen.left_ms >= 0 else f", {left} late")
+    cells = (
+        duration(seen.age_ms),
+        job.id or "-",
+        job.caller or "-",
+        seen.lane,
+        job.state + (" (batch)" if job.priority == "batch" else ""),
+        f"{job.position}." if job.position else f"on {job.host}",
+        first,
+        due,
+        str(job.tokens),
+    )
+    tone = ("late" if seen.left_ms < 0 else "waits") if job.position else "warm" if job.first_token_at else "waking"
+    return Row(f"{seen.lane}/{job.id or seen.number}", cells, tone)
 
 
 def _host(host: HostStatus) -> Row:

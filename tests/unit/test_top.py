@@ -13,8 +13,8 @@ from textual.widgets import Input, Static
 from api import cli_top
 from api.exit_codes import Failed
 from api.top import Table, Top
-from api.top_view import LANES, MODELS, host_rows, lane_rows, model_rows, summary
-from broker.status import LaneStatus, Snapshot
+from api.top_view import JOBS, LANES, MODELS, host_rows, job_rows, lane_rows, model_rows, summary
+from broker.status import JobStatus, LaneStatus, Snapshot
 from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, gateway
 from tests.unit.test_status_table import DEEP, HOST, SMALL
 
@@ -199,3 +199,40 @@ def test_without_textual_it_says_what_to_install(gateway: Gateway, without_textu
 
 def test_it_needs_a_terminal(gateway: Gateway) -> None:
     gateway("top").complains(2, cli_top.NO_TERMINAL)
+
+
+RUNS = JobStatus(
+    id="01RUNS", caller="anna", state="streaming", tokens=120, submitted_at=2_000, first_token_at=2_800, host="gpu1",
+    give_up_at=90_000,
+)  # fmt: skip
+WAITS = JobStatus(
+    id="01WAITS", caller="ci-bot", state="queued", priority="batch", position=1, tokens=9_000, submitted_at=30_000,
+    promote_at=45_000, give_up_at=600_000, first_token_in_ms=4_000,
+)  # fmt: skip
+LATE = JobStatus(state="queued", position=2, submitted_at=31_000, promote_at=38_500)
+
+
+async def test_jobs_stand_there_with_their_age_their_place_and_what_comes_next() -> None:
+    """Of somebody else's, one without a right to that sees neither the id nor the name."""
+    deep, small = TEAM.lanes
+    team = replace(TEAM, at_ms=40_000, lanes=(replace(deep, jobs=(RUNS, WAITS, LATE)), small))
+    app = Gate(team).top()
+    async with app.run_test(size=(160, 50)) as pilot:
+        await pilot.pause()
+        assert cells(app, "jobs") == [
+            ["38s", "01RUNS", "anna", "deep-coder", "streaming", "on gpu1", "after 800ms", "-", "120"],
+            ["10s", "01WAITS", "ci-bot", "deep-coder", "queued (batch)", "1.", "~14s", "moves in 5s", "9000"],
+            ["9s", "-", "-", "deep-coder", "queued", "2.", "-", "moves, 2s late", "0"],
+        ]
+    rows = job_rows(team, sort=0, backwards=False, only="")
+    assert [row.tone for row in rows] == ["warm", "waits", "late"] and len({row.name for row in rows}) == 3
+    assert [row.cells[1] for row in job_rows(team, sort=0, backwards=False, only="CI-BOT")] == ["01WAITS"]
+    due_first = next(at for at, column in enumerate(JOBS) if column.head == "UNLESS SERVED")
+    assert [row.cells[1] for row in job_rows(team, sort=due_first, backwards=False, only="")] == [
+        "-",
+        "01WAITS",
+        "01RUNS",
+    ]
+    gives_up = replace(WAITS, promote_at=0)
+    (row,) = job_rows(replace(team, lanes=(replace(deep, jobs=(gives_up,)),)), sort=0, backwards=False, only="")
+    assert row.cells[7] == "ends in 9m"
