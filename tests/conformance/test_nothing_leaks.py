@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from broker.store import Store
+from tests.support.collector import receiver
 from tests.support.gateway_process import House, house
 from tests.support.scripted_runtime import ScriptedLlamaServer
 from tests.support.worker_world import eventually, policy, simulated
@@ -163,21 +164,26 @@ async def test_no_prompt_key_or_session_is_where_it_does_not_belong(tmp_path: Pa
     async with Parrot().running() as parrot:
         models["parrot"] = {"backend": "llama.cpp", "model": "weights", "url": parrot.url, "keepWarm": True}
         settings = {"GATEWAY_LOG_LEVEL": "DEBUG", "GATEWAY_KEYS": f"ann:{KEY}"}
-        with house(tmp_path / "data", policy=policy(models, maxLosses=1), **settings) as up:
-            for name in models:
-                await asyncio.to_thread(up.until_state, name, "warm")
-            told = await storm(up)
-            store = await Store.open(up.redis_url, name="test")
-            try:
-                redis = await values(store)
-            finally:
-                await store.close()
-            logs = up.output
-            files = read_files(tmp_path)
+        with receiver() as collector:
+            settings |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+            with house(tmp_path / "data", policy=policy(models, maxLosses=1), **settings) as up:
+                for name in models:
+                    await asyncio.to_thread(up.until_state, name, "warm")
+                told = await storm(up)
+                store = await Store.open(up.redis_url, name="test")
+                try:
+                    redis = await values(store)
+                finally:
+                    await store.close()
+                logs = up.output
+                files = read_files(tmp_path)
+        outcomes = {span.attributes["warmlane.outcome"] for span in collector.spans if span.served}
     assert "DEBUG" in logs and "event=fail" in logs and "event=count_failed" in logs and len(files) > 2
     assert [line for line in logs.splitlines() if "zebra" in line] == []
     assert [file for file, text in files.items() if "zebra" in text] == []
     assert [body for _, body in told if "zebra" in body] == []
+    assert {"done", "failed", "refused", "attached"} <= outcomes
+    assert [body for body in collector.raw if b"zebra" in body] == []
     assert {422, 400, 401, 404} <= {status for status, _ in told}
     assert [name for name in redis if "zebra" in name] == []
     holds = {

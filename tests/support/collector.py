@@ -82,12 +82,14 @@ class Receiver:
         self.spans = Spans()
         self.resources: list[dict[str, str]] = []
         self.paths: set[str] = set()
+        self.raw: list[bytes] = []
         self.url = ""
 
     def take(self, path: str, encoding: str, body: bytes) -> None:
         """Reads one request."""
         self.paths.add(path)
-        request = ExportTraceServiceRequest.FromString(gzip.decompress(body) if encoding == "gzip" else body)
+        self.raw.append(gzip.decompress(body) if encoding == "gzip" else body)
+        request = ExportTraceServiceRequest.FromString(self.raw[-1])
         for group in request.resource_spans:
             self.resources.append({a.key: a.value.string_value for a in group.resource.attributes})
             for scope in group.scope_spans:
