@@ -265,13 +265,22 @@ async def tell_lost(store: Store, job: JobRecord, *, again: bool) -> None:
         traces.ended(over)
 
 
-async def tell_attempt(store: Store, job: JobRecord, outcome: str, **told: Any) -> None:
+async def tell_attempt(
+    store: Store, job: JobRecord, outcome: str, *, first_token_ms: float, total_ms: float, error: str = ""
+) -> None:
     """Tells the trace of a job that an attempt at it is over as `traces.attempted` has it, and where it is over too,
-    what it came to."""
-    over = await _over(store, job) if outcome in ("done", "failed") else None
-    traces.attempted(job, outcome, ended_at=over.ended_at if over is not None else 0, **told)
-    if over is not None:
-        traces.ended(over)
+    what it came to. Its record knows better than an attempt that was told that it holds nothing: the reply to its own
+    end may have been lost."""
+    over = await _over(store, job)
+    ended = over is not None and over.attempt == job.attempt and over.state in (State.DONE, State.FAILED)
+    if over is None or not ended or (outcome == "stopped" and over.error == errors.WorkerLost.code):
+        traces.attempted(job, outcome, first_token_ms=first_token_ms, total_ms=total_ms, error=error)
+        return
+    traces.attempted(
+        job, over.state.value, first_token_ms=first_token_ms, total_ms=total_ms, error=over.error,
+        ended_at=over.ended_at,
+    )  # fmt: skip
+    traces.ended(over)
 
 
 async def _over(store: Store, job: JobRecord) -> JobRecord | None:

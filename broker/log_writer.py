@@ -6,6 +6,7 @@ as long as noting it. Trouble is written at once, and so is what is said outside
 
 import asyncio
 import logging
+import threading
 from typing import TextIO
 
 LATER_S = 0.005
@@ -22,6 +23,7 @@ class Writer(logging.StreamHandler[TextIO]):
         super().__init__(stream)
         self._waiting: list[logging.LogRecord] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_of = 0  # the thread whose loop has it
 
     def emit(self, record: logging.LogRecord) -> None:
         """Notes a line; the handler's lock is held, as `logging` does."""
@@ -33,7 +35,7 @@ class Writer(logging.StreamHandler[TextIO]):
         except RuntimeError:  # before the loop, after it, or in a thread beside it
             return self._write()
         if self._timer is None or self._timer.cancelled():
-            self._timer = loop.call_later(LATER_S, self.flush)
+            self._timer, self._timer_of = loop.call_later(LATER_S, self.flush), threading.get_ident()
 
     def flush(self) -> None:
         """Writes what waits; also at the end of the process."""
@@ -44,7 +46,7 @@ class Writer(logging.StreamHandler[TextIO]):
             self.release()
 
     def _write(self) -> None:
-        if self._timer is not None:
+        if self._timer is not None and self._timer_of == threading.get_ident():  # else it finds nothing to write
             self._timer.cancel()
             self._timer = None
         waiting, self._waiting = self._waiting, []

@@ -1,38 +1,36 @@
 """The trace of a job: a span for each step of its life, told when the step is over by whichever part ended it.
 
 Which trace a job belongs to stands in its record, and a span's id follows from the job's: no part needs another's
-memory to name a parent, and a step that is told twice is the same span. What a killed part had not told is told by
-whoever recovers its job. Nothing is told, and nothing costs, until `begin` is given somebody to tell; that is `otel`.
+memory to name a parent, and an attempt whose worker was killed is told by whoever recovers its job. Where two parts
+tell the same step, because a reply was lost or a worker was only frozen, it has the same id twice. Nothing is told, and
+nothing costs, until `begin` is given somebody to tell; that is `otel`.
 
 Instants are ms of Redis' clock. Trace context is W3C's (Trace Context, Level 1).
 """
 
 import hashlib
 import json
+import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
-
-from ulid import ULID
 
 from broker import errors
 from broker.records import JobRecord
 
+log = logging.getLogger("warmlane.traces")
+
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 _NO_TRACE, NO_PARENT = "0" * 32, "0" * 16
 
-ADMISSION_MS_MAX = 60_000
-"""No search for a lane takes longer; an id that seems to say so was made by a clock that is wrong."""
-
 SPANS: Final[dict[str, str]] = {
-    "job": "the whole of it, from its admission to its end, or to its refusal; named by what was asked for",
-    "admit": "finding a lane that takes it",
+    "job": "the whole of it, from its submit to its end; named by what was asked for, and by `chat` alone if refused",
     "scheduled": "from its submit to the start that its caller set",
     "wait": "in one lane, until a worker claimed it or it left the lane otherwise (`warmlane.outcome`)",
-    "wake": "the part of that wait in which its model was loaded",
+    "wake": "the part of that wait in which its model was woken: loaded, and its first token proved",
     "attempt": "a worker's hold on it; the runtime gets this span as its parent",
     "first token": "from the claim to the attempt's first token: the prompt is read",
     "answer": "from there to the end of the answer",
@@ -83,7 +81,7 @@ class Teller(Protocol):
         """Decides about a trace that begins here, or about one that a client began."""
 
     def tell(self, span: Span) -> None:
-        """Takes a span; never waits and never raises."""
+        """Takes a span; never waits."""
 
 
 _teller: Teller | None = None
@@ -104,7 +102,11 @@ def accepted(traceparent: str) -> str:
     if _teller is None:
         return str(theirs) if theirs is not None else ""
     context = theirs or Context(secrets.token_hex(16), NO_PARENT, True)
-    sampled = _teller.samples(context)
+    try:
+        sampled = _teller.samples(context)
+    except Exception as e:  # noqa: BLE001  # a sampler may be anybody's
+        _broke(e)
+        return str(theirs) if theirs is not None else ""
     if theirs is None and not sampled:
         return ""
     return str(Context(context.trace_id, context.parent, sampled))
@@ -141,27 +143,29 @@ def as_markdown() -> str:
 
 @contextmanager
 def admission(job: JobRecord, now_ms: Callable[[], int]) -> Iterator["Admission"]:
-    """Tells how long the search for a lane took, and the whole of a job that is refused. A line of a batch is asked for
-    again and again until there is a place: its refusals are nobody's."""
-    begun = Admission()
+    """Tells of a request that is refused, or led to an earlier job. A line of a batch is asked for again and again
+    until there is a place: its refusals are nobody's."""
+    search = Admission()
     if not told(job):
-        yield begun
+        yield search
         return
-    since = _made_ms(job, now_ms())
+    since = now_ms()
     try:
-        yield begun
+        yield search
     except errors.Refused as refusal:
         if not job.batch:
-            _tell_whole(job, since, now_ms(), outcome="refused", error=refusal.code)
+            _tell_whole(
+                replace(job, lane=getattr(refusal, "lane", "")), "job", since, now_ms(), outcome="refused",
+                error=refusal.code,
+            )  # fmt: skip
         raise
-    if begun.led_to:
-        _tell_whole(job, since, now_ms(), outcome="attached", **{"warmlane.attached_to": begun.led_to})
-    else:
-        _tell(job, "admit", "admit", since, now_ms())
+    if search.led_to:
+        about = {"warmlane.attached_to": search.led_to}
+        _tell_whole(job, "attach", since, now_ms(), outcome="attached", **about)
 
 
 class Admission:
-    """A search that goes on; `led_to`: the earlier job that it found, "" = none."""
+    """A search for a lane that goes on; `led_to`: the earlier job that it found, "" = none."""
 
     led_to: str = ""
 
@@ -176,15 +180,15 @@ def waited(job: JobRecord, *, until_ms: int, outcome: str) -> None:
         _tell(job, "scheduled", "scheduled", job.submitted_at, until_ms, **{"warmlane.outcome": outcome})
 
 
-def claimed(job: JobRecord, *, loaded_ms: float, warm_ms: float) -> None:
-    """A worker has it, whose model has been warm for `warm_ms`, after a load that took `loaded_ms`."""
+def claimed(job: JobRecord, *, woken_ms: tuple[int, int]) -> None:
+    """A worker has it, whose model's last wake began and ended at these instants."""
     if not told(job):
         return
-    warm_at = round(job.claimed_at - warm_ms)
+    begun_at, warm_at = woken_ms
     waited(job, until_ms=job.claimed_at, outcome="claimed")
-    if entered_ms(job) < warm_at:
-        since, wait = max(entered_ms(job), round(warm_at - loaded_ms)), f"wait {job.entry}"
-        _tell(job, "wake", f"wake {job.entry}", since, warm_at, parent=wait)
+    since = max(entered_ms(job), begun_at)
+    if since < warm_at <= job.claimed_at:
+        _tell(job, "wake", f"wake {job.entry}", since, warm_at, parent=f"wait {job.entry}")
 
 
 def attempted(
@@ -220,7 +224,7 @@ def ended(job: JobRecord) -> None:
         for name, key in (("input", "prompt_tokens"), ("output", "completion_tokens"))
         if tokens.get(key)
     }
-    _tell_whole(job, _made_ms(job, job.submitted_at), job.ended_at, outcome=job.state.value, error=job.error, **figures)
+    _tell_whole(job, "job", job.submitted_at, job.ended_at, outcome=job.state.value, error=job.error, **figures)
 
 
 # --- how they are told ------------------------------------------------------------------------------------------------
@@ -245,15 +249,6 @@ def entered_ms(job: JobRecord) -> int:
     return int(job.entry.partition("-")[0]) if job.entry else job.submitted_at
 
 
-def _made_ms(job: JobRecord, at_ms: int) -> int:
-    """When its admission began: its id tells that, where it is a ULID; else this instant, at which it went on."""
-    try:
-        made = ULID.from_str(job.id).milliseconds
-    except ValueError:
-        return at_ms
-    return made if abs(at_ms - made) <= ADMISSION_MS_MAX else at_ms
-
-
 def _of_attempt(job: JobRecord, outcome: str) -> dict[str, Any]:
     return {"warmlane.outcome": outcome, "warmlane.attempt": job.attempt, "warmlane.host": job.owner}
 
@@ -263,10 +258,10 @@ def _tell(
     **more: str | int | float,
 ) -> None:  # fmt: skip
     context = _context_of(job)
-    if _teller is None or context is None:
+    if context is None:
         return
     about: dict[str, str | int | float] = {"warmlane.job": job.id, "warmlane.lane": job.lane}
-    _teller.tell(
+    _hand_over(
         Span(
             name=name,
             trace_id=context.trace_id,
@@ -280,15 +275,17 @@ def _tell(
     )
 
 
-def _tell_whole(job: JobRecord, since_ms: int, at_ms: int, *, outcome: str, error: str = "", **more: str | int) -> None:
+def _tell_whole(
+    job: JobRecord, step: str, since_ms: int, at_ms: int, *, outcome: str, error: str = "", **more: str | int
+) -> None:
     context = _context_of(job)
-    if _teller is None or context is None:
+    if context is None:
         return
     operation = _OPERATIONS.get(job.endpoint, "chat")
-    known = bool(job.asked_model)  # else a client's own words, which are no name for a span
+    asked = job.asked if job.asked_model else ""  # else a client's own words, of any length, and no name of ours
     about: dict[str, str | int | float] = {
         "gen_ai.operation.name": operation,
-        "gen_ai.request.model": job.asked,
+        "gen_ai.request.model": asked,
         "gen_ai.response.model": job.model,
         "http.route": job.endpoint,
         "warmlane.job": job.id,
@@ -300,11 +297,11 @@ def _tell_whole(job: JobRecord, since_ms: int, at_ms: int, *, outcome: str, erro
         "warmlane.outcome": outcome,
         **more,
     }
-    _teller.tell(
+    _hand_over(
         Span(
-            name=f"{operation} {job.asked}" if known else operation,
+            name=f"{operation} {asked}".rstrip(),
             trace_id=context.trace_id,
-            span_id=span_id(job.id, "job"),
+            span_id=span_id(job.id, step),
             parent_id="" if context.parent == NO_PARENT else context.parent,
             start_ms=since_ms,
             end_ms=max(since_ms, at_ms),
@@ -313,3 +310,19 @@ def _tell_whole(job: JobRecord, since_ms: int, at_ms: int, *, outcome: str, erro
             attributes={key: value for key, value in about.items() if value != ""},
         )
     )
+
+
+def _hand_over(span: Span) -> None:
+    """Tells; whatever breaks over that must not break the job's path, on which this is."""
+    if _teller is None:
+        return
+    try:
+        _teller.tell(span)
+    except Exception as e:  # noqa: BLE001
+        _broke(e)
+
+
+def _broke(error: Exception) -> None:
+    """Nobody is told any more: what breaks once would break for every step of every job."""
+    log.error("event=traces_off reason=telling broke", exc_info=error)
+    begin(None)

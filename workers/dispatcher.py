@@ -315,6 +315,7 @@ class Dispatcher:
         except (errors.Lost, errors.NoSuchJob, errors.BadTransition, errors.TrustZoneRefused) as e:
             log.debug("event=claim_lost job=%s reason=%s", job.job, e)
             return None
+        traces.claimed(claimed.record, woken_ms=waker.woken_ms)
         if waker.model.trust == "remote":
             leaving = await self._leaving(active, claimed)
             if leaving is None:
@@ -322,7 +323,6 @@ class Dispatcher:
             claimed = leaving
         if job.priority != "batch":
             self._interactive_at[waker.name] = claimed.record.claimed_at
-        traces.claimed(claimed.record, loaded_ms=waker.last_load_ms, warm_ms=waker.stayed_ms)
         model, max_losses = waker.model, active.policy.max_losses
         limits = Limits(
             model.first_token_timeout_ms,
@@ -370,7 +370,7 @@ class Dispatcher:
             held = jobs.Holding(record.id, record.lane, claimed.attempt, record.boot)
             try:
                 await jobs.end(self._store, held, "fail", error=e)
-                await jobs.tell_end(self._store, record)
+                await jobs.tell_attempt(self._store, record, "failed", first_token_ms=0, total_ms=0, error=e.code)
             except (errors.Lost, errors.NoSuchJob, errors.BrokerUnavailable) as lost:
                 log.info("event=stop job=%s attempt=%d reason=%s", record.id, claimed.attempt, lost)
             return None

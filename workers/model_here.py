@@ -30,6 +30,7 @@ class ModelHere:
         self.since_ms = 0
         self.memory_bytes = 0
         self.last_load_ms = 0.0
+        self.woken_ms = (0, 0)  # when its last wake began, and when it was warm by it
         self.progress = -1.0  # 0..1 of the load that goes on, -1 = nothing is known of it
         self.unfit = ""  # why it cannot fit on this host whatever our other models leave, "" = it can
         self.wanted_model = model  # what the policy says now; taken over when idle

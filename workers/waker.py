@@ -303,7 +303,9 @@ class Waker(ModelHere):
             await self._around.learn(self.name, **hosts.NOT_FAILED, unloaded_until=0)
         except errors.BrokerUnavailable as e:  # it is there all the same: called cold, nobody would ever unload it
             log.warning("event=load_unlearned model=%s reason=%s", self.name, e)
+        begun_at = self.since_ms
         await self._become(self.readiness.verdict("warm"), self.readiness.words)
+        self.woken_ms = begun_at, self.since_ms
         log.info(
             "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s",
             self.name, woken.load_ms, woken.first_token_ms, self.state,

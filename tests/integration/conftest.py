@@ -1,4 +1,7 @@
-"""Broker and api tests run on both servers: fakeredis, and a real one in a namespace of its own."""
+"""Broker and api tests run on both servers: fakeredis, and a real one in a namespace of its own.
+
+The api's ask nothing of the scripts that the broker's do not: on fakeredis they are in the long form only.
+"""
 
 from collections.abc import AsyncIterator
 
@@ -11,7 +14,8 @@ from broker.store import Store
 from tests.support.broker_world import World, fake_redis, fake_world, new_namespace, real_world
 from tests.support.live_api import Scene, live_scene
 
-BOTH_SERVERS = ["fake", pytest.param("real", marks=pytest.mark.real)]
+REAL = pytest.param("real", marks=pytest.mark.real)
+BOTH_SERVERS = ["fake", REAL]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,7 +32,7 @@ async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
         yield world
 
 
-@pytest_asyncio.fixture(params=BOTH_SERVERS)
+@pytest_asyncio.fixture(params=[pytest.param("fake", marks=pytest.mark.long), REAL])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     """What an api process opens."""
     if request.param == "fake":

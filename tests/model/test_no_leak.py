@@ -76,7 +76,11 @@ class Worker:
         held = self.held[model]
         endpoint = Endpoint(base_url=held.url or "http://127.0.0.1:1", headers={}, model=held.model)
         waker = SimpleNamespace(
-            name=model, model=held, runtime=SimpleNamespace(endpoint=lambda: endpoint), refused=_nothing
+            name=model,
+            model=held,
+            runtime=SimpleNamespace(endpoint=lambda: endpoint),
+            refused=_nothing,
+            woken_ms=(0, 0),
         )
         attempt = await self.dispatcher._claim(cast(Waker, waker), waiting, 0)
         if attempt is None:

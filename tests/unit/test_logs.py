@@ -1,14 +1,17 @@
 """A log tells what happened and where, in one line for each event, and never what a client said."""
 
 import ast
+import asyncio
 import io
 import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -306,3 +309,32 @@ def test_every_module_can_have_a_level() -> None:
     code = "".join(path.read_text() for room in ("api", "broker", "workers") for path in (ROOT / room).rglob("*.py"))
     named = re.findall(r'getLogger\("warmlane\.(\w+)"\)', code)
     assert sorted(set(named)) == logs.MODULES and "getLogger(__name__)" not in code
+
+
+async def test_a_thread_beside_the_loop_leaves_the_loops_timer_alone() -> None:
+    """It is the loop's alone to cancel: uvloop's would be broken by another thread. The line is out at once all the same,
+    and those that waited with it."""
+    out = io.StringIO()
+    writer = Writer(out)
+    writer.setFormatter(logs.Formatter("%(message)s"))
+    cancelled_in: list[str] = []
+
+    class Timer:
+        def cancel(self) -> None:
+            cancelled_in.append(threading.current_thread().name)
+
+        def cancelled(self) -> bool:
+            return False
+
+    loop = asyncio.get_running_loop()
+    with mock.patch.object(loop, "call_later", lambda *_: Timer()):
+        writer.handle(logging.makeLogRecord({"msg": "from the loop", "levelno": logging.INFO}))
+        assert out.getvalue() == ""
+        thread = threading.Thread(
+            target=writer.handle, args=(logging.makeLogRecord({"msg": "from beside", "levelno": logging.WARNING}),)
+        )
+        thread.start()
+        await asyncio.to_thread(thread.join)
+    assert out.getvalue() == "from the loop\nfrom beside\n" and not cancelled_in
+    writer.handle(logging.makeLogRecord({"msg": "later", "levelno": logging.WARNING}))
+    assert out.getvalue().endswith("later\n") and cancelled_in == [threading.current_thread().name]

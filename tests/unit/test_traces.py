@@ -1,16 +1,20 @@
 """W3C's trace context, and which trace a job belongs to."""
 
 import logging
+import os
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace.export import SpanExportResult
 
 from broker import errors, traces, tracing
 from broker.lifecycle import State
 from broker.records import JobRecord
-from broker.traces import NO_PARENT, SPANS, Context
-from tests.support.collector import collecting
+from broker.traces import NO_PARENT, SPANS, Context, Span
+from tests.support.collector import Collector, collecting
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 THEIRS = f"00-{TRACE}-{PARENT}-01"
@@ -127,18 +131,24 @@ def test_every_step_that_is_told_is_in_the_table() -> None:
     """A job that goes through everything."""
     with collecting() as collector:
         job = JobRecord(id="one", asked="coder", asked_model="coder", trace=traces.accepted(""), submitted_at=5)
-        with traces.admission(job, lambda: 5):
-            pass
         traces.waited(job, until_ms=10, outcome="started")
         job = replace(job, entry="10-0", state=State.CLAIMED, claimed_at=50, attempt=1)
-        traces.claimed(job, loaded_ms=20, warm_ms=5)
+        traces.claimed(job, woken_ms=(8, 45))
         traces.attempted(job, "done", first_token_ms=5, total_ms=9)
         traces.ended(replace(job, state=State.DONE, ended_at=59))
         names = {"job" if span.served else span.name for span in collector}
         assert names == SPANS.keys()
         assert collector.root().name == "chat coder"
         (wake,) = collector.named("wake")
-        assert (wake.start_ms, wake.end_ms) == (25, 45)
+        assert (wake.start_ms, wake.end_ms) == (10, 45), "as much of it as the job waited for"
+
+
+@pytest.mark.parametrize("woken_ms", [(0, 0), (2, 9), (60, 70), (20, 20)])
+def test_a_wake_that_was_over_before_or_that_never_was_is_none(woken_ms: tuple[int, int]) -> None:
+    with collecting() as collector:
+        job = JobRecord(id="one", trace=traces.accepted(""), entry="10-0", claimed_at=50, attempt=1)
+        traces.claimed(job, woken_ms=woken_ms)
+    assert collector.names == ["wait"]
 
 
 NAMED = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:secret@127.0.0.1:1"}
@@ -148,13 +158,23 @@ NAMED = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:secret@127.0.0.1:1"}
     ("environ", "words"),
     [
         ({}, ""),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": " "}, ""),
         (NAMED | {"OTEL_SDK_DISABLED": "true"}, ""),
+        (NAMED | {"OTEL_TRACES_EXPORTER": "none"}, ""),
+        (NAMED | {"OTEL_TRACES_EXPORTER": "zipkin"}, "not zipkin"),
         (NAMED | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "not grpc"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "user:secret@127.0.0.1:4318"}, "must be an address"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://secret[::1"}, "must be an address"),
+        (NAMED | {"OTEL_BSP_MAX_QUEUE_SIZE": "100"}, "does not begin: max_export_batch_size"),
+        (NAMED | {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}, "does not begin"),
     ],
 )
 def test_nobody_is_told_unless_the_environment_names_somebody(
-    environ: dict[str, str], words: str, caplog: pytest.LogCaptureFixture
+    environ: dict[str, str], words: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What of it cannot be used is a line in the log, and the part begins all the same."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     with tracing.exporting(environ, part="api"):
         assert traces.accepted("") == ""
     assert words in caplog.text and "secret" not in caplog.text
@@ -168,3 +188,59 @@ def test_without_the_extra_a_line_says_how_to_get_it(
         assert traces.accepted("") == ""
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "pip install 'warmlane[otel]'" in record.getMessage()
+
+
+class Broken(Collector):
+    """Somebody's sampler, or a library with a fault."""
+
+    def __init__(self, breaks: str) -> None:
+        super().__init__()
+        self._breaks = breaks
+
+    def samples(self, context: Context) -> bool:
+        if self._breaks == "samples":
+            raise RuntimeError("no sampler")
+        return True
+
+    def tell(self, span: Span) -> None:
+        raise RuntimeError("no collector")
+
+
+@pytest.mark.parametrize("breaks", ["samples", "tell"])
+def test_whatever_breaks_over_a_trace_breaks_no_job(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And breaks once: after that nobody is told."""
+    traces.begin(Broken(breaks))
+    try:
+        job = JobRecord(id="one", trace=traces.accepted(THEIRS), entry="5-0")
+        assert job.trace == THEIRS
+        for _ in range(2):
+            traces.waited(job, until_ms=9, outcome="claimed")
+        assert not traces.told(job)
+    finally:
+        traces.begin(None)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR and "event=traces_off" in record.getMessage()
+
+
+def test_what_finds_no_place_in_the_queue_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A collector that takes its time must not have our memory; the line comes at the latest with the end."""
+    going, free = threading.Event(), threading.Event()
+
+    def slow(_self: OTLPSpanExporter, _spans: object) -> SpanExportResult:
+        going.set()
+        free.wait(10)
+        return SpanExportResult.SUCCESS
+
+    monkeypatch.setattr(OTLPSpanExporter, "export", slow)
+    for name, value in NAMED.items() | {("OTEL_BSP_MAX_QUEUE_SIZE", "600"), ("OTEL_BSP_SCHEDULE_DELAY", "10")}:
+        monkeypatch.setenv(name, value)
+    with tracing.exporting(os.environ, part="api"):
+        job = JobRecord(id="one", trace=traces.accepted(""), entry="5-0")
+        for number in range(700):
+            traces.waited(job, until_ms=9, outcome=f"{number}")
+        assert going.wait(10)
+        free.set()
+    (line,) = (record.getMessage() for record in caplog.records if "event=traces_lost" in record.getMessage())
+    assert line == "event=traces_lost spans=100 reason=the collector is too slow"
