@@ -312,8 +312,8 @@ def test_every_module_can_have_a_level() -> None:
 
 
 async def test_a_thread_beside_the_loop_leaves_the_loops_timer_alone() -> None:
-    """It is the loop's alone to cancel: uvloop's would be broken by another thread. The line is out at once all the same,
-    and those that waited with it."""
+    """It is the loop's alone to cancel: uvloop's would be broken by another thread. The line is out at once all the
+    same, and those that waited with it."""
     out = io.StringIO()
     writer = Writer(out)
     writer.setFormatter(logs.Formatter("%(message)s"))
