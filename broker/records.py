@@ -211,6 +211,7 @@ class ModelOnHost(_Hash):
     sessions: str = ""  # JSON: slot -> [session whose prompt it has in its cache, tokens]
     prompts: str = ""  # JSON: session -> tokens of its cached prompt, as the api estimates them
     since: int = 0  # instant of the last change of state
+    woke_at: int = 0  # when its last wake here was over, 0 = none since the worker began
     version: int = 0  # policy version that the worker serves it under
 
     def cached(self) -> dict[int, tuple[str, int]]:

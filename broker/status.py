@@ -56,6 +56,8 @@ class ModelStatus:
     """For how long it is still set aside."""
     state_ms: int = 0
     """For how long it has been in this state."""
+    woke_at: int = 0
+    """When its last wake was over, 0 = none since its worker began."""
     max_concurrent: int = 0
     parallel: int = 0
     """How many generations its runtime really runs at once, where that is fewer than `maxConcurrent`; else 0."""
@@ -334,6 +336,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         unloaded_ms=max(0, facts.unloaded_until - picture.at_ms),
         quarantine_ms=max(0, facts.quarantined_until - picture.at_ms) if state == "quarantined" else 0,
         state_ms=max(0, picture.at_ms - best.since) if best is not None and best.since else 0,
+        woke_at=best.woke_at if best is not None else 0,
         progress=best.progress if best is not None and state == "waking" else -1,
         weights=model.model,
         footprint_bytes=max((m.footprint_bytes for m in there.values()), default=0)

@@ -109,6 +109,7 @@ class ModelHere:
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",
             prompts=json.dumps(prompts) if (prompts := self.slots.estimates()) else "",
             since=self.since_ms,
+            woke_at=self.woken_ms[1],
             version=version,
         )
 

@@ -74,9 +74,9 @@ export class Timeline {
   }
 
   #show(job) {
-    const { now, at, models } = this.context();
+    const { now, models } = this.context();
     const model = models.find((one) => one.name === job.model), until = job.ended_at || now;
-    const warmSince = model?.state === "warm" ? at - model.state_ms : 0;
+    const warmSince = model?.woke_at || 0;
     const all = Math.max(1, until - job.submitted_at);
     const wait = job.wait ? `, ${job.wait.ahead} before it, ${job.wait.model} is ${job.wait.model_state}${job.wait.reason ? ` (${job.wait.reason})` : ""}` : "";
     say(by("job-words"), `${job.state}${job.error ? `: ${job.error.message}` : ""}${wait}, ${duration(all)} since it was submitted.`);

@@ -67,7 +67,7 @@ async def tell(store: Store, job_id: str) -> Story:
         store.command("PTTL", keys.job(job_id)),
         _on_hosts(store, job.model),
     )
-    warm_at = max((m.since for m in on_host.values() if m.state in ("warm", "degraded")), default=0)
+    warm_at = max((m.woke_at for m in on_host.values() if m.state in ("warm", "degraded")), default=0)
     return Story(
         at_ms=now,
         job=job,

@@ -11,13 +11,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import pytest_asyncio
+from playwright.async_api import Browser
 
-from tests.support.browser import PHONE, a_page, accessible, fits, shows
+from tests.support.browser import PHONE, a_browser, a_page, accessible, fits, shows
 from tests.support.gateway_process import House, house
 from tests.support.waiting import until
 from tests.support.worker_world import eventually, policy, simulated
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module")]
 
 CROWD = 200
 MODELS = {
@@ -39,6 +41,12 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         for name in ("small", "narrow", "crowded"):
             up.until_state(name, "warm")
         yield up
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with a_browser() as browser:
+        yield browser
 
 
 async def submit(up: House, model: str, *, count: int = 1, tokens: int = 5, **more: Any) -> list[str]:
@@ -69,8 +77,8 @@ def lane(name: str) -> str:
     return f"article[aria-label='lane {name}']"
 
 
-async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House) -> None:
-    async with a_page(up.url) as page:
+async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House, browser: Browser) -> None:
+    async with a_page(browser, up.url) as page:
         await shows(page, "#connection", "live")
         await shows(page, card("deep"), "cold")
         [job_id] = await submit(up, "deep")
@@ -89,10 +97,10 @@ async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House) -> N
         assert await page.locator(f"{card('deep')} .spark path").get_attribute("d")
 
 
-async def test_a_burst_over_the_budget_shows_who_waits_and_who_was_refused(up: House) -> None:
-    async with a_page(up.url) as page:
+async def test_a_burst_over_the_budget_shows_who_waits_and_who_was_refused(up: House, browser: Browser) -> None:
+    async with a_page(browser, up.url) as page:
         await shows(page, "#connection", "live")
-        ids = await submit(up, "narrow", count=7, tokens=40)
+        ids = await submit(up, "narrow", count=7, tokens=200)
         async with cancelled_after(up, ids):
             assert 3 <= len(ids) < 7
             await shows(page, lane("narrow"), "2 of 2 waiting, 1 running")
@@ -102,15 +110,15 @@ async def test_a_burst_over_the_budget_shows_who_waits_and_who_was_refused(up: H
             await shows(page, "#summary", "2 jobs wait")
 
 
-async def test_a_promotion_is_told_when_it_happens(up: House) -> None:
-    async with a_page(up.url) as page:
+async def test_a_promotion_is_told_when_it_happens(up: House, browser: Browser) -> None:
+    async with a_page(browser, up.url) as page:
         await shows(page, card("hasty"), "cold")
         await submit(up, "hasty")
         await shows(page, "#event-list", "1 job promoted from hasty to small")
 
 
-async def test_a_killed_worker_is_missed_and_seen_again(up: House) -> None:
-    async with a_page(up.url) as page:
+async def test_a_killed_worker_is_missed_and_seen_again(up: House, browser: Browser) -> None:
+    async with a_page(browser, up.url) as page:
         await shows(page, "article[aria-label^='host ']", "up")
         parent = psutil.Process(up.pid)
         parent.send_signal(signal.SIGSTOP)  # or it would start another one at once
@@ -126,8 +134,8 @@ async def test_a_killed_worker_is_missed_and_seen_again(up: House) -> None:
         assert await asyncio.to_thread(lambda: up.part("worker")) is not None and worker
 
 
-async def test_what_is_old_is_marked_and_a_lost_connection_is_told(up: House) -> None:
-    async with a_page(up.url) as page:
+async def test_what_is_old_is_marked_and_a_lost_connection_is_told(up: House, browser: Browser) -> None:
+    async with a_page(browser, up.url) as page:
         await shows(page, "#connection", "live")
         api = up.part("api")
         assert api is not None
@@ -150,11 +158,11 @@ async def test_what_is_old_is_marked_and_a_lost_connection_is_told(up: House) ->
         assert int(await page.locator("#number").inner_text()) > int(number)
 
 
-async def test_two_hundred_wait_on_a_desk_and_on_a_phone(up: House) -> None:
+async def test_two_hundred_wait_on_a_desk_and_on_a_phone(up: House, browser: Browser) -> None:
     ids = await submit(up, "crowded", count=CROWD + 1, tokens=200)
     async with cancelled_after(up, ids):
         assert len(ids) == CROWD + 1
-        async with a_page(up.url) as page:
+        async with a_page(browser, up.url) as page:
             await shows(page, lane("crowded"), f"{CROWD} of {CROWD + 10} waiting, 1 running")
             tiles = page.locator(f"{lane('crowded')} .tile")
             await until_count(tiles, CROWD + 1)
@@ -172,7 +180,7 @@ async def test_two_hundred_wait_on_a_desk_and_on_a_phone(up: House) -> None:
             await page.keyboard.press("Escape")
             await until_count(tiles, CROWD)
             await fits(page)
-        async with a_page(up.url, size=PHONE, dark=True) as page:
+        async with a_page(browser, up.url, size=PHONE, dark=True) as page:
             await shows(page, lane("crowded"), f"{CROWD - 1} of {CROWD + 10} waiting")
             await fits(page)
             await accessible(page)
@@ -185,7 +193,7 @@ async def until_count(found: Any, count: int) -> None:
     await eventually(seen, what=f"{count} are shown")
 
 
-async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Path) -> None:
+async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Path, browser: Browser) -> None:
     with house(
         tmp_path / "data", policy=policy({"tiny": simulated(options={"decodeTps": 2})}), GATEWAY_KEYS="ann:secret-a"
     ) as up:
@@ -194,7 +202,7 @@ async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Pa
             bob = (await http.post("/v1/keys", json={"name": "bob"})).json()["key"]
             ask = {"model": "tiny", "max_tokens": 60, "messages": [{"role": "user", "content": "Hi"}]}
             job = (await http.post("/v1/jobs", json={"body": ask})).json()
-            async with a_page(up.url) as page:
+            async with a_page(browser, up.url) as page:
                 await page.locator("#ask-key").wait_for(state="visible")
                 await accessible(page)
                 await give(page, bob)

@@ -130,7 +130,7 @@ async def test_what_a_limit_leaves_out_is_counted(world: World) -> None:
 async def test_a_story_has_every_step_with_its_time_and_no_word_of_the_prompt(world: World) -> None:
     job_id = await world.submit(body=PROMPT, caller="ann", instead_of="big")
     world.now += 2_000
-    await world.tell("gpu1", {"big": ModelOnHost(state="warm", slots_total=1, since=world.now)})
+    await world.tell("gpu1", {"big": ModelOnHost(state="warm", slots_total=1, woke_at=world.now)})
     world.now += 500
     held = await world.claim(job_id)
     world.now += 700

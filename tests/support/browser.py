@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright
 
 WAIT_MS = 15_000
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -26,24 +26,31 @@ def chromium() -> str:
 
 
 @asynccontextmanager
-async def a_page(url: str, *, size: dict[str, int] = DESK, dark: bool = False) -> AsyncIterator[Page]:
-    """The page, opened; whatever its scripts complain of afterwards fails the test."""
+async def a_browser() -> AsyncIterator[Browser]:
+    """The browser, without a page: starting it takes seconds of a core, so tests share one."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         try:
-            context = await browser.new_context(viewport=size, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
-            page = await context.new_page()
-            page.set_default_timeout(WAIT_MS)
-            broken: list[str] = []
-            page.on("pageerror", lambda error: broken.append(str(error)))
-            page.on(
-                "console", lambda said: broken.append(said.text) if "Content Security Policy" in said.text else None
-            )
-            await page.goto(url)
-            yield page
-            assert not broken, broken
+            yield browser
         finally:
             await browser.close()
+
+
+@asynccontextmanager
+async def a_page(browser: Browser, url: str, *, size: dict[str, int] = DESK, dark: bool = False) -> AsyncIterator[Page]:
+    """The page, opened by somebody who was never there; whatever its scripts complain of afterwards fails the test."""
+    context = await browser.new_context(viewport=size, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
+    try:
+        page = await context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        broken: list[str] = []
+        page.on("pageerror", lambda error: broken.append(str(error)))
+        page.on("console", lambda said: broken.append(said.text) if "Content Security Policy" in said.text else None)
+        await page.goto(url)
+        yield page
+        assert not broken, broken
+    finally:
+        await context.close()
 
 
 async def shows(page: Page, selector: str, words: str, *, timeout_ms: int = WAIT_MS) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from playwright.async_api import Page
 
-from tests.support.browser import PHONE, a_page, shows
+from tests.support.browser import PHONE, a_browser, a_page, shows
 from tests.support.gateway_process import House, house
 from tests.support.pages import ROOT
 from tests.support.worker_world import policy, simulated
@@ -91,7 +91,7 @@ async def _shoot(up: House, directory: Path) -> None:
 @asynccontextmanager
 async def _watched(up: House, **look: Any) -> AsyncIterator[Page]:
     """The page as ann sees it."""
-    async with a_page(up.url, **{"size": WINDOW, **look}) as page:
+    async with a_browser() as browser, a_page(browser, up.url, **{"size": WINDOW, **look}) as page:
         await page.locator("#ask-key").wait_for(state="visible")
         await page.locator("#key-text").fill("ann-key")
         await page.get_by_role("button", name="Use it").click()

@@ -210,6 +210,7 @@ class _Waker:
         self.upkeep = SimpleNamespace(
             give_way=lambda: None, suspect=lambda: None, note_first_token=lambda *_a, **_k: None
         )
+        self.woken_ms = (0, 0)
         self._box = box
 
     willing = True

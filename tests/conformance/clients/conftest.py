@@ -13,7 +13,7 @@ from tests.support.scripted_answers import ScriptedAnswers
 from tests.support.wire import Beside, Wire
 from tests.support.worker_world import policy, simulated
 
-COLD_STARTS = {"cold-chat": 3000, "cold-stream": 3000, "impatient": 4000, "long": 20_000}
+COLD_STARTS = {"cold-chat": 1500, "cold-stream": 1500, "impatient": 3500, "long": 20_000}
 """Words of models, each client's own, and how many ms they load for."""
 
 Drive = Callable[[Client], Driver]

@@ -21,6 +21,7 @@ DRIVERS = Path(__file__).with_name("drivers")
 INSTALL_S_MAX = 600.0
 NODE_MAJOR_MIN = 20
 MARK = "complete"
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 class Unavailable(Exception):
@@ -39,8 +40,9 @@ def python_of(client: str) -> Path:
     with _made(client, pins.read_text()) as (home, new):
         python = home / "bin" / "python"
         if new:
-            venv.create(home, with_pip=True, symlinks=True)
-            _install([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(pins)], home)
+            # by the pip that is here: one of its own takes seconds of a core to unpack, and is never asked again
+            venv.create(home, symlinks=True)
+            _install([*PIP, "--python", str(python), "install", "-q", "--no-compile", "-r", str(pins)], home)
     return python
 
 
