@@ -67,6 +67,7 @@ class Gateway:
         self.waits = Waits(store, self.fleet)
         self.snapshots = Snapshots(store, self.book, self.fleet)
         self.metrics = Metrics(version=version)
+        self.book.on_change(lambda active: self.metrics.begin_lanes(active.lanes()))
         self.refusals = Refusals(store, self.book)
         self.exchanges: set[Exchange] = set()
         self.stopping = False

@@ -254,9 +254,9 @@ class Visit:
                 served_by = record.served_by or (f"{model}@{record.owner}" if record.owner else served_by)
                 queue_s = max(0, record.claimed_at - record.submitted_at) / 1000
                 told.append((b"x-gateway-queue-ms", str(round(queue_s * 1000)).encode()))
-        metrics = self._gateway.metrics
-        metrics.queue_wait(self._gateway.known_lane(lane), queue_s, job=self.job_id)
-        metrics.first_token(self._gateway.known_lane(lane), self._known_model(model), waited_s, job=self.job_id)
+        metrics, entered = self._gateway.metrics, self._gateway.known_lane(self.lane)
+        metrics.queue_wait(entered, queue_s, job=self.job_id)
+        metrics.first_token(entered, self._known_model(model), waited_s, job=self.job_id)
         told += [
             (b"x-gateway-job", self.job_id.encode()),
             (b"x-gateway-lane", lane.encode()),

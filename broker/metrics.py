@@ -15,7 +15,7 @@ token. So *first token in time from the model asked for* is asked / all, and *fr
 
 import math
 import resource
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -32,6 +32,9 @@ from broker.vitals import Vitals
 from broker.webhooks import Figures
 
 OTHER = "other"
+
+WANT_OF_ROOM = ("lane_full", "caller_share", "model_unavailable")
+"""Refusals that more room would have spared; the alert asks for these."""
 """The label of whatever the policy or the keys do not (or no longer) know."""
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -85,15 +88,16 @@ class Metrics:
             "gateway_connections_refused", "Connections refused or cut here, and why.", ["reason"], registry=r
         )
         self._queue_wait = Histogram(
-            "gateway_queue_wait_seconds", "From submit to claim; under 50 ms counts as 0.", ["lane"],
-            buckets=_SECONDS, unit="seconds", registry=r,
+            "gateway_queue_wait_seconds", "From submit to claim, by the lane entered; under 50 ms counts as 0.",
+            ["lane"], buckets=_SECONDS, unit="seconds", registry=r,
         )  # fmt: skip
         self._first_token = Histogram(
-            "gateway_time_to_first_token_seconds", "From admission to the first content, as the client sees it.",
+            "gateway_time_to_first_token_seconds",
+            "From admission to the first content, by the lane entered and the model that served.",
             ["lane", "model"], buckets=_SECONDS, unit="seconds", registry=r,
         )  # fmt: skip
         self._generation = Histogram(
-            "gateway_generation_seconds", "From admission to the end of an answer that succeeded.",
+            "gateway_generation_seconds", "From admission to the end of an answer that succeeded, by the same.",
             ["lane", "model"], buckets=_LONG_SECONDS, unit="seconds", registry=r,
         )  # fmt: skip
         self._loop_lag = Histogram(
@@ -109,6 +113,14 @@ class Metrics:
         )  # fmt: skip
         self._told = _Told(version)
         r.register(self._told)
+
+    def begin_lanes(self, lanes: Iterable[str]) -> None:
+        """Has the counters of these lanes stand at 0: to whoever computes a rate, one that appears with its first
+        hundred refusals never rose."""
+        for lane in lanes:
+            self._submitted.labels(lane)
+            for reason in WANT_OF_ROOM:
+                self._refused.labels(lane, reason)
 
     def submitted(self, lane: str, *, attached: bool = False) -> None:
         """Counts a job that was let in, or a retry that came back to one."""

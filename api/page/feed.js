@@ -4,6 +4,7 @@
 const PAUSE_MS = 1000;
 const PAUSE_MS_MAX = 10000;
 const SILENCE_MS_MAX = 8000; // the gateway says something every second
+const ASK_MS_MAX = 10000;
 
 export const store = {
   get key() { return sessionStorage.getItem("warmlane-key") || ""; },
@@ -16,14 +17,14 @@ export function headers() {
 
 // Asks for JSON; throws an Error with the gateway's own words.
 export async function ask(method, path) {
-  const answer = await fetch(path, { method, headers: headers() });
+  const answer = await fetch(path, { method, headers: headers(), signal: AbortSignal.timeout(ASK_MS_MAX) });
   const told = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Error(told.error?.message || `the gateway answered ${answer.status}`);
   return told;
 }
 
-// Calls on.snapshot, on.away (Redis does not answer), on.lost (the connection broke; ms until the next try), on.refused (a
-// key is wanted), on.connected.
+// Calls on.snapshot, on.away (Redis does not answer), on.lost (the connection broke; it is tried again by itself), on.trying,
+// on.refused (a key is wanted), on.connected, on.paused.
 export class Feed {
   constructor(on) { this.on = on; this.pause = PAUSE_MS; this.stop = null; this.timer = 0; }
 
@@ -33,7 +34,17 @@ export class Feed {
     this.#follow();
   }
 
+  // Ends the stream until `again`: a browser has six connections to a place, and hidden tabs would hold them all.
+  rest() {
+    clearTimeout(this.timer);
+    const stop = this.stop;
+    this.stop = null;
+    if (stop) stop.abort();
+    this.on.paused();
+  }
+
   async #follow() {
+    this.on.trying();
     const stop = this.stop = new AbortController();
     let silence = 0;
     const heard = () => {
@@ -63,7 +74,7 @@ export class Feed {
     } catch (trouble) {
       clearTimeout(silence);
       if (stop !== this.stop) return; // somebody else follows by now
-      this.on.lost(trouble === "silence" ? "the gateway went silent" : trouble.message || String(trouble), this.pause);
+      this.on.lost(trouble === "silence" ? "the gateway went silent" : trouble.message || String(trouble));
       this.timer = setTimeout(() => this.#follow(), this.pause);
       this.pause = Math.min(PAUSE_MS_MAX, this.pause * 2);
     }

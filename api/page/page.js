@@ -7,9 +7,10 @@ import { changes, duration, summary } from "./words.js";
 
 const STALE_MS = 3500; // three snapshots missed
 const EVENTS_KEPT = 200;
+const HIDDEN_MS = 5000; // a tab that nobody looks at for so long holds no connection
 const by = (id) => document.getElementById(id);
 
-let shown = null, receivedAt = 0, trouble = "";
+let shown = null, receivedAt = 0, trouble = "", hiding = 0;
 
 // The gateway's clock, as the last snapshot told it; it stands still while what is shown is old.
 function now() {
@@ -46,8 +47,8 @@ function note(words) {
   while (by("event-list").children.length > EVENTS_KEPT) by("event-list").lastElementChild.remove();
 }
 
-function draw() {
-  const context = { now: now(), hosts: shown.hosts };
+function draw(fresh) {
+  const context = { now: now(), hosts: shown.hosts, fresh };
   models.tell(shown.models, context);
   hosts.tell(shown.hosts, context);
   by("hosts-empty").hidden = shown.hosts.length > 0;
@@ -61,39 +62,54 @@ function draw() {
   say(by("number"), String(shown.number));
 }
 
-function connection(state, words) {
+// The words are read out when they change: what changes all the time stands beside them.
+function connection(state, words, age) {
   by("connection").dataset.state = state;
   say(by("connection"), words);
+  say(by("age"), age);
 }
 
 // Says what is true of the connection, four times a second: live only while snapshots come.
 function watch() {
   const age = performance.now() - receivedAt, old = shown !== null && age > STALE_MS;
   document.body.classList.toggle("stale", old);
-  if (trouble) connection("lost", shown ? `${trouble}; shown is ${duration(age)} old` : trouble);
-  else if (old) connection("stale", `stale: shown is ${duration(age)} old`);
-  else if (shown) connection("live", "live");
-  if (shown && !old) draw();
+  const shownAge = shown && (trouble || old) ? `shown is ${duration(age)} old` : "";
+  if (trouble) connection("lost", trouble, shownAge);
+  else if (old) connection("stale", "stale", shownAge);
+  else if (shown) connection("live", "live", "");
+  if (shown && !old) draw(false);
+}
+
+// Forgets what is shown: it was shown to somebody with another key.
+function blank() {
+  shown = null;
+  for (const pieces of [models, hosts, lanes]) pieces.keep(new Set());
+  for (const id of ["summary", "number"]) say(by(id), "–");
+  by("event-list").replaceChildren();
+  timeline.dialog.close();
 }
 
 const feed = new Feed({
-  connected() { trouble = ""; },
+  connected() { trouble = ""; rights(); },
+  trying() { if (trouble.startsWith("connection lost")) trouble = trouble.replace(/, .*/, ", trying again"); },
+  paused() { trouble = "paused while nobody looks"; watch(); },
   snapshot(next) {
     const said = shown && shown.number < next.number ? changes(shown, next) : [];
     shown = next;
     receivedAt = performance.now();
     trouble = "";
     said.forEach(note);
-    draw();
+    draw(true);
     watch();
   },
   away(reason) { trouble = `away: ${reason}`; watch(); },
-  lost(reason, pause) { trouble = `connection lost (${reason}), next try in ${duration(pause)}`; watch(); },
+  lost(reason) { trouble = `connection lost (${reason}), tried again in a moment`; watch(); },
   refused(words) { trouble = "no access"; watch(); banner(words); askForKey(words); },
 });
 
 function askForKey(words) {
   if (words) say(by("ask-key-words"), words);
+  by("ask-key").returnValue = "";
   if (!by("ask-key").open) by("ask-key").showModal();
 }
 
@@ -104,10 +120,19 @@ async function rights() {
 
 by("key").addEventListener("click", () => askForKey(""));
 by("ask-key").addEventListener("close", () => {
-  store.key = by("ask-key").returnValue === "use" ? by("key-text").value.trim() : "";
+  const said = by("ask-key").returnValue, text = by("key-text").value.trim();
   by("key-text").value = "";
+  if (said !== "none" && !(said === "use" && text)) return; // Escape, or nothing typed: the key is as it was
+  store.key = said === "use" ? text : "";
+  operate.allowed = false;
   banner("");
-  rights().finally(() => feed.again());
+  blank();
+  feed.again();
+});
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(hiding);
+  if (document.hidden) hiding = setTimeout(() => feed.rest(), HIDDEN_MS);
+  else if (!feed.stop) feed.again();
 });
 setInterval(watch, 250);
-rights().finally(() => feed.again());
+feed.again();

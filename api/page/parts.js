@@ -18,20 +18,26 @@ export class Pieces {
   constructor(parent, key, build) { this.parent = parent; this.key = key; this.build = build; this.found = new Map(); }
 
   tell(items, context) {
-    const left = new Map(this.found);
+    this.keep(new Set(items.map(this.key))); // first: a piece that is put in anew loses the focus and where it was scrolled to
     let at = this.parent.firstElementChild;
     for (const item of items) {
       const key = this.key(item);
       let piece = this.found.get(key);
       if (!piece) this.found.set(key, piece = this.build(item));
-      left.delete(key);
       if (piece.element === at) at = at.nextElementSibling;
       else this.parent.insertBefore(piece.element, at);
       piece.tell(item, context);
     }
-    for (const [key, piece] of left) {
+  }
+
+  // Takes away the pieces of all other keys.
+  keep(keys) {
+    for (const [key, piece] of this.found) {
+      if (keys.has(key)) continue;
+      const beside = piece.element.contains(document.activeElement) && (piece.element.nextElementSibling || piece.element.previousElementSibling);
       piece.element.remove();
       this.found.delete(key);
+      if (beside) beside.querySelector("button:enabled")?.focus();
     }
   }
 }
@@ -178,7 +184,7 @@ function tile(job, open) {
   button.addEventListener("click", () => open(button.dataset.job));
   return {
     element: make("li", {}, button),
-    tell(job, { now, named }) {
+    tell(job, { now, named, fresh }) {
       button.dataset.job = job.id;
       const waits = job.position > 0, who = job.caller || "somebody else";
       const deadline = waits ? job.promote_at || job.give_up_at : 0;
@@ -194,6 +200,7 @@ function tile(job, open) {
         say(more, job.first_token_at ? `first after ${duration(job.first_token_at - job.submitted_at)}` : "reads the prompt");
       }
       if (named !== undefined) button.disabled = !job.id;
+      if (!fresh) return; // else a reader would hear an age four times a second
       button.setAttribute("aria-label", [
         waits ? `waiting, position ${job.position}` : job.state, who, age.textContent, more.textContent,
         late ? "past its deadline" : "",

@@ -7,9 +7,9 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from api.asgi import Receive, Scope, Send
-from api.auth import Caller, Gate
+from api.auth import Caller, Gate, who_calls
 from api.described import EVENTS, UNSEEN, Answer, Described, described
-from api.exchange import Exchange, Interrupted
+from api.exchange import Exchange, Interrupted, Stopping
 from api.gateway import Gateway
 from api.voices import EVENT_STREAM
 from broker import callers, errors
@@ -42,7 +42,7 @@ async def watch_status(gateway: Gate, caller: Caller) -> Response:
 
 
 class _Watching(Response):
-    """One who watches, for as long as it likes."""
+    """One who watches, for as long as it likes and its key opens this: that is asked anew for each snapshot."""
 
     def __init__(self, gateway: Gateway, caller: callers.Caller) -> None:
         super().__init__()
@@ -57,6 +57,7 @@ class _Watching(Response):
         try:
             await exchange.start(200, EVENT_STREAM, in_band=True)
             await self._tell(exchange)
+            await exchange.write(b"", last=True)
         except Interrupted:
             pass
         finally:
@@ -65,9 +66,15 @@ class _Watching(Response):
             gateway.house.leave(self._caller.name)
 
     async def _tell(self, exchange: Exchange) -> None:
-        loop, viewer = asyncio.get_running_loop(), None if self._caller.rights.admin else self._caller.name
+        """Returns when its key opens nothing any more, or when this process is about to end."""
+        loop = asyncio.get_running_loop()
         while True:
             next_s = loop.time() + EVERY_S
+            try:
+                caller = who_calls(self._gateway, exchange.raw_headers)
+            except errors.Unauthorized:
+                return
+            viewer = None if caller.rights.admin else caller.name
             try:
                 async with asyncio.timeout(ASK_S_MAX):
                     said = await self._gateway.snapshots.as_event(
@@ -77,4 +84,7 @@ class _Watching(Response):
                 reason = "Redis does not answer" if isinstance(problem, TimeoutError) else str(problem)
                 said = f"event: away\ndata: {json.dumps({'reason': reason})}\n\n".encode()
             await exchange.write(said)
-            await exchange.pause(until=next_s)
+            try:
+                await exchange.pause(until=next_s)
+            except Stopping:
+                return

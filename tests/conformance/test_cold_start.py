@@ -44,6 +44,10 @@ def test_a_request_is_promoted_at_its_deadline_and_the_wake_goes_on(tmp_path: Pa
         assert (job["model"], job["lane"], job["promotions"]) == ("coder-small", "coder-small", 1)
         assert job["served_by"].startswith("coder-small@")
         assert 0 <= job["promoted_at"] - job["submitted_at"] - BUDGET_MS < 500
+        figures = httpx.get(f"{up.url}/metrics").text.splitlines()
+        for name in ("time_to_first_token", "generation"):  # the lane that was entered did not keep its budget
+            assert f'gateway_{name}_seconds_count{{lane="deep-coder",model="coder-small"}} 1.0' in figures
+        assert 'gateway_queue_wait_seconds_count{lane="deep-coder"} 1.0' in figures
         by_name = {model["name"]: model["state"] for model in up.status()["models"]}
         assert by_name == {"deep-coder": "waking", "coder-small": "warm"}
         up.until_state("deep-coder", "warm")

@@ -193,6 +193,27 @@ async def until_count(found: Any, count: int) -> None:
     await eventually(seen, what=f"{count} are shown")
 
 
+async def test_the_focus_stays_where_it_is_while_jobs_before_it_end(up: House, browser: Browser) -> None:
+    """The oldest ends first, mostly; where the very job ends that has the focus, its neighbour gets it."""
+    ids = await submit(up, "crowded", count=4, tokens=200)
+    focused = "document.activeElement.dataset.job"
+    async with (
+        cancelled_after(up, ids),
+        a_page(browser, up.url) as page,
+        httpx.AsyncClient(base_url=up.url, timeout=30) as http,
+    ):
+        tiles = page.locator(f"{lane('crowded')} .tile")
+        await until_count(tiles, 4)
+        await tiles.nth(2).focus()
+        assert await page.evaluate(focused) == ids[2]
+        await http.delete(f"/v1/jobs/{ids[0]}")
+        await until_count(tiles, 3)
+        assert await page.evaluate(focused) == ids[2]
+        await http.delete(f"/v1/jobs/{ids[2]}")
+        await until_count(tiles, 2)
+        assert await page.evaluate(focused) == ids[3]
+
+
 async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Path, browser: Browser) -> None:
     with house(
         tmp_path / "data", policy=policy({"tiny": simulated(options={"decodeTps": 2})}), GATEWAY_KEYS="ann:secret-a"
@@ -213,6 +234,11 @@ async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Pa
                 await page.locator("#key").click()
                 await give(page, "secret-a")
                 await shows(page, ".tile", "ann")
+                for leave in ("Escape", "Enter"):  # with nothing typed
+                    await page.locator("#key").click()
+                    await page.locator("#key-text").press(leave)
+                    await page.locator("#ask-key").wait_for(state="hidden")
+                assert await page.evaluate("sessionStorage.getItem('warmlane-key')") == "secret-a"
                 await page.get_by_role("button", name="Pin").click()
                 await shows(page, card("tiny"), "warm, pinned")
                 await page.get_by_role("button", name="Unload").click()

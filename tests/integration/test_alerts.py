@@ -227,10 +227,11 @@ async def test_requests_that_are_refused(scene: Scene, prometheus: Prometheus) -
     await fill(scene)
     await prometheus.scrape(for_s=240)
     assert prometheus.all_firing() == {}, "full is not refused"
-    for _ in range(8):
-        assert (await chat(scene, "hello", model="big")).status == 503
-        await prometheus.scrape()
-    assert prometheus.firing("WarmlaneRefusals") == [{}]
+    for refused in (3, 20):  # the first flood of a process, all of it between two looks
+        for _ in range(refused):
+            assert (await chat(scene, "hello", model="big")).status == 503
+        await prometheus.scrape(for_s=150)
+        assert bool(prometheus.firing("WarmlaneRefusals")) is (refused > 5), "a few with nothing else are no flood"
     scene.go.set()
 
 

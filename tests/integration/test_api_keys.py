@@ -84,6 +84,23 @@ async def test_a_revoked_key_opens_nothing_anywhere_within_a_second(guarded: Sce
         await within_a_second(gone, "the other api refuses it")
 
 
+async def test_who_watches_is_shown_nothing_more_once_its_key_is_gone(guarded: Scene) -> None:
+    """Nor more than its rights allow, once these are fewer: an administrator's sight ends with the key."""
+    key = await new(guarded.api, "ann", admin=True)
+    seen, began_s = Starvation(os.getpid()), time.monotonic()
+    async with (
+        httpx.AsyncClient(base_url=guarded.api.url, timeout=15, headers={"authorization": f"Bearer {key}"}) as client,
+        client.stream("GET", "/v1/status/events") as stream,
+    ):
+        lines = stream.aiter_lines()
+        while not (await anext(lines)).startswith("data: "):
+            pass
+        assert (await call(guarded.api, "DELETE", "/v1/keys/ann")).status_code == 200
+        began_s = time.monotonic()
+        more = [line async for line in lines if line.startswith("data: ")]
+    assert len(more) <= 1 and time.monotonic() - began_s <= 2 + seen.seconds, "and the stream ends as it should"
+
+
 async def within_a_second(seen: Callable[[], Awaitable[bool]], what: str) -> None:
     """A second of a machine that lets this process run."""
     starved, began_s = Starvation(os.getpid()), time.monotonic()

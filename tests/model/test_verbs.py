@@ -839,6 +839,15 @@ class Verbs(RuleBasedStateMachine):
     # One rule for each kind of actor, several steps long: with a rule for each verb, hypothesis switches so many of
     # them off in an example that a job rarely comes as far as its second frame.
 
+    def later(self, ms: int) -> None:
+        """Time goes by, and the hosts beat on: what a host last told is there for as long as it is known."""
+        self.world.now += ms
+        hosts = self.wait(self.world.store.command("ZRANGE", self.world.store.keys.hosts, 0, -1))
+        if hosts:
+            beats = [word for host in hosts for word in (self.world.now, host)]
+            self.wait(self.world.store.command("ZADD", self.world.store.keys.hosts, *beats))
+        self.now = self.wait(take(self.world.store))
+
     def do(self, steps: list[tuple[str, dict[str, Any]]]) -> None:
         for name, arguments in steps:
             with suppress(NothingFits):
@@ -951,7 +960,7 @@ class Verbs(RuleBasedStateMachine):
         steps = dict(zip(TRIED_AGAIN, tried, strict=True))
         self.do([(name, steps[name]) for name in ("submit", "claim", "first_token")])
         if silent:
-            self.world.now += lanes.JOB_LEASE_MS
+            self.later(lanes.JOB_LEASE_MS)
         self.do([("recover" if silent else "release", steps["recover" if silent else "release"])])
         self.do([("claim", steps["claim"]), *late])
 
@@ -972,11 +981,11 @@ class Verbs(RuleBasedStateMachine):
         seen["lane"] = "big" if begun[0]["lane"] == "far" else begun[0]["lane"]  # what leaves does not go on
         self.do([(submitted[0], submitted[1] | seen), *map(straight, more)])
         if silent:
-            self.world.now += lanes.JOB_LEASE_MS
+            self.later(lanes.JOB_LEASE_MS)
         words = {name: value for name, value in lost.items() if name != "loss" or not silent}
         self.do([straight(("recover" if silent else "release", words)), *meanwhile])
         if not patient:
-            self.world.now += GOES_ON_WITHIN_MS
+            self.later(GOES_ON_WITHIN_MS)
             self.do(meanwhile)
         self.do([straight(("claim", taken)), *then, *then])
 
@@ -1013,7 +1022,7 @@ class Verbs(RuleBasedStateMachine):
         if len(self.ids) > before:
             self.cancel(self.pick_of(self.ids[-1]), "")
         self.do([("gather", {}), ("take", {"pick": 0, "most": 2}), *steps])
-        self.world.now += webhooks.LEASE_MS
+        self.later(webhooks.LEASE_MS)
         self.do([("take", {"pick": 0, "most": 2}), *steps, *steps])
 
     @rule(steps=several("apply", "retire", "beat", "beat"))
@@ -1022,13 +1031,8 @@ class Verbs(RuleBasedStateMachine):
 
     @rule(ms=st.sampled_from([1_000, 10_000, 1, 500, 4_000, 20_000]))
     def time_passes(self, ms: int) -> None:
-        """Of the ended jobs all but the last few are past their keep time: their keys go as if they had expired. The
-        hosts beat on: what a host last told is there for as long as it is known."""
-        self.world.now += ms
-        hosts = self.wait(self.world.store.command("ZRANGE", self.world.store.keys.hosts, 0, -1))
-        if hosts:
-            beats = [word for host in hosts for word in (self.world.now, host)]
-            self.wait(self.world.store.command("ZADD", self.world.store.keys.hosts, *beats))
+        """Of the ended jobs all but the last few are past their keep time: their keys go as if they had expired."""
+        self.later(ms)
         names, ended = self.world.store.keys, [i for i in self.ids if not self.now.jobs[i].live]
         for job_id in ended[:-2]:
             gone = [names.job(job_id), names.frames(job_id), names.request(job_id)]
