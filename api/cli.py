@@ -39,6 +39,7 @@ from api.listen import Listen
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.status_table import status_table
+from api.terminal import harmless, text_of
 from api.up import Options, child_environment
 from api.up import up as run_up
 from broker import errors
@@ -177,15 +178,15 @@ def run(arguments: list[str]) -> int:
             return INTERRUPTED
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Failed as failure:
-        return _say(str(failure), failure.code)
+        return _say(harmless(str(failure)), failure.code)
     except (errors.PolicyInvalid, SettingsInvalid) as invalid:
-        return _say("\n".join(invalid.problems), USAGE)
+        return _say(text_of(invalid.problems), USAGE)
     except CannotStart as problem:
         return _say(str(problem), USAGE)
     except errors.BrokerUnavailable as problem:
-        return _say(str(problem), UNREACHABLE)
+        return _say(harmless(str(problem)), UNREACHABLE)
     except errors.BrokerError as problem:
-        return _say(str(problem), REFUSED)
+        return _say(harmless(str(problem)), REFUSED)
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK

@@ -17,6 +17,7 @@ from api.client import ask, gateway_url
 from api.discover import OLLAMA_URL
 from api.doctor import Facts, Finding, OllamaModel, RedisFacts, examine
 from api.exit_codes import REFUSED, UNREACHABLE, Failed
+from api.terminal import harmless
 from broker import errors
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
@@ -39,7 +40,7 @@ def doctor(
     else:
         width = max(len(finding.subject) for finding in findings)
         for finding in findings:
-            print(f"{finding.state:<7}  {finding.subject:<{width}}  {finding.sentence}")
+            print(harmless(f"{finding.state:<7}  {finding.subject:<{width}}  {finding.sentence}"))
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(REFUSED)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from api import job_log
 from api.cli_policy import redis_url
 from api.exit_codes import USAGE, Failed
+from api.terminal import harmless
 from broker import errors, log_lines
 from broker.inspection import story
 from broker.inspection.reading import ReadingStore
@@ -69,4 +70,4 @@ def _glanced(lines: Iterable[str], job_id: str) -> Iterator[str]:
 
 
 def _note(sentence: str) -> None:
-    print(f"note: {sentence}", file=sys.stderr)
+    print(harmless(f"note: {sentence}"), file=sys.stderr)

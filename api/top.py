@@ -13,6 +13,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 from api import top_view
 from api.exit_codes import Failed
 from api.status_table import duration
+from api.terminal import harmless
 from api.top_view import Column, Row
 from broker.status import Snapshot
 
@@ -151,7 +152,7 @@ class Top(App[None]):
         for line in self.query("#state").results(Static):  # there is none any more while the screen goes
             line.set_class(bool(self._problem), "lost")
             line.set_class(stale and not self._problem, "stale")
-            line.update("   ".join(self._words(age_s, stale)))
+            line.update(harmless("   ".join(self._words(age_s, stale))))
         for table in self.query(Table):
             table.set_class(bool(self._problem) or stale, "old")
 

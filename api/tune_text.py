@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from api.terminal import text_of
+
 WIDTH = 110
 
 
@@ -26,7 +28,7 @@ def tune_text(told: Mapping[str, Any]) -> str:
             lines.append(f"# {title}")
         for sentence in sentences:
             lines += _comment(sentence, "", first="- ")
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def _mapping(there: Mapping[str, Any], path: tuple[str, ...], proposals: list[Mapping[str, Any]]) -> Iterator[str]:

@@ -148,5 +148,7 @@ def test_files_can_be_named_and_redis_may_be_away(
     assert ran.code == 0 and '"event": "submit"' in ran.out
     ran = gateway("logs", "nobody", "--file", str(api))
     assert ran.code == 1 and "Nothing is known of job nobody" in ran.err
+    ran = gateway("logs", "\x1b]0;mine\x07", "--file", str(api))
+    assert ran.code == 1 and r"job \x1b]0;mine\x07:" in ran.err, "no sentence repeats a command to a terminal either"
     ran = gateway("logs", JOB, "--file", str(tmp_path / "none"))
     assert ran.code == 2 and "No such file" in ran.err
