@@ -149,7 +149,9 @@ def locks(found: Sequence[LockLook]) -> str:
     rows = []
     for lock in found:
         holder = "-"
-        if lock.holder:
+        if lock.holder and not lock.boot:
+            holder = f"{lock.holder} (no worker's)"
+        elif lock.holder:
             holder = f"{lock.holder}/{lock.boot}" + ("" if lock.alive else " (gone: the lock ends by itself)")
         asks = [f"wanted for {duration(lock.wanted_ms)}"] if lock.wanted_ms else []
         asks += [f"{_count(lock.failures, 'failed load')}"] if lock.failures else []

@@ -1,5 +1,6 @@
 """Where a job's story comes from: its record in Redis, and the log lines of the parts or of files that were named."""
 
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ async def of_record(job_id: str, data: Path | None) -> story.Story | None:
     settings = read_settings(BrokerSettings)
     try:
         store = await ReadingStore.open(redis_url(settings, data), namespace=settings.namespace)
-    except (errors.BrokerUnavailable, errors.RedisUnfit, Failed) as problem:
+    except (errors.BrokerError, Failed) as problem:
         _note(f"{problem} Only log lines are told.")
         return None
     try:
@@ -34,7 +35,7 @@ async def of_record(job_id: str, data: Path | None) -> story.Story | None:
         return found
     except errors.NoSuchJob:
         return None
-    except errors.BrokerUnavailable as problem:
+    except errors.BrokerError as problem:
         _note(f"{problem}. Only log lines are told.")
         return None
     finally:
@@ -45,6 +46,8 @@ def of_logs(files: Iterable[tuple[str, Path]], job_id: str, *, named: bool) -> I
     """The lines of some files that may belong to the story; one that somebody `named` must be there."""
     for part, path in files:
         if str(path) == "-":
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8", errors="replace")
             yield from _matter(sys.stdin, "", job_id)
             continue
         try:
