@@ -33,7 +33,7 @@ from api.cli_top import top
 from api.cli_tune import tune
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
-from api.client import ask
+from api.client import ask, snapshot_of
 from api.exit_codes import INTERRUPTED, OK, REFUSED, UNREACHABLE, USAGE, Failed
 from api.listen import Listen
 from api.settings import ApiSettings
@@ -44,7 +44,6 @@ from api.up import Options, child_environment
 from api.up import up as run_up
 from broker import errors
 from broker.settings import SettingsInvalid, read_settings
-from broker.status import Snapshot
 from broker.version import version as installed_version
 
 app = typer.Typer(
@@ -144,7 +143,8 @@ def status(
 
     async def show() -> None:
         told = await ask("GET", "/v1/status")
-        text = json.dumps(told, indent=2) if as_json else status_table(Snapshot.from_json(told), wide=wide)
+        shown = snapshot_of(told)
+        text = json.dumps(told, indent=2) if as_json else status_table(shown, wide=wide)
         if watch and console.is_terminal:
             console.clear()
         console.print(text, markup=False)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from api.cli_policy import AsJson
-from api.client import ask, part
+from api.client import ask, part, snapshot_of
 from api.exit_codes import Failed
 from api.status_table import duration, loading
 from api.terminal import harmless
@@ -188,7 +188,7 @@ async def _until(
     line = _Line()
     try:
         while True:
-            shown = Snapshot.from_json(await ask("GET", "/v1/status"))
+            shown = snapshot_of(await ask("GET", "/v1/status"))
             waited_s = loop.time() - started
             if (sentence := outcome(shown, waited_s)) is not None:
                 return sentence

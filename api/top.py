@@ -11,6 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
 from api import top_view
+from api.client import snapshot_of
 from api.exit_codes import Failed
 from api.status_table import duration
 from api.terminal import harmless
@@ -130,7 +131,7 @@ class Top(App[None]):
     async def look(self) -> None:
         """Asks once, and shows what came or why nothing did. The same moment told again is nothing new."""
         try:
-            shown = Snapshot.from_json(await self._ask())
+            shown = snapshot_of(await self._ask())
         except Failed as problem:
             self._problem = str(problem)
         else:

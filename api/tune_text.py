@@ -11,6 +11,16 @@ from api.terminal import text_of
 
 WIDTH = 110
 
+_KINDS = {
+    "since": str, "until": str, "zone": str, "policy_version": int,
+    "proposals": list, "fragment": dict, "advice": list, "unknown": list,
+}  # fmt: skip
+
+
+def is_tuning(told: Mapping[str, Any]) -> bool:
+    """Whether this is what `GET /v1/tune` tells: another program may answer in JSON too."""
+    return all(isinstance(told.get(name), kind) for name, kind in _KINDS.items())
+
 
 def tune_text(told: Mapping[str, Any]) -> str:
     """Gives the proposals as a part of a policy file, each under its reason, and behind them what no number mends and

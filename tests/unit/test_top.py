@@ -147,6 +147,17 @@ async def test_foreign_words_command_no_terminal() -> None:
         assert r"the gateway says \x1b]52;c;aa\x07" in state_line(app)
 
 
+async def test_another_program_s_answer_is_no_empty_gateway() -> None:
+    async def ask() -> dict[str, Any]:
+        return {"models": [{"name": "llama3"}]}
+
+    app = Top(ask, url="http://box:8400", every_s=3_600)
+    async with app.run_test(size=(140, 40)) as pilot:
+        while "asking" in state_line(app):
+            await pilot.pause()
+        assert "NO CONNECTION" in state_line(app) and "is no warmlane gateway" in state_line(app)
+
+
 async def test_old_figures_are_called_stale_and_a_lost_connection_says_so() -> None:
     """The worst that a screen can do is to show yesterday as now."""
     gate = Gate(TEAM)
