@@ -129,6 +129,18 @@ async def test_what_a_limit_leaves_out_is_counted(world: World) -> None:
     assert [job.id for job in told.jobs] == every[:6:-1] and told.unseen == 7, "the newest ends first"
 
 
+async def test_a_job_that_a_limit_left_out_of_its_lane_is_not_counted_again(world: World) -> None:
+    """It stands in the due set as well, with the jobs that start later."""
+    await world.apply(policy_with(("maxQueue: 3", "maxQueue: 30")))
+    every = [await world.submit() for _ in range(10)]
+    later = [await world.submit(not_before=world.now + 5_000 + number) for number in range(6)]
+    for limit, left_out in ((3, 13), (10, 6), (12, 4), (16, 0)):
+        told = await listing.find(world.store, world.book.active, listing.Wanted(limit=limit))
+        assert [job.id for job in told.jobs] == [*every, *later][:limit] and told.unseen == left_out, limit
+    wanted = listing.Wanted(states=frozenset({State.SCHEDULED}), limit=2)
+    assert (await listing.find(world.store, world.book.active, wanted)).unseen == 4
+
+
 async def test_a_story_has_every_step_with_its_time_and_no_word_of_the_prompt(world: World) -> None:
     job_id = await world.submit(body=PROMPT, caller="ann", instead_of="big")
     world.now += 2_000
