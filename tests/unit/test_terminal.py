@@ -1,7 +1,10 @@
 """Foreign words on a terminal: a runtime may set neither its title, nor its clipboard, nor a line of ours."""
 
+import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,9 @@ from broker.inspection.timeline import Step
 from broker.lifecycle import State
 from broker.records import JobRecord
 from broker.status import HostStatus, JobStatus, LaneStatus, ModelStatus, Snapshot
+from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, another, gateway
+
+__all__ = ["a_person_who_has_set_nothing", "gateway"]
 
 EVIL = "\x1b]52;c;ZXZpbA==\x07\nnote: all is well\r\x9b2J\u202e\u2066\u2028\ud800"
 TAME = r"\x1b]52;c;ZXZpbA==\x07\x0anote: all is well\x0d\x9b2J\u202e\u2066\u2028\ud800"
@@ -27,6 +33,17 @@ TAME = r"\x1b]52;c;ZXZpbA==\x07\x0anote: all is well\x0d\x9b2J\u202e\u2066\u2028
 def test_what_commands_a_terminal_is_spelled_out_and_the_rest_stays() -> None:
     assert harmless(EVIL) == TAME
     assert harmless("größer 大 🦙 \\x1b") == "größer 大 🦙 \\x1b"
+
+
+MODEL = {
+    "name": "big", "policy_version": 1, "lanes": [], "hosts": [],
+    "models": [{"name": "big", "state": "quarantined", "reason": EVIL, "quarantine_ms": 5}],
+}  # fmt: skip
+JOB = {
+    "id": "x", "state": "failed", "lane": "big", "asked": "big", "served_by": "", "attempt": 1, "promotions": 0,
+    "submitted_at": 1, "claimed_at": 0, "first_token_at": 0, "ended_at": 2, "metadata": {"note": EVIL},
+    "error": {"code": "runtime_failed", "message": EVIL},
+}  # fmt: skip
 
 
 def snapshot(words: str) -> Snapshot:
@@ -126,3 +143,22 @@ def test_columns_stand_under_each_other_whatever_was_spelled_out() -> None:
     assert head.index("STATE") == first.index("warm") == second.index("absent")
     head, first, second = inspect_text.table(("A", "B"), [("a\x1b[2J", "x"), ("b", "y")])
     assert head.index("B") == first.index("x", 8) == second.index("y")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model", "unload", "big"], MODEL),
+        (["model", "warm", "big"], MODEL),
+        (["job", "show", "x"], JOB),
+        (["job", "list"], {"data": [JOB], "next": ""}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+async def test_what_the_gateway_repeats_of_a_runtime_is_a_line_of_text(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, words: list[str], told: dict[str, Any]
+) -> None:
+    async with another(json.dumps(told).encode()) as url:
+        monkeypatch.setenv("GATEWAY_URL", url)
+        ran = await asyncio.to_thread(gateway, *words)
+    assert TAME in ran.out + ran.err and all(line.isprintable() for line in (ran.out + ran.err).split("\n"))
