@@ -33,17 +33,17 @@ from api.cli_top import top
 from api.cli_tune import tune
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
-from api.client import ask
+from api.client import ask, snapshot_of
 from api.exit_codes import INTERRUPTED, OK, REFUSED, UNREACHABLE, USAGE, Failed
 from api.listen import Listen
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.status_table import status_table
+from api.terminal import harmless, text_of
 from api.up import Options, child_environment
 from api.up import up as run_up
 from broker import errors
 from broker.settings import SettingsInvalid, read_settings
-from broker.status import Snapshot
 from broker.version import version as installed_version
 
 app = typer.Typer(
@@ -143,7 +143,8 @@ def status(
 
     async def show() -> None:
         told = await ask("GET", "/v1/status")
-        text = json.dumps(told, indent=2) if as_json else status_table(Snapshot.from_json(told), wide=wide)
+        shown = snapshot_of(told)
+        text = json.dumps(told, indent=2) if as_json else status_table(shown, wide=wide)
         if watch and console.is_terminal:
             console.clear()
         console.print(text, markup=False)
@@ -177,15 +178,15 @@ def run(arguments: list[str]) -> int:
             return INTERRUPTED
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Failed as failure:
-        return _say(str(failure), failure.code)
+        return _say(harmless(str(failure)), failure.code)
     except (errors.PolicyInvalid, SettingsInvalid) as invalid:
-        return _say("\n".join(invalid.problems), USAGE)
+        return _say(text_of(invalid.problems), USAGE)
     except CannotStart as problem:
         return _say(str(problem), USAGE)
     except errors.BrokerUnavailable as problem:
-        return _say(str(problem), UNREACHABLE)
+        return _say(harmless(str(problem)), UNREACHABLE)
     except errors.BrokerError as problem:
-        return _say(str(problem), REFUSED)
+        return _say(harmless(str(problem)), REFUSED)
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK

@@ -11,6 +11,7 @@ import typer
 from api.cli_policy import AsJson
 from api.client import ask, part
 from api.exit_codes import USAGE, Failed
+from api.terminal import harmless
 
 PAGE = 100
 WORDS_SHOWN = 60
@@ -39,7 +40,7 @@ def dead_list(
         print("nothing was given up on")
     for letter in letters:
         words = [letter["id"], _instant(letter["at"]), letter["caller"] or "-", letter["job"], letter["lane"]]
-        print("  ".join([*words, f"{letter['code']}: {_short(letter['message'])}"]))
+        print(harmless("  ".join([*words, f"{letter['code']}: {_short(letter['message'])}"])))
 
 
 @dead_app.command("show")
@@ -81,7 +82,7 @@ async def _show(name: str, *, as_json: bool) -> None:
     }
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        print(harmless(f"{name:<{width}}  {value}"))
 
 
 async def _each(names: list[str], caller: str, *, every: bool, method: str, end: str, tells: str) -> None:
@@ -97,7 +98,7 @@ async def _each(names: list[str], caller: str, *, every: bool, method: str, end:
             if problem.code != Failed("").code:  # nobody answers: the others would hear the same
                 raise
             failed += 1
-            typer.echo(f"{name}: {problem}", err=True)
+            typer.echo(harmless(f"{name}: {problem}"), err=True)
     if failed:
         raise Failed(f"{failed} of them could not be.")
 

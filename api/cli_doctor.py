@@ -13,16 +13,16 @@ import httpx
 import typer
 
 from api.cli_policy import AsJson, redis_url
-from api.client import ask, gateway_url
+from api.client import ask, gateway_url, snapshot_of
 from api.discover import OLLAMA_URL
 from api.doctor import Facts, Finding, OllamaModel, RedisFacts, examine
 from api.exit_codes import REFUSED, UNREACHABLE, Failed
+from api.terminal import harmless
 from broker import errors
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.settings import BrokerSettings, read_settings
 from broker.snapshots import Snapshots
-from broker.status import Snapshot
 from broker.store import Store
 
 OLLAMA_S_MAX = 2.0
@@ -39,7 +39,7 @@ def doctor(
     else:
         width = max(len(finding.subject) for finding in findings)
         for finding in findings:
-            print(f"{finding.state:<7}  {finding.subject:<{width}}  {finding.sentence}")
+            print(harmless(f"{finding.state:<7}  {finding.subject:<{width}}  {finding.sentence}"))
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(REFUSED)
 
@@ -67,7 +67,7 @@ async def _over_http() -> Facts:
     facts = Facts(gateway_url(), redis=redis, api_skew_ms=int(health.get("skew_ms", 0)))
     if redis.away or health.get("policy_version") is None:
         return facts
-    return replace(facts, shown=Snapshot.from_json(await ask("GET", "/v1/status")))
+    return replace(facts, shown=snapshot_of(await ask("GET", "/v1/status")))
 
 
 async def _from_redis(facts: Facts, data: Path | None) -> Facts:

@@ -10,6 +10,7 @@ import typer
 from api.cli_completion import job_ids, models
 from api.cli_policy import AsJson
 from api.status_table import duration
+from api.terminal import harmless
 
 if TYPE_CHECKING:
     from api.jobs_client import JobsClient
@@ -157,7 +158,7 @@ def _print_job(job: dict[str, Any], *, as_json: bool) -> None:
         rows["error"] = f"{job['error']['code']}: {job['error']['message']}"
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        print(harmless(f"{name:<{width}}  {value}"))
 
 
 def _print_jobs(jobs: list[dict[str, Any]]) -> None:
@@ -171,7 +172,7 @@ def _print_jobs(jobs: list[dict[str, Any]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[4]]).rstrip())
+        print(harmless("  ".join([*cells, row[4]]).rstrip()))
 
 
 def _between(job: dict[str, Any], start: str, end: str) -> str:

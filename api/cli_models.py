@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from api.cli_policy import AsJson
-from api.client import ask, part
+from api.client import ask, part, snapshot_of
 from api.exit_codes import Failed
 from api.status_table import duration, loading
+from api.terminal import harmless
 from broker.status import HostStatus, ModelStatus, Snapshot
 
 WARM_S_MAX = 330.0
@@ -187,13 +188,13 @@ async def _until(
     line = _Line()
     try:
         while True:
-            shown = Snapshot.from_json(await ask("GET", "/v1/status"))
+            shown = snapshot_of(await ask("GET", "/v1/status"))
             waited_s = loop.time() - started
             if (sentence := outcome(shown, waited_s)) is not None:
                 return sentence
             if waited_s >= limit_s:
                 raise Failed(late(shown))
-            line.show(progress(shown))
+            line.show(harmless(progress(shown)))
             await asyncio.sleep(LOOK_EVERY_S)
     finally:
         line.clear()
@@ -218,7 +219,7 @@ class _Line:
 
 
 def _say(run: Callable[[], Any]) -> None:
-    print(asyncio.run(run()))
+    print(harmless(asyncio.run(run())))
 
 
 def _model(shown: Snapshot, name: str) -> ModelStatus:

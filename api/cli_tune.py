@@ -8,8 +8,8 @@ from urllib.parse import urlencode
 import typer
 
 from api.cli_policy import AsJson
-from api.client import ask
-from api.tune_text import tune_text
+from api.client import ask, no_gateway
+from api.tune_text import is_tuning, tune_text
 
 
 def tune(
@@ -19,4 +19,6 @@ def tune(
 ) -> None:
     """Proposes slots, queue budgets, cold-start budgets and lanes, with reasons: YAML to merge into the policy."""
     told = asyncio.run(ask("GET", f"/v1/tune?{urlencode({'since': since, 'until': until})}"))
+    if not is_tuning(told):
+        raise no_gateway()
     print(json.dumps(told, indent=2) if as_json else tune_text(told))

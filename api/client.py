@@ -8,6 +8,7 @@ import httpx
 
 from api.exit_codes import UNREACHABLE, USAGE, Failed, of_status
 from api.listen import DEFAULT_URL
+from broker.status import Snapshot
 
 ANSWER_S_MAX = 10.0
 REMEDY = "start `gateway up`, or set GATEWAY_URL to where it listens"
@@ -45,11 +46,21 @@ async def ask(method: str, path: str, body: dict[str, Any] | None = None) -> dic
         raise no_gateway() from None
     if response.is_error:
         error = told.get("error") if isinstance(told, dict) else None
-        sentence = error["message"] if isinstance(error, dict) else f"{url} says {response.status_code}."
+        sentence = error.get("message") if isinstance(error, dict) else None
+        if not isinstance(sentence, str):
+            sentence = f"{url} says {response.status_code}."
         raise Failed(sentence, of_status(response.status_code))
     if not isinstance(told, dict):
         raise no_gateway()
     return told
+
+
+def snapshot_of(told: dict[str, Any]) -> Snapshot:
+    """Reads what /v1/status says; raises Failed where it is another program that said it."""
+    try:
+        return Snapshot.from_json(told)
+    except ValueError:
+        raise no_gateway() from None
 
 
 def unreachable(why: str) -> Failed:

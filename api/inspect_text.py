@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from api.status_table import duration, size
+from api.terminal import harmless, text_of
 from broker.dead import Letter
 from broker.inspection.hosts import HostLook, LockLook
 from broker.inspection.jobs import Found
@@ -19,7 +20,7 @@ WORDS_SHOWN = 72
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns; the last one is as long as it likes."""
-    every = [tuple(head), *(tuple(row) for row in rows)]
+    every = [tuple(map(harmless, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in every)
     return [line.rstrip() for line in lines]
@@ -57,7 +58,7 @@ def lanes(found: Lanes) -> str:
             f"note: nobody has looked at {_count(found.late, 'job')} whose instant has come, the first "
             f"{duration(found.late_ms)} ago: is a scheduler running?"
         )
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def jobs(found: Found, limit: int) -> str:
@@ -72,7 +73,7 @@ def jobs(found: Found, limit: int) -> str:
         )
     if not found.scanned_all:
         lines.append("note: Redis holds more keys than one look passes by, so some ended jobs were not looked at")
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def story(told: Story) -> str:
@@ -103,7 +104,7 @@ def story(told: Story) -> str:
         for step in told.steps
     ]
     lines += ["", *table(head, steps), *(f"note: {words}" for words in told.troubles)]
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def hosts(found: Sequence[HostLook], version: int) -> str:
@@ -140,7 +141,7 @@ def hosts(found: Sequence[HostLook], version: int) -> str:
         ]
         if rows:
             lines += table(("  MODEL", "STATE", "FOR", "SLOTS", "FIRST TOKEN", "MEM", "SESSIONS", ""), rows)
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def locks(found: Sequence[LockLook]) -> str:
@@ -148,7 +149,9 @@ def locks(found: Sequence[LockLook]) -> str:
     rows = []
     for lock in found:
         holder = "-"
-        if lock.holder:
+        if lock.holder and not lock.boot:
+            holder = f"{lock.holder} (no worker's)"
+        elif lock.holder:
             holder = f"{lock.holder}/{lock.boot}" + ("" if lock.alive else " (gone: the lock ends by itself)")
         asks = [f"wanted for {duration(lock.wanted_ms)}"] if lock.wanted_ms else []
         asks += [f"{_count(lock.failures, 'failed load')}"] if lock.failures else []
@@ -167,7 +170,7 @@ def dead(letters: Sequence[Letter], total: int) -> str:
     lines = table(("LETTER", "JOB", "CALLER", "LANE", "CODE", "LOSSES", "WHY"), rows)
     if total > len(letters):
         lines.append(f"note: {len(letters)} of {total} letters shown; --limit shows more")
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def keys(found: Keys) -> str:
@@ -183,7 +186,7 @@ def keys(found: Keys) -> str:
         lines.append(f"note: {found.more_faults} more faults were left out")
     if not found.scanned_all:
         lines.append(f"note: Redis holds more keys than the {found.scanned} that one look passes by")
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def instant(ms: int) -> str:

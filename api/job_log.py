@@ -6,6 +6,7 @@ from typing import Any
 
 from api.inspect_text import instant, table
 from api.status_table import duration
+from api.terminal import text_of
 from broker.inspection.story import Story
 from broker.log_lines import Line
 
@@ -88,7 +89,7 @@ def as_text(entries: list[Entry]) -> str:
         out += [line, *(f"    {more}" for more in entry.more)]
     if any(entry.around for entry in entries):
         out.append("note: ~ was not of the job itself: its model, or a part that ended")
-    return "\n".join(out)
+    return text_of(out)
 
 
 def _told(line: Line) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Where a job's story comes from: its record in Redis, and the log lines of the parts or of files that were named."""
 
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from api import job_log
 from api.cli_policy import redis_url
 from api.exit_codes import USAGE, Failed
+from api.terminal import harmless
 from broker import errors, log_lines
 from broker.inspection import story
 from broker.inspection.reading import ReadingStore
@@ -22,7 +24,7 @@ async def of_record(job_id: str, data: Path | None) -> story.Story | None:
     settings = read_settings(BrokerSettings)
     try:
         store = await ReadingStore.open(redis_url(settings, data), namespace=settings.namespace)
-    except (errors.BrokerUnavailable, errors.RedisUnfit, Failed) as problem:
+    except (errors.BrokerError, Failed) as problem:
         _note(f"{problem} Only log lines are told.")
         return None
     try:
@@ -33,7 +35,7 @@ async def of_record(job_id: str, data: Path | None) -> story.Story | None:
         return found
     except errors.NoSuchJob:
         return None
-    except errors.BrokerUnavailable as problem:
+    except errors.BrokerError as problem:
         _note(f"{problem}. Only log lines are told.")
         return None
     finally:
@@ -44,6 +46,8 @@ def of_logs(files: Iterable[tuple[str, Path]], job_id: str, *, named: bool) -> I
     """The lines of some files that may belong to the story; one that somebody `named` must be there."""
     for part, path in files:
         if str(path) == "-":
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8", errors="replace")
             yield from _matter(sys.stdin, "", job_id)
             continue
         try:
@@ -69,4 +73,4 @@ def _glanced(lines: Iterable[str], job_id: str) -> Iterator[str]:
 
 
 def _note(sentence: str) -> None:
-    print(f"note: {sentence}", file=sys.stderr)
+    print(harmless(f"note: {sentence}"), file=sys.stderr)

@@ -1,5 +1,6 @@
 """The text of `gateway status`, made of a snapshot and nothing else."""
 
+from api.terminal import harmless, text_of
 from broker.status import HostStatus, ModelStatus, Snapshot
 
 _HEAD = ("MODEL", "STATE", "FIRST TOKEN", "QUEUE", "MEM")
@@ -15,7 +16,8 @@ def status_table(shown: Snapshot, *, wide: bool = False) -> str:
 
     `wide` adds the slots in use, how long the last load took, and how much of the day's prompts was in a cache.
     """
-    rows = [_HEAD + _WIDE * wide, *(_row(model) + _more(model) * wide for model in shown.models)]
+    cells = [_HEAD + _WIDE * wide, *(_row(model) + _more(model) * wide for model in shown.models)]
+    rows = [tuple(map(harmless, row)) for row in cells]
     widths = [max(map(len, column)) + gap for column, gap in zip(zip(*rows, strict=True), _GAPS, strict=False)]
     lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"policy: {line}" for line in shown.policy_lines]
@@ -25,7 +27,7 @@ def status_table(shown: Snapshot, *, wide: bool = False) -> str:
     lines += [f"note: {_name(model)} {words}" for model in shown.models for words in _notes(model)]
     if shown.made_up:
         lines.append("note: this policy was made up by `gateway up`, since none was given")
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def size(value: int) -> str:

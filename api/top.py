@@ -11,8 +11,10 @@ from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
 from api import top_view
+from api.client import snapshot_of
 from api.exit_codes import Failed
 from api.status_table import duration
+from api.terminal import harmless
 from api.top_view import Column, Row
 from broker.status import Snapshot
 
@@ -129,7 +131,7 @@ class Top(App[None]):
     async def look(self) -> None:
         """Asks once, and shows what came or why nothing did. The same moment told again is nothing new."""
         try:
-            shown = Snapshot.from_json(await self._ask())
+            shown = snapshot_of(await self._ask())
         except Failed as problem:
             self._problem = str(problem)
         else:
@@ -151,7 +153,7 @@ class Top(App[None]):
         for line in self.query("#state").results(Static):  # there is none any more while the screen goes
             line.set_class(bool(self._problem), "lost")
             line.set_class(stale and not self._problem, "stale")
-            line.update("   ".join(self._words(age_s, stale)))
+            line.update(harmless("   ".join(self._words(age_s, stale))))
         for table in self.query(Table):
             table.set_class(bool(self._problem) or stale, "old")
 

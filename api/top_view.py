@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from api.status_table import duration, loading, size
+from api.terminal import harmless
 from broker.status import HostStatus, JobStatus, LaneStatus, ModelStatus, Snapshot
 
 BAR = 10
@@ -142,6 +143,10 @@ def _has(only: str, *names: str) -> bool:
     return not only or any(only.lower() in name.lower() for name in names)
 
 
+def _row(name: str, cells: tuple[str, ...], tone: str) -> Row:
+    return Row(name, tuple(map(harmless, cells)), tone)
+
+
 def _model(model: ModelStatus) -> Row:
     words = f"{loading(model)}" if model.state == "waking" else model.reason
     cells = (
@@ -154,7 +159,7 @@ def _model(model: ModelStatus) -> Row:
         size(model.memory_bytes),
         words,
     )
-    return Row(model.name, cells, model.state)
+    return _row(model.name, cells, model.state)
 
 
 def _lane(lane: LaneStatus) -> Row:
@@ -170,7 +175,7 @@ def _lane(lane: LaneStatus) -> Row:
         lane.model,
         goes + (", retiring" if lane.retiring else ""),
     )
-    return Row(lane.name, cells, "late" if late else "full" if full >= 1 else "waits" if lane.waiting else "")
+    return _row(lane.name, cells, "late" if late else "full" if full >= 1 else "waits" if lane.waiting else "")
 
 
 def _job(seen: JobSeen) -> Row:
@@ -192,7 +197,7 @@ def _job(seen: JobSeen) -> Row:
         str(job.tokens),
     )
     tone = ("late" if seen.left_ms < 0 else "waits") if job.position else "warm" if job.first_token_at else "waking"
-    return Row(f"{seen.lane}/{job.id or seen.number}", cells, tone)
+    return _row(f"{seen.lane}/{job.id or seen.number}", cells, tone)
 
 
 def _host(host: HostStatus) -> Row:
@@ -205,4 +210,4 @@ def _host(host: HostStatus) -> Row:
         size(host.memory_headroom),
         ", ".join(host.models) or "-",
     )
-    return Row(host.name, cells, "draining" if host.draining else "")
+    return _row(host.name, cells, "draining" if host.draining else "")

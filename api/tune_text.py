@@ -7,7 +7,19 @@ from typing import Any
 
 import yaml
 
+from api.terminal import text_of
+
 WIDTH = 110
+
+_KINDS = {
+    "since": str, "until": str, "zone": str, "policy_version": int,
+    "proposals": list, "fragment": dict, "advice": list, "unknown": list,
+}  # fmt: skip
+
+
+def is_tuning(told: Mapping[str, Any]) -> bool:
+    """Whether this is what `GET /v1/tune` tells: another program may answer in JSON too."""
+    return all(isinstance(told.get(name), kind) for name, kind in _KINDS.items())
 
 
 def tune_text(told: Mapping[str, Any]) -> str:
@@ -26,7 +38,7 @@ def tune_text(told: Mapping[str, Any]) -> str:
             lines.append(f"# {title}")
         for sentence in sentences:
             lines += _comment(sentence, "", first="- ")
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def _mapping(there: Mapping[str, Any], path: tuple[str, ...], proposals: list[Mapping[str, Any]]) -> Iterator[str]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import NoneType
 from typing import Any
 
 _LINE = re.compile(
@@ -13,6 +14,8 @@ _LINE = re.compile(
 _FIELD = re.compile(r"(?:^| )([a-z_]+)=")
 _PART = re.compile(r"(\w+) +\| ")
 _JSON = '{"at": "'
+_PLAIN = (str, int, float, NoneType)
+"""What stands for a value in a line of ours; anything else is kept as its JSON."""
 
 LAST = "reason"
 """The field that has the rest of its line, whatever stands in it: it comes last."""
@@ -79,10 +82,13 @@ def _from_json(text: str, part: str) -> Line | None:
     try:
         told = json.loads(text)
         at, level, module = _ms(told.pop("at")), str(told.pop("level")), str(told.pop("module"))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     trace = told.pop("trace", [])
-    return Line(at, str(told.pop("part", part)), level, module, told, [str(row) for row in trace])
+    more = [str(row) for row in (trace if isinstance(trace, list) else [trace])]
+    part = str(told.pop("part", part))
+    fields = {name: value if isinstance(value, _PLAIN) else json.dumps(value) for name, value in told.items()}
+    return Line(at, part, level, module, fields, more)
 
 
 def _fields(said: str) -> dict[str, Any]:

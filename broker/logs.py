@@ -35,10 +35,10 @@ MODULES = (
 ).split()
 """What a level may be set for, beside the whole. Each is a logger `warmlane.<module>`."""
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, 0x85)} | {
-    code: f"\\u{code:04x}" for code in (0x2028, 0x2029)
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
+    code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
-"""What ends a line for somebody, or moves a terminal's cursor."""
+"""What ends a line for somebody, commands a terminal, or has it show text in another order than it stands."""
 
 
 class Formatter(logging.Formatter):
@@ -50,7 +50,7 @@ class Formatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Keeps whatever a message repeats from looking like a line of ours."""
-        return super().formatMessage(record).translate(_CONTROLS)
+        return super().formatMessage(record).translate(CONTROLS)
 
     def formatException(self, ei: object) -> str:
         """Tells kinds and places, and the words of our own errors only."""
@@ -193,6 +193,6 @@ def _told(error: BaseException) -> list[str]:
 
 def _words_of(error: BaseException) -> str:
     if isinstance(error, BrokerError):
-        return f": {str(error).translate(_CONTROLS)}"
+        return f": {str(error).translate(CONTROLS)}"
     number = error.errno if isinstance(error, OSError) else None
     return f" ({number})" if number is not None else ""

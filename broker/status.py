@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self, TypeVar
+from types import UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from broker import dispatch, downgrades
 from broker.figures import Day
@@ -200,13 +201,18 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what another process told; what a newer version added is left out."""
+        """Reads what another process told; what a newer version added is left out. Raises ValueError for data that is
+        no snapshot."""
+        for name in ("policy_version", "models", "lanes", "hosts"):
+            if name not in data:
+                raise ValueError(f"a snapshot without {name}")
         parts = _known(cls, data)
-        parts["models"] = tuple(_read(ModelStatus, m) for m in data.get("models", ()))
-        parts["lanes"] = tuple(_read_lane(lane) for lane in data.get("lanes", ()))
+        parts["models"] = tuple(_read(ModelStatus, m) for m in _list(data["models"]))
+        parts["lanes"] = tuple(_read_lane(lane) for lane in _list(data["lanes"]))
         parts["moves"] = _read(Moves, data.get("moves", {}))
-        parts["hosts"] = tuple(_read(HostStatus, h) for h in data.get("hosts", ()))
-        return cls(**parts)
+        parts["hosts"] = tuple(_read(HostStatus, h) for h in _list(data["hosts"]))
+        parts.pop("day", None)
+        return _made(cls, parts)
 
 
 def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int) -> Snapshot:
@@ -394,8 +400,33 @@ def _reason(best: ModelOnHost | None, failure: str) -> str:
 _Part = TypeVar("_Part")
 
 
-def _read(kind: type[_Part], data: Mapping[str, Any]) -> _Part:
-    return kind(**_known(kind, data))
+def _read(kind: type[_Part], data: Any) -> _Part:
+    return _made(kind, _known(kind, data))
+
+
+def _made(kind: type[_Part], parts: Mapping[str, Any]) -> _Part:
+    for name, of in get_type_hints(kind).items():
+        if name in parts and not _fits(parts[name], of):
+            raise ValueError(f"{name} of a {kind.__name__} is no {of}")
+    try:
+        return kind(**parts)
+    except TypeError as missing:
+        raise ValueError(str(missing)) from None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's kind; a number may be any number."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, get_args(kind)[0]) for one in value)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    return isinstance(value, (int, float) if kind in (int, float) else get_origin(kind) or kind)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("something else where a list belongs")
+    return value
 
 
 def _plain(part: Any) -> dict[str, Any]:
@@ -410,10 +441,13 @@ def _job_for(viewer: str | None, job: JobStatus) -> dict[str, Any]:
     return told
 
 
-def _read_lane(data: Mapping[str, Any]) -> LaneStatus:
-    return replace(_read(LaneStatus, data), jobs=tuple(_read(JobStatus, job) for job in data.get("jobs", ())))
+def _read_lane(data: Any) -> LaneStatus:
+    parts = _known(LaneStatus, data)
+    return _made(LaneStatus, parts | {"jobs": tuple(_read(JobStatus, job) for job in _list(data.get("jobs", [])))})
 
 
-def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: type[Any], data: Any) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"something else where a {kind.__name__} belongs")
     known = {field.name for field in fields(kind)}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known}

@@ -198,12 +198,22 @@ class Store:
             await pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def scan(self, pattern: str) -> AsyncIterator[str]:
-        """Lists keys that match; for chores and tests, never for a request."""
+        """Lists keys that match, but those whose name is no UTF-8: they are none of ours. For chores and tests, never
+        for a request."""
+        async for name in self.scan_names(pattern):
+            try:
+                key = name.decode()
+            except UnicodeDecodeError:
+                continue
+            yield key
+
+    async def scan_names(self, pattern: str) -> AsyncIterator[bytes]:
+        """Lists keys that match as they are called, those of others too."""
         cursor: Any = "0"
         while True:
-            cursor, keys = await self.command("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
-            for key in keys:
-                yield key.decode()
+            cursor, names = await self.command("SCAN", cursor, "MATCH", pattern, "COUNT", 500)
+            for name in names:
+                yield name
             if int(cursor) == 0:
                 return
 

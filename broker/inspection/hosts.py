@@ -1,6 +1,7 @@
 """The hosts of the last day and the models on them; who holds which wake lock."""
 
 import asyncio
+import re
 from dataclasses import dataclass
 
 from broker.policies import Active
@@ -48,7 +49,8 @@ class HostLook:
 
 @dataclass(frozen=True, kw_only=True)
 class LockLook:
-    """A wake lock. `holder` is "" while nobody holds it; `alive`: its boot is the one that the host now tells of."""
+    """A wake lock. `holder` is "" while nobody holds it; `alive`: its boot is the one that the host now tells of. A
+    value that no worker wrote is a holder without a boot."""
 
     model: str
     holder: str = ""
@@ -147,17 +149,23 @@ async def _lock(store: Store, model: str, now: int) -> LockLook:
         store.hash(keys.model(model)),
     )
     facts = ModelFacts.from_hash(raw)
-    host, boot, epoch = value.decode().rsplit("/", 2) if value else ("", "", "0")
-    owner: bytes | None = await store.command("HGET", keys.host(host), "boot") if host else None
+    host, boot, epoch = _holder((value or b"").decode(errors="backslashreplace"))
+    owner: bytes | None = await store.command("HGET", keys.host(host), "boot") if boot else None
     return LockLook(
         model=model,
         holder=host,
         boot=boot,
-        epoch=int(epoch),
+        epoch=epoch,
         ttl_ms=max(0, int(ttl)) if value else 0,
         alive=owner is not None and owner.decode() == boot,
-        wakes=int(wakes or 0),
+        wakes=int(wakes) if wakes and wakes.isdigit() else 0,
         failures=facts.failures,
         quarantine_ms=max(0, facts.quarantined_until - now),
         wanted_ms=max(0, facts.wanted_until - now),
     )
+
+
+def _holder(value: str) -> tuple[str, str, int]:
+    """The host, the boot and the epoch in a lock's value; of one that no worker wrote all of it, "" and 0."""
+    found = re.fullmatch(r"(.+)/([^/]+)/(\d+)", value, re.ASCII)
+    return (found[1], found[2], int(found[3])) if found else (value, "", 0)

@@ -100,19 +100,19 @@ async def _live(store: Store, active: Active, wanted: Wanted, now: int) -> tuple
     found = found[: wanted.limit]
     if State.SCHEDULED in wanted.states:
         later = replace(wanted, states=frozenset({State.SCHEDULED}), limit=wanted.limit - len(found))
-        if await _some_start_later(store, active):
-            jobs, more = await _due(store, later, now)
+        if count := await _in_no_lane(store, active):
+            jobs, more = await _due(store, later, now, count=count)
             found, unseen = found + jobs, unseen + more
     return found, unseen
 
 
-async def _some_start_later(store: Store, active: Active) -> bool:
-    """Whether there are live jobs that stand in no lane."""
+async def _in_no_lane(store: Store, active: Active) -> int:
+    """How many live jobs stand in no lane: they start later."""
     live, *lengths = await asyncio.gather(
         store.command("ZCARD", store.keys.due),
         *(store.command("XLEN", store.keys.lane(name)) for name in active.lanes()),
     )
-    return int(live) > sum(map(int, lengths))
+    return max(0, int(live) - sum(map(int, lengths)))
 
 
 async def _lane(store: Store, lane: str, wanted: Wanted, now: int) -> tuple[list[JobRecord], int]:
@@ -152,19 +152,23 @@ async def _held(store: Store, lane: str) -> AsyncIterator[list[Waiting]]:
         yield [Waiting.from_entry(lane, *row) for rows in told for row in rows]
 
 
-async def _due(store: Store, wanted: Wanted, now: int) -> tuple[list[JobRecord], int]:
-    """Wanted live jobs in the order of their next instants."""
+async def _due(store: Store, wanted: Wanted, now: int, *, count: int | None = None) -> tuple[list[JobRecord], int]:
+    """Wanted live jobs in the order of their next instants, and how many were not looked at; `count` live ones are in
+    the wanted states, None = all of them."""
     found: list[JobRecord] = []
-    total, looked_at = int(await store.command("ZCARD", store.keys.due)), 0
+    total, looked_at, seen = int(await store.command("ZCARD", store.keys.due)), 0, 0
     while looked_at < min(total, LOOKED_AT_MAX) and len(found) < wanted.limit:
         ids = await store.command("ZRANGE", store.keys.due, looked_at, looked_at + PAGE - 1)
         if not ids:
             break
         looked_at += len(ids)
         told = await _read_in(store, [job_id.decode() for job_id in ids], wanted.states)
+        seen += len(told)
         found += [job for job in told if wanted.takes(job, now)]
-    beyond = max(0, len(found) - wanted.limit)
-    return found[: wanted.limit], max(0, total - looked_at) + beyond
+    beyond, left = max(0, len(found) - wanted.limit), max(0, total - looked_at)
+    if count is not None:
+        left = min(left, max(0, count - seen))
+    return found[: wanted.limit], left + beyond
 
 
 async def _ended(store: Store, wanted: Wanted, now: int, *, limit: int) -> tuple[list[JobRecord], int, bool]:

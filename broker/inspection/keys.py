@@ -89,11 +89,11 @@ class Keys:
 
 async def look(store: Store, active: Active | None) -> Keys:
     """Reads every key in pages. What looks wrong is looked at again at the end: it may just have been on its way."""
-    found, rows, suspects = Keys(), dict[str, FamilyLook](), list[str]()
-    page: list[str] = []
-    async for key in store.scan(store.keys.everything):
+    found, rows, suspects = Keys(), dict[str, FamilyLook](), list[bytes]()
+    page: list[bytes] = []
+    async for name in store.scan_names(store.keys.everything):
         found.scanned += 1
-        page.append(key)
+        page.append(name)
         if len(page) == PAGE:
             suspects += await _page(store, active, page, rows)
             page.clear()
@@ -101,57 +101,65 @@ async def look(store: Store, active: Active | None) -> Keys:
             found.scanned_all = False
             break
     suspects += await _page(store, active, page, rows)
-    for key in suspects:
-        fault = await _fault_now(store, active, key)
+    for name in suspects:
+        fault = await _fault_now(store, active, name)
         if fault and len(found.faults) < FAULTS_MAX:
-            found.faults[key] = fault
+            found.faults[name.decode(errors="backslashreplace")] = fault
         elif fault:
             found.more_faults += 1
     found.families = sorted(rows.values(), key=lambda row: -row.bytes)
     return found
 
 
-async def _page(store: Store, active: Active | None, page: list[str], rows: dict[str, FamilyLook]) -> list[str]:
+async def _page(store: Store, active: Active | None, page: list[bytes], rows: dict[str, FamilyLook]) -> list[bytes]:
     """Counts some keys; gives those with which something seems wrong."""
     count = len(page)
     told = await asyncio.gather(
-        *(store.command("PTTL", key) for key in page),
-        *(store.command("MEMORY", "USAGE", key) for key in page),
-        *(store.command("TYPE", key) for key in page),
+        *(store.command("PTTL", name) for name in page),
+        *(store.command("MEMORY", "USAGE", name) for name in page),
+        *(store.command("TYPE", name) for name in page),
     )
-    families = [store.keys.family(key) for key in page]
+    families = [_family(store, name) for name in page]
     for family, ttl, size in zip(families, told[:count], told[count : 2 * count], strict=True):
-        name = family.pattern if family else "?"
+        pattern = family.pattern if family else "?"
         if int(ttl) == GONE:
             continue
-        if name not in rows:
-            rows[name] = FamilyLook(
-                pattern=name, type=family.type if family else "", lifetime=family.lifetime if family else "unknown"
+        if pattern not in rows:
+            rows[pattern] = FamilyLook(
+                pattern=pattern, type=family.type if family else "", lifetime=family.lifetime if family else "unknown"
             )
-        rows[name].add(int(size or 0), int(ttl))
+        rows[pattern].add(int(size or 0), int(ttl))
     faults = await asyncio.gather(
         *(
-            _fault(store, active, key, family, kind=kind.decode(), ttl_ms=int(ttl))
-            for key, family, ttl, kind in zip(page, families, told[:count], told[2 * count :], strict=True)
+            _fault(store, active, name, family, kind=kind.decode(), ttl_ms=int(ttl))
+            for name, family, ttl, kind in zip(page, families, told[:count], told[2 * count :], strict=True)
         )
     )
-    return [key for key, fault in zip(page, faults, strict=True) if fault]
+    return [name for name, fault in zip(page, faults, strict=True) if fault]
 
 
-async def _fault_now(store: Store, active: Active | None, key: str) -> str:
+def _family(store: Store, name: bytes) -> Family | None:
+    try:
+        return store.keys.family(name.decode())
+    except UnicodeDecodeError:
+        return None
+
+
+async def _fault_now(store: Store, active: Active | None, name: bytes) -> str:
     """Looks at one key anew."""
-    ttl, kind = await asyncio.gather(store.command("PTTL", key), store.command("TYPE", key))
-    return await _fault(store, active, key, store.keys.family(key), kind=kind.decode(), ttl_ms=int(ttl))
+    ttl, kind = await asyncio.gather(store.command("PTTL", name), store.command("TYPE", name))
+    return await _fault(store, active, name, _family(store, name), kind=kind.decode(), ttl_ms=int(ttl))
 
 
 async def _fault(
-    store: Store, active: Active | None, key: str, family: Family | None, *, kind: str, ttl_ms: int
+    store: Store, active: Active | None, name: bytes, family: Family | None, *, kind: str, ttl_ms: int
 ) -> str:
     """Says what is wrong with a key; "" where nothing is, or where it is gone by now."""
     if kind == "none" or ttl_ms == GONE:
         return ""
     if family is None:
         return "no row of the key table knows it: it has no owner"
+    key = name.decode()
     if kind != family.type:
         return f"is a {kind}, the key table says {family.type}"
     if family.pattern in _OF_POLICY:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from broker import errors, jobs, wake
+from api import inspect_text
+from broker import errors, jobs, usage, wake
+from broker import hosts as hosts_of_broker
 from broker.inspection import hosts, keys, lanes, story
 from broker.inspection import jobs as listing
 from broker.inspection.reading import CLOCK, READS, ReadingStore
@@ -127,6 +129,18 @@ async def test_what_a_limit_leaves_out_is_counted(world: World) -> None:
     assert [job.id for job in told.jobs] == every[:6:-1] and told.unseen == 7, "the newest ends first"
 
 
+async def test_a_job_that_a_limit_left_out_of_its_lane_is_not_counted_again(world: World) -> None:
+    """It stands in the due set as well, with the jobs that start later."""
+    await world.apply(policy_with(("maxQueue: 3", "maxQueue: 30")))
+    every = [await world.submit() for _ in range(10)]
+    later = [await world.submit(not_before=world.now + 5_000 + number) for number in range(6)]
+    for limit, left_out in ((3, 13), (10, 6), (12, 4), (16, 0)):
+        told = await listing.find(world.store, world.book.active, listing.Wanted(limit=limit))
+        assert [job.id for job in told.jobs] == [*every, *later][:limit] and told.unseen == left_out, limit
+    wanted = listing.Wanted(states=frozenset({State.SCHEDULED}), limit=2)
+    assert (await listing.find(world.store, world.book.active, wanted)).unseen == 4
+
+
 async def test_a_story_has_every_step_with_its_time_and_no_word_of_the_prompt(world: World) -> None:
     job_id = await world.submit(body=PROMPT, caller="ann", instead_of="big")
     world.now += 2_000
@@ -203,6 +217,32 @@ async def test_locks_tell_holder_epoch_and_lifetime(world: World) -> None:
     assert await hosts.locked_models(world.store) == ["big", "small"]
 
 
+async def test_a_lock_that_no_worker_wrote_is_told_as_it_stands(world: World, gateway: Gateway) -> None:
+    """Whoever looks at locks may do so because one of them is odd."""
+    k = world.store.keys
+    await world.store.command("SET", k.wake("big"), b"me, by hand \xff")
+    await world.store.command("SET", k.wake("small"), "gpu1/boot1/x")
+    await world.store.command("SET", k.wake_epoch("far"), "many")
+    big, small, far = await hosts.locks(world.store, ["big", "small", "far"])
+    assert (big.holder, big.boot, big.alive) == ("me, by hand \\xff", "", False)
+    assert (small.holder, small.boot, small.epoch, far.wakes) == ("gpu1/boot1/x", "", 0, 0)
+    told = inspect_text.locks([big]).splitlines()[1].split("  ")
+    assert "me, by hand \\xff (no worker's)" in told
+
+
+async def test_a_key_whose_name_is_no_text_is_nobodys(world: World) -> None:
+    """Chores that go by all keys pass it by."""
+    names = [
+        f"{world.store.keys.namespace}:{word}:".encode() + b"\xff" for word in ("model", "usage", "job", "learned")
+    ]
+    for name in names:
+        await world.store.command("SET", name, "1")
+    await hosts_of_broker.forget(world.store, known={"big"})
+    await usage.keep(world.store, usage_days=1)
+    told = await listing.find(world.store, world.book.active, listing.Wanted(states=ENDED))
+    assert told.jobs == () and await world.store.command("EXISTS", *names) == len(names)
+
+
 # --- keys, and what only a real server shows ---------------------------------------------------------------------
 
 
@@ -229,6 +269,13 @@ async def test_keys_count_every_row_and_name_what_has_no_owner_or_no_end(real: W
         "host:gpu7": "has no lifetime; it should live 6 s, renewed every 2 s",
         "job:text": "is a string, the key table says hash",
     }
+
+
+@pytest.mark.real
+async def test_a_key_whose_name_is_no_text_is_a_fault(real: World, gateway: Gateway) -> None:
+    await real.store.command("SET", real.store.keys.job("").encode() + b"\xff\x1b", "1")
+    ran = await asyncio.to_thread(gateway, "inspect", "keys")
+    assert ran.code == 0 and r":job:\xff\x1b no row of the key table knows it: it has no owner" in ran.out
 
 
 @contextmanager
@@ -290,6 +337,22 @@ async def test_a_user_who_may_only_read_can_run_all_of_it(
             assert json.loads(ran.out)
     finally:
         await real.store.command("ACL", "DELUSER", "looker")
+
+
+@pytest.mark.real
+async def test_logs_tell_their_lines_where_redis_refuses(
+    real: World, gateway: Gateway, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A user of Redis that may read nothing of ours."""
+    log = tmp_path / "api.log"
+    log.write_text("2026-09-21T14:13:20.000Z INFO warmlane.lanes event=submit job=01J lane=big\n")
+    await real.store.command("ACL", "SETUSER", "blind", "on", ">secret", "~nothing:*", "+@read")
+    monkeypatch.setenv("GATEWAY_REDIS_URL", f"redis://blind:secret@127.0.0.1:{redis_server.port}/0")
+    try:
+        ran = await asyncio.to_thread(gateway, "logs", "01J", "--file", str(log))
+        assert ran.code == 0 and "submit" in ran.out and "Only log lines are told." in ran.err
+    finally:
+        await real.store.command("ACL", "DELUSER", "blind")
 
 
 async def test_a_reading_store_sends_nothing_else(real: World, redis_server: RedisServer) -> None:

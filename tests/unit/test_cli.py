@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import httpx
@@ -258,16 +258,46 @@ async def test_watch_prints_until_it_is_interrupted(running: LiveApi) -> None:
     assert (process.returncode, err) == (0, b"")
 
 
-async def test_what_is_no_gateway_is_said_so(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+@asynccontextmanager
+async def another(body: bytes, *, status: str = "200 OK") -> AsyncIterator[str]:
+    """Somebody who gives everybody the same answer, and where."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
         await writer.drain()
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        monkeypatch.setenv("GATEWAY_URL", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        (await asyncio.to_thread(gateway, "status")).complains(3, "is no warmlane gateway")
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+WHOLE = '{"policy_version": 1, "lanes": [], "hosts": [], "models": %s}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "hello", "[]", "{}", '{"models": []}', '{"models": 5}', '{"since": 1, "until": 1, "zone": "", "proposals": {}}',
+        WHOLE % "null", WHOLE % "[5]", WHOLE % "[{}]", WHOLE % '[{"name": 5}]',
+        WHOLE % '[{"name": "a", "waiting": "x"}]',
+    ],
+)  # fmt: skip
+async def test_what_is_no_gateway_is_said_so(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Another program on that port may well answer in JSON."""
+    async with another(body.encode()) as url:
+        monkeypatch.setenv("GATEWAY_URL", url)
+        for words in (["status"], ["status", "--json"], ["tune"], ["tune", "--json"]):
+            (await asyncio.to_thread(gateway, *words)).complains(3, "is no warmlane gateway")
+
+
+@pytest.mark.parametrize("body", ['{"error": {}}', '{"error": {"message": 5}}', '{"error": "no"}', "[]"])
+async def test_a_refusal_in_other_words_is_a_sentence(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    async with another(body.encode(), status="404 Not Found") as url:
+        monkeypatch.setenv("GATEWAY_URL", url)
+        (await asyncio.to_thread(gateway, "status")).complains(1, "says 404")
 
 
 # --- against Redis -----------------------------------------------------------------------------------------------

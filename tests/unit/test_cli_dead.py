@@ -83,6 +83,14 @@ async def test_all_of_them_are_tried_again(world: World, run: Command) -> None:
     assert (await run("drop", "--all")).out == f"{lost}\n"
 
 
+async def test_what_a_letter_says_commands_no_terminal(world: World, run: Command) -> None:
+    fields = {"job": "x", "caller": "anonymous", "lane": "big", "code": "runtime_failed", "message": "\x1b]0;mine\x07"}
+    said = [word for pair in fields.items() for word in pair]
+    letter = (await world.store.command("XADD", world.store.keys.dead, "*", *said)).decode()
+    assert (await run("list")).out.endswith("runtime_failed: \\x1b]0;mine\\x07\n")
+    assert "runtime_failed: \\x1b]0;mine\\x07\n" in (await run("show", letter)).out
+
+
 async def test_wrong_usage(run: Command) -> None:
     for words in (("retry",), ("drop",), ("retry", "x", "--all")):
         (await run(*words)).complains(2, "name letters, or say --all")

@@ -104,6 +104,19 @@ def test_what_is_no_line_of_ours_is_none(text: str) -> None:
     assert log_lines.parse(text) is None
 
 
+@pytest.mark.parametrize(
+    "field", ['"trace": 5', '"trace": null', '"trace": {"a": 1}', '"model": ["big"]', '"attempt": {}']
+)
+def test_a_json_line_that_nobody_of_us_wrote_that_way_is_told(field: str) -> None:
+    text = f'{{"at": "{at(1)}", "level": "INFO", "module": "x", "event": "claim", "job": "{JOB}", {field}}}'
+    told = job_log.gather(JOB, lines(f"{WORKER}{text}\n", "worker"), None)
+    assert f"{at(1)[11:-1]}" in job_log.as_text(told)
+
+
+def test_a_line_too_deep_to_be_read_is_none() -> None:
+    assert log_lines.parse('{"at": "' + f'{at(1)}", "x": ' + "[" * 200_000) is None
+
+
 # --- the files ---------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +159,12 @@ def test_files_can_be_named_and_redis_may_be_away(
     monkeypatch.setattr("sys.stdin", io.StringIO(API))
     ran = gateway("logs", JOB, "--file", "-", "--json")
     assert ran.code == 0 and '"event": "submit"' in ran.out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n" + API.encode()), encoding="utf-8"))
+    ran = gateway("logs", JOB, "--file", "-")
+    assert ran.code == 0 and "submit" in ran.out, "what is no UTF-8 in it keeps nobody from the rest"
     ran = gateway("logs", "nobody", "--file", str(api))
     assert ran.code == 1 and "Nothing is known of job nobody" in ran.err
+    ran = gateway("logs", "\x1b]0;mine\x07", "--file", str(api))
+    assert ran.code == 1 and r"job \x1b]0;mine\x07:" in ran.err, "no sentence repeats a command to a terminal either"
     ran = gateway("logs", JOB, "--file", str(tmp_path / "none"))
     assert ran.code == 2 and "No such file" in ran.err

@@ -74,11 +74,12 @@ def test_our_own_errors_keep_their_words(log: tuple[logging.Logger, io.StringIO]
     assert "WorkerLost: the worker\\x0awent away" in out.getvalue()
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\x1b[2J", "\x85", "\u2028"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\x1b[2J", "\x85", "\u2028", "\x9b2J", "\u202e"])
 def test_nobody_writes_a_line_of_ours(log: tuple[logging.Logger, io.StringIO], end: str) -> None:
     logger, out = log
     logger.warning("event=refused reason=%s", f"a{end}2026-01-01 00:00:00,000 INFO warmlane.api event=forged")
     assert out.getvalue().splitlines()[0].endswith("event=forged") and len(out.getvalue().splitlines()) == 1
+    assert end not in out.getvalue()[:-1]
 
 
 def test_an_error_that_ends_a_process_is_told_in_the_same_way(

@@ -134,6 +134,30 @@ async def test_the_chosen_row_stays_chosen_when_figures_change() -> None:
         assert cells(app, "models")[-1][4] == "5/6"
 
 
+async def test_foreign_words_command_no_terminal() -> None:
+    """Those of a runtime in a cell, and those of whatever answers in its place in the first line."""
+    gate = Gate(replace(TEAM, models=(replace(DEEP, state="cold", reason="\x1b]0;mine\x07"),)))
+    app = gate.top()
+    async with app.run_test(size=(140, 40)) as pilot:
+        await until_asked(pilot, gate, 1)
+        assert cells(app, "models")[0][7] == r"\x1b]0;mine\x07"
+        gate.told = [Failed("the gateway says \x1b]52;c;aa\x07", 3)]
+        await pilot.press("r")
+        await until_asked(pilot, gate, 2)
+        assert r"the gateway says \x1b]52;c;aa\x07" in state_line(app)
+
+
+async def test_another_program_s_answer_is_no_empty_gateway() -> None:
+    async def ask() -> dict[str, Any]:
+        return {"models": [{"name": "llama3"}]}
+
+    app = Top(ask, url="http://box:8400", every_s=3_600)
+    async with app.run_test(size=(140, 40)) as pilot:
+        while "asking" in state_line(app):
+            await pilot.pause()
+        assert "NO CONNECTION" in state_line(app) and "is no warmlane gateway" in state_line(app)
+
+
 async def test_old_figures_are_called_stale_and_a_lost_connection_says_so() -> None:
     """The worst that a screen can do is to show yesterday as now."""
     gate = Gate(TEAM)
