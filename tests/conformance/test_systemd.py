@@ -92,6 +92,13 @@ def test_a_worker_has_time_to_drain() -> None:
     assert int(one("warmlane", "TimeoutStopSec")) >= drain_s + 15 + 2 * 5 + 10, "and Redis, and both others"
 
 
+@pytest.mark.parametrize("unit", [unit for unit in UNITS if one(unit, "ExecStart").split()[1] in ("up", "worker")])
+def test_a_unit_that_runs_a_worker_hides_no_device(unit: str) -> None:
+    """Any list of allowed devices hides the GPUs; before systemd 255 `ProtectClock` brings one."""
+    hiding = {"ProtectClock", "PrivateDevices", "DeviceAllow", "DevicePolicy"}
+    assert {name for name, _ in read(unit)["Service"]} & hiding == set()
+
+
 def test_the_environment_file_names_settings_and_holds_no_secret() -> None:
     lines = [line.lstrip("#") for line in (FOLDER / "warmlane.env").read_text().splitlines() if "=" in line]
     readme = (FOLDER.parents[2] / "README.md").read_text()
