@@ -1,6 +1,7 @@
 """The blocks of docs/operations.md, run as they stand: paths lead into a folder, and engines are stand-ins.
 
-A stand-in writes down how it was called; what it is told to run in a container, or to stop and start, it does here.
+A stand-in writes down how it was called; what it is told to run in a container, or to stop and start, it does here. A
+container knows the program `gateway` and no key; this machine has both only by what a block does.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import yaml
 
 from broker.policy import Policy
 from tests.support.compose import free_port
-from tests.support.gateway_process import GatewayProcess, House, environment, gateway, gateway_program
+from tests.support.gateway_process import GatewayProcess, House, environment, gateway, gateway_program, house
 from tests.support.worker_world import policy, simulated
 
 pytestmark = pytest.mark.real
@@ -42,17 +43,21 @@ with open(os.environ["CALLED"], "a") as log:
 if name == "docker" and ("exec" in words or "run" in words):
     place = words.index("exec" if "exec" in words else "run") + 1
     options, rest = [], words[place:]
+    inside = {{**os.environ, "PATH": os.environ["PATH_INSIDE"]}}
+    inside.pop("GATEWAY_KEY", None)
     while rest[0].startswith("-"):
         options.append(rest.pop(0))
-        if options[-1] == "--entrypoint":
+        if options[-1] in ("--entrypoint", "-e"):
             options.append(rest.pop(0))
+        if options[-2:-1] == ["-e"]:
+            inside.update([options[-1].split("=", 1)])
     service, command = rest[0], rest[1:]
     if "--entrypoint" in options:
         command.insert(0, options[options.index("--entrypoint") + 1])
     home = os.path.join(os.environ["CONTAINERS"], service)
     os.makedirs(home, exist_ok=True)
     command = [word.replace("/data", home) for word in command]
-    sys.exit(subprocess.run(command, cwd=home).returncode)
+    sys.exit(subprocess.run(command, cwd=home, env=inside).returncode)
 if name == "systemctl" and words[0] in ("stop", "start") and "UNIT" in os.environ:
     with socket.create_connection(("127.0.0.1", int(os.environ["UNIT"])), timeout=60) as unit:
         unit.sendall(words[0].encode())
@@ -72,17 +77,20 @@ class Bash:
             program = programs / name
             program.write_text(STAND_IN)
             program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        self._path = f"{programs}:{Path(gateway_program()).parent}:{os.environ['PATH']}"
+        beside = [place for place in os.environ["PATH"].split(":") if not (Path(place) / "gateway").exists()]
+        self._path = ":".join([str(directory / "usr/local/bin"), str(programs), *beside])
+        self._path_inside = f"{Path(gateway_program()).parent}:{self._path}"
         for name in ("docs", "pyproject.toml", "constraints.txt", "compose.yaml"):
             (directory / name).symlink_to(ROOT / name)
 
     def run(self, name: str, *, code: int = 0) -> str:
         """Runs a block to its end, which is to come with this exit code; gives what it printed."""
         text = BLOCKS[name]
-        for place in ("/var/lib", "/etc/", "/opt/"):
+        for place in ("/var/lib", "/etc/", "/opt/", "/usr/local/"):
             text = re.sub(rf"(?<=[ ]){place}|^{place}", f"{self.directory}{place}", text, flags=re.MULTILINE)
         env = environment(**self.settings) | {
             "PATH": self._path,
+            "PATH_INSIDE": self._path_inside,
             "CALLED": str(self.directory / "called"),
             "CONTAINERS": str(self.directory / "containers"),
         }
@@ -110,12 +118,41 @@ def bash(tmp_path: Path) -> Bash:
     return Bash(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def locked_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A gateway that nobody may call without a key. The weights of one of its models are not there."""
+    missing = {"backend": "llama.cpp", "model": "/missing.gguf", "keepWarm": True, "memoryMb": 1}
+    text = policy({"m": simulated(memoryMb=1), "gone": missing})
+    with house(tmp_path_factory.mktemp("locked") / "data", policy=text, GATEWAY_KEYS="me:SECRET") as up:
+        yield up
+
+
 @pytest.fixture
-def at_a_gateway(bash: Bash, shared_house: House) -> Bash:
-    """Blocks reach a running gateway, and its Redis."""
-    bash.settings |= {"GATEWAY_URL": shared_house.url, "GATEWAY_REDIS_URL": shared_house.redis_url}
-    (bash.directory / "policy.yaml").write_text(shared_house.data.with_suffix(".yaml").read_text())
+def at_a_gateway(bash: Bash, locked_house: House) -> Bash:
+    """Blocks reach a running gateway, and its containers its Redis."""
+    bash.settings |= {"GATEWAY_URL": locked_house.url, "GATEWAY_REDIS_URL": locked_house.redis_url}
+    (bash.directory / "policy.yaml").write_text(locked_house.data.with_suffix(".yaml").read_text())
     return bash
+
+
+@pytest.fixture
+def with_units(at_a_gateway: Bash, locked_house: House) -> Bash:
+    """The same, installed as the page says; the gateway's data is where its unit keeps it."""
+    install(at_a_gateway)
+    (at_a_gateway.directory / "var/lib").mkdir(parents=True)
+    (at_a_gateway.directory / "var/lib/warmlane").symlink_to(locked_house.data)
+    return at_a_gateway
+
+
+def install(bash: Bash) -> None:
+    """Runs the block that installs; its pip leaves the program where a real one would."""
+    programs = bash.directory / "opt/warmlane/bin"
+    programs.mkdir(parents=True)
+    (programs / "pip").symlink_to(bash.directory / "bin" / "pip")
+    (programs / "gateway").symlink_to(gateway_program())
+    for folder in ("etc/systemd/system", "usr/local/bin"):
+        (bash.directory / folder).mkdir(parents=True)
+    bash.run("systemd")
 
 
 def test_every_block_of_the_page_has_a_test() -> None:
@@ -127,10 +164,8 @@ def test_every_block_of_the_page_has_a_test() -> None:
 
 
 def test_the_units_are_installed_where_they_look_for_their_files(bash: Bash) -> None:
-    (bash.directory / "etc/systemd/system").mkdir(parents=True)
-    pip_of(bash)
     (bash.directory / "policy.yaml").write_text("models: {m: {backend: simulated, model: x}}")
-    bash.run("systemd")
+    install(bash)
     unit = (bash.directory / "etc/systemd/system/warmlane.service").read_text()
     assert "EnvironmentFile=/etc/warmlane/warmlane.env" in unit and "GATEWAY_POLICY=%E/warmlane/policy.yaml" in unit
     secrets = bash.directory / "etc/warmlane/warmlane.env"
@@ -171,10 +206,10 @@ def test_the_example_is_applied_to_a_cluster(bash: Bash) -> None:
     assert secret[5:] == [reference["name"], f"--from-literal={reference['key']}=me:SECRET"]
 
 
-def test_capacity_is_looked_at_and_the_proposal_is_yaml(at_a_gateway: Bash) -> None:
-    said = at_a_gateway.run("capacity")
+def test_capacity_is_looked_at_and_the_proposal_is_yaml(with_units: Bash) -> None:
+    said = with_units.run("capacity")
     assert "LANE" in said and "LAST LOAD" in said
-    proposal = (at_a_gateway.directory / "proposal.yaml").read_text()
+    proposal = (with_units.directory / "proposal.yaml").read_text()
     assert proposal.startswith("# From ")
     yaml.safe_load(proposal)
 
@@ -212,20 +247,32 @@ def test_a_backup_is_made_while_nothing_writes(bash: Bash) -> None:
     assert [words[1] for words in bash.called] == ["stop", "start"] * 2
 
 
-def test_an_upgrade_restarts_the_workers_last(at_a_gateway: Bash) -> None:
-    pip_of(at_a_gateway)
-    said = at_a_gateway.run("upgrade-systemd", code=1)
+def test_an_upgrade_restarts_the_workers_last(with_units: Bash) -> None:
+    said = with_units.run("upgrade-systemd", code=1)
     assert "gone" in said, "doctor tells of the model without weights"
-    restarted = [words[-1] for words in at_a_gateway.called if words[:2] == ["systemctl", "restart"]]
+    restarted = [words[-1] for words in with_units.called if words[:2] == ["systemctl", "restart"]]
     assert restarted == ["warmlane-scheduler", "warmlane-api", "warmlane-worker"]
     assert set(restarted) < {file.stem for file in (ROOT / "docs" / "deploy" / "systemd").glob("*.service")}
 
 
-def pip_of(bash: Bash) -> None:
-    """A pip of /opt/warmlane, which is a stand-in too."""
-    programs = bash.directory / "opt/warmlane/bin"
-    programs.mkdir(parents=True)
-    (programs / "pip").symlink_to(bash.directory / "bin" / "pip")
+def test_an_upgrade_tells_what_is_wrong_also_while_the_api_is_away(with_units: Bash, locked_house: House) -> None:
+    """Then `gateway doctor` asks the Redis that `warmlane.env` names."""
+    with_units.settings |= {"GATEWAY_URL": f"http://127.0.0.1:{free_port()}", "GATEWAY_REDIS_URL": ""}
+    with (with_units.directory / "etc/warmlane/warmlane.env").open("a") as file:
+        file.write(f"GATEWAY_REDIS_URL={locked_house.redis_url}\n")
+    assert "gone" in with_units.run("upgrade-systemd", code=1)
+
+
+def test_prometheus_gets_a_key_of_its_own(at_a_gateway: Bash) -> None:
+    at_a_gateway.run("monitoring")
+    assert "prometheus" in gateway("key", "list", GATEWAY_KEY="SECRET", **at_a_gateway.settings).stdout
+    assert at_a_gateway.called[-1] == ["docker", "compose", "--profile", "monitoring", "up", "-d", "--wait"]
+
+
+def test_monitoring_stops_where_no_key_can_be_made(at_a_gateway: Bash) -> None:
+    at_a_gateway.settings["GATEWAY_URL"] = f"http://127.0.0.1:{free_port()}"
+    at_a_gateway.run("monitoring", code=3)
+    assert len(at_a_gateway.called) == 1
 
 
 class Unit:
@@ -268,7 +315,7 @@ def unit(bash: Bash) -> Iterator[Unit]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.serve, args=[listener], name="unit")
         thread.start()
-        bash.settings |= {"UNIT": str(listener.getsockname()[1]), "GATEWAY_URL": running.url, "GATEWAY_KEY": ""}
+        bash.settings |= {"UNIT": str(listener.getsockname()[1]), "GATEWAY_URL": running.url}
         try:
             yield running
         finally:
@@ -284,24 +331,19 @@ def test_a_gateway_comes_back_from_its_backup(bash: Bash, unit: Unit) -> None:
     """What was there when it was made is there again, a key and a policy; what came later is not."""
     unit.start()
     key = gateway("key", "new", "boss", "--admin", GATEWAY_URL=unit.url).stdout.split()[-1]
-    bash.settings["GATEWAY_KEY"] = key
-    pip_of(bash)
-    bash.run("upgrade-systemd")  # doctor finds nothing wrong
-    bash.run("monitoring")
-    assert bash.called[-1] == ["docker", "compose", "--profile", "monitoring", "up", "-d", "--wait"]
-
     bash.run("backup")
     assert gateway("key", "new", "later", GATEWAY_URL=unit.url, GATEWAY_KEY=key).returncode == 0
     bash.run("restore")
     told = gateway("key", "list", "--json", GATEWAY_URL=unit.url, GATEWAY_KEY=key).stdout
-    assert {name for name in ("boss", "prometheus", "later") if name in told} == {"boss", "prometheus"}, told
+    assert {name for name in ("boss", "later") if name in told} == {"boss"}, told
     assert gateway("status", GATEWAY_URL=unit.url, GATEWAY_KEY=key).returncode == 0
 
 
-def test_the_policy_is_written_down(at_a_gateway: Bash) -> None:
-    said = at_a_gateway.run("policy")
+def test_the_policy_is_written_down(with_units: Bash) -> None:
+    with_units.settings["GATEWAY_REDIS_URL"] = ""  # its Redis is the unit's own
+    said = with_units.run("policy")
     assert "policy.yaml: fine" in said
-    Policy.parse((at_a_gateway.directory / "policy.yaml").read_text())
+    Policy.parse((with_units.directory / "policy.yaml").read_text())
 
 
 def _manifests() -> list[dict[str, Any]]:
