@@ -9,7 +9,7 @@ COPY api api
 COPY broker broker
 COPY workers workers
 RUN python -m venv --without-pip /opt/warmlane \
-    && pip --python /opt/warmlane install --no-cache-dir -q -c constraints.txt . \
+    && pip --python /opt/warmlane install --no-cache-dir -q -c constraints.txt '.[gpu]' \
     && test "${VERSION:-$(/opt/warmlane/bin/gateway version)}" = "$(/opt/warmlane/bin/gateway version)"
 
 FROM python:3.11-slim

@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from broker.policy import Policy
+from broker.settings import read_settings
 from tests.support.clients import user
 from tests.support.compose import Here, Service, free_port, in_order, interpolated, seconds, services
 from tests.support.gateway_process import gateway
 from tests.support.waiting import block_until
 from tests.support.worker_world import policy, simulated
+from workers.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "compose.yaml"
@@ -79,6 +81,16 @@ def test_the_api_does_not_start_without_keys_and_nobody_else_learns_them(there: 
         services(FILE, {})
     holders = [s.name for s in there.values() if "secret" in json.dumps(s.environment)]
     assert holders == ["api", "grafana"] and "a-password" not in json.dumps(there["grafana"].environment)
+
+
+@pytest.mark.parametrize(("said", "read"), [({"GATEWAY_MEMORY_MB": "22000"}, 22_000), ({}, None)])
+def test_a_worker_is_told_the_memory_of_models_that_it_cannot_see(
+    said: dict[str, str], read: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `ollama`, in another container; else it measures."""
+    worker = services(FILE, SECRETS | said)["worker"]
+    monkeypatch.setenv("GATEWAY_MEMORY_MB", worker.environment["GATEWAY_MEMORY_MB"])
+    assert read_settings(WorkerSettings).memory_mb == read
 
 
 def test_secrets_come_from_the_environment_and_are_in_no_other_place(told: dict[str, Any]) -> None:

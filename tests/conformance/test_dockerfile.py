@@ -55,7 +55,7 @@ def test_what_is_copied_is_there_and_reaches_the_build() -> None:
 
 def test_it_installs_what_the_tests_pass_with_and_leaves_no_tools() -> None:
     [install] = [value for value in of(BUILD, "RUN") if "install" in value]
-    assert "-c constraints.txt ." in install and "--no-cache-dir" in install and "--without-pip" in install
+    assert "-c constraints.txt '.[gpu]'" in install and "--no-cache-dir" in install and "--without-pip" in install
     assert of(FINAL, "FROM") == [of(BUILD, "FROM")[0].removesuffix(" AS build")]
     [run] = of(FINAL, "RUN")
     assert "pip uninstall" in run and "install " not in run.replace("uninstall ", "") and "apt" not in run

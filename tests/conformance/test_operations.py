@@ -34,6 +34,8 @@ PAGE = (ROOT / "docs" / "operations.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- block: ([\w-]+) -->\n```bash\n(.*?)```", PAGE, re.DOTALL))
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
 BLOCK_S_MAX = 120
+PIP = ["pip", "install", "-q", "-c", "constraints.txt", ".[gpu]"]
+"""Without the extra a worker would take the machine's memory for the models'."""
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, socket, subprocess, sys
@@ -177,7 +179,7 @@ def test_the_units_are_installed_where_they_look_for_their_files(bash: Bash) -> 
     ]
     made = next(words for words in bash.called if words[0] == "useradd")
     assert f"User={made[-1]}" in unit.splitlines()
-    assert ["pip", "install", "-q", "-c", "constraints.txt", "."] in bash.called
+    assert PIP in bash.called
 
 
 def test_compose_is_brought_up_and_given_a_policy(at_a_gateway: Bash) -> None:
@@ -251,6 +253,7 @@ def test_an_upgrade_restarts_the_workers_last(with_units: Bash) -> None:
     said = with_units.run("upgrade-systemd", code=1)
     assert "gone" in said, "doctor tells of the model without weights"
     restarted = [words[-1] for words in with_units.called if words[:2] == ["systemctl", "restart"]]
+    assert PIP in with_units.called[-4:], "again, the same way"
     assert restarted == ["warmlane-scheduler", "warmlane-api", "warmlane-worker"]
     assert set(restarted) < {file.stem for file in (ROOT / "docs" / "deploy" / "systemd").glob("*.service")}
 
