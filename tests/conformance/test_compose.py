@@ -93,6 +93,15 @@ def test_a_worker_is_told_the_memory_of_models_that_it_cannot_see(
     assert read_settings(WorkerSettings).memory_mb == read
 
 
+@pytest.mark.parametrize(("said", "told"), [({}, "2gb"), ({"REDIS_MAXMEMORY": "500mb"}, "500mb")])
+def test_redis_refuses_when_it_is_full_and_may_read_its_file_first(said: dict[str, str], told: str) -> None:
+    redis = services(FILE, SECRETS | said)["redis"]
+    words = redis.command
+    assert words[words.index("--maxmemory") + 1] == told
+    assert words[words.index("--maxmemory-policy") + 1] == "noeviction"
+    assert seconds(redis.said["healthcheck"]["start_period"]) >= 300
+
+
 def test_secrets_come_from_the_environment_and_are_in_no_other_place(told: dict[str, Any]) -> None:
     assert {name: said["environment"] for name, said in told["secrets"].items()} == {
         "metrics_key": "GATEWAY_METRICS_KEY",

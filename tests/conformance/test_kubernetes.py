@@ -137,6 +137,23 @@ def test_each_part_runs_with_few_rights_and_time_to_stop() -> None:
     assert specs["api"]["terminationGracePeriodSeconds"] > stop_s + api["lifecycle"]["preStop"]["sleep"]["seconds"] + 10
 
 
+def test_redis_refuses_before_it_is_killed() -> None:
+    """A rewrite of its file needs memory beside what `maxmemory` counts."""
+    redis = dict(pods())["redis"]["containers"][0]
+    words = redis["command"]
+    told = words[words.index("--maxmemory") + 1]
+    limit = redis["resources"]["limits"]["memory"]
+    assert told.endswith("mb") and limit.endswith("Gi")
+    assert int(told.removesuffix("mb")) <= int(limit.removesuffix("Gi")) * 1024 * 0.7
+    assert words[words.index("--maxmemory-policy") + 1] == "noeviction"
+
+
+def test_a_new_worker_waits_for_the_gpu_of_the_one_that_it_replaces() -> None:
+    """A pod more would find no GPU free, and the rollout would stand still."""
+    update = find("Deployment", "worker")["spec"]["strategy"]["rollingUpdate"]
+    assert update == {"maxSurge": 0, "maxUnavailable": 1}
+
+
 def test_a_runtime_outlives_its_worker() -> None:
     """Else it would be told to stop at the same moment, and what runs would be cut."""
     ollama = next(c for name, c in containers() if c["name"] == "ollama")
