@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from broker.policy import Policy
-from tests.support.compose import free_port
+from tests.support.compose import free_port, services
 from tests.support.gateway_process import GatewayProcess, House, environment, gateway, gateway_program, house
 from tests.support.worker_world import policy, simulated
 
@@ -217,11 +217,23 @@ def test_capacity_is_looked_at_and_the_proposal_is_yaml(with_units: Bash) -> Non
 
 
 def test_compose_is_upgraded_part_by_part(at_a_gateway: Bash) -> None:
+    settings = at_a_gateway.directory / ".env"
+    settings.write_text("WARMLANE_VERSION=0.0.1\nGATEWAY_KEYS=me:SECRET")  # and no end of line
     said = at_a_gateway.run("upgrade-compose")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert said.strip() == version
+    assert settings.read_text() == f"GATEWAY_KEYS=me:SECRET\nWARMLANE_VERSION={version}\n"
+    assert stat.S_IMODE(settings.stat().st_mode) == 0o600
+    read = dict(line.split("=") for line in settings.read_text().splitlines())
+    images = {services(ROOT / "compose.yaml", read)[name].said["image"] for name in ("api", "scheduler", "worker")}
+    assert images == {f"warmlane:{version}"}, "also for the next `up`, in another shell"
     brought_up = [words[-1] for words in at_a_gateway.called if "up" in words]
     assert brought_up == ["scheduler", "api", "worker"] and set(brought_up) < SERVICES.keys()
+
+
+def test_a_first_upgrade_needs_no_file_of_settings(at_a_gateway: Bash) -> None:
+    at_a_gateway.run("upgrade-compose")
+    assert (at_a_gateway.directory / ".env").read_text().startswith("WARMLANE_VERSION=")
 
 
 def test_a_backup_of_the_volume_comes_back(bash: Bash) -> None:
