@@ -29,6 +29,11 @@ class ScriptMissing(Exception):
     """A verb or an include has no file, or includes go in a circle."""
 
 
+def read_all() -> None:
+    """Reads every file now: those that an upgrade puts in their place are for processes that start after it."""
+    _texts()
+
+
 def names() -> list[str]:
     """Lists every verb that has a file."""
     return sorted(f.name.removesuffix(".lua") for f in _folder().iterdir() if f.name.endswith(".lua"))
@@ -58,12 +63,25 @@ def _folder() -> resources.abc.Traversable:
     return resources.files("broker").joinpath("lua")
 
 
+@cache
+def _texts() -> dict[str, str]:
+    """Verbs and includes by their names, as `_read` takes them."""
+    folder = _folder()
+    return {
+        f"{prefix}{file.name.removesuffix('.lua')}": file.read_text(encoding="utf-8")
+        for prefix, place in (("", folder), ("includes/", folder.joinpath("includes")))
+        if place.is_dir()
+        for file in place.iterdir()
+        if file.name.endswith(".lua")
+    }
+
+
 def _read(name: str) -> str:
     if name == "includes/lifecycle":
         return lifecycle.as_lua()
     try:
-        return _folder().joinpath(*f"{name}.lua".split("/")).read_text(encoding="utf-8")
-    except FileNotFoundError:
+        return _texts()[name]
+    except KeyError:
         raise ScriptMissing(f"no Lua file for {name}") from None
 
 

@@ -49,6 +49,7 @@ class Store:
     @classmethod
     async def open(cls, url: str, *, namespace: str = "gw", name: str = "warmlane") -> "Store":
         """Connects and checks the server; raises BrokerUnavailable, RedisUnfit with a sentence."""
+        scripts.read_all()
         try:
             pool = BlockingConnectionPool.from_url(
                 url,

@@ -20,6 +20,7 @@ from broker.store import Store, refusal
 from broker.trust import door
 from tests.support.broker_world import START, World, fake_world
 from tests.support.invariants import take, take_by_script
+from tests.support.redis_server import RedisServer
 
 # what these verbs' headers call `X[n ..]`: any number of further names
 OPEN_ENDED = {
@@ -42,9 +43,11 @@ def write(folder: Any, **files: str) -> None:
 def folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A folder of one's own in place of broker/lua."""
     monkeypatch.setattr(scripts, "_folder", lambda: tmp_path)
-    scripts.load.cache_clear()
+    for cached in (scripts._texts, scripts.load):
+        cached.cache_clear()
     yield tmp_path
-    scripts.load.cache_clear()
+    for cached in (scripts._texts, scripts.load):
+        cached.cache_clear()
 
 
 def test_includes_come_once_and_in_order(folder: Any) -> None:
@@ -82,6 +85,18 @@ def test_flags_are_for_servers_that_know_them(folder: Any) -> None:
     assert real.text.startswith("#!lua flags=allow-oom\n") and real.sha != fake.sha
     assert not fake.text.startswith("#!")
     assert scripts.load("plain", shebang=True).text == "return 1\n"
+
+
+@pytest.mark.real
+async def test_an_open_store_runs_the_verbs_that_it_came_with(
+    redis_server: RedisServer, folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade in place puts the next version's files under a running process."""
+    write(folder, verb="--- @include a\nreturn old\n", includes__a="local old = 'old'\n")
+    store = await Store.open(redis_server.url)
+    write(folder, verb="return 'new'\n", includes__a="broken")
+    assert await store.run("verb", [], []) == b"old"
+    await store.close()
 
 
 def test_names_lists_the_verbs_of_the_design() -> None:
