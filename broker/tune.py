@@ -2,8 +2,9 @@
 
 A waiting job is served after the jobs before it, `service_ms / slots` each: its *turn*. Places whose turn comes too
 late serve nobody, and requests that are refused while a place would have come in time are lost for nothing: the queue
-budget follows from that. A cold-start budget must hold a load and a first token, or a fallback takes every cold start.
-Counters are of days, so nothing is known of what came at the same moment, and nothing follows from a mean load alone.
+budget follows from that. A cold-start budget must hold a load and a first token, or a fallback takes every cold start,
+and no place mends that. Counters are of days, so nothing is known of what came at the same moment, and nothing follows
+from a mean load alone.
 """
 
 import math
@@ -187,7 +188,8 @@ def propose(seen: Seen) -> Tuning:
             unknown.append(problem)
             continue
         unknown += _not_known(lane, model)
-        found = [*_queue(lane, model), *_budget(lane, model)]
+        budget = [*_budget(lane, model)]
+        found = [*_queue(lane, model, budget_ms=budget[0].proposed if budget else None), *budget]
         own = _lane_of_its_own(lane, taken)
         taken |= {one.path[1] for one in own if one.path[0] == "lanes"}
         proposals += [*found, *own]
@@ -218,6 +220,13 @@ def _hidden_queue(model: ModelSeen) -> Iterator[Proposal]:
 
 def _slots(lane: LaneSeen, model: ModelSeen) -> tuple[list[Proposal], list[str]]:
     """A slot more, where places and budgets cannot help and memory is left; else what else would."""
+    if _lost_when_cold(lane, model) and not _harmed(lane, lane.full):
+        waits_ms = min(lane.cold_start_budget_ms, lane.patience_ms)
+        return [], [
+            f"{_share(lane.unserved, lane.asked)} of {lane.asked:,} requests for {lane.name} were late, moved or given "
+            f"up: {_loads(lane, model)}, past the {_s(waits_ms)} that it has, and only a model that is loaded before "
+            "they come (`keepWarm`) serves them in time."
+        ]
     harm = f"{_share(lane.full + lane.unserved, lane.asked)} of {lane.asked:,} requests for {lane.name} were refused, "
     harm += "late or moved, and neither more places nor a longer budget would help"
     if model.remote or model.parallel:
@@ -240,12 +249,13 @@ def _slots(lane: LaneSeen, model: ModelSeen) -> tuple[list[Proposal], list[str]]
 # --- places ------------------------------------------------------------------------------------------------------
 
 
-def _queue(lane: LaneSeen, model: ModelSeen) -> Iterator[Proposal]:
-    """As many places as have their turn in time."""
+def _queue(lane: LaneSeen, model: ModelSeen, *, budget_ms: int | None) -> Iterator[Proposal]:
+    """As many places as have their turn in time: within `budget_ms`, where another cold-start budget is proposed."""
     if model.service_ms < SERVICE_MS_LEAST:
         return
-    fit = math.floor(lane.patience_ms / model.turn_ms)
-    limit = f"the {_s(lane.patience_ms)} after which a job " + (
+    patience_ms = lane.patience_ms if budget_ms is None else budget_ms
+    fit = math.floor(patience_ms / model.turn_ms)
+    limit = f"the {_s(patience_ms)}{' (as proposed)' if budget_ms is not None else ''} after which a job " + (
         f"moves to {lane.fallback}" if lane.fallback else "is given up"
     )
     pace = f"{_s(model.service_ms)} a job, {model.slots} slot{'s' * (model.slots != 1)}"
@@ -257,7 +267,7 @@ def _queue(lane: LaneSeen, model: ModelSeen) -> Iterator[Proposal]:
             f"{lane.full:,} of {lane.asked:,} requests for {lane.name} found no place, though place {proposed} would "
             f"have its turn after {_s(proposed * model.turn_ms)} ({pace}), within {limit}.",
         )  # fmt: skip
-    elif _harmed(lane, lane.unserved) and fit < now:
+    elif _harmed(lane, lane.unserved) and fit < now and not _lost_when_cold(lane, model):
         yield Proposal(
             lane.path("maxQueue"), now, max(1, fit),
             f"The last of {now} places of {lane.name} has its turn after {_s(now * model.turn_ms)} ({pace}), past "
@@ -274,16 +284,14 @@ def _budget(lane: LaneSeen, model: ModelSeen) -> Iterator[Proposal]:
     if not lane.fallback or not model.load_ms:
         return
     now, path = lane.cold_start_budget_ms, lane.path("coldStartBudgetMs")
-    answer_ms = lane.first_token_p50_ms or 0
-    wake_ms = model.load_ms + answer_ms
+    wake_ms = _wake_ms(lane, model)
     if now < wake_ms:
         proposed = _whole_s(wake_ms * LOAD_MARGIN)
         if _harmed(lane, lane.moved) and proposed <= min(BUDGET_MS_MAX, lane.max_wait_ms):
             yield Proposal(
                 path, now, proposed,
-                f"{model.name} loads in {_s(model.load_ms)} and then takes {_s(answer_ms)} to a first token, so nobody "
-                f"who finds it cold has one within {_s(now)}: {lane.moved:,} of {lane.asked:,} requests moved to "
-                f"{lane.fallback}.",
+                f"{_loads(lane, model)}, so nobody who finds it cold has one within {_s(now)}: {lane.moved:,} of "
+                f"{lane.asked:,} requests moved to {lane.fallback}.",
             )  # fmt: skip
         return
     p95 = lane.first_token_p95_ms
@@ -299,6 +307,22 @@ def _budget(lane: LaneSeen, model: ModelSeen) -> Iterator[Proposal]:
             f"{_s(p95)}, and a load takes {_s(model.load_ms)}: {_s(proposed)} hold both, and who would wait longer is "
             f"moved to {lane.fallback} sooner.",
         )  # fmt: skip
+
+
+def _wake_ms(lane: LaneSeen, model: ModelSeen) -> float:
+    """A load and a first token."""
+    return model.load_ms + (lane.first_token_p50_ms or 0)
+
+
+def _lost_when_cold(lane: LaneSeen, model: ModelSeen) -> bool:
+    """Whether who finds the model cold has no first token in time, whatever place it gets."""
+    waits_ms = min(lane.cold_start_budget_ms, lane.patience_ms)
+    return model.load_ms > 0 and waits_ms < _wake_ms(lane, model)
+
+
+def _loads(lane: LaneSeen, model: ModelSeen) -> str:
+    answer_ms = lane.first_token_p50_ms or 0
+    return f"{model.name} loads in {_s(model.load_ms)} and then takes {_s(answer_ms)} to a first token"
 
 
 # --- lanes -------------------------------------------------------------------------------------------------------

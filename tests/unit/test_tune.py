@@ -171,6 +171,49 @@ def test_what_is_not_changed(lane: dict[str, Any], model: dict[str, Any]) -> Non
     assert [one for one in found.proposals if one.path[-1] != "maxConcurrent"] == []
 
 
+COLD = replace(LANE, asked=100, moved=20, max_queue=16, cold_start_budget_ms=5_000)
+SLOW = replace(BIG, max_concurrent=1, service_ms=8_000)
+
+
+def test_a_queue_is_not_shortened_for_cold_starts() -> None:
+    """They moved because the model was cold, and no place would have been in time for them."""
+    assert judge(COLD, SLOW).fragment() == {"models": {"big": {"coldStartBudgetMs": 26_000}}}
+    found = judge(COLD, replace(SLOW, load_ms=90_000))
+    assert found.proposals == ()
+    [sentence] = found.advice
+    assert "90 s" in sentence and "5.0 s" in sentence and "20 % of 100" in sentence and "keepWarm" in sentence
+
+
+def test_who_is_given_up_before_a_load_was_no_victim_of_the_queue_either() -> None:
+    lane = replace(COLD, moved=0, expired=20, fallback="", max_wait_ms=10_000)
+    found = judge(lane, SLOW)
+    assert found.proposals == () and "keepWarm" in found.advice[0]
+
+
+@pytest.mark.parametrize(
+    ("lane", "model", "proposed"),
+    [
+        # seven turns fit into the 14 s that are proposed, so no place is added
+        ({"asked": 1_000, "full": 20, "judged": 900, "cold_start_budget_ms": 40_000, "max_queue": 8},
+         {"load_ms": 5_000}, {"coldStartBudgetMs": 14_000}),
+        # … and where more fit, no more than those
+        ({"asked": 1_000, "full": 20, "judged": 900, "cold_start_budget_ms": 40_000, "max_queue": 5},
+         {"load_ms": 5_000}, {"coldStartBudgetMs": 14_000, "maxQueue": 7}),
+        # a budget that is to hold a load gives time for more places
+        ({"full": 11, "moved": 14, "cold_start_budget_ms": 10_000}, {},
+         {"coldStartBudgetMs": 26_000, "maxQueue": 12}),
+    ],
+)  # fmt: skip
+def test_places_are_judged_by_the_budget_that_is_proposed(
+    lane: dict[str, Any], model: dict[str, Any], proposed: dict[str, int]
+) -> None:
+    found = judge(replace(LANE, **lane), replace(BIG, **model))
+    assert found.fragment() == {"models": {"big": proposed}}
+    for one in found.proposals:
+        if one.path[-1] == "maxQueue":
+            assert f"{proposed['coldStartBudgetMs'] // 1000} s (as proposed)" in one.why
+
+
 def test_what_no_number_mends_is_said() -> None:
     [sentence] = judge(replace(LANE, full=30, max_queue=12), replace(BIG, headroom_bytes=GIB)).advice
     assert "a second host would help" in sentence and "1.0 GiB" in sentence
