@@ -98,6 +98,8 @@ class LaneSeen:
     """What clients ask for to get here: routing names, beside its own."""
     in_lanes: frozenset[str] = frozenset()
     """Keys that `lanes:` says for it; of a model's own lane all others stand at the model."""
+    mixed_with: tuple[str, ...] = ()
+    """Other lanes of its model, of whose jobs those that moved are counted here."""
     asked: int = 0
     """Jobs that ended and requests that were refused."""
     full: int = 0
@@ -267,7 +269,7 @@ def _queue(lane: LaneSeen, model: ModelSeen, *, budget_ms: int | None) -> Iterat
             f"{lane.full:,} of {lane.asked:,} requests for {lane.name} found no place, though place {proposed} would "
             f"have its turn after {_s(proposed * model.turn_ms)} ({pace}), within {limit}.",
         )  # fmt: skip
-    elif _harmed(lane, lane.unserved) and fit < now and not _lost_when_cold(lane, model):
+    elif _harmed(lane, lane.unserved) and fit < now and not (lane.mixed_with or _lost_when_cold(lane, model)):
         yield Proposal(
             lane.path("maxQueue"), now, max(1, fit),
             f"The last of {now} places of {lane.name} has its turn after {_s(now * model.turn_ms)} ({pace}), past "
@@ -378,6 +380,11 @@ def _not_known(lane: LaneSeen, model: ModelSeen) -> Iterator[str]:
         yield f"No live host serves {model.name}, so its slots are counted as those of one host."
     if model.service_ms < SERVICE_MS_LEAST:
         yield f"How long a job of {model.name} holds a slot is not learned, so places of {lane.name} are not judged."
+    if lane.mixed_with:
+        yield (
+            f"What moved out of {', '.join(lane.mixed_with)} is counted with {lane.name}, so whether {lane.name} has "
+            "too many places is not judged."
+        )
     if not lane.fallback:
         yield f"{lane.name} has no fallback that waiting jobs move to, so its cold-start budget is not judged."
     elif not model.load_ms:

@@ -61,6 +61,7 @@ class Tally:
         found = self._lanes.get(lane.name, _OfLane())
         counts = found.counts
         names = (rule.match.lane for rule in policy.routing if rule.target == lane.name)
+        beside = (other for other in policy.all_lanes().values() if other.model == lane.name != other.name)
         fallback = policy.lane(lane.fallback) if lane.fallback else None
         callers = found.done_by.keys() | found.running_ms_by.keys()
         return LaneSeen(
@@ -72,6 +73,7 @@ class Tally:
             fallback=fallback.name if fallback is not None and fallback.trust == "local" else "",
             names=tuple(dict.fromkeys(name for name in names if name and name != lane.name)),
             in_lanes=_said(policy, lane.name),
+            mixed_with=tuple(other.name for other in beside if other.fallback),
             **{name: counts[name] for name in ("asked", "full", "moved", "expired", "judged", "late")},
             first_token_p50_ms=percentile(found.first_tokens, 0.5),
             first_token_p95_ms=percentile(found.first_tokens, 0.95),

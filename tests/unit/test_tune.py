@@ -326,6 +326,29 @@ def test_a_moved_job_counts_for_the_lane_that_it_asked_for() -> None:
     assert model.headroom_bytes == 0, "the least of both hosts"
 
 
+@pytest.mark.parametrize(
+    ("lane", "mixed_with"),
+    [
+        ("{ target: big, fallback: small }", ("fast",)),
+        ("{ target: big, fallback: null }", ()),  # none of its jobs moves
+        ("{ target: small, fallback: null }", ()),
+    ],
+)
+def test_a_model_with_two_lanes_shortens_none_for_the_others_moves(lane: str, mixed_with: tuple[str, ...]) -> None:
+    """A job that moved is counted under the model that it asked for, whichever of its lanes that was."""
+    counted = tally(
+        (By("ann", "big", "big", "big"), {"done/in_time/448": 100}),
+        (By("ann", "small", "big", "small"), {"done/late/30720": 40}),  # out of fast
+    )
+    text = f"{POLICY}lanes:\n  fast: {lane}\n"
+    facts = seen(Policy.parse(text), counted, shown=SHOWN, hosts=HOSTS, service_ms={"big": 40_000})
+    assert {lane.name: lane.mixed_with for lane in facts.lanes}["big"] == mixed_with
+    found = propose(facts)
+    assert ("maxQueue" in found.fragment().get("models", {}).get("big", {})) is not bool(mixed_with)
+    said = [sentence for sentence in found.unknown if "What moved out of fast" in sentence]
+    assert len(said) == len(mixed_with)
+
+
 def test_a_remote_fallback_takes_nobody_who_waits() -> None:
     far = POLICY.replace("backend: ollama, model: \"x:7b\"", "backend: openai, url: \"https://x.example\", model: y, "
                          "trust: remote, apiKeyEnv: KEY")  # fmt: skip
