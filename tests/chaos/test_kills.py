@@ -13,7 +13,7 @@ from tests.support.waiting import until
 
 pytestmark = pytest.mark.real
 
-KILLS = 3
+KILLS = 2
 PROBES = 4
 """One or two tokens that each of the two models is asked for when it has been woken."""
 

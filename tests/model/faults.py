@@ -30,6 +30,7 @@ FAULTS = [
         ("submit",),
         r"  if letter then redis\.call\(\"XDEL\".*\n",
         "",
+        slow=True,
     ),
     Fault(
         "an asynchronous job is in no list",
@@ -105,12 +106,14 @@ FAULTS = [
         ("release", "recover"),
         r"  if continue_by then\n(    redis\.call\(\"HSET\", job, \"continues\".*\n)  else\n",
         r"  if continue_by then\n\1  end\n  do\n",
+        slow=True,
     ),
     Fault(
         "the claim of an answer that goes on counts its frames anew",
         ("claim",),
         r"\n  last = f\[16\]\n",
         "\n",
+        slow=True,
     ),
     Fault(
         "an answer goes on from a log that has grown since it was judged",
@@ -165,6 +168,7 @@ FAULTS = [
         ("release", "recover"),
         r" or tonumber\(f\.continues or 0\) > 0\n",
         "\n",
+        slow=True,
     ),
     Fault(
         "attach sets seen for a stream:false waiter",
@@ -287,6 +291,7 @@ FAULTS = [
         ("submit",),
         r"grace >= 0 and redis\.call\(\"ZCOUNT\", readers.*\) == 0 then",
         "grace >= 0 then",
+        slow=True,
     ),
 ]
 
