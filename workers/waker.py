@@ -303,14 +303,20 @@ class Waker(ModelHere):
             await self._around.learn(self.name, **hosts.NOT_FAILED, unloaded_until=0)
         except errors.BrokerUnavailable as e:  # it is there all the same: called cold, nobody would ever unload it
             log.warning("event=load_unlearned model=%s reason=%s", self.name, e)
-        begun_at = self.since_ms
+        await self._note_woken()
         await self._become(self.readiness.verdict("warm"), self.readiness.words)
-        self.woken_ms = begun_at, self.since_ms
         log.info(
             "event=warm model=%s load_ms=%.0f first_token_ms=%.0f state=%s",
             self.name, woken.load_ms, woken.first_token_ms, self.state,
         )  # fmt: skip
         await self._around.count(self.name, wakes=1, loads=int(woken.load_ms > 0), loads_ms=round(woken.load_ms))
+
+    async def _note_woken(self) -> None:
+        """Notes when this wake began and that it is over: before anybody can claim by it."""
+        try:
+            self.woken_ms = self.since_ms, await self._around.now_ms()
+        except errors.BrokerUnavailable:
+            log.debug("event=woken_time model=%s reason=redis away", self.name)
 
     async def _begins(self) -> None:
         """Has the time of a load that had to wait count from now."""

@@ -84,7 +84,7 @@ async def test_a_promotion_ends_one_wait_and_begins_another(world: World, told: 
     assert spans.outcomes == [("wait", "promoted"), ("wait", "claimed"), ("attempt", "done"), ("chat big", "done")]
     first, second = sorted(spans.named("wait"), key=lambda span: span.start_ms)
     assert (first.attributes["warmlane.lane"], second.attributes["warmlane.lane"]) == ("big", "small")
-    assert abs(second.start_ms - first.end_ms) < 50
+    assert abs(second.start_ms - first.end_ms) < 1_000
     assert spans.root().attributes["gen_ai.response.model"] == "small"
 
 
