@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from types import UnionType
-from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from broker import dispatch, downgrades
 from broker.figures import Day
@@ -404,8 +405,14 @@ def _read(kind: type[_Part], data: Any) -> _Part:
     return _made(kind, _known(kind, data))
 
 
+@cache
+def _kinds(part: type[Any]) -> dict[str, Any]:
+    """The kinds of a part's fields, read out of their annotations once and not for each of a thousand jobs."""
+    return get_type_hints(part)
+
+
 def _made(kind: type[_Part], parts: Mapping[str, Any]) -> _Part:
-    for name, of in get_type_hints(kind).items():
+    for name, of in _kinds(cast(Any, kind)).items():
         if name in parts and not _fits(parts[name], of):
             raise ValueError(f"{name} of a {kind.__name__} is no {of}")
     try:
