@@ -260,7 +260,7 @@ async def tell_lost(store: Store, job: JobRecord, *, again: bool) -> None:
     over = await _over(store, job)
     if over is None:
         return
-    traces.lost(job, at_ms=traces.entered_ms(over) if again else over.ended_at)
+    traces.lost(job, at_ms=over.entered_at if again else over.ended_at)
     if not again:
         traces.ended(over)
 

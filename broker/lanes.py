@@ -204,12 +204,14 @@ async def claim(
     boot: str,
     lease_ms: int = JOB_LEASE_MS,
     runtime: Model | None = None,
+    woke_at: int = 0,
 ) -> Claimed:
     """Takes exactly this job; raises Moved, AlreadyEnded, NoSuchJob or BadTransition when the race was lost.
 
     `runtime` is the definition of the runtime that would serve it now: until a worker has taken a changed one over,
     that may lead further than the lane does under the active policy. Raises TrustZoneRefused by the wider one, and
-    Unjudged where it leads out and the job's content was judged by other rules.
+    Unjudged where it leads out and the job's content was judged by other rules. `woke_at`: when its last wake was over,
+    which the job's record keeps.
     """
     lane = active.lane(waiting.lane)
     if lane is None:
@@ -234,6 +236,7 @@ async def claim(
             rules,
             provider,
             active.policy.audit_days * DAY_MS,
+            woke_at,
         ],
     )
     record = JobRecord.from_values(
@@ -248,6 +251,7 @@ async def claim(
         model=lane.model,
         owner=host,
         boot=boot,
+        woke_at=woke_at,
         claimed_at=int(at_ms),
         lease_until=int(at_ms) + lease_ms,
     )

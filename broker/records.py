@@ -144,6 +144,7 @@ class JobRecord(_Hash):
     promote_at: int = 0
     retry_at: int = 0
     promoted_at: int = 0
+    woke_at: int = 0  # when the model that claimed it had woken, 0 = its worker found it awake
     claimed_at: int = 0
     first_token_at: int = 0
     first_token_by: int = 0  # start + cold-start budget of the lane that was asked for, 0 = batch work; never moved
@@ -168,6 +169,11 @@ class JobRecord(_Hash):
     def live(self) -> bool:
         """Whether it has not ended."""
         return self.state not in ENDED
+
+    @property
+    def entered_at(self) -> int:
+        """When it came into its lane: the id of its entry says so, whatever brought it there."""
+        return int(self.entry.partition("-")[0]) if self.entry else self.submitted_at
 
     @property
     def consent(self) -> str:

@@ -175,20 +175,19 @@ def waited(job: JobRecord, *, until_ms: int, outcome: str) -> None:
     if not told(job):
         return
     if job.entry:
-        _tell(job, "wait", f"wait {job.entry}", entered_ms(job), until_ms, **{"warmlane.outcome": outcome})
+        _tell(job, "wait", f"wait {job.entry}", job.entered_at, until_ms, **{"warmlane.outcome": outcome})
     else:
         _tell(job, "scheduled", "scheduled", job.submitted_at, until_ms, **{"warmlane.outcome": outcome})
 
 
-def claimed(job: JobRecord, *, woken_ms: tuple[int, int]) -> None:
-    """A worker has it, whose model's last wake began and ended at these instants."""
+def claimed(job: JobRecord, *, waking_at: int) -> None:
+    """A worker has it, whose model's last wake began then."""
     if not told(job):
         return
-    begun_at, warm_at = woken_ms
     waited(job, until_ms=job.claimed_at, outcome="claimed")
-    since = max(entered_ms(job), begun_at)
-    if since < warm_at <= job.claimed_at:
-        _tell(job, "wake", f"wake {job.entry}", since, warm_at, parent=f"wait {job.entry}")
+    since = max(job.entered_at, waking_at)
+    if since < job.woke_at:
+        _tell(job, "wake", f"wake {job.entry}", since, job.woke_at, parent=f"wait {job.entry}")
 
 
 def attempted(
@@ -242,11 +241,6 @@ _OPERATIONS = {
 def _context_of(job: JobRecord) -> Context | None:
     context = Context.read(job.trace) if job.trace else None
     return context if context is not None and context.sampled else None
-
-
-def entered_ms(job: JobRecord) -> int:
-    """When it came into its lane: the id of its entry says so, whatever brought it there."""
-    return int(job.entry.partition("-")[0]) if job.entry else job.submitted_at
 
 
 def _of_attempt(job: JobRecord, outcome: str) -> dict[str, Any]:

@@ -294,7 +294,10 @@ class Dispatcher:
         active = self._book.active
         try:
             # the runtime that it holds now: the slot that we took keeps it from another
-            claimed = await lanes.claim(self._store, active, job, host=self._host, boot=self._boot, runtime=waker.model)
+            claimed = await lanes.claim(
+                self._store, active, job, host=self._host, boot=self._boot, runtime=waker.model,
+                woke_at=waker.woken_ms[1],
+            )  # fmt: skip
         except errors.Unjudged:
             await self._judge(active, job)
             return None
@@ -315,7 +318,7 @@ class Dispatcher:
         except (errors.Lost, errors.NoSuchJob, errors.BadTransition, errors.TrustZoneRefused) as e:
             log.debug("event=claim_lost job=%s reason=%s", job.job, e)
             return None
-        traces.claimed(claimed.record, woken_ms=waker.woken_ms)
+        traces.claimed(claimed.record, waking_at=waker.woken_ms[0])
         if waker.model.trust == "remote":
             leaving = await self._leaving(active, claimed)
             if leaving is None:

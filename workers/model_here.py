@@ -103,7 +103,7 @@ class ModelHere:
             first_token_ewma_ms=round(self.readiness.first_token_ewma_ms, 1),
             parallel=self.overlap.parallel,
             last_load_ms=round(self.last_load_ms, 1),
-            progress=round(self.progress, 2),
+            progress=round(self.progress, 2) if self.state == "waking" else -1,
             counts=self.counts,
             manageable=self.runtime.manageable,
             sessions=json.dumps(cached) if (cached := self.slots.told()) else "",

@@ -5,18 +5,18 @@ import { make, say } from "./parts.js";
 import { duration } from "./words.js";
 
 const LOOK_EVERY_MS = 1000;
-const SAME_MOMENT_MS = 500;
 const ENDED = ["done", "failed", "cancelled", "expired"];
 const by = (id) => document.getElementById(id);
 
-// The steps of a job: [what, from, until], instants in ms; until 0 = it goes on.
-export function steps(job, warmSince) {
+// The steps of a job: [what, from, until], instants in ms; until 0 = it goes on. Its claim noted when the model had
+// woken; while it waits, the model tells.
+export function steps(job, model) {
   const found = [], claimed = job.claimed_at, begins = Math.max(job.submitted_at, job.not_before);
   const waitsUntil = claimed || job.ended_at;
   if (job.not_before > job.submitted_at) found.push(["scheduled", job.submitted_at, job.state === "scheduled" ? 0 : job.not_before]);
   if (job.state === "scheduled") return found;
-  const woke = waitsUntil ? Math.min(warmSince, waitsUntil) : warmSince; // a claim follows within the same moment
-  if (woke > begins && warmSince < (waitsUntil || Infinity) + SAME_MOMENT_MS) {
+  const woke = claimed ? job.woke_at : model?.woke_at || 0;
+  if (woke > begins && woke <= (waitsUntil || Infinity)) {
     found.push(["model woke", begins, woke], ["waited", woke, waitsUntil]);
   } else {
     found.push(["waited", begins, waitsUntil]);
@@ -76,11 +76,10 @@ export class Timeline {
   #show(job) {
     const { now, models } = this.context();
     const model = models.find((one) => one.name === job.model), until = job.ended_at || now;
-    const warmSince = model?.woke_at || 0;
     const all = Math.max(1, until - job.submitted_at);
     const wait = job.wait ? `, ${job.wait.ahead} before it, ${job.wait.model} is ${job.wait.model_state}${job.wait.reason ? ` (${job.wait.reason})` : ""}` : "";
     say(by("job-words"), `${job.state}${job.error ? `: ${job.error.message}` : ""}${wait}, ${duration(all)} since it was submitted.`);
-    by("job-steps").replaceChildren(...steps(job, warmSince).map(([what, from, to]) => {
+    by("job-steps").replaceChildren(...steps(job, model).map(([what, from, to]) => {
       const fill = make("span"), length = Math.max(0, (to || until) - from);
       fill.style.marginLeft = `${Math.min(99, ((from - job.submitted_at) / all) * 100)}%`;
       fill.style.width = `${Math.max(1, (length / all) * 100)}%`;

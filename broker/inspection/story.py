@@ -67,11 +67,11 @@ async def tell(store: Store, job_id: str) -> Story:
         store.command("PTTL", keys.job(job_id)),
         _on_hosts(store, job.model),
     )
-    warm_at = max((m.woke_at for m in on_host.values() if m.state in ("warm", "degraded")), default=0)
+    woke_at = max((m.woke_at for m in on_host.values() if m.state in ("warm", "degraded")), default=0)
     return Story(
         at_ms=now,
         job=job,
-        steps=tuple(timeline(job, now_ms=now, warm_at=warm_at)),
+        steps=tuple(timeline(job, now_ms=now, woke_at=woke_at)),
         troubles=tuple(troubles(job)),
         ahead=await _ahead(store, job),
         models={host: model.state for host, model in on_host.items()},

@@ -19,10 +19,11 @@ class Step:
     ahead: bool = False
 
 
-def timeline(job: JobRecord, *, now_ms: int, warm_at: int = 0) -> list[Step]:
-    """Puts a job's instants in order. `warm_at`: since when the model is warm, where that is known; the step is told
-    where the job waited for it. The record keeps the last of each kind, and counts the others."""
-    past = sorted((row for row in _past(job, warm_at) if row[0]), key=lambda row: row[0])
+def timeline(job: JobRecord, *, now_ms: int, woke_at: int = 0) -> list[Step]:
+    """Puts a job's instants in order. `woke_at`: when the model that it waits for last woke, where that is known; of
+    the one that claimed it, its record knows. The record keeps the last of each kind, and counts the others."""
+    woke_at = job.woke_at if job.claimed_at else woke_at
+    past = sorted((row for row in _past(job, woke_at) if row[0]), key=lambda row: row[0])
     ahead = sorted(row for row in _ahead(job) if row[0]) if job.live else []
     steps, before = list[Step](), job.submitted_at
     for at, step, words in past:
@@ -54,7 +55,7 @@ def troubles(job: JobRecord) -> list[str]:
     return found
 
 
-def _past(job: JobRecord, warm_at: int) -> list[tuple[int, str, str]]:
+def _past(job: JobRecord, woke_at: int) -> list[tuple[int, str, str]]:
     start = max(job.submitted_at, job.not_before)
     waited = job.state is State.QUEUED or job.claimed_at
     rows = [
@@ -68,8 +69,8 @@ def _past(job: JobRecord, warm_at: int) -> list[tuple[int, str, str]]:
     if job.claimed_at:
         words = f"attempt {job.attempt}" + (f" on {job.owner}" if job.owner else "")
         rows.append((job.claimed_at, "claimed", words + ("" if _holds(job) else ", and given back since")))
-    if waited and start < warm_at <= (job.claimed_at or warm_at):
-        rows.append((warm_at, "woke", f"{job.model} gave its first token"))
+    if waited and start < woke_at <= (job.claimed_at or woke_at):
+        rows.append((woke_at, "woke", f"{job.model} gave its first token"))
     return rows
 
 

@@ -6,6 +6,7 @@
 --   ARGV[10] target_trust  `local` or `remote`   ARGV[11] target_model   of the lane, under the active policy
 --   ARGV[12] rules         digest of those in force for that model, `-` = this runtime leads elsewhere
 --   ARGV[13] provider      its address           ARGV[14] audit_ms   how long records are kept
+--   ARGV[15] woke_at       when the model's last wake was over, 0 = its worker found it awake
 -- Returns {attempt, claimed_at, body, and of the job's hash: zone, endpoint, stream, include_usage, choices, mode,
 -- priority, session, tokens, put_backs, continues, last_seq, leaves, trace}. A job that `continues` goes on counting behind its
 -- last frame.
@@ -41,7 +42,7 @@ if tonumber(f[15] or 0) > 0 then
 end
 local lease_until = now + tonumber(ARGV[9])
 redis.call("HSET", KEYS[2], "state", to, "model", ARGV[11], "attempt", attempt, "owner", ARGV[7], "boot", ARGV[8],
-  "claimed_at", ms(now), "lease_until", ms(lease_until), "last_seq", last, "retry_at", "0")
+  "claimed_at", ms(now), "lease_until", ms(lease_until), "last_seq", last, "retry_at", "0", "woke_at", ARGV[15])
 redis.call("ZADD", KEYS[3], ms(earliest(lease_until, f[6])), id)
 hold_no_more(root, f[18], f[2], id, f[1])
 hold_running(root, f[18], id, now)

@@ -145,8 +145,11 @@ async def test_a_story_has_every_step_with_its_time_and_no_word_of_the_prompt(wo
     job_id = await world.submit(body=PROMPT, caller="ann", instead_of="big")
     world.now += 2_000
     await world.tell("gpu1", {"big": ModelOnHost(state="warm", slots_total=1, woke_at=world.now)})
+    waits = await story.tell(world.store, job_id)
+    assert [step.step for step in waits.steps if not step.ahead] == ["submitted", "woke"], "as its model tells"
     world.now += 500
-    held = await world.claim(job_id)
+    held = await world.claim(job_id, woke_at=world.now - 500)
+    await world.tell("gpu1", {"big": ModelOnHost(state="warm", slots_total=1, woke_at=world.now + 90_000)})
     world.now += 700
     await jobs.first_token(world.store, held, b"a frame with zebra")
     world.now += 4_000

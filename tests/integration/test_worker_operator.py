@@ -149,6 +149,15 @@ async def test_a_load_tells_how_far_it_is(world: World, monkeypatch: pytest.Monk
     assert (await world.until_model("big", "warm")).progress == -1
 
 
+async def test_a_model_that_is_warm_is_not_told_as_loading(world: World) -> None:
+    """Though its wake still has something to count."""
+    await world.apply({"big": simulated()})
+    host = await world.host()
+    waker = host.residents.wakers["big"]
+    waker.state, waker.progress = "warm", 0.5
+    assert waker.told(1).progress == -1
+
+
 async def test_reset_ends_a_quarantine(world: World) -> None:
     """Without it the third failed load is tried again after half a minute."""
     await world.apply({"big": simulated(keepWarm=False, options={"loadFails": -1})})

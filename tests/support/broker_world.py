@@ -149,9 +149,13 @@ class World:
         job = await self.job(job_id)
         return Waiting(job=job_id, lane=job.lane, entry=job.entry)
 
-    async def claim(self, job_id: str, *, host: str = "gpu1", boot: str = "boot1", lease_ms: int = 10_000) -> Holding:
+    async def claim(
+        self, job_id: str, *, host: str = "gpu1", boot: str = "boot1", lease_ms: int = 10_000, woke_at: int = 0
+    ) -> Holding:
         waiting = await self.waiting(job_id)
-        got = await lanes.claim(self.store, self.book.active, waiting, host=host, boot=boot, lease_ms=lease_ms)
+        got = await lanes.claim(
+            self.store, self.book.active, waiting, host=host, boot=boot, lease_ms=lease_ms, woke_at=woke_at
+        )
         return Holding(job_id, waiting.lane, got.attempt, boot)
 
     async def stream(self, job_id: str, *frames: bytes, **claim: Any) -> Holding:
