@@ -253,7 +253,7 @@ class _Told(Collector):
             "model": {model.name for model in snapshot.models},
             "caller": self.callers,
         }
-        events = list(_events(self.day))
+        events = [*_begun(snapshot), *_events(self.day)]
         for name, help_text, words, labels in _COUNTED:
             family = CounterMetricFamily(name, help_text, labels=[label for label, _ in labels], unit=_unit_of(name))
             sums: dict[tuple[str, ...], float] = {}
@@ -279,6 +279,16 @@ def _webhooks(figures: Figures) -> Iterator[Metric]:
     for outcome, count in figures.outcomes.items():
         attempts.add_metric([outcome], count)
     yield attempts
+
+
+_FIRST_TOKEN = ("asked", "other", "late", "none")
+
+
+def _begun(snapshot: Snapshot) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Lets what alerts watch begin the day at 0: how much a counter rose is not seen of one that was not there."""
+    for model in snapshot.models:
+        for words in _FIRST_TOKEN:
+            yield "first_token", (model.name, words), 0
 
 
 def _events(day: Day) -> Iterator[tuple[str, tuple[str, ...], float]]:

@@ -17,6 +17,7 @@ import pytest_asyncio
 from ulid import ULID
 
 from broker import hosts, jobs, lanes, webhook_secrets, webhooks
+from broker.lifecycle import State
 from broker.records import HostRecord, JobRecord
 from broker.store import Store
 from tests.support.broker_world import new_namespace, running
@@ -220,6 +221,46 @@ async def _used(scene: Scene, lane: str, share: float) -> bool:
     async with httpx.AsyncClient() as http:
         told = (await http.get(f"{scene.api.url}/v1/status")).json()
     return bool(next(one["deadline_used"] for one in told["lanes"] if one["name"] == lane) > share)
+
+
+@fires("WarmlaneFirstTokensLate")
+async def test_first_tokens_that_come_too_late(server: RedisServer, scene: Scene, prometheus: Prometheus) -> None:
+    """Let in two minutes ago, with a budget of one. A few are no trouble yet."""
+    beside = await Store.open(server.url, namespace=scene.store.keys.namespace, name="earlier")
+    await ago(beside, LONG_AGO_MS)
+    for late in (5, 3):
+        for _ in range(late):
+            await served_late(beside, scene)
+        await prometheus.scrape(for_s=90)
+        assert bool(prometheus.firing("WarmlaneFirstTokensLate")) is (late == 3)
+    assert prometheus.all_firing() == {"WarmlaneFirstTokensLate": [{"model": "big"}]}
+    await beside.close()
+
+
+async def served_late(beside: Store, scene: Scene) -> None:
+    """A job that was let in when the clock of that store says, and is served now."""
+    active, job_id = scene.api.gateway.book.active, str(ULID())
+    body = json.dumps({"model": "big", "messages": [{"role": "user", "content": "hello"}]}).encode()
+    await lanes.submit(
+        beside, active, scene.api.gateway.fleet, JobRecord(id=job_id, asked="big"), active.lanes()["big"], body
+    )
+    await scene.until_state(job_id, State.DONE)
+
+
+@fires("WarmlaneServedByFallback")
+async def test_a_model_that_is_mostly_served_by_another(scene: Scene, prometheus: Prometheus) -> None:
+    """Its lane is full, so its requests spill over; they are in time."""
+    for _ in range(3):
+        assert (await chat(scene, "wait", model="big")).status == 200
+    await until_true(lambda: _waits(scene, "big"), what="its lane is full")
+    for _ in range(8):
+        client = await chat(scene, "hello", model="big")
+        assert client.status == 200 and b"DONE" in await client.body()
+    await prometheus.scrape(for_s=5 * 60)
+    assert prometheus.all_firing() == {}, "a while of it is what fallbacks are for"
+    await prometheus.scrape(for_s=60)
+    assert prometheus.all_firing() == {"WarmlaneServedByFallback": [{"model": "big"}]}
+    scene.go.set()
 
 
 @fires("WarmlaneRefusals")
