@@ -85,7 +85,7 @@ class Wire:
                 ]
                 try:
                     await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)  # a hang-up is passed on at once
-                    if asked and ways[0].done() and not ways[1].done():
+                    if asked and not (up_reader.at_eof() or up_reader.exception()):
                         self.hung_up.append((asked[-1], time.monotonic()))
                 finally:
                     for way in ways:
