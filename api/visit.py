@@ -54,6 +54,13 @@ def leave_of(text: str) -> bool | None:
     return None if told == "" else told == "true"
 
 
+def idempotency_key_of(text: str) -> str:
+    """Reads Idempotency-Key, "" = it was not sent; raises BadRequest."""
+    if text and not KEY.fullmatch(text):
+        raise errors.BadRequest("Idempotency-Key must be 1 to 255 visible characters", "Idempotency-Key")
+    return text
+
+
 class Asking(Protocol):
     """Whoever has the headers of a request."""
 
@@ -85,9 +92,7 @@ class Wishes:
         on_disconnect = header(b"x-gateway-on-disconnect").lower()
         if on_disconnect not in ("", "keep", "cancel"):
             raise errors.BadRequest("X-Gateway-On-Disconnect must be keep or cancel", "X-Gateway-On-Disconnect")
-        key = header(b"idempotency-key")
-        if key and not KEY.fullmatch(key):
-            raise errors.BadRequest("Idempotency-Key must be 1 to 255 visible characters", "Idempotency-Key")
+        key = idempotency_key_of(header(b"idempotency-key"))
         session = header(b"x-session-affinity")
         if session and not SESSION.fullmatch(session):
             raise errors.BadRequest("X-Session-Affinity must be 1 to 128 visible characters", "X-Session-Affinity")

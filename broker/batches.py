@@ -70,9 +70,13 @@ def error_id_of(batch_id: str) -> str:
     return f"file-{batch_id.removeprefix('batch_')}-error"
 
 
-async def open_batch(store: Store, batch: BatchRecord, *, within_ms: int, is_retry: bool = False) -> BatchRecord:
+async def open_batch(
+    store: Store, batch: BatchRecord, *, within_ms: int, is_retry: bool = False, idempotency_key: str = ""
+) -> BatchRecord:
     """Accepts a batch of `batch.caller`; raises NoSuchFile, BatchLimit. `is_retry`: its SDK asks again, and is led to
-    the batch that the same request made within RETRY_MS before, if it made one: no line is to be paid for twice."""
+    the batch that the same request made within RETRY_MS before, if it made one: no line is to be paid for twice. So is
+    the same `idempotency_key`, as long as that batch is kept, unless it failed, expired or was cancelled; raises
+    IdempotencyMismatch where another request was made with it."""
     keys, batch_id = store.keys, f"batch_{ULID()}"
     file_id, caller = batch.input_file_id, batch.caller
     told = {**batch.to_hash(), "id": batch_id}
@@ -86,6 +90,7 @@ async def open_batch(store: Store, batch: BatchRecord, *, within_ms: int, is_ret
             keys.file(file_id),
             keys.parts(file_id),
             keys.files(caller),
+            keys.batch_idem(caller, idempotency_key),
         ],
         [
             store.now_arg(),
@@ -96,6 +101,7 @@ async def open_batch(store: Store, batch: BatchRecord, *, within_ms: int, is_ret
             KEPT_MAX,
             digest(json.dumps([*batch.to_hash().items()], default=str)),
             RETRY_MS if is_retry else 0,
+            int(bool(idempotency_key)),
             *fields,
             "keep_ms",
             batch.keep_ms,

@@ -163,6 +163,7 @@ TABLE: tuple[Family, ...] = (
         False,
         "the caller's batches -> until when each is kept",
     ),
+    Family("batch_idem:<caller>:<digest>", "string", "as its batch", False, "batch id and what was asked, in a digest"),
     Family("audit", "stream", "`auditDays`", True, "who sent what size of request to which provider, never what"),
     Family("dead", "stream", "the newest 10,000", True, "jobs given up on: whose, which, in which lane, and why"),
     Family("outbox", "stream", "an entry goes when its delivery is made", True, "ended jobs that owe a webhook"),
@@ -393,6 +394,10 @@ class Keyspace:
     def names(self, batch_id: str) -> str:
         """Zset of the custom_ids of a batch that were read, as digests."""
         return f"{self._prefix}batch:{batch_id}:names"
+
+    def batch_idem(self, caller: str, key: str) -> str:
+        """String that binds a caller's Idempotency-Key to a batch."""
+        return f"{self._prefix}batch_idem:{caller}:{digest(key)}"
 
     def batches_of(self, caller: str) -> str:
         """Zset of a caller's batches."""

@@ -15,7 +15,7 @@ from api.gateway import Gateway
 from api.paging import checked, ends_of
 from api.routes.files import KEEP_S_MAX, KEEP_S_MIN, SECOND_MS, own_file
 from api.small_body import read_as
-from api.visit import leave_of, tries_again
+from api.visit import KEY, idempotency_key_of, leave_of, tries_again
 from broker import batches, callers, errors, requests
 from broker.batch_lines import ENDPOINTS
 from broker.dialects.json_schema import text, whole
@@ -67,10 +67,16 @@ _TAG = "batches"
         "Make a batch", _TAG, says("It will be worked off.", "Batch"), body="NewBatch",
         words="Each line of the file is a request: `custom_id`, `method`, `url` (the endpoint), `body`. A line that is "
         "wrong is a line of the error file; the others go on. All of it is batch work, behind people's.",
-        headers={n: WISHES[n] for n in ("X-Gateway-Lane", "X-Gateway-Allow-Remote", "X-Stainless-Retry-Count")},
+        headers={
+            **{n: WISHES[n] for n in ("X-Gateway-Lane", "X-Gateway-Allow-Remote", "X-Stainless-Retry-Count")},
+            "Idempotency-Key": text(
+                "The same key with the same request comes back to the same batch, unless that ended badly.",
+                pattern=f"^({KEY.pattern})?$",
+            ),
+        },
         fails=(
             errors.BadRequest, errors.BodyTooLarge, errors.NoSuchFile, errors.BatchLimit, errors.UnknownLane,
-            errors.LaneForbidden, errors.ModelUnavailable, errors.BrokerUnavailable,
+            errors.LaneForbidden, errors.ModelUnavailable, errors.IdempotencyMismatch, errors.BrokerUnavailable,
         ),
     )
 )  # fmt: skip
@@ -79,6 +85,7 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
     asked = await read_as(NewBatch, request)
     lane, leave = request.headers.get("x-gateway-lane", ""), request.headers.get("x-gateway-allow-remote", "").lower()
     leave_of(leave)
+    key = idempotency_key_of(request.headers.get("idempotency-key", ""))
     policy = gateway.book.active.policy
     if lane:
         with requests.told_of_lanes(lane):
@@ -102,8 +109,14 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
         keep_ms=keep_ms,
     )
     number, unit = int(asked.completion_window[:-1]), asked.completion_window[-1]
-    is_retry = tries_again(request.headers.get("x-stainless-retry-count", ""))
-    return shown(await batches.open_batch(gateway.store, batch, within_ms=number * _UNIT_MS[unit], is_retry=is_retry))
+    opened = await batches.open_batch(
+        gateway.store,
+        batch,
+        within_ms=number * _UNIT_MS[unit],
+        is_retry=tries_again(request.headers.get("x-stainless-retry-count", "")),
+        idempotency_key=key,
+    )
+    return shown(opened)
 
 
 @router.get("/v1/batches")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -252,6 +253,35 @@ async def test_a_batch_whose_answer_got_lost_is_made_once(scene: Scene, client_o
     assert len({first, *other}) == 4
     assert await make(1, completion_window="1h") == other[-1]
     assert (await files.read(scene.store, sent.id)).uses == 4
+    assert await violated(scene.store) == []
+
+
+async def test_an_idempotency_key_makes_one_batch(scene: Scene, client_of: Clients) -> None:
+    """For its caller alone, whatever jobs have the same key, and until that batch ends badly."""
+    client = client_of(scene)
+    sent = await client.files.create(file=("in.jsonl", jsonl(line("a"))), purpose="batch")
+
+    async def make(key: str, **more: Any) -> str:
+        asked: Any = {"endpoint": CHAT, "completion_window": "24h", **more}
+        return (await client.batches.create(input_file_id=sent.id, extra_headers={"idempotency-key": key}, **asked)).id
+
+    first = await make("night-7")
+    assert await make("night-7") == first
+    assert await make("night-8") != first
+    with pytest.raises(openai.UnprocessableEntityError, match=f"used for {first} with another request"):
+        await make("night-7", completion_window="1h")
+    with pytest.raises(openai.BadRequestError, match="visible characters"):
+        await make("night 7")
+    body = {"endpoint": CHAT, "body": {"model": "big", "messages": [{"role": "user", "content": "hello"}]}}
+    async with httpx.AsyncClient(base_url=scene.api.url) as http:
+        assert (await http.post("/v1/jobs", json=body, headers={"idempotency-key": "night-7"})).status_code == 202
+    await client.batches.cancel(first)
+    async with rounds(scene.store):
+        assert (await ended(client, first)).status == "cancelled"
+        again = await make("night-7")
+        assert again != first and await make("night-7") == again
+        assert (await ended(client, again)).status == "completed"
+        assert await make("night-7") == again, "done is done"
     assert await violated(scene.store) == []
 
 

@@ -303,6 +303,8 @@ async def refused_batches(on: Stage) -> None:
     await on.post("/v1/batches", {})
     await on.post("/v1/batches", a_batch("file-nobody"))
     await on.post("/v1/batches", asked, x_gateway_lane="nowhere")
+    for window in ("1h", "2h"):
+        await on.post("/v1/batches", {**asked, "completion_window": window}, idempotency_key="once")
     await on.ask("POST", "/v1/batches", json=asked, headers={**on.keys["fenced"], "x-gateway-lane": "far"})
     until = await store.now_ms() + 600_000
     await store.command("ZADD", store.keys.batches_of("ann"), *(x for n in range(1_000) for x in (until, f"b{n}")))

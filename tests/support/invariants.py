@@ -510,6 +510,7 @@ _MUST_EXPIRE = (
     "batch:<id>:window",
     "batch:<id>:names",
     "batches:<caller>",
+    "batch_idem:<caller>:<digest>",
 )
 
 

@@ -30,6 +30,7 @@ MADE = {
     "batch": (("batch_01J9ZK",), "batch:<id>"),
     "window": (("batch_01J9ZK",), "batch:<id>:window"),
     "names": (("batch_01J9ZK",), "batch:<id>:names"),
+    "batch_idem": (("laptop-3", "night:7"), "batch_idem:<caller>:<digest>"),
     "batches_of": (("laptop-3",), "batches:<caller>"),
     "usage": (("2026-10-30",), "usage:<day>"),
     "waits": (("laptop-3",), "waits:<caller>"),

@@ -226,7 +226,7 @@ ROWS = {
     "file": "file:<id>", "parts": "file:<id>:parts", "files": "files:<caller>",
     "output": "file:<id>", "output_parts": "file:<id>:parts", "error": "file:<id>", "error_parts": "file:<id>:parts",
     "batch": "batch:<id>", "window": "batch:<id>:window", "names": "batch:<id>:names",
-    "batches_of": "batches:<caller>",
+    "batches_of": "batches:<caller>", "batch_idem": "batch_idem:<caller>:<digest>",
     "lock": "wake:<model>", "epoch": "wake:<model>:epoch",
 }  # fmt: skip
 
