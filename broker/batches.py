@@ -71,12 +71,12 @@ def error_id_of(batch_id: str) -> str:
 
 
 async def open_batch(
-    store: Store, batch: BatchRecord, *, within_ms: int, is_retry: bool = False, idempotency_key: str = ""
+    store: Store, batch: BatchRecord, *, within_ms: int, said: str, is_retry: bool = False, idempotency_key: str = ""
 ) -> BatchRecord:
     """Accepts a batch of `batch.caller`; raises NoSuchFile, BatchLimit. `is_retry`: its SDK asks again, and is led to
-    the batch that the same request made within RETRY_MS before, if it made one: no line is to be paid for twice. So is
-    the same `idempotency_key`, as long as that batch is kept, unless it failed, expired or was cancelled; raises
-    IdempotencyMismatch where another request was made with it."""
+    the batch that the same request made within RETRY_MS before, if it made one: no line is to be paid for twice. With
+    an `idempotency_key` it is led to what `find_by_key` finds. `said` is what the client said, which its repeats say
+    as well; raises IdempotencyMismatch where another request was made with the key."""
     keys, batch_id = store.keys, f"batch_{ULID()}"
     file_id, caller = batch.input_file_id, batch.caller
     told = {**batch.to_hash(), "id": batch_id}
@@ -99,7 +99,7 @@ async def open_batch(
             within_ms,
             batch.keep_ms,
             KEPT_MAX,
-            digest(json.dumps([*batch.to_hash().items()], default=str)),
+            digest(said),
             RETRY_MS if is_retry else 0,
             int(bool(idempotency_key)),
             *fields,
@@ -109,6 +109,25 @@ async def open_batch(
         limit_s=files.OUTAGE_S,
     )
     return await read(store, opened.decode())
+
+
+async def find_by_key(store: Store, *, caller: str, key: str, said: str) -> BatchRecord | None:
+    """Finds the batch that a caller's Idempotency-Key made, where that is kept, and neither failed nor is to end before
+    its lines do; raises IdempotencyMismatch where it was made of other words than `said`. Only a look: what
+    `open_batch` finds in its script decides."""
+    held = await store.command("GET", store.keys.batch_idem(caller, key))
+    if held is None:
+        return None
+    batch_id, _, same = held.decode().partition(" ")
+    try:
+        batch = await read(store, batch_id)
+    except errors.NoSuchBatch:
+        return None
+    if batch.state == "failed" or batch.ending:
+        return None
+    if same != digest(said):
+        raise errors.IdempotencyMismatch(f"the Idempotency-Key was used for {batch_id} with another request")
+    return batch
 
 
 async def read(store: Store, batch_id: str, *, caller: str = "") -> BatchRecord:

@@ -273,7 +273,10 @@ class NoSuchJob(Refused):
     code = "job_not_found"
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"no job {job_id} is known here (ended jobs are kept for the policy's keepMs)")
+        super().__init__(
+            f"no job {job_id} is known here (ended jobs are kept for the policy's keepMs, asynchronous ones for "
+            "keepAsyncMs)"
+        )
         self.job_id = job_id
 
 

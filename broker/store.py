@@ -302,7 +302,6 @@ _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "CALLERBUSY": errors.CallerBusy,
     "UNJUDGED": errors.Unjudged,
     "NOTPUTBACK": errors.NotPutBack,
-    "IDEMMISMATCH": errors.IdempotencyMismatch,
     "SEEN": errors.BadTransition,
     "DOWNGRADES": errors.DowngradesCapped,
     "READERS": errors.BadRequest,
@@ -314,6 +313,7 @@ _IN_SENTENCES: dict[str, type[errors.BrokerError]] = {
     "FILESFULL": errors.FilesFull,
     "FILEINUSE": errors.FileInUse,
     "BATCHLIMIT": errors.BatchLimit,
+    "IDEMMISMATCH": errors.IdempotencyMismatch,
 }
 """Whose words are the script's, in full."""
 

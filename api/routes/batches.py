@@ -86,6 +86,11 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
     lane, leave = request.headers.get("x-gateway-lane", ""), request.headers.get("x-gateway-allow-remote", "").lower()
     leave_of(leave)
     key = idempotency_key_of(request.headers.get("idempotency-key", ""))
+    number, unit = int(asked.completion_window[:-1]), asked.completion_window[-1]
+    within_ms = number * _UNIT_MS[unit]
+    said = _said(asked, within_ms, lane, leave)
+    if key and (made := await batches.find_by_key(gateway.store, caller=caller.name, key=key, said=said)):
+        return shown(made)
     policy = gateway.book.active.policy
     if lane:
         with requests.told_of_lanes(lane):
@@ -108,11 +113,11 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
         metadata=json.dumps(asked.metadata) if asked.metadata is not None else "",
         keep_ms=keep_ms,
     )
-    number, unit = int(asked.completion_window[:-1]), asked.completion_window[-1]
     opened = await batches.open_batch(
         gateway.store,
         batch,
-        within_ms=number * _UNIT_MS[unit],
+        within_ms=within_ms,
+        said=said,
         is_retry=tries_again(request.headers.get("x-stainless-retry-count", "")),
         idempotency_key=key,
     )
@@ -157,6 +162,12 @@ async def cancel_batch(batch_id: str, gateway: Gate, caller: Caller) -> dict[str
     await _own_batch(gateway, batch_id, caller)
     await batches.stop(gateway.store, batch_id, "cancelled")
     return shown(await batches.read(gateway.store, batch_id))
+
+
+def _said(asked: NewBatch, within_ms: int, lane: str, leave: str) -> str:
+    """What a client said of a batch, the same for whatever means the same."""
+    told = asked.model_dump(exclude={"completion_window"}) | {"metadata": asked.metadata or None}
+    return json.dumps([told, within_ms, lane, leave], sort_keys=True)
 
 
 async def _own_batch(gateway: Gateway, batch_id: str, caller: callers.Caller) -> BatchRecord:

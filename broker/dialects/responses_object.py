@@ -103,9 +103,11 @@ def event(kind: str, number: int, **fields: Any) -> bytes:
 
 
 def created_s(job_id: str) -> int:
-    """Reads the second in which a job was made out of its id; 0 where the id is no ULID."""
-    stamp = job_id[:10].upper()
-    if len(job_id) != 26 or not all(sign in _CROCKFORD for sign in stamp):
+    """Reads the second in which a job was made out of its id, of a batch's line that of the batch; 0 where the id holds
+    no ULID."""
+    ulid = job_id.removeprefix("batch_").partition("-")[0]
+    stamp = ulid[:10].upper()
+    if len(ulid) != 26 or not all(sign in _CROCKFORD for sign in stamp):
         return 0
     ms = 0
     for sign in stamp:

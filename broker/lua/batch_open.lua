@@ -1,26 +1,26 @@
 -- Accepts a batch. Its file is kept, and is not to be deleted, until it has ended. Sent again, it is one batch; an SDK that
 -- tries again knows no id, and is led to the batch that its first try made of the file a moment ago, if it asks the same.
--- An Idempotency-Key leads to the batch that it made as long as that is kept, and did not end badly.
+-- An Idempotency-Key leads to the batch that it made as long as that is kept, and neither failed nor is to
+-- end before its lines do; whatever else an SDK says then.
 --   KEYS[1] batch          KEYS[2] batches   KEYS[3] batches_of   its caller
 --   KEYS[4] file           KEYS[5] parts     KEYS[6] files        of its caller
 --   KEYS[7] batch_idem     of its key
 --   ARGV[1] now            ARGV[2] batch_id  ARGV[3] file_id
 --   ARGV[4] within_ms      its completion window                  ARGV[5] keep_ms      after its end
 --   ARGV[6] most           batches that are kept of a caller
---   ARGV[7] asked          what is asked, in a digest            ARGV[8] retried_ms   0 = this is no second try
+--   ARGV[7] asked          what the client said, in a digest     ARGV[8] retried_ms   0 = this is no second try
 --   ARGV[9] keyed          1 = it has an Idempotency-Key
 --   ARGV[10 ..] fields of the batch's hash, name and value in turn
 -- Returns the id of the batch.
 -- Errors: NOFILE, BATCHLIMIT, IDEMMISMATCH.
 --- @include now_ms
 --- @include files
-local ENDED_BADLY = { failed = true, expired = true, cancelled = true }
 local now = now_ms(ARGV[1])
 if redis.call("EXISTS", KEYS[1]) == 1 then return ARGV[2] end
 if ARGV[9] == "1" then
   local made, same = string.match(redis.call("GET", KEYS[7]) or "", "^(%S+) (%S+)$")
-  local state = made and redis.call("HGET", string.sub(KEYS[1], 1, -#ARGV[2] - 1) .. made, "state")
-  if state and not ENDED_BADLY[state] then
+  local there = made and redis.call("HMGET", string.sub(KEYS[1], 1, -#ARGV[2] - 1) .. made, "state", "ending")
+  if there and there[1] and there[1] ~= "failed" and (there[2] or "") == "" then
     if same ~= ARGV[7] then return redis.error_reply("IDEMMISMATCH the Idempotency-Key was used for " .. made .. " with another request") end
     return made
   end
@@ -28,7 +28,7 @@ end
 local f = redis.call("HMGET", KEYS[4], "state", "purpose", "bytes", "expires_at", "lines", "opened")
 if f[1] ~= "sent" or f[2] ~= "batch" then return redis.error_reply("NOFILE " .. ARGV[3]) end
 local first, asked, at = string.match(f[6] or "", "^(%S+) (%S+) (%d+)$")
-if first and asked == ARGV[7] and now - tonumber(at) < tonumber(ARGV[8]) then return first end
+if ARGV[9] == "0" and first and asked == ARGV[7] and now - tonumber(at) < tonumber(ARGV[8]) then return first end
 local kept = redis.call("ZCOUNT", KEYS[3], "(" .. ms(now), "+inf")
 if kept >= tonumber(ARGV[6]) then
   return redis.error_reply("BATCHLIMIT the caller has " .. kept .. " batches, and no more are kept")

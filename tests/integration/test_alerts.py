@@ -23,6 +23,7 @@ from broker.store import Store
 from tests.support.broker_world import new_namespace, running
 from tests.support.live_api import RawClient, Scene, live_api, live_scene, until_true
 from tests.support.prometheus import EVERY_S, Prometheus, rules
+from tests.support.promql import Scrapes, firing
 from tests.support.redis_server import RedisServer, start_server
 from tests.support.webhook_endpoint import receiver
 from tests.support.worker_world import simulated, worker_world
@@ -245,6 +246,20 @@ async def served_late(beside: Store, scene: Scene) -> None:
         beside, active, scene.api.gateway.fleet, JobRecord(id=job_id, asked="big"), active.lanes()["big"], body
     )
     await scene.until_state(job_id, State.DONE)
+
+
+@pytest.mark.parametrize(
+    ("alert", "words"), [("WarmlaneFirstTokensLate", "late"), ("WarmlaneServedByFallback", "other")]
+)
+def test_models_that_left_the_policy_are_nobodys_trouble(alert: str, words: str) -> None:
+    """What the day has counted of them is added to `other`, all at once."""
+    for model, fired in (("big", [{"model": "big"}]), ("other", [])):
+        scrapes = Scrapes(job="warmlane", instance="a")
+        for number in range(20):
+            count = 1 if number < 4 else 20
+            page = f'gateway_first_tokens_judged_total{{model="{model}",first_token="{words}"}} {count}\n'
+            scrapes.add(number * EVERY_S, page)
+        assert firing(rules()[alert], scrapes, every_s=EVERY_S) == fired, model
 
 
 @fires("WarmlaneServedByFallback")

@@ -276,13 +276,32 @@ async def test_an_idempotency_key_makes_one_batch(scene: Scene, client_of: Clien
     async with httpx.AsyncClient(base_url=scene.api.url) as http:
         assert (await http.post("/v1/jobs", json=body, headers={"idempotency-key": "night-7"})).status_code == 202
     await client.batches.cancel(first)
+    again = await make("night-7")
+    assert again != first and await make("night-7") == again, "one that is to end early is none"
     async with rounds(scene.store):
         assert (await ended(client, first)).status == "cancelled"
-        again = await make("night-7")
-        assert again != first and await make("night-7") == again
         assert (await ended(client, again)).status == "completed"
-        assert await make("night-7") == again, "done is done"
+    await client.files.delete(sent.id)
+    assert await make("night-7") == again, "done is done"
     assert await violated(scene.store) == []
+
+
+async def test_a_repeat_is_known_by_what_its_client_said(scene: Scene, client_of: Clients) -> None:
+    """Not by what the policy or we made of it, nor by how it was written; a key counts for more than an SDK's retry."""
+    client = client_of(scene)
+    sent = await client.files.create(file=("in.jsonl", jsonl(line("a"))), purpose="batch")
+
+    async def make(key: str = "", window: Any = "24h", tries: int = 0, **more: Any) -> str:
+        headers = {"x-stainless-retry-count": str(tries)} | ({"idempotency-key": key} if key else {})
+        asked: Any = {"input_file_id": sent.id, "endpoint": CHAT, "completion_window": window}
+        return (await client.batches.create(**asked, extra_headers=headers, **more)).id
+
+    first, plain = await make("a", metadata={"x": "1", "y": "2"}), await make()
+    await scene.api.gateway.book.apply(POLICY + "fileDays: 3\n")
+    assert await make("a", "1d", metadata={"y": "2", "x": "1"}) == first
+    assert await make(tries=1, metadata={}) == plain
+    other = await make("b", tries=1)
+    assert other not in (first, plain) and await make("b") == other
 
 
 async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, client_of: Clients) -> None:

@@ -233,6 +233,7 @@ def test_the_object_tells_usage_and_why_it_was_cut_short() -> None:
 
 def test_the_time_of_a_response_is_in_its_id() -> None:
     assert created_s("01ARZ3NDEKTSV4RRFFQ69G5FAV") == 1469922850
+    assert created_s("batch_01ARZ3NDEKTSV4RRFFQ69G5FAV-1700") == 1469922850
     assert created_s("job-1") == 0
 
 
