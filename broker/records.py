@@ -144,6 +144,7 @@ class JobRecord(_Hash):
     promote_at: int = 0
     retry_at: int = 0
     promoted_at: int = 0
+    requeued_at: int = 0  # when it went back into its lane, because its worker was lost or gave it back
     woke_at: int = 0  # when the model that claimed it had woken, 0 = its worker found it awake
     claimed_at: int = 0
     first_token_at: int = 0
@@ -174,6 +175,16 @@ class JobRecord(_Hash):
     def entered_at(self) -> int:
         """When it came into its lane: the id of its entry says so, whatever brought it there."""
         return int(self.entry.partition("-")[0]) if self.entry else self.submitted_at
+
+    @property
+    def waits_since(self) -> int:
+        """When its last wait began: in another lane, or after an attempt that came to nothing, it waited anew."""
+        return max(self.submitted_at, self.not_before, self.promoted_at, self.requeued_at)
+
+    @property
+    def given_back(self) -> bool:
+        """Whether nothing came of its last claim."""
+        return 0 < self.claimed_at and (self.state is State.QUEUED or self.claimed_at < self.waits_since)
 
     @property
     def consent(self) -> str:

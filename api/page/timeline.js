@@ -8,21 +8,25 @@ const LOOK_EVERY_MS = 1000;
 const ENDED = ["done", "failed", "cancelled", "expired"];
 const by = (id) => document.getElementById(id);
 
-// The steps of a job: [what, from, until], instants in ms; until 0 = it goes on. Its claim noted when the model had
-// woken; while it waits, the model tells.
+// The steps of a job: [what, from, until], instants in ms; until 0 = it goes on. In another lane, or after an attempt that
+// came to nothing, it waits anew. Its claim noted when the model had woken; while it waits, the model tells.
 export function steps(job, model) {
-  const found = [], claimed = job.claimed_at, begins = Math.max(job.submitted_at, job.not_before);
-  const waitsUntil = claimed || job.ended_at;
+  const found = [], begins = Math.max(job.submitted_at, job.not_before);
   if (job.not_before > job.submitted_at) found.push(["scheduled", job.submitted_at, job.state === "scheduled" ? 0 : job.not_before]);
   if (job.state === "scheduled") return found;
-  const woke = claimed ? job.woke_at : model?.woke_at || 0;
-  if (woke > begins && woke <= (waitsUntil || Infinity)) {
-    found.push(["model woke", begins, woke], ["waited", woke, waitsUntil]);
+  const since = Math.max(begins, job.promoted_at, job.requeued_at), waits = job.state === "queued";
+  const claimed = !waits && job.claimed_at >= since ? job.claimed_at : 0, waitsUntil = claimed || job.ended_at;
+  if (since > begins) found.push([job.requeued_at > job.promoted_at ? "earlier attempts" : "waited in another lane", begins, since]);
+  const woke = claimed ? job.woke_at : waits ? model?.woke_at || 0 : 0;
+  if (woke > since) {
+    found.push(["model woke", since, woke], ["waited", woke, waitsUntil]);
   } else {
-    found.push(["waited", begins, waitsUntil]);
+    found.push(["waited", since, waitsUntil]);
   }
-  if (claimed) found.push(["read the prompt", claimed, job.first_token_at || job.ended_at]);
-  if (job.first_token_at) found.push(["answered", job.first_token_at, job.ended_at]);
+  if (!claimed) return found;
+  const first = job.first_token_at && Math.max(job.first_token_at, claimed); // an answer that is gone on from had its first before
+  found.push(["read the prompt", claimed, first || job.ended_at]);
+  if (first) found.push(["answered", first, job.ended_at]);
   return found;
 }
 

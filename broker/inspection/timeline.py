@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from broker.lifecycle import HELD, State
+from broker.lifecycle import State
 from broker.records import JobRecord
 
 
@@ -22,7 +22,8 @@ class Step:
 def timeline(job: JobRecord, *, now_ms: int, woke_at: int = 0) -> list[Step]:
     """Puts a job's instants in order. `woke_at`: when the model that it waits for last woke, where that is known; of
     the one that claimed it, its record knows. The record keeps the last of each kind, and counts the others."""
-    woke_at = job.woke_at if job.claimed_at else woke_at
+    if job.state is not State.QUEUED:
+        woke_at = job.woke_at if job.claimed_at and not job.given_back else 0
     past = sorted((row for row in _past(job, woke_at) if row[0]), key=lambda row: row[0])
     ahead = sorted(row for row in _ahead(job) if row[0]) if job.live else []
     steps, before = list[Step](), job.submitted_at
@@ -56,27 +57,21 @@ def troubles(job: JobRecord) -> list[str]:
 
 
 def _past(job: JobRecord, woke_at: int) -> list[tuple[int, str, str]]:
-    start = max(job.submitted_at, job.not_before)
-    waited = job.state is State.QUEUED or job.claimed_at
     rows = [
         (job.submitted_at, "submitted", f"by {job.caller} for {job.asked or job.lane}, {job.priority}"),
         (job.promoted_at, "moved", f"to lane {job.lane}"),
+        (job.requeued_at, "waits again", "its attempt was given back"),
         (job.first_token_at, "first token", f"of {job.model}"),
         (job.ended_at, job.state.value, job.served_by and f"by {job.served_by}"),
     ]
     if job.not_before and job.queued_at:
-        rows.append((job.queued_at, "started", "its start had come"))
+        rows.append((job.not_before, "started", "its start had come"))
     if job.claimed_at:
         words = f"attempt {job.attempt}" + (f" on {job.owner}" if job.owner else "")
-        rows.append((job.claimed_at, "claimed", words + ("" if _holds(job) else ", and given back since")))
-    if waited and start < woke_at <= (job.claimed_at or woke_at):
+        rows.append((job.claimed_at, "claimed", words + (", and given back since" if job.given_back else "")))
+    if job.waits_since < woke_at:
         rows.append((woke_at, "woke", f"{job.model} gave its first token"))
     return rows
-
-
-def _holds(job: JobRecord) -> bool:
-    """Whether the last claim was not taken back."""
-    return not job.live or job.state in HELD
 
 
 def _ahead(job: JobRecord) -> list[tuple[int, str, str]]:

@@ -42,5 +42,5 @@ if (stands and not goes_on) or f.losses > tonumber(ARGV[8]) then
   return { "failed", "" }
 end
 count_move(day, KEYS[1], f, now, goes_on and "recovered/continued" or "recovered/queued")
-return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
+return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, now, f.attempt,
   goes_on and now + tonumber(ARGV[13])) }

@@ -48,5 +48,5 @@ if ARGV[8] == "1" and f.losses > tonumber(ARGV[9]) then
 end
 if put_backs_max > 0 then redis.call("HINCRBY", KEYS[1], "put_backs", 1) end
 count_move(day, KEYS[1], f, now, put_backs_max > 0 and "put_back" or "released")
-return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, f.attempt,
+return { "queued", put_back(KEYS[2], ARGV[3], KEYS[3], KEYS[4], KEYS[1], id, now, f.attempt,
   goes_on and now + tonumber(ARGV[13])) }

@@ -97,6 +97,46 @@ async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House, brow
         assert await page.locator(f"{card('deep')} .spark path").get_attribute("d")
 
 
+WAITED: dict[str, int] = {"submitted_at": 1_000, "not_before": 0, "promoted_at": 0, "requeued_at": 0, "woke_at": 0}
+
+
+@pytest.mark.parametrize(
+    ("job", "steps"),
+    [
+        ({"state": "queued", "claimed_at": 0}, ["model woke 500", "waited ..."]),
+        (
+            {"state": "queued", "claimed_at": 1_200, "first_token_at": 1_300, "requeued_at": 1_400},
+            ["earlier attempts 400", "model woke 100", "waited ..."],
+        ),
+        ({"state": "queued", "claimed_at": 0, "promoted_at": 2_000}, ["waited in another lane 1000", "waited ..."]),
+        (
+            {"state": "cancelled", "claimed_at": 1_200, "requeued_at": 1_400, "ended_at": 1_900},
+            ["earlier attempts 400", "waited 500"],
+        ),
+        (
+            {
+                "state": "done", "claimed_at": 4_000, "woke_at": 3_900, "first_token_at": 1_300, "requeued_at": 1_400,
+                "ended_at": 5_000,
+            },
+            ["earlier attempts 400", "model woke 2500", "waited 100", "read the prompt 0", "answered 1000"],
+        ),
+        (
+            {"state": "done", "claimed_at": 2_010, "woke_at": 1_800, "promoted_at": 2_000, "ended_at": 3_000},
+            ["waited in another lane 1000", "waited 10", "read the prompt 990"],
+        ),
+        ({"state": "scheduled", "not_before": 9_000, "claimed_at": 0}, ["scheduled ..."]),
+    ],
+)  # fmt: skip
+async def test_a_jobs_steps(up: House, browser: Browser, job: dict[str, Any], steps: list[str]) -> None:
+    """Of a job whose model woke at 1,500: a wait that began anew is told apart from what was before."""
+    async with a_page(browser, up.url) as page:
+        found = await page.evaluate(
+            "async (job) => (await import('./page/timeline.js')).steps(job, { woke_at: 1500 })",
+            WAITED | {"first_token_at": 0, "ended_at": 0} | job,
+        )
+    assert [f"{what} {until - since if until else '...'}" for what, since, until in found] == steps
+
+
 async def test_a_burst_over_the_budget_shows_who_waits_and_who_was_refused(up: House, browser: Browser) -> None:
     async with a_page(browser, up.url) as page:
         await shows(page, "#connection", "live")

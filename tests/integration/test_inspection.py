@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -175,6 +176,9 @@ async def test_moves_put_backs_and_losses_are_told(world: World) -> None:
     await world.recover(lost)
     told = await story.tell(world.store, moved)
     assert [step.step for step in told.steps] == ["submitted", "moved", "tries its fallback", "gives up"]
+    assert [step.step for step in (await story.tell(world.store, lost)).steps][:3] == [
+        "submitted", "claimed", "waits again"
+    ]  # fmt: skip
     assert told.steps[-2].took_ms < 0, "nobody has looked after it"
     assert told.steps[-1].ahead and told.steps[-1].took_ms == 8_000
     assert told.ahead == 0 and "moved to a fallback lane once" in told.troubles[0]
@@ -195,6 +199,30 @@ def test_what_lies_ahead_of_a_job_is_told_by_its_state() -> None:
     half = JobRecord(id="a", submitted_at=1, claimed_at=5, continue_by=11_000, continues=1, attempt=1)
     assert timeline(half, now_ms=now)[-1].step == "ends" and troubles(half) == []
     assert "given back" in timeline(half, now_ms=now)[1].words
+
+
+def test_a_wait_that_begins_anew_is_told_apart_from_the_one_before() -> None:
+    """A wake that was over by then is none of it, and a claim that was given back is no claim of it."""
+    job = JobRecord(id="a", model="big", submitted_at=1_000, not_before=2_000, queued_at=9_000, promoted_at=9_000)
+
+    def told(**fields: Any) -> list[tuple[str, int]]:
+        return [
+            (s.step, s.at_ms) for s in timeline(replace(job, **fields), now_ms=30_000, woke_at=9_500) if not s.ahead
+        ]
+
+    moved = [("submitted", 1_000), ("started", 2_000), ("moved", 9_000)]
+    assert told() == [*moved, ("woke", 9_500)]
+    ran = {"claimed_at": 9_600, "attempt": 1, "woke_at": 5_000}
+    assert told(state=State.CLAIMED, **ran) == [*moved, ("claimed", 9_600)]
+    again = {**ran, "requeued_at": 12_000}
+    waits = [*moved, ("claimed", 9_600), ("waits again", 12_000)]
+    assert told(**again) == waits
+    assert told(**again, state=State.CANCELLED, ended_at=13_000) == [*waits, ("cancelled", 13_000)]
+    assert (
+        "given back since" in timeline(replace(job, **again, state=State.CANCELLED, ended_at=13_000), now_ms=1)[3].words
+    )
+    served = {**again, "claimed_at": 20_000, "attempt": 2, "woke_at": 19_000, "state": State.DONE, "ended_at": 21_000}
+    assert told(**served) == [*moved, ("waits again", 12_000), ("woke", 19_000), ("claimed", 20_000), ("done", 21_000)]
 
 
 async def test_hosts_are_told_alive_or_gone(world: World) -> None:

@@ -22,7 +22,7 @@ end
 -- Puts a held job back to wait in its own lane, under a new entry that every tailing worker sees. The stream is as
 -- long as before: it takes back the place that it held. What was logged of the lost answer is dropped, or, with
 -- `continue_by`, stands: another attempt goes on from the frames up to attempt `continues`, if it comes until then.
-local function put_back(lane, group, due, frames, job, id, continues, continue_by)
+local function put_back(lane, group, due, frames, job, id, now, continues, continue_by)
   local f = redis.call("HMGET", job, "entry", "caller", "lane", "state")
   local root = root_of(job, id)
   leave(lane, group, f[1])
@@ -30,7 +30,7 @@ local function put_back(lane, group, due, frames, job, id, continues, continue_b
   hold_waiting(root, f[2], f[3], id)
   local entry = enter(lane, group, job, id)
   redis.call("HSET", job, "state", "queued", "entry", entry, "owner", "", "boot", "", "lease_until", "0",
-    "retry_at", "0")
+    "retry_at", "0", "requeued_at", ms(now))
   if continue_by then
     redis.call("HSET", job, "continues", continues, "continue_by", ms(continue_by))
   else
