@@ -44,6 +44,7 @@ MUST_END = frozenset(
         "batch:<id>:window",
         "batch:<id>:names",
         "batches:<caller>",
+        "batch_idem:<caller>:<digest>",
     )
 )
 """Families whose every key has a lifetime, whatever else there is."""
