@@ -122,11 +122,18 @@ class Written:
             raise Failed(f"{self.path} can't be written: {problem.strerror}.") from None
         self.ids.add(line_id)
 
-    def forget(self) -> set[str]:
-        """Takes all lines away; gives the ids that they had."""
+    def forget(self) -> dict[str, str]:
+        """Takes all lines away; gives the jobs that they tell of, by their ids."""
+        jobs: dict[str, str] = {}
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            for line in file:
+                told = json.loads(line)
+                if job := (told.get("response") or {}).get("request_id"):
+                    jobs[told["id"]] = job
         os.ftruncate(self._fd, 0)
-        ids, self.ids = self.ids, set()
-        return ids
+        self.ids = set()
+        return jobs
 
     def _lock(self) -> None:
         try:

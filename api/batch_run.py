@@ -6,7 +6,7 @@ led to the job that lives or is done; and a line whose output stands in the file
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -64,13 +64,16 @@ class BatchRun:
         *,
         options: Options,
         patience: Patience,
+        given_up: Mapping[str, str] | None = None,
     ) -> None:
+        """`given_up`: jobs of an earlier run that came to nothing, by the ids of the lines that are tried again."""
         self._jobs, self._requests, self._output, self._errors = jobs, requests, output, errors
         self._options, self._patience = options, patience
         ids = {line.id for line in requests.lines}
         done, failed = output.ids & ids, (errors.ids & ids) - output.ids
         self.tally = Tally(len(ids), len(done), len(failed))
         self._left = (line for line in requests.lines if line.id not in done | failed)
+        self._given_up = given_up or {}
         self._gave_up: GaveUp | None = None
 
     @property
@@ -116,7 +119,11 @@ class BatchRun:
                     raise Failed(str(refusal), USAGE) from None
                 return self._note_failure(line, _response(asked, "", Result(refusal.status, refusal.told)))
             told = _response(asked, job["id"], result)
-            return self._note_output(line, told) if result.good else self._note_failure(line, told)
+            if not result.good:
+                return self._note_failure(line, told)
+            if before := self._given_up.get(line.id):  # its letter asks for what is done now
+                await self._patience.answered(partial(self._jobs.let_go, before))
+            return self._note_output(line, told)
         gone = {"code": "job_not_found", "message": "the gateway forgot its job again and again"}
         self._note_failure(line, {"custom_id": asked.custom_id, "error": gone})
 

@@ -97,11 +97,12 @@ async def run_files(
                 Written(files.output) as output,
                 Written(files.errors, temporary=True) as errors,
             ):
-                if retry_failed:
-                    errors.forget()
+                given_up = errors.forget() if retry_failed else {}
                 async with jobs_client(connections_max=concurrency) as jobs:
                     options, patience = Options(concurrency, order), Patience(patience_s)
-                    run = BatchRun(jobs, requests, output, errors, options=options, patience=patience)
+                    run = BatchRun(
+                        jobs, requests, output, errors, options=options, patience=patience, given_up=given_up
+                    )
                     async with _bar(run):
                         await run.run()
     except Failed as failure:

@@ -94,6 +94,14 @@ class JobsClient:
         """Hands the request of a job that ended badly in once more; gives the new job."""
         return await self._object("POST", f"/v1/jobs/{part(job_id)}/retry")
 
+    async def let_go(self, job_id: str) -> None:
+        """Takes out the dead letter of a job, if there is one."""
+        try:
+            await self._object("DELETE", f"/v1/dead/{part(job_id)}")
+        except Refusal as refusal:
+            if refusal.code != "letter_not_found":
+                raise
+
     async def result(self, job_id: str) -> Result:
         """What an ended job ended with."""
         response = await self._asked("GET", f"/v1/jobs/{part(job_id)}/result")

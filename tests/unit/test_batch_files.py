@@ -104,10 +104,11 @@ def test_a_file_without_a_line_goes_if_it_may(tmp_path: Path) -> None:
         pass
     assert not (tmp_path / "err.jsonl").exists()
     with Written(tmp_path / "err.jsonl", temporary=True) as errors:
-        errors.add("batch_req_1", {})
+        errors.add("batch_req_1", {"response": {"request_id": "j1"}})
+        errors.add("batch_req_2", {"response": None})
     assert (tmp_path / "err.jsonl").exists()
     with Written(tmp_path / "err.jsonl", temporary=True) as errors:
-        assert errors.forget() == {"batch_req_1"}
+        assert errors.forget() == {"batch_req_1": "j1"} and not errors.ids
     assert not (tmp_path / "err.jsonl").exists()
 
 

@@ -133,10 +133,13 @@ def test_an_output_without_a_name_is_a_wrong_word(gateway: Gateway, tmp_path: Pa
 
 
 async def test_failed_lines_are_tried_again_when_that_is_asked_for(batch: Batch, scene: Scene, tmp_path: Path) -> None:
+    """Their dead letters go: `gateway dead retry --all` would do once more what is done by then."""
     assert (await batch([line("a", "hello"), line("b", "break_early")])).code == exit_codes.FAILED
+    assert await scene.store.command("XLEN", scene.store.keys.dead) == 1
     scene.worker.scripts["break_early"] = scene.worker.scripts["hello"]
     ran = await batch(retry_failed=True)
     assert ran.code == 0 and "2 of 2 answered" in ran.err and asked(scene) == 3
+    assert await scene.store.command("XLEN", scene.store.keys.dead) == 0
     assert not (tmp_path / "out.errors.jsonl").exists()
     assert (await batch(retry_failed=True)).code == 0 and asked(scene) == 3
 
