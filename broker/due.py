@@ -160,15 +160,22 @@ class Due:
         try:
             await lanes.promote(self._store, active, self._fleet, job, to, late_ms=late)
         except errors.LaneFull:
-            await self._wait(job, overdue=overdue)
-            return Looked("full", lane=to.name)
+            waits = await self._wait(job, overdue=overdue)
+            return Looked("full", lane=to.name) if waits.outcome == "waits" else waits
         except errors.DowngradesCapped:  # it waits on, until it gives up or others of its model are served by it
             return await self._wait(job, overdue=overdue)
         self._fleet.moved(here.name, to.name)
         return Looked("promoted", lane=to.name, late_ms=late)
 
     async def _wait(self, job: JobRecord, *, overdue: bool) -> Looked:
-        """Leaves the job where it is; only one whose deadline has passed needs another instant to be looked at."""
+        """Leaves the job where it is; only one whose deadline has passed needs another instant to be looked at. Where
+        its model does not load, and is not even tried again before it gives up, it is told so now."""
+        facts = self._fleet.picture.facts.get(job.model)
+        view = self._fleet.view(job.lane)
+        if view.availability == "unavailable" and facts is not None and facts.quarantined_until >= job.give_up_at:
+            words = f"{job.model} does not load, and is not tried again in time: {view.reason}"
+            await lanes.expire(self._store, job, errors.ColdStartDeadline(words), early=True)
+            return Looked("expired")
         if overdue:
             await lanes.postpone(self._store, job, after_ms=RETRY_MS)
         return Looked("waits")

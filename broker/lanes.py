@@ -355,9 +355,10 @@ async def postpone(store: Store, job: JobRecord, *, after_ms: int) -> None:
     )
 
 
-async def expire(store: Store, job: JobRecord, error: errors.JobEnded) -> None:
-    """Ends a job that still waits at its give-up instant; raises NotDue."""
-    args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.lane, job.entry, error.code, str(error)]
+async def expire(store: Store, job: JobRecord, error: errors.JobEnded, *, early: bool = False) -> None:
+    """Ends a job that still waits at its give-up instant, or `early`, where nothing can come of it until then; raises
+    NotDue."""
+    args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.lane, job.entry, error.code, str(error), int(early)]
     await store.run("expire", closing_keys(store, job.id, job.lane), args)
     log.warning("event=expire job=%s lane=%s code=%s reason=%s", job.id, job.lane, error.code, error)
     await tell_end(store, job)

@@ -132,3 +132,25 @@ async def test_no_more_go_than_the_fallback_can_serve_sooner(world: World) -> No
     waiting = [await world.submit(tokens=20_000) for _ in range(3)]
     await hasten(world)
     assert [await lane_of(world, job) for job in waiting] == ["small", "big", "big"]
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize(("tried_again_ms", "state"), [(60_000, State.EXPIRED), (20_000, State.QUEUED)])
+async def test_a_model_that_does_not_load_is_not_waited_for_in_vain(
+    world: World, fallback: bool, tried_again_ms: int, state: State
+) -> None:
+    """Without a fallback, or with one that is full: who gives up before the next load is told so at once."""
+    await world.apply(POLICY if fallback else POLICY.replace("    fallback: small\n", ""))
+    await hosts.learn(
+        world.store, "big", failures=3, failure="no such file", quarantined_until=world.now + tried_again_ms
+    )
+    await beat(world, "quarantined")
+    await world.fill("small")
+    job_id = await world.submit("big", give_up_within_ms=50_000)
+    await hasten(world)
+    job = await world.job(job_id)
+    assert (job.state, job.lane) == (state, "big")
+    if state is State.EXPIRED:
+        assert (job.error, job.error_message) == (
+            "cold_start_deadline", "big does not load, and is not tried again in time: no such file"
+        )  # fmt: skip
