@@ -18,6 +18,9 @@ from broker.errors import BrokerUnavailable, RedisUnfit
 
 CONNECT_TIMEOUT_S = 2.0
 REPLY_TIMEOUT_S = 5.0
+LOOK_EVERY_S = 1.0
+LATE_LOOK_S = 0.5
+"""A look that comes so much later judges nothing: we slept, not Redis, and its reply may lie here unread."""
 
 Push = Callable[[bytes, bytes], None]
 
@@ -124,6 +127,7 @@ class Wire:
         self._link: _Link | None = None
         self._opening = asyncio.Lock()
         self._watch: asyncio.TimerHandle | None = None
+        self._look_at = 0.0
         self._subscribed: tuple[str, ...] = ()
         self.closed = asyncio.Event()
         self.opened_at = 0.0  # loop time of the last successful connect: how long Redis has been there for us
@@ -170,7 +174,7 @@ class Wire:
                     link.abort()
             self._link = link
             self.opened_at = asyncio.get_running_loop().time()
-            self._watch = asyncio.get_running_loop().call_later(1.0, self._look)
+            self._look_soon()
             if self._on_open is not None:
                 self._on_open()
             return link
@@ -216,12 +220,18 @@ class Wire:
         link = self._link
         if link is None or not link.alive:
             return
-        if link.stuck(self._reply_timeout_s):
+        late_s = asyncio.get_running_loop().time() - self._look_at
+        if late_s < LATE_LOOK_S and link.stuck(self._reply_timeout_s):
             link.abort()
             return
         if self._subscribed:  # a listener sends nothing by itself: ask, so that a dead peer is noticed
             link.call(("PING",)).add_done_callback(_ignore)
-        self._watch = asyncio.get_running_loop().call_later(1.0, self._look)
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._look_at = loop.time() + LOOK_EVERY_S
+        self._watch = loop.call_at(self._look_at, self._look)
 
     def _place(self) -> str:
         o = self._options

@@ -14,11 +14,11 @@ import pytest
 from broker import errors
 from broker.lifecycle import State
 from broker.store import Store
-from broker.wire import Wire
+from broker.wire import LATE_LOOK_S, LOOK_EVERY_S, Wire
 from tests.chaos.parts import Parts, parts
 from tests.chaos.storm import Ledger, ends, watched
 from tests.support.clients import Told, ask, user
-from tests.support.redis_server import start_server
+from tests.support.redis_server import RedisServer, start_server
 from tests.support.worker_world import policy, simulated, words
 
 pytestmark = pytest.mark.real
@@ -147,6 +147,20 @@ async def test_a_redis_that_hangs_is_not_left_with_connections() -> None:
             await store.close()
     finally:
         redis.close()
+
+
+async def test_a_process_that_slept_does_not_take_redis_for_dead(redis_server: RedisServer) -> None:
+    """A machine that was suspended, or a loop that somebody held up: the command has not even left by then."""
+    loop = asyncio.get_running_loop()
+    wire = Wire(redis_server.url, name="sleeper", reply_timeout_s=0.2)
+    await wire.open()
+    asked = asyncio.create_task(wire.call("PING"))
+    await asyncio.sleep(0)
+    wakes_at = loop.time() + LOOK_EVERY_S + 2 * LATE_LOOK_S
+    while loop.time() < wakes_at:
+        pass
+    assert await asked == b"PONG" and wire.alive
+    await wire.close()
 
 
 @pytest.mark.long
