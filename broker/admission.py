@@ -239,7 +239,9 @@ def refuses(
         return refusal
     view = fleet.view(lane.name, active)
     if view.availability == "unavailable":
-        return errors.ModelUnavailable(f"{lane.model} cannot serve now: {view.reason}", retry_after_s=5)
+        return errors.ModelUnavailable(
+            f"{lane.model} cannot serve now: {view.reason}", retry_after_s=dispatch.back_in_s(view, fleet.now_ms())
+        )
     if view.availability == "degraded" and lane.priority == "interactive":
         return errors.ModelUnavailable(f"{lane.model} is degraded: {view.reason}", retry_after_s=10)
     return None
