@@ -98,9 +98,10 @@ def _notes(total: Mapping[str, Any]) -> list[str]:
     if total["failed"]:
         words.append(f"{_so_many(total['failed'], 'job')} answered with an error: {_codes(total['failed_by'])}")
     if total["expired"]:
-        words.append(f"{_so_many(total['expired'], 'job')} given up after the longest wait")
+        words.append(f"{_so_many(total['expired'], 'job')} told that the wait was in vain (`expired`)")
     if total["cancelled"]:
-        words.append(f"{_so_many(total['cancelled'], 'job')} cancelled by the client, or because it hung up")
+        why = "by request, for a client that hung up, or with a revoked key"
+        words.append(f"{_so_many(total['cancelled'], 'job')} cancelled: {why}")
     if total["by_other"]:
         words.append(f"{_so_many(total['by_other'], 'job')} answered by another model than the one asked for")
     if total["untold"]:

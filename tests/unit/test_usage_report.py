@@ -135,8 +135,8 @@ ci            19     7         1       11         0     0.0%      0.0%          
 total        124   107         3       14         1    89.2%     88.2%   432ms/8.7s    4.6M    0.0%   12.3k        90m
 note: 14 requests were refused: lane_full 11, invalid_api_key 3
 note: 1 job was answered with an error: worker_lost 1
-note: 1 job was given up after the longest wait
-note: 1 job was cancelled by the client, or because it hung up
+note: 1 job was told that the wait was in vain (`expired`)
+note: 1 job was cancelled: by request, for a client that hung up, or with a revoked key
 note: 1 job was answered by another model than the one asked for
 note: 2 answers were counted without tokens: the runtime told none
 """
