@@ -37,7 +37,7 @@ def dead_list(
         print(json.dumps(letters, indent=2))
         return
     if not letters:
-        print("nothing was given up on")
+        print("no dead letters")
     for letter in letters:
         words = [letter["id"], _instant(letter["at"]), letter["caller"] or "-", letter["job"], letter["lane"]]
         print(harmless("  ".join([*words, f"{letter['code']}: {_short(letter['message'])}"])))

@@ -148,6 +148,8 @@ def _print_job(job: dict[str, Any], *, as_json: bool) -> None:
     }
     if job["state"] == "scheduled":
         rows["starts"] = _instant(job["not_before"])
+    if job.get("spilled"):
+        rows["spilled"] = f"at once ({job['spilled']})"
     if job["promotions"]:
         rows["promoted"] = f"{job['promotions']} times"
     if job.get("metadata"):

@@ -284,7 +284,7 @@ _FIGURES = {
     "asked": "Requests: those that were refused, and those that became jobs.",
     "done": "Jobs that were answered.",
     "failed": "Jobs that ended with an error.",
-    "cancelled": "Jobs cancelled by their client, or because it hung up.",
+    "cancelled": "Jobs cancelled by request, because their client hung up, or because their key was revoked.",
     "expired": "Jobs that waited in vain.",
     "refused": "Requests that were refused.",
     "by_other": "Answered jobs that another model served than the one asked for.",

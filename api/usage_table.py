@@ -51,7 +51,7 @@ def usage_table(told: Mapping[str, Any]) -> str:
     ]
     whose = f" of {told['caller']}" if told["caller"] else ""
     lines.insert(0, f"usage{whose} from {told['since']} to {told['until']} (days of {told['zone']})")
-    return "\n".join([*lines, *(f"note: {words}" for words in _notes(told["total"]))])
+    return "\n".join([*lines, *(f"note: {words}" for words in [*_notes(told["total"]), *_of_lanes(told)])])
 
 
 def usage_csv(told: Mapping[str, Any]) -> str:
@@ -98,14 +98,25 @@ def _notes(total: Mapping[str, Any]) -> list[str]:
     if total["failed"]:
         words.append(f"{_so_many(total['failed'], 'job')} answered with an error: {_codes(total['failed_by'])}")
     if total["expired"]:
-        words.append(f"{_so_many(total['expired'], 'job')} given up after the longest wait")
+        words.append(f"{_so_many(total['expired'], 'job')} told that the wait was in vain (`expired`)")
     if total["cancelled"]:
-        words.append(f"{_so_many(total['cancelled'], 'job')} cancelled by the client, or because it hung up")
+        why = "by request, for a client that hung up, or with a revoked key"
+        words.append(f"{_so_many(total['cancelled'], 'job')} cancelled: {why}")
     if total["by_other"]:
         words.append(f"{_so_many(total['by_other'], 'job')} answered by another model than the one asked for")
     if total["untold"]:
         words.append(f"{_so_many(total['untold'], 'answer')} counted without tokens: the runtime told none")
     return words
+
+
+def _of_lanes(told: Mapping[str, Any]) -> list[str]:
+    """A word on where jobs stand that did not stay in their lane, where rows are of lanes and there were any."""
+    if "lane" not in told["by"] or not (told["total"]["promotions"] or told["total"]["by_other"]):
+        return []
+    return [
+        "a job stands under the lane where it ended: one that moved or spilled into a fallback is not in the row of "
+        "the lane that it asked for (`--by model` has it under the model that it asked for)"
+    ]
 
 
 def _so_many(number: int, noun: str) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from broker import dispatch, downgrades, errors, lanes, traces
 from broker.callers import EVERYTHING, Rights
@@ -137,7 +137,7 @@ async def _admit(
         prompt_tokens=job.longest or job.tokens,
         priority="batch" if job.priority == "batch" else "interactive",
     )
-    refusals: list[errors.Refused] = []
+    refusals: dict[str, errors.Refused] = {}
     full_lanes: list[str] = []
     leaving = Leaving(active, job, body)
     for lane in await _in_order(store, active, job, asked):
@@ -146,6 +146,9 @@ async def _admit(
         if refusal is None and lane.trust == "remote":
             entering, refusal = await leaving.by(lane)
         if refusal is None:
+            if lane is not asked:
+                own = refusals.get(asked.name)
+                entering = replace(entering, spilled=own.code if own is not None else downgrades.STICKY)
             try:
                 found = await lanes.submit(
                     store,
@@ -183,10 +186,10 @@ async def _admit(
                     f"no more of the requests for {asked.model} may be served by another model (maxDowngradeShare)",
                     retry_after_s=dispatch.retry_after_s(fleet.view(asked.name, active)),
                 )
-        refusals.append(refusal)
+        refusals[lane.name] = refusal
         del refusal
     try:
-        raise _most_helpful(refusals)
+        raise _most_helpful([*refusals.values()])
     finally:
         refusals.clear()  # an error that is reached from its own traceback waits for the collector
 
@@ -236,7 +239,9 @@ def refuses(
         return refusal
     view = fleet.view(lane.name, active)
     if view.availability == "unavailable":
-        return errors.ModelUnavailable(f"{lane.model} cannot serve now: {view.reason}", retry_after_s=5)
+        return errors.ModelUnavailable(
+            f"{lane.model} cannot serve now: {view.reason}", retry_after_s=dispatch.back_in_s(view, fleet.now_ms())
+        )
     if view.availability == "degraded" and lane.priority == "interactive":
         return errors.ModelUnavailable(f"{lane.model} is degraded: {view.reason}", retry_after_s=10)
     return None

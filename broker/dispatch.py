@@ -15,6 +15,9 @@ from broker.records import Waiting
 UNKNOWN_SERVICE_MS = 5_000.0
 """How long a job is assumed to hold a slot before any has been measured."""
 
+AWAY_S = 5
+"""When a model may be asked for again of which nobody knows when it comes back."""
+
 INTERACTIVE_MEMORY_MS = 600_000
 """For this long after interactive work, one of two or more slots is kept for the next."""
 
@@ -50,6 +53,7 @@ class ModelView:
     waking_since: int = 0
     room_at: int = 0  # the earliest instant at which others make room for it, 0 = it waits for nobody's memory
     reason: str = ""
+    aside_until: int = 0  # unavailable until then, by its quarantine; 0 = nobody knows until when
 
 
 def choose(
@@ -246,3 +250,10 @@ def retry_after_s(view: ModelView, *, before: int = 0) -> int:
     if view.availability in ("cold", "waking"):
         one_leaves_ms += view.load_ms or 0.0
     return max(1, min(30, math.ceil(one_leaves_ms / 1000)))
+
+
+def back_in_s(view: ModelView, now_ms: int) -> int:
+    """Says in how many whole seconds (1 to 30) a model that cannot serve may be tried again: when its quarantine is
+    over."""
+    left_ms = view.aside_until - now_ms
+    return min(30, math.ceil(left_ms / 1000)) if left_ms > 0 else AWAY_S

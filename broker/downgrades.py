@@ -20,6 +20,9 @@ WINDOW = 200
 BINDING_FROM = 20
 """The cap binds once so many jobs have asked: before, one downgrade would be a large share."""
 
+STICKY = "sticky"
+"""Why a job entered a fallback that no refusal led it to: its session stays there."""
+
 
 def rules(active: Active, asked_model: str, to: Lane) -> list[Any]:
     """What the scripts must know of a model's downgrades: share, window, from when it binds, how long sessions stay.

@@ -119,7 +119,7 @@ class Picture:
         ready = [m for m in hosts.values() if m.state in ("warm", "degraded")]
         total = sum(m.slots_total - m.slots_settling for m in ready)
         used = sum(self.running.get(name, 0) for name in lanes_of_model)
-        availability, reason = self._availability(hosts, facts)
+        availability, reason, aside_until = self._availability(hosts, facts)
         best = min(ready, key=lambda m: m.first_token_ewma_ms or 1e9, default=None)
         return ModelView(
             availability=availability,
@@ -132,6 +132,7 @@ class Picture:
             load_ms=min((m.load_ms for m in hosts.values() if m.load_ms and not m.unfit), default=facts.load_ms),
             prefill_tps=facts.prefill_tps,
             reason=reason,
+            aside_until=aside_until,
             room_at=min((m.room_at for m in hosts.values()), default=0),
             waking_since=next((m.since for m in hosts.values() if m.state == "waking" and not m.reason), 0),
         )
@@ -162,22 +163,22 @@ class Picture:
                     found[name] = max(found.get(name, 0), tokens)
         return self.cached[model].get(session, 0)
 
-    def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str]:
+    def _availability(self, hosts: dict[str, ModelOnHost], facts: ModelFacts) -> tuple[Availability, str, int]:
+        """Whether it can serve, why not, and until when not, 0 = nobody knows."""
         if not hosts:
-            return (
-                "unavailable",
-                "no live host serves it" if not self.hosts else "no host that serves it takes new work",
-            )
+            words = "no live host serves it" if not self.hosts else "no host that serves it takes new work"
+            return "unavailable", words, 0
         states = {m.state for m in hosts.values()}
         for state in ("warm", "degraded", "waking"):
             if state in states:
-                return state, next(m.reason for m in hosts.values() if m.state == state)
+                return state, next(m.reason for m in hosts.values() if m.state == state), 0
         unfit = [m.reason for m in hosts.values() if m.unfit]
         if unfit and all(m.unfit or m.state == "quarantined" for m in hosts.values()):
-            return "unavailable", unfit[0]
+            return "unavailable", unfit[0], 0
         if facts.quarantined_until > self.at_ms or states == {"quarantined"}:
-            return "unavailable", facts.failure or next(m.reason for m in hosts.values())
-        return "cold", ""
+            words = facts.failure or next(m.reason for m in hosts.values())
+            return "unavailable", words, facts.quarantined_until
+        return "cold", "", 0
 
     def _able(self, model: str) -> dict[str, ModelOnHost]:
         """The model on the hosts that take new work; one that drains counts no more."""

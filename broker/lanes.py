@@ -137,8 +137,9 @@ async def submit(
         return Submitted(value, lane.name, attached=True)
     entered = value if word == "known" else lane.name
     log.info(
-        "event=submit job=%s state=%s lane=%s asked=%s caller=%s priority=%s tokens=%d",
+        "event=submit job=%s state=%s lane=%s asked=%s caller=%s priority=%s tokens=%d%s",
         job.id, word, entered, job.asked, job.caller, record["priority"], job.tokens,
+        f" spilled={job.spilled}" if job.spilled else "",
     )  # fmt: skip
     return Submitted(job.id, entered)
 

@@ -4,7 +4,7 @@ A line is `event=WORD job=ID …`. docs/inspect.md prints this table, and a test
 """
 
 TRANSITIONS: dict[str, str] = {
-    "submit": "it was let into a lane, or into the schedule (`state=scheduled`)",
+    "submit": "it was let into a lane, or into the schedule (`state=scheduled`); `spilled`: why into a fallback",
     "release_due": "its start had come: it entered its lane",
     "claim": "a worker took it; `attempt` numbers the claims",
     "first_token": "its first token is in the log",

@@ -104,6 +104,7 @@ class JobRecord(_Hash):
     asked: str = ""  # what the client wrote: model, alias or lane
     asked_model: str = ""  # policy key that the request was routed to before any spill or promotion
     asked_number: int = 0  # its number among the jobs that asked for this model, 0 = they are not counted
+    spilled: str = ""  # why it entered another lane than the one asked for: the code of that one's refusal, or STICKY
     caller: str = "anonymous"
     max_running: int = 0  # jobs of its caller that may run at once, by the key that it came with, 0 = no limit
     session: str = ""

@@ -54,6 +54,8 @@ class ModelSeen:
     """How many generations its runtime runs at once, where that is fewer than `max_concurrent`; else 0."""
     remote: bool = False
     load_ms: float = 0
+    first_token_ms: float = 0
+    """Its own, of a job that has a slot and whose prompt is soon read: without the wait before."""
     service_ms: float = 0
     footprint_bytes: int = 0
     headroom_bytes: int = 0
@@ -109,8 +111,8 @@ class LaneSeen:
     expired: int = 0
     judged: int = 0
     late: int = 0
-    first_token_p50_ms: int | None = None
     first_token_p95_ms: int | None = None
+    """From the submit, whatever the wait was and whoever answered."""
     callers: Mapping[str, CallerSeen] = field(default_factory=dict)
 
     def path(self, key: str) -> Path:
@@ -226,8 +228,9 @@ def _slots(lane: LaneSeen, model: ModelSeen) -> tuple[list[Proposal], list[str]]
         waits_ms = min(lane.cold_start_budget_ms, lane.patience_ms)
         return [], [
             f"{_share(lane.unserved, lane.asked)} of {lane.asked:,} requests for {lane.name} were late, moved or given "
-            f"up: {_loads(lane, model)}, past the {_s(waits_ms)} that it has, and only a model that is loaded before "
-            "they come (`keepWarm`) serves them in time."
+            f"up (how many because it was cold, and how many because it was busy, is not counted): {_loads(model)}, "
+            f"past the {_s(waits_ms)} that a job has, so who finds it cold is served in time only by a model that is "
+            "loaded before (`keepWarm`)."
         ]
     harm = f"{_share(lane.full + lane.unserved, lane.asked)} of {lane.asked:,} requests for {lane.name} were refused, "
     harm += "late or moved, and neither more places nor a longer budget would help"
@@ -286,14 +289,15 @@ def _budget(lane: LaneSeen, model: ModelSeen) -> Iterator[Proposal]:
     if not lane.fallback or not model.load_ms:
         return
     now, path = lane.cold_start_budget_ms, lane.path("coldStartBudgetMs")
-    wake_ms = _wake_ms(lane, model)
+    wake_ms = _wake_ms(model)
     if now < wake_ms:
         proposed = _whole_s(wake_ms * LOAD_MARGIN)
         if _harmed(lane, lane.moved) and proposed <= min(BUDGET_MS_MAX, lane.max_wait_ms):
             yield Proposal(
                 path, now, proposed,
-                f"{_loads(lane, model)}, so nobody who finds it cold has one within {_s(now)}: {lane.moved:,} of "
-                f"{lane.asked:,} requests moved to {lane.fallback}.",
+                f"{_loads(model)}, so nobody who finds it cold has one within {_s(now)}; {lane.moved:,} of "
+                f"{lane.asked:,} requests moved to {lane.fallback}, for that or because it was busy: which of them for "
+                "which is not counted.",
             )  # fmt: skip
         return
     p95 = lane.first_token_p95_ms
@@ -311,20 +315,22 @@ def _budget(lane: LaneSeen, model: ModelSeen) -> Iterator[Proposal]:
         )  # fmt: skip
 
 
-def _wake_ms(lane: LaneSeen, model: ModelSeen) -> float:
-    """A load and a first token."""
-    return model.load_ms + (lane.first_token_p50_ms or 0)
+def _wake_ms(model: ModelSeen) -> float:
+    """A load and a first token, the load alone where no first token is known."""
+    return model.load_ms + model.first_token_ms
 
 
 def _lost_when_cold(lane: LaneSeen, model: ModelSeen) -> bool:
     """Whether who finds the model cold has no first token in time, whatever place it gets."""
     waits_ms = min(lane.cold_start_budget_ms, lane.patience_ms)
-    return model.load_ms > 0 and waits_ms < _wake_ms(lane, model)
+    return model.load_ms > 0 and waits_ms < _wake_ms(model)
 
 
-def _loads(lane: LaneSeen, model: ModelSeen) -> str:
-    answer_ms = lane.first_token_p50_ms or 0
-    return f"{model.name} loads in {_s(model.load_ms)} and then takes {_s(answer_ms)} to a first token"
+def _loads(model: ModelSeen) -> str:
+    loads = f"{model.name} loads in {_s(model.load_ms)} and then"
+    if not model.first_token_ms:
+        return f"{loads} gives a first token, after a time that no worker has measured yet"
+    return f"{loads} takes {_s(model.first_token_ms)} itself to a first token"
 
 
 # --- lanes -------------------------------------------------------------------------------------------------------
@@ -400,6 +406,8 @@ def _whole_s(value_ms: float) -> int:
 
 
 def _s(value_ms: float) -> str:
+    if 0 < value_ms < 100:
+        return f"{max(1, round(value_ms))} ms"
     return f"{value_ms / 1000:.0f} s" if value_ms >= 10_000 else f"{value_ms / 1000:.1f} s"
 
 

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from statistics import median
 from typing import Any
 
 from broker import usage
@@ -75,7 +76,6 @@ class Tally:
             in_lanes=_said(policy, lane.name),
             mixed_with=tuple(other.name for other in beside if other.fallback),
             **{name: counts[name] for name in ("asked", "full", "moved", "expired", "judged", "late")},
-            first_token_p50_ms=percentile(found.first_tokens, 0.5),
             first_token_p95_ms=percentile(found.first_tokens, 0.95),
             callers={
                 name: CallerSeen(done=found.done_by[name], running_ms=found.running_ms_by[name])
@@ -154,6 +154,7 @@ def _model(
         parallel=shown.parallel,
         remote=model.trust == "remote",
         load_ms=shown.load_ms or shown.last_load_ms,
+        first_token_ms=float(median(shown.first_tokens_ms)) if shown.first_tokens_ms else shown.first_token_ms,
         service_ms=service_ms,
         footprint_bytes=shown.footprint_bytes,
         headroom_bytes=min(there, default=0),

@@ -91,7 +91,7 @@ export class Timeline {
     }));
     const waits = job.state === "queued";
     const facts = {
-      caller: job.caller, lane: job.lane, "asked for": job.asked, "served by": job.served_by, endpoint: job.endpoint,
+      caller: job.caller, lane: job.lane, "asked for": job.asked, spilled: job.spilled, "served by": job.served_by, endpoint: job.endpoint,
       priority: job.priority, attempt: job.attempt, promotions: job.promotions, "put back": job.put_backs, losses: job.losses,
       "prompt tokens": job.tokens,
       "cold-start deadline": waits ? when(job.promote_at, now) : "",

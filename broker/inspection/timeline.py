@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from broker.inspection.spills import spill
 from broker.lifecycle import State
 from broker.records import JobRecord
 
@@ -41,7 +42,7 @@ def timeline(job: JobRecord, *, now_ms: int, woke_at: int = 0) -> list[Step]:
 
 def troubles(job: JobRecord) -> list[str]:
     """What went another way than straight on, in sentences."""
-    found = []
+    found = [spill(job)] if job.spilled else []
     if job.promotions:
         times = _times(job.promotions)
         found.append(f"moved to a fallback lane {times}: it asked for {job.asked_model or job.asked}, now {job.model}")

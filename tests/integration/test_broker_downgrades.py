@@ -200,6 +200,22 @@ async def test_a_session_that_was_promoted_stays_on_the_fallback_for_a_while(wor
     assert await downgrades.sessions_on_fallback(world.store, "big") == 0
 
 
+async def test_a_session_that_stays_on_its_fallback_says_so(world: World) -> None:
+    """No lane refused it; and where the fallback cannot take it, it came to the lane that it asked for."""
+
+    async def spilled() -> str:
+        record = JobRecord(id=world.new_id(), asked="big", session="s1", keep_ms=10**9)
+        admitted = await admission.admit(world.store, world.book, world.fleet, record, b"{}")
+        return (await world.job(admitted.job_id)).spilled
+
+    await world.apply(capped(1, ("maxQueue: 3", "maxQueue: 4"), sticky_ms=60_000))
+    await world.warm(big=1, small=1)
+    await world.promote(await world.submit(session="s1"), "small")
+    assert await spilled() == "sticky"
+    await world.fill("small")
+    assert await spilled() == ""
+
+
 async def test_a_session_whose_spill_was_its_first_downgrade_stays_too(world: World) -> None:
     await world.apply(capped(1, sticky_ms=60_000))
     await world.warm(big=1, small=1)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from broker import errors, hosts, jobs, lanes, wake
+from broker import admission, errors, hosts, jobs, lanes, wake
 from broker.dispatch import ModelView
 from broker.hosts import Fleet
 from broker.keyspace import GROUP
-from broker.records import HostRecord, Learned, ModelFacts, ModelOnHost
-from tests.support.broker_world import LONG_MS, World, until_gone
+from broker.records import HostRecord, JobRecord, Learned, ModelFacts, ModelOnHost
+from tests.support.broker_world import LONG_MS, POLICY, World, until_gone
 from tests.support.invariants import take, violations
 
 
@@ -259,6 +259,28 @@ async def test_a_quarantine_holds_on_every_host(world: World) -> None:
     await world.fleet.look()
     view = world.fleet.view("big")
     assert (view.availability, view.reason) == ("unavailable", "its file is broken")
+    assert view.aside_until == world.now + 5_000
     world.now += 5_001
     await world.fleet.look()
-    assert world.fleet.view("big").availability == "cold"
+    view = world.fleet.view("big")
+    assert (view.availability, view.aside_until) == ("cold", 0)
+
+
+async def test_a_refusal_for_a_quarantine_says_when_it_is_over(world: World) -> None:
+    """Within 30 s, as every Retry-After; where nobody knows when it ends, a few seconds."""
+    await world.apply(POLICY.replace("    fallback: small\n", ""))
+
+    async def told(left_ms: int) -> int:
+        await hosts.learn(world.store, "big", quarantined_until=world.now + left_ms, failure="its file is broken")
+        await world.fleet.look()
+        with pytest.raises(errors.ModelUnavailable, match="its file is broken") as refused:
+            await admission.admit(
+                world.store, world.book, world.fleet, JobRecord(id=world.new_id(), asked="big"), b"{}"
+            )
+        return refused.value.retry_after_s
+
+    await world.tell("gpu1", {"big": ModelOnHost(state="quarantined", reason="its file is broken")})
+    assert [await told(left_ms) for left_ms in (75_000, 17_200, 300)] == [30, 18, 1]
+    assert await told(-1) == 5, "its worker has not said yet that it is over"
+    await world.tell("gpu1", {"big": ModelOnHost(state="cold", unfit=True, reason="its file is broken and too big")})
+    assert await told(17_200) == 5, "it fits on no host, quarantine or not"

@@ -244,6 +244,40 @@ async def test_admission_spills_passes_over_and_says_why(world: World) -> None:
     await world.healthy()
 
 
+async def test_a_job_that_entered_a_fallback_says_why(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """It made no move, so nothing else tells why another model answered: the refusal of the lane that it asked for."""
+    tight = POLICY.replace("weights-big\n", "weights-big\n    contextTokens: 100\n")
+    await world.apply(tight.replace("lanes:\n", "lanes:\n  out: { target: far, fallback: side }\n"))
+    await world.warm(big=1, small=1, far=1)
+
+    async def spilled(**fields: object) -> str:
+        record = JobRecord(**{"id": world.new_id(), "asked": "big", "caller": "ann"} | fields)  # type: ignore[arg-type]
+        with caplog.at_level("INFO"):
+            admitted = await admission.admit(world.store, world.book, world.fleet, record, b"{}")
+        job = await world.job(admitted.job_id)
+        told = f" spilled={job.spilled}" if job.spilled else "tokens=1"
+        assert job.public()["spilled"] == job.spilled and caplog.messages[-1].endswith(told)
+        await jobs.cancel(world.store, job.id)
+        return f"{job.spilled} {job.lane}"
+
+    assert await spilled(tokens=1) == " big"
+    assert await spilled(tokens=101) == "context_length_exceeded small"
+    assert await spilled(asked="out", tokens=1) == "trust_zone side"
+    await world.tell("gpu1", {m: ModelOnHost(state="warm", slots_total=1) for m in ("big", "small")})
+    await world.claim(await world.submit(caller="ann"))
+    waiting = await world.fill("big", caller="ann")
+    assert await spilled(tokens=1, caller="bob") == "lane_full small"
+    with pytest.raises(errors.LaneFull):
+        await world.submit(caller="bob")
+    await jobs.cancel(world.store, waiting[0])
+    assert await spilled(tokens=1) == "caller_share small", "bob is in line"
+    await world.tell(
+        "gpu1", {m: ModelOnHost(state=s, slots_total=1) for m, s in (("big", "quarantined"), ("small", "warm"))}
+    )
+    assert await spilled(tokens=1) == "model_unavailable small"
+    await world.healthy()
+
+
 async def test_batch_work_that_spills_is_batch_work_still(world: World) -> None:
     """A key may say that its caller's work is no more urgent; a lane that has no room is no way out of that. What asked
     for a batch lane by itself is people's work again where it spills to a lane of theirs."""

@@ -186,6 +186,26 @@ async def test_moves_put_backs_and_losses_are_told(world: World) -> None:
     assert "put back for interactive work once" in words and "lost with its worker or runtime once" in words
 
 
+@pytest.mark.parametrize(
+    ("spilled", "words"),
+    [
+        ("lane_full", "deep had no place (lane_full)"),
+        ("caller_share", "ann had its share of the places of deep (caller_share)"),
+        ("model_unavailable", "big could not serve then (model_unavailable)"),
+        ("context_length_exceeded", "big has too little context for it (context_length_exceeded)"),
+        ("wrong_endpoint", "big does not do what it asks for (wrong_endpoint)"),
+        ("trust_zone", "it may not leave by deep (trust_zone)"),
+        ("sticky", "its session left big lately and stays there (sticky)"),
+        ("of_tomorrow", "deep did not take it (of_tomorrow)"),
+    ],
+)
+def test_why_a_job_entered_a_fallback_is_told(spilled: str, words: str) -> None:
+    job = JobRecord(id="a", caller="ann", lane="small", asked="deep", asked_model="big", model="small", spilled=spilled)
+    assert troubles(job) == [f"let into lane small at once: {words}"]
+    later, _ = troubles(replace(job, lane="tiny", model="tiny", promotions=1))
+    assert later == f"let into a fallback lane at once: {words}", "which one is not known any more"
+
+
 def test_what_lies_ahead_of_a_job_is_told_by_its_state() -> None:
     now = 10_000
     waits = JobRecord(id="a", submitted_at=1_000, promote_at=12_000, give_up_at=30_000)

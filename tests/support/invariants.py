@@ -205,6 +205,7 @@ def undone(before: Snapshot, after: Snapshot) -> list[str]:
             "asked",
             "asked_model",
             "asked_number",
+            "spilled",
             "first_token_by",
             "zone",
             "exits",

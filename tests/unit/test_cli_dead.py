@@ -51,7 +51,7 @@ async def given_up(world: World, caller: str) -> str:
 
 
 async def test_from_nothing_to_a_letter_and_back(world: World, run: Command) -> None:
-    assert (await run("list")).out == "nothing was given up on\n"
+    assert (await run("list")).out == "no dead letters\n"
     first, second = await given_up(world, "anonymous"), await given_up(world, "anonymous")
     listed = (await run("list")).out.splitlines()
     assert [line.split("  ")[3] for line in listed] == [second, first]
@@ -66,7 +66,7 @@ async def test_from_nothing_to_a_letter_and_back(world: World, run: Command) -> 
     assert (await world.job(again)).retry_of == first
     dropped = await run("drop", listed[0].split("  ")[0])
     assert (dropped.code, dropped.out) == (0, f"{second}\n")
-    assert (await run("list")).out == "nothing was given up on\n"
+    assert (await run("list")).out == "no dead letters\n"
 
 
 async def test_all_of_them_are_tried_again(world: World, run: Command) -> None:

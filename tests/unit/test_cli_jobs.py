@@ -185,6 +185,8 @@ async def test_the_whole_request_reaches_the_job(
     later = json.loads((await run(*given, "--json", "--idempotency-key", "a", "--lane", "big")).out)
     assert (later["state"], later["endpoint"], later["asked"]) == ("scheduled", "/v1/responses", "big")
     assert "starts" in (await run("job", "show", later["id"])).out
+    await scene.store.command("HSET", scene.store.keys.job(later["id"]), "spilled", "lane_full")
+    assert "spilled      at once (lane_full)" in (await run("job", "show", later["id"])).out
     same = await run(*given, "--idempotency-key", "a", "--lane", "big")
     assert same.out.strip() == later["id"]
     (await run(*given, "--idempotency-key", "a")).complains(1, "Idempotency-Key")

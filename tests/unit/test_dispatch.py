@@ -12,6 +12,7 @@ from broker.dispatch import (
     STOP_MS,
     UNKNOWN_SERVICE_MS,
     ModelView,
+    back_in_s,
     choose,
     first_token_in_ms,
     foretold_ms,
@@ -400,6 +401,15 @@ def test_who_is_in_line_comes_back_when_it_is_its_turn() -> None:
 def test_the_answer_is_always_between_one_and_thirty(state: str, slots: int, service: float, load: float) -> None:
     view = ModelView(state, slots_total=slots, service_ms=service, load_ms=load)  # type: ignore[arg-type]
     assert 1 <= retry_after_s(view) <= 30
+
+
+@pytest.mark.parametrize(
+    ("left_ms", "seconds"), [(75_000, 30), (30_001, 30), (12_001, 13), (900, 1), (0, 5), (-4_000, 5)]
+)
+def test_a_model_that_is_set_aside_may_be_asked_for_when_that_is_over(left_ms: int, seconds: int) -> None:
+    """And where nobody knows when it comes back, in a few seconds."""
+    assert back_in_s(ModelView("unavailable", aside_until=NOW + left_ms), NOW) == seconds
+    assert back_in_s(ModelView("unavailable"), NOW) == 5
 
 
 @pytest.mark.parametrize(

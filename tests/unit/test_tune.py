@@ -23,6 +23,7 @@ BIG = ModelSeen(
     name="big",
     max_concurrent=2,
     load_ms=20_000,
+    first_token_ms=1_000,
     service_ms=4_000,
     footprint_bytes=20 * GIB,
     headroom_bytes=8 * GIB,
@@ -36,7 +37,6 @@ LANE = LaneSeen(
     fallback="small",
     asked=200,
     judged=190,
-    first_token_p50_ms=1_000,
     first_token_p95_ms=9_000,
 )
 POLICY = """
@@ -121,7 +121,21 @@ def test_nothing_is_wrong_so_nothing_is_proposed() -> None:
             "a load is longer than the budget",
             {"moved": 14, "cold_start_budget_ms": 15_000, "max_queue": 4}, {},
             {"models": {"big": {"coldStartBudgetMs": 26_000}}},
-            ["loads in 20 s", "1.0 s to a first token", "within 15 s", "14 of 200 requests moved to small"],
+            ["loads in 20 s", "takes 1.0 s itself to a first token", "within 15 s", "14 of 200 requests moved to small",
+             "or because it was busy", "is not counted"],
+        ),
+        (
+            "… a model that is quick itself needs the load and little else, whatever its clients waited",
+            {"moved": 14, "cold_start_budget_ms": 7_000, "max_queue": 3, "first_token_p95_ms": 40_000},
+            {"load_ms": 8_200, "first_token_ms": 8.4},
+            {"models": {"big": {"coldStartBudgetMs": 10_000}}},
+            ["loads in 8.2 s and then takes 8 ms itself to a first token"],
+        ),
+        (
+            "… and where no worker has measured a first token, the load alone",
+            {"moved": 14, "cold_start_budget_ms": 7_000, "max_queue": 3}, {"load_ms": 8_200, "first_token_ms": 0},
+            {"models": {"big": {"coldStartBudgetMs": 10_000}}},
+            ["loads in 8.2 s and then gives a first token, after a time that no worker has measured yet"],
         ),
         (
             "a budget is far longer than what is needed",
@@ -176,12 +190,13 @@ SLOW = replace(BIG, max_concurrent=1, service_ms=8_000)
 
 
 def test_a_queue_is_not_shortened_for_cold_starts() -> None:
-    """They moved because the model was cold, and no place would have been in time for them."""
+    """They may have moved because the model was cold, and then no place would have been in time for them."""
     assert judge(COLD, SLOW).fragment() == {"models": {"big": {"coldStartBudgetMs": 26_000}}}
     found = judge(COLD, replace(SLOW, load_ms=90_000))
     assert found.proposals == ()
     [sentence] = found.advice
     assert "90 s" in sentence and "5.0 s" in sentence and "20 % of 100" in sentence and "keepWarm" in sentence
+    assert "how many because it was cold, and how many because it was busy, is not counted" in sentence
 
 
 def test_who_is_given_up_before_a_load_was_no_victim_of_the_queue_either() -> None:
@@ -292,9 +307,10 @@ def test_a_new_lanes_name_is_not_taken() -> None:
 
 SHOWN = {
     "big": ModelStatus(
-        name="big", hosts=("gpu1", "gpu2"), load_ms=20_000, footprint_bytes=20 * GIB, parallel=0, state="warm"
+        name="big", hosts=("gpu1", "gpu2"), load_ms=20_000, footprint_bytes=20 * GIB, parallel=0, state="warm",
+        first_token_ms=90, first_tokens_ms=(7, 8, 90),
     )
-}
+}  # fmt: skip
 HOSTS = {"gpu1": HostStatus(name="gpu1", memory_headroom=8 * GIB), "gpu2": HostStatus(name="gpu2")}
 
 
@@ -324,6 +340,10 @@ def test_a_moved_job_counts_for_the_lane_that_it_asked_for() -> None:
     model = found.models[0]
     assert (model.hosts, model.slots, model.service_ms) == (1, 2, 3_000), "one replica, whatever serves it"
     assert model.headroom_bytes == 0, "the least of both hosts"
+    assert model.first_token_ms == 8, "the worker's own, and not what clients waited"
+    told = {"big": replace(SHOWN["big"], first_tokens_ms=())}
+    found = seen(Policy.parse(POLICY), counted, shown=told, hosts=HOSTS, service_ms={})
+    assert found.models[0].first_token_ms == 90, "an api that has just begun has seen none yet"
 
 
 @pytest.mark.parametrize(
@@ -383,6 +403,7 @@ MODELS = st.builds(
     hosts=st.integers(0, 9),
     parallel=st.integers(0, 9),
     load_ms=st.floats(0, 300_000),
+    first_token_ms=st.floats(0, 60_000),
     service_ms=st.floats(0, 300_000),
     headroom_bytes=st.integers(0, 10**11),
 )

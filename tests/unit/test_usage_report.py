@@ -135,8 +135,8 @@ ci            19     7         1       11         0     0.0%      0.0%          
 total        124   107         3       14         1    89.2%     88.2%   432ms/8.7s    4.6M    0.0%   12.3k        90m
 note: 14 requests were refused: lane_full 11, invalid_api_key 3
 note: 1 job was answered with an error: worker_lost 1
-note: 1 job was given up after the longest wait
-note: 1 job was cancelled by the client, or because it hung up
+note: 1 job was told that the wait was in vain (`expired`)
+note: 1 job was cancelled: by request, for a client that hung up, or with a revoked key
 note: 1 job was answered by another model than the one asked for
 note: 2 answers were counted without tokens: the runtime told none
 """
@@ -151,10 +151,29 @@ def test_the_table_of_nothing_and_of_several_names() -> None:
     assert head.split()[:2] == ["LANE", "ASKED"]
     assert total.split() == ["total", "0", "0", "0", "0", "0", "-", "-", "-", "0", "-", "0", "-"]
     lines = usage_table(told(TOLD, "caller", "lane", caller="ann")).splitlines()
+    assert sum(line.startswith("note: a job stands under the lane where it ended") for line in lines) == 1
     assert lines[0].startswith("usage of ann from")
     assert lines[1].split()[:3] == ["CALLER", "LANE", "ASKED"]
     assert [line.split()[:3] for line in lines[2:4]] == [["ann", "big", "101"], ["ann", "small", "1"]]
     assert lines[4].split()[:3] == ["total", "102", "100"]
+
+
+@pytest.mark.parametrize(
+    ("figures", "by", "said"),
+    [
+        ({"done": 9, "promoted/small": 1}, ("lane",), True),  # it moved
+        ({"done": 9}, ("lane", "day"), False),
+        ({"done": 9, "promoted/small": 1}, ("model",), False),
+    ],
+)
+def test_by_lane_the_table_says_where_jobs_stand_that_went_elsewhere(
+    figures: dict[str, int], by: tuple[str, ...], said: bool
+) -> None:
+    """Under a model they stand where they asked, under a lane where they ended: the two tables seem to contradict."""
+    text = usage_table(told([(MONDAY, By("ann", "big", "big", "big"), figures)], *by))
+    assert ("one that moved or spilled into a fallback is not in the row of the lane that it asked for" in text) is said
+    spilled = told([(MONDAY, By("ann", "small", "big", "small"), {"done": 1})], *by)
+    assert ("note: a job stands under the lane where it ended" in usage_table(spilled)) is ("lane" in by)
 
 
 def test_numbers_are_short_and_never_more_than_they_are() -> None:
