@@ -16,7 +16,7 @@ from api.doctor import Facts, Finding, OllamaModel, RedisFacts, examine
 from broker import hosts
 from broker.policies import PolicyBook
 from broker.records import HostRecord, ModelOnHost
-from broker.status import HostStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, ModelStatus, SilentHost, Snapshot
 from broker.store import Store
 from tests.support.broker_world import new_namespace
 from tests.support.fake_ollama import FakeOllama
@@ -80,6 +80,9 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
          "no worker is alive, so nothing can be served: start `gateway worker`"),
         (replace(WELL, shown=replace(SHOWN, hosts=(replace(HOST, policy_version=2),))),
          "gpu1 serves policy 2 and 3 is active: restart its worker if that lasts longer than a moment"),
+        (replace(WELL, shown=replace(SHOWN, silent=(SilentHost(name="box2", beat_age_ms=12_000),))),
+         "box2 fell silent 12s ago, and its worker did not take its leave: see its machine, its network and the "
+         "worker's log, and start `gateway worker` there again; one that never comes back is forgotten after a day"),
         (with_models(replace(DEEP, state="absent")),
          "deep is served by no live host: start a worker on a host that the policy names, or change `hosts`"),
         (with_models(replace(DEEP, state="quarantined", reason="there is no GGUF file at /m/x.")),
