@@ -137,7 +137,7 @@ def _models(shown: Snapshot) -> Iterator[Finding]:
         if model.state == "absent" and shown.hosts:
             remedy = "start a worker on a host that the policy names, or change `hosts`"
             yield Finding("models", "wrong", f"{model.name} is served by no live host", remedy)
-        elif model.state == "quarantined":
+        elif model.state == "quarantined" or (model.state == "cold" and model.failures):
             remedy = f"mend that, then `gateway model reset {model.name}`"
             yield Finding("models", "wrong", f"{model.name} does not load ({model.reason.rstrip('.')})", remedy)
         elif model.state == "degraded":
@@ -147,7 +147,7 @@ def _models(shown: Snapshot) -> Iterator[Finding]:
             continue
         wrong = True
     if not wrong and shown.hosts:
-        yield Finding("models", "ok", "no model is quarantined, degraded or without a host")
+        yield Finding("models", "ok", "no model is quarantined, degraded, without a host or cold after a failed load")
 
 
 def _slots(shown: Snapshot) -> Iterator[Finding]:

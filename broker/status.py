@@ -338,7 +338,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         label=model.label or "",
         runtime=model.backend,
         state=state,
-        reason=without_name(name, _reason(best, facts.failure if state == "quarantined" else "")),
+        reason=without_name(name, _reason(best, _failure(name, state, facts))),
         first_token_ms=best.first_token_ms if best is not None else 0,
         first_token_budget_ms=model.first_token_budget_ms,
         waiting=picture.waiting.get(name, 0),
@@ -405,6 +405,12 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
 def _rank(model: ModelOnHost) -> tuple[int, float]:
     place = _BEST_FIRST.index(model.state) if model.state in _BEST_FIRST else len(_BEST_FIRST)
     return place, model.first_token_ms or float("inf")
+
+
+def _failure(name: str, state: str, facts: ModelFacts) -> str:
+    if state == "quarantined":
+        return facts.failure
+    return facts.failed(name) if state == "cold" else ""
 
 
 def _reason(best: ModelOnHost | None, failure: str) -> str:

@@ -57,7 +57,7 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
     assert [(finding.subject, finding.sentence) for finding in found] == [
         ("ports", "a gateway answers at http://gateway"),
         ("redis", "Redis 7.2.0 keeps aof-everysec and evicts nothing"),
-        ("models", "no model is quarantined, degraded or without a host"),
+        ("models", "no model is quarantined, degraded, without a host or cold after a failed load"),
         ("slots", "no runtime is known to run fewer generations at once than the policy offers"),
         ("keep-alive", "Ollama is about to unload none of the models that the policy keeps warm"),
         ("memory", "the models to keep warm need 23.0G together and their hosts have 24.0G"),
@@ -87,6 +87,9 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
          "deep is served by no live host: start a worker on a host that the policy names, or change `hosts`"),
         (with_models(replace(DEEP, state="quarantined", reason="there is no GGUF file at /m/x.")),
          "deep does not load (there is no GGUF file at /m/x): mend that, then `gateway model reset deep`"),
+        (with_models(replace(DEEP, state="cold", failures=3, reason="its last 3 loads failed: there is no GGUF file.")),
+         "deep does not load (its last 3 loads failed: there is no GGUF file): mend that, then "
+         "`gateway model reset deep`"),
         (with_models(replace(DEEP, state="degraded", reason="first token after 9000 ms")),
          "deep answers slowly (first token after 9000 ms): see what else uses the machine, or raise "
          "firstTokenBudgetMs"),

@@ -257,6 +257,33 @@ async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share()
     await store.close()
 
 
+async def test_a_cold_model_whose_last_loads_failed_says_so() -> None:
+    """Once the pause has ended and nobody waits, nothing else tells of it; a load that succeeds makes it forgotten."""
+    store = Store.fake(fake_redis(), namespace=new_namespace())
+    store.clock = lambda: 1_764_331_200_000
+    book = PolicyBook(store)
+    await book.apply("models: {bad: {backend: simulated, model: x}}")
+    await hosts.beat(store, HostRecord(name="gpu1", boot="b"), {"bad": ModelOnHost(state="cold")}, lease_ms=600_000)
+    words = "model 'bad': there is no GGUF file at /m/x."
+
+    async def told(**facts: int | str) -> tuple[str, str]:
+        await hosts.learn(store, "bad", **facts)
+        shown = await Snapshots(store, book, Fleet(store, book)).latest()
+        return shown.models[0].state, shown.models[0].reason
+
+    now = await store.now_ms()
+    assert await told(quarantined_until=now + 1, failure=words, failures=3) == (
+        "quarantined",
+        "there is no GGUF file at /m/x.",
+    )
+    assert await told(quarantined_until=now) == ("cold", "its last 3 loads failed: there is no GGUF file at /m/x.")
+    assert await told(failures=1) == ("cold", "its last load failed: there is no GGUF file at /m/x.")
+    assert await told(**hosts.NOT_FAILED) == ("cold", "")
+    await hosts.beat(store, HostRecord(name="gpu1", boot="b"), {"bad": ModelOnHost(state="waking")}, lease_ms=600_000)
+    assert await told(failure=words, failures=3) == ("waking", ""), "a load goes on"
+    await store.close()
+
+
 def test_a_remote_fallback_takes_no_promoted_job_and_the_policy_line_says_so() -> None:
     lane = LaneStatus(name="near", model="near", fallback="far", spills_only=True, cold_start_budget_ms=25000)
 
