@@ -166,10 +166,17 @@ async def test_a_killed_worker_is_missed_and_seen_again(up: House, browser: Brow
             worker = up.kill_part("worker")
             await page.locator("#hosts-empty").wait_for(state="visible")
             await shows(page, card("small"), "absent")
-            await shows(page, "#event-list", "is gone")
+            await shows(page, "article[aria-label^='host '] .state", "silent")
+            await shows(page, "article[aria-label^='host '] .why", "sends no heartbeat and did not take its leave")
+            await shows(page, "#summary", "1 host silent")
+            await shows(page, "#event-list", "fell silent")
+            await accessible(page)
+            assert await page.get_by_role("button", name="Drain").count() == 0
         finally:
             parent.send_signal(signal.SIGCONT)
         await shows(page, "#event-list", "is here")
+        await shows(page, "article[aria-label^='host '] .state", "up")
+        await shows(page, "#summary", "nobody waits.")
         await shows(page, card("small"), "warm")
         assert await asyncio.to_thread(lambda: up.part("worker")) is not None and worker
 
