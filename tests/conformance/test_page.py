@@ -92,7 +92,7 @@ async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House, brow
         assert [step.split("\n")[0] for step in steps] == ["model woke", "waited", "read the prompt", "answered"]
         assert await page.locator("#job-title").inner_text() == f"Job {job_id}"
         await page.keyboard.press("Escape")
-        await shows(page, card("deep"), "warm")
+        await shows(page, f"{card('deep')} .state", "warm")
         await shows(page, "#event-list", "deep is waking, was cold")
         assert await page.locator(f"{card('deep')} .spark path").get_attribute("d")
 
