@@ -24,6 +24,12 @@ _PARALLEL = {
 """What sets how many generations a runtime runs at once."""
 
 
+_SILENT = (
+    "see its machine, its network and the worker's log, and start `gateway worker` there again; one that never comes "
+    "back is forgotten after a day"
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at; `remedy` is what to do about it where it is wrong."""
@@ -112,6 +118,9 @@ def _redis(redis: RedisFacts | None) -> Iterator[Finding]:
 def _hosts(shown: Snapshot) -> Iterator[Finding]:
     if not shown.hosts:
         yield Finding("hosts", "wrong", "no worker is alive, so nothing can be served", "start `gateway worker`")
+    for gone in shown.silent:
+        said = f"{gone.name} fell silent {duration(gone.beat_age_ms)} ago, and its worker did not take its leave"
+        yield Finding("hosts", "wrong", said, _SILENT)
     for host in shown.hosts:
         if host.draining:
             yield Finding(
@@ -128,7 +137,7 @@ def _models(shown: Snapshot) -> Iterator[Finding]:
         if model.state == "absent" and shown.hosts:
             remedy = "start a worker on a host that the policy names, or change `hosts`"
             yield Finding("models", "wrong", f"{model.name} is served by no live host", remedy)
-        elif model.state == "quarantined":
+        elif model.state == "quarantined" or (model.state == "cold" and model.failures):
             remedy = f"mend that, then `gateway model reset {model.name}`"
             yield Finding("models", "wrong", f"{model.name} does not load ({model.reason.rstrip('.')})", remedy)
         elif model.state == "degraded":
@@ -138,7 +147,7 @@ def _models(shown: Snapshot) -> Iterator[Finding]:
             continue
         wrong = True
     if not wrong and shown.hosts:
-        yield Finding("models", "ok", "no model is quarantined, degraded or without a host")
+        yield Finding("models", "ok", "no model is quarantined, degraded, without a host or cold after a failed load")
 
 
 def _slots(shown: Snapshot) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """The text of `gateway status`, made of a snapshot and nothing else."""
 
 from api.terminal import harmless, text_of
-from broker.status import HostStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, ModelStatus, SilentHost, Snapshot
 
 _HEAD = ("MODEL", "STATE", "FIRST TOKEN", "QUEUE", "MEM")
 _GAPS = (2, 3, 3, 3, 3, 3, 3, 0)
@@ -23,6 +23,7 @@ def status_table(shown: Snapshot, *, wide: bool = False) -> str:
     lines += [f"policy: {line}" for line in shown.policy_lines]
     lines += _other_lanes(shown)
     lines += [_host(host) for host in shown.hosts] or ["host: none is alive, so nothing can be served"]
+    lines += [_silent(host) for host in shown.silent]
     lines += [f"note: host {host.name}: {host.memory_note}" for host in shown.hosts if host.memory_note]
     lines += [f"note: {_name(model)} {words}" for model in shown.models for words in _notes(model)]
     if shown.made_up:
@@ -103,6 +104,11 @@ def _host(host: HostStatus) -> str:
         of = f"{size(host.memory_total)} GPU memory" if host.memory_source == "gpu" else size(host.memory_total)
         words += f", {size(host.memory_used)} of {of} used, headroom {size(host.memory_headroom)}"
     return words
+
+
+def _silent(host: SilentHost) -> str:
+    age = duration(host.beat_age_ms)
+    return f"host: {host.name} silent for {age}, its worker sends no heartbeat and did not take its leave"
 
 
 def _notes(model: ModelStatus) -> list[str]:

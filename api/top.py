@@ -24,6 +24,7 @@ STALE_AFTER_S = 3.0
 TONES = {
     "warm": "green", "degraded": "yellow", "waking": "cyan", "unloading": "cyan", "quarantined": "red", "absent": "red",
     "late": "red", "full": "yellow", "waits": "bold", "draining": "yellow",
+    "silent": "red",
 }  # fmt: skip
 
 Ask = Callable[[], Awaitable[dict[str, Any]]]

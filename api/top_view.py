@@ -123,15 +123,18 @@ def job_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[
 
 
 def host_rows(shown: Snapshot, *, sort: int, backwards: bool, only: str) -> list[Row]:
-    """The live hosts."""
-    found = (host for host in shown.hosts if _has(only, host.name, *host.models))
-    return [_host(host) for host in _sorted(found, HOSTS[sort], backwards)]
+    """The live hosts, and those that fell silent."""
+    silent = {host.name for host in shown.silent}
+    known = [*shown.hosts, *(HostStatus(name=host.name, beat_age_ms=host.beat_age_ms) for host in shown.silent)]
+    found = (host for host in known if _has(only, host.name, *host.models))
+    return [_host(host, silent=host.name in silent) for host in _sorted(found, HOSTS[sort], backwards)]
 
 
 def summary(shown: Snapshot) -> str:
     """One line over everything."""
     waiting, running = sum(lane.waiting for lane in shown.lanes), sum(lane.running for lane in shown.lanes)
     hosts = f"{len(shown.hosts)} host{'s'[: len(shown.hosts) != 1]}" if shown.hosts else "no host is alive"
+    hosts += f", {len(shown.silent)} silent" if shown.silent else ""
     return f"policy {shown.policy_version}   {hosts}   {waiting} waiting   {running} running"
 
 
@@ -200,7 +203,10 @@ def _job(seen: JobSeen) -> Row:
     return _row(f"{seen.lane}/{job.id or seen.number}", cells, tone)
 
 
-def _host(host: HostStatus) -> Row:
+def _host(host: HostStatus, *, silent: bool) -> Row:
+    if silent:
+        dashes = ["-"] * (len(HOSTS) - 2)
+        return _row(host.name, (f"{host.name} (silent)", duration(host.beat_age_ms), *dashes), "silent")
     cells = (
         host.name + (" (draining)" if host.draining else ""),
         duration(host.beat_age_ms),

@@ -48,7 +48,7 @@ async def read(store: Store, name: str) -> HostRecord | None:
 async def leave(store: Store, host: HostRecord, models: list[str]) -> None:
     """Takes a host off at once, so that nobody waits for its lease to end, or takes it for lost."""
     current = await store.command("HGET", store.keys.host(host.name), "boot")
-    if current == host.boot.encode():
+    if current in (host.boot.encode(), None):  # None = its lease ran out while it stopped
         await store.command(
             "DEL", store.keys.host(host.name), *(store.keys.model_on_host(m, host.name) for m in models)
         )

@@ -51,11 +51,12 @@ class Told:
 @dataclass(frozen=True)
 class CloseLook:
     """A look that a snapshot is made of. `moment` is its instant in microseconds, which no other look at this server
-    has; `oldest_at` is when the job was submitted that has waited longest in a lane, 0 = none; `jobs` are a lane's
-    oldest; `asked`, `downgraded` and `sticky` go by model."""
+    has; `silent` are the last heartbeats of hosts that fell silent; `oldest_at` is when the job was submitted that has
+    waited longest in a lane, 0 = none; `jobs` are a lane's oldest; `asked`, `downgraded` and `sticky` go by model."""
 
     moment: int
     look: Look
+    silent: Mapping[str, int]
     oldest_at: Mapping[str, int]
     jobs: Mapping[str, Sequence[Told]]
     asked: Mapping[str, int]
@@ -78,7 +79,7 @@ async def look_closely(store: Store, active: Active) -> CloseLook:
     """Looks at all that the policy names and at the jobs in its lanes."""
     keys, models, lanes = store.keys, list(active.models()), active.lanes()
     most = [TOLD_BATCH if lane.priority == "batch" else TOLD_INTERACTIVE for lane in lanes.values()]
-    at_ms, moment, hosts, found, counted = await store.run(
+    at_ms, moment, hosts, silent, found, counted = await store.run(
         "snapshot",
         [
             keys.hosts,
@@ -93,6 +94,7 @@ async def look_closely(store: Store, active: Active) -> CloseLook:
     return CloseLook(
         moment=int(moment),
         look=_look(at_ms, hosts, seen, lines),
+        silent={name: int(float(beat)) for name, beat in _by_host(silent).items()},
         oldest_at={lane: int(oldest or 0) for lane, (_, _, oldest, _) in lines.items()},
         jobs={lane: [_told(*job) for job in jobs] for lane, (_, _, _, jobs) in lines.items()},
         asked={model: int(asked) for model, (_, _, asked, _, _) in seen.items()},

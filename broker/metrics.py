@@ -242,10 +242,10 @@ class _Told(Collector):
             yield from _machinery(self.vitals)
         if self.snapshot is not None:
             yield from _gauges(self.snapshot)
+            yield from _hosts(self.snapshot)
             yield from self._counters(self.snapshot)
         if self.snapshot is not None and self.vitals is not None:
             yield from _wakes([model.name for model in self.snapshot.models], self.vitals.facts)
-            yield from _hosts(self.snapshot, self.vitals)
 
     def _counters(self, snapshot: Snapshot) -> Iterator[Metric]:
         known = {
@@ -447,12 +447,13 @@ def _wakes(models: list[str], facts: Mapping[str, ModelFacts]) -> Iterator[Metri
     yield from (wakes, loads, evictions)
 
 
-def _hosts(s: Snapshot, v: Vitals) -> Iterator[Metric]:
+def _hosts(s: Snapshot) -> Iterator[Metric]:
     host, hosts = ["host"], s.hosts
     yield _gauge("gateway_host_up", "1 for hosts that live, for a day 0 for those that fell silent on their own.", host,
-                 [*(((h.name,), 1) for h in hosts), *(((name,), 0) for name in v.hosts_lost)])  # fmt: skip
+                 [*(((h.name,), 1) for h in hosts), *(((h.name,), 0) for h in s.silent)])  # fmt: skip
     yield _gauge("gateway_host_beat_age_seconds", "Age of its last heartbeat.", host,
-                 [((h.name,), h.beat_age_ms / 1000) for h in hosts])  # fmt: skip
+                 [*(((h.name,), h.beat_age_ms / 1000) for h in hosts),
+                  *(((h.name,), h.beat_age_ms / 1000) for h in s.silent)])  # fmt: skip
     yield _gauge("gateway_host_clock_skew_seconds", "Redis' clock minus the host's.", host,
                  [((h.name,), h.skew_ms / 1000) for h in hosts])  # fmt: skip
     yield _gauge("gateway_host_policy_version", "The policy that the host serves by.", host,

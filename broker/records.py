@@ -268,6 +268,11 @@ class ModelFacts(_Hash):
     loads_ms: int = 0
     evictions: int = 0  # unloaded to make room for another
 
+    def failed(self, model: str) -> str:
+        """What is to be said behind the model's name of loads that failed since the last one that succeeded."""
+        loads = "load" if self.failures == 1 else f"{self.failures} loads"
+        return f"its last {loads} failed: {without_name(model, self.failure)}" if self.failures else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Downgrades(_Hash):

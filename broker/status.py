@@ -161,6 +161,14 @@ class HostStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SilentHost:
+    """A host whose worker sends no heartbeat and did not take its leave. It is forgotten a day after the last one."""
+
+    name: str
+    beat_age_ms: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """The gateway at one moment. Where two carry the same `number` they are the same, whoever shows them: it is the
     moment in microseconds of Redis' clock."""
@@ -172,6 +180,7 @@ class Snapshot:
     models: tuple[ModelStatus, ...] = ()
     lanes: tuple[LaneStatus, ...] = ()
     hosts: tuple[HostStatus, ...] = ()
+    silent: tuple[SilentHost, ...] = ()
     moves: Moves = field(default_factory=Moves)
     """What the day has counted of promotions and refusals."""
     day: Day = field(default=(), compare=False, repr=False)
@@ -196,6 +205,7 @@ class Snapshot:
             "models": [_plain(model) | {"cached_share": model.cached_share} for model in self.models],
             "lanes": [_plain(lane) | {"jobs": [_job_for(viewer, job) for job in lane.jobs]} for lane in self.lanes],
             "hosts": [_plain(host) for host in self.hosts],
+            "silent": [_plain(host) for host in self.silent],
             "moves": _plain(self.moves),
             "policy": self.policy_lines,
         }
@@ -212,6 +222,7 @@ class Snapshot:
         parts["lanes"] = tuple(_read_lane(lane) for lane in _list(data["lanes"]))
         parts["moves"] = _read(Moves, data.get("moves", {}))
         parts["hosts"] = tuple(_read(HostStatus, h) for h in _list(data["hosts"]))
+        parts["silent"] = tuple(_read(SilentHost, h) for h in _list(data.get("silent", [])))
         parts.pop("day", None)
         return _made(cls, parts)
 
@@ -243,6 +254,10 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
         models=tuple(models),
         lanes=tuple(lanes),
         hosts=tuple(_host_status(name, picture) for name in sorted(picture.hosts)),
+        silent=tuple(
+            SilentHost(name=name, beat_age_ms=max(0, picture.at_ms - beat))
+            for name, beat in sorted(seen.silent.items())
+        ),
         moves=moves(day),
         day=day,
     )
@@ -323,7 +338,7 @@ def _model_status(name: str, model: Model, active: Active, picture: Picture, tod
         label=model.label or "",
         runtime=model.backend,
         state=state,
-        reason=without_name(name, _reason(best, facts.failure if state == "quarantined" else "")),
+        reason=without_name(name, _reason(best, _failure(name, state, facts))),
         first_token_ms=best.first_token_ms if best is not None else 0,
         first_token_budget_ms=model.first_token_budget_ms,
         waiting=picture.waiting.get(name, 0),
@@ -390,6 +405,12 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
 def _rank(model: ModelOnHost) -> tuple[int, float]:
     place = _BEST_FIRST.index(model.state) if model.state in _BEST_FIRST else len(_BEST_FIRST)
     return place, model.first_token_ms or float("inf")
+
+
+def _failure(name: str, state: str, facts: ModelFacts) -> str:
+    if state == "quarantined":
+        return facts.failure
+    return facts.failed(name) if state == "cold" else ""
 
 
 def _reason(best: ModelOnHost | None, failure: str) -> str:

@@ -4,7 +4,7 @@ The status snapshot tells of lanes, models and hosts; this tells an operator whe
 """
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,17 +35,15 @@ class Vitals:
     """0 = as much as there is."""
     redis_writes_ok: bool | None = None
     """Whether the last write of the append-only file and the last snapshot went well."""
-    hosts_lost: tuple[str, ...] = ()
-    """Hosts that fell silent without a word within the last day."""
     facts: Mapping[str, ModelFacts] = field(default_factory=dict)
 
 
-async def read(store: Store, *, live_hosts: Collection[str], facts: Mapping[str, ModelFacts]) -> Vitals:
-    """Takes them, in one go; `live_hosts` and `facts` come from a picture that was taken just before."""
+async def read(store: Store, *, facts: Mapping[str, ModelFacts]) -> Vitals:
+    """Takes them, in one go; `facts` come from a picture that was taken just before."""
     keys, ask = store.keys, store.command
     now = await store.now_ms()
     (
-        first_due, overdue, live, letters, batches, first_batch, events, endpoints, hosts, durability, unfit, info,
+        first_due, overdue, live, letters, batches, first_batch, events, endpoints, durability, unfit, info,
     ) = await asyncio.gather(
         ask("ZRANGE", keys.due, 0, 0, "WITHSCORES"),
         ask("ZCOUNT", keys.due, "-inf", f"({now}"),
@@ -55,7 +53,6 @@ async def read(store: Store, *, live_hosts: Collection[str], facts: Mapping[str,
         ask("ZRANGE", keys.batches, 0, 0, "WITHSCORES"),
         ask("XRANGE", keys.outbox, "-", "+", "COUNT", 1),
         ask("ZRANGE", keys.webhooks, 0, 0, "WITHSCORES"),
-        ask("ZRANGE", keys.hosts, 0, -1),
         store.durability(),
         store.unfit_settings(),
         _info(store),
@@ -74,7 +71,6 @@ async def read(store: Store, *, live_hosts: Collection[str], facts: Mapping[str,
         redis_used_bytes=_number(info, "used_memory"),
         redis_max_bytes=_number(info, "maxmemory"),
         redis_writes_ok=_writes_ok(info),
-        hosts_lost=tuple(sorted({host.decode() for host in hosts} - set(live_hosts))),
         facts=facts,
     )
 

@@ -50,7 +50,7 @@ function note(words) {
 function draw(fresh) {
   const context = { now: now(), hosts: shown.hosts, fresh };
   models.tell(shown.models, context);
-  hosts.tell(shown.hosts, context);
+  hosts.tell([...shown.silent.map((host) => ({ ...host, silent: true })), ...shown.hosts], context);
   by("hosts-empty").hidden = shown.hosts.length > 0;
   const own = new Set(shown.models.map((model) => model.name));
   const told = shown.lanes.filter((lane) => own.has(lane.name) || lane.waiting || lane.running || lane.retiring);

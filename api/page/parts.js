@@ -154,6 +154,7 @@ export function hostCard(host, operate) {
   const { element: list, cells } = figures("memory", "headroom", "running", "last heard");
   const memory = bar("memory"), bytes = make("span");
   cells.memory.append(bytes, memory.element);
+  const heard = cells["last heard"].previousElementSibling;
   let draining = false;
   const act = actions(() => operate("hosts", host.name, draining ? "undrain" : "drain"), ["drain", "Drain"]);
   const element = make("article", { class: "card", "aria-label": `host ${host.name}` },
@@ -161,19 +162,22 @@ export function hostCard(host, operate) {
   return {
     element,
     tell(host) {
-      draining = host.draining;
-      say(state, draining ? "draining" : "up");
-      state.dataset.state = draining ? "draining" : "warm";
-      say(note, host.memory_note);
-      note.hidden = !host.memory_note;
+      const silent = host.silent === true;
+      for (const row of list.children) row.hidden = silent && row !== heard && row !== cells["last heard"];
+      say(cells["last heard"], `${duration(host.beat_age_ms)} ago`);
+      draining = host.draining === true;
+      say(state, silent ? "silent" : draining ? "draining" : "up");
+      state.dataset.state = silent ? "silent" : draining ? "draining" : "warm";
+      say(note, silent ? "Its worker sends no heartbeat and did not take its leave." : host.memory_note);
+      note.hidden = !note.textContent;
+      act.element.hidden = silent || !operate.allowed;
+      if (silent) return; // no more is known of it
       const kind = host.memory_source === "gpu" ? " of the GPU" : "";
       say(bytes, host.memory_total ? `${size(host.memory_used)} of ${size(host.memory_total)}${kind} used` : "not known yet");
       memory.tell(host.memory_total ? host.memory_used / host.memory_total : 0, bytes.textContent);
       say(cells.headroom, size(host.memory_headroom));
       say(cells.running, `${counted(host.running, "job")} on ${host.models.join(", ") || "no model"}`);
-      say(cells["last heard"], `${duration(host.beat_age_ms)} ago`);
       say(act.buttons[0], draining ? "Undrain" : "Drain");
-      act.element.hidden = !operate.allowed;
     },
   };
 }

@@ -22,7 +22,8 @@ export function summary(shown) {
   const running = shown.lanes.reduce((sum, lane) => sum + lane.running, 0);
   const oldest = Math.max(0, ...shown.lanes.map((lane) => lane.oldest_waiting_ms));
   const waits = waiting ? `${counted(waiting, "job waits", "jobs wait")}, the oldest for ${duration(oldest)}` : "nobody waits";
-  return `${warm} of ${counted(shown.models.length, "model")} warm, ${running} running, ${waits}.`;
+  const silent = shown.silent.length ? `, ${counted(shown.silent.length, "host")} silent` : "";
+  return `${warm} of ${counted(shown.models.length, "model")} warm, ${running} running, ${waits}${silent}.`;
 }
 
 // What to say under a model's name: why it is as it is.
@@ -66,7 +67,8 @@ export function changes(before, now) {
   }
   const hosts = new Set(before.hosts.map((host) => host.name));
   for (const host of now.hosts) if (!hosts.delete(host.name)) said.push(`host ${host.name} is here`);
-  for (const gone of hosts) said.push(`host ${gone} is gone`);
+  const silent = new Set(now.silent.map((host) => host.name));
+  for (const gone of hosts) said.push(silent.has(gone) ? `host ${gone} fell silent` : `host ${gone} took its leave`);
   const more = (kind, tell) => {
     for (const [name, count] of Object.entries(now.moves[kind])) {
       const new_ones = count - (before.moves[kind][name] || 0);

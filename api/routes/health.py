@@ -78,7 +78,7 @@ async def metrics(request: Request, gateway: Gate, caller: Caller) -> Response:
                 picture, day = gateway.fleet.picture, shown.day
             else:
                 day = await usage.today(gateway.store)
-            vital = await vitals.read(gateway.store, live_hosts=picture.hosts, facts=picture.facts)
+            vital = await vitals.read(gateway.store, facts=picture.facts)
             ready = gateway.book.present and not gateway.stopping and not _unserved(gateway)
     except (errors.BrokerError, TimeoutError):
         up = False

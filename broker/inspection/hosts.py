@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from broker.policies import Active
-from broker.records import HostRecord, ModelFacts, ModelOnHost
+from broker.records import HostRecord, ModelFacts, ModelOnHost, without_name
 from broker.store import Store
 
 
@@ -96,6 +96,7 @@ async def _host(store: Store, active: Active | None, name: str, beat_at: int, no
         store.hash(keys.host(name)),
         store.command("PTTL", keys.host(name)),
         *(store.hash(keys.model_on_host(model, name)) for model in models),
+        *(store.hash(keys.model(model)) for model in models),
     )
     if not raw:
         return HostLook(name=name, alive=False, beat_age_ms=max(0, now - beat_at))
@@ -117,18 +118,18 @@ async def _host(store: Store, active: Active | None, name: str, beat_at: int, no
         draining=host.draining,
         skew_ms=host.skew_ms,
         models=tuple(
-            _model(model, ModelOnHost.from_hash(state), version, now)
-            for model, state in zip(models, told, strict=True)
+            _model(model, ModelOnHost.from_hash(state), ModelFacts.from_hash(facts), version, now)
+            for model, state, facts in zip(models, told[: len(models)], told[len(models) :], strict=True)
             if state
         ),
     )
 
 
-def _model(name: str, told: ModelOnHost, version: int, now: int) -> ModelHere:
+def _model(name: str, told: ModelOnHost, facts: ModelFacts, version: int, now: int) -> ModelHere:
     return ModelHere(
         name=name,
         state=told.state,
-        reason=told.reason,
+        reason=told.reason or (_why_cold(name, facts, now) if told.state == "cold" else ""),
         for_ms=max(0, now - told.since) if told.since else 0,
         slots_used=told.slots_used,
         slots_settling=told.slots_settling,
@@ -138,6 +139,12 @@ def _model(name: str, told: ModelOnHost, version: int, now: int) -> ModelHere:
         sessions=len(told.cached()),
         behind=told.version != version,
     )
+
+
+def _why_cold(name: str, facts: ModelFacts, now: int) -> str:
+    if facts.quarantined_until > now:
+        return f"quarantined: {without_name(name, facts.failure)}"
+    return facts.failed(name)
 
 
 async def _lock(store: Store, model: str, now: int) -> LockLook:

@@ -3,10 +3,10 @@
 --   KEYS[2 ..] the models' own hashes, as many downgrades, as many zsets of sticky sessions, then the lanes
 --   ARGV[1] now   ARGV[2] group   ARGV[3] host_prefix   ARGV[4] job_prefix   ARGV[5] models, how many
 --   ARGV[6 ..] of each lane, how many of its oldest jobs are told
--- Returns now; the moment; the hosts: name, hash, …; of each model its hash, then host, hash, …, then of its last jobs how
--- many asked and are downgrades, and its sessions that stay on its fallback; of each lane its jobs, those that a worker
--- holds, when the one was submitted that has waited longest ("" = none waits), and the told ones: the entry's fields,
--- whether it is held, and of the record what `told_of` reads.
+-- Returns now; the moment; the hosts: name, hash, …; those that fell silent: name, last heartbeat, …; of each model its
+-- hash, then host, hash, …, then of its last jobs how many asked and are downgrades, and its sessions that stay on its
+-- fallback; of each lane its jobs, those that a worker holds, when the one was submitted that has waited longest ("" = none
+-- waits), and the told ones: the entry's fields, whether it is held, and of the record what `told_of` reads.
 --- @flags no-writes
 --- @include now_ms
 --- @include look
@@ -19,6 +19,19 @@ local function value_of(entry, name)
     if entry[i] == name then return entry[i + 1] end
   end
   return ""
+end
+-- Who is in the index and does not live: a host that takes its leave is in it no more, and a day forgets the others.
+local function hosts_silent(seen)
+  local live, silent = {}, {}
+  for i = 1, #seen, 2 do live[seen[i]] = true end
+  local beats = redis.call("ZRANGE", KEYS[1], 0, -1, "WITHSCORES")
+  for i = 1, #beats, 2 do
+    if not live[beats[i]] then
+      silent[#silent + 1] = beats[i]
+      silent[#silent + 1] = beats[i + 1]
+    end
+  end
+  return silent
 end
 local function told_of(entry)
   local record = redis.call(
@@ -57,4 +70,4 @@ for i = 2 + 3 * count, #KEYS do
   if length > 0 then oldest, told = line_of(KEYS[i], held, tonumber(ARGV[5 + i - 1 - 3 * count])) end
   lanes[#lanes + 1] = { length, held, oldest, told }
 end
-return { now, moment, hosts, models, lanes }
+return { now, moment, hosts, hosts_silent(hosts), models, lanes }

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser
 
-from tests.support.browser import PHONE, a_browser, a_page, accessible, fits, shows
+from tests.support.browser import DESK, PHONE, a_browser, a_page, accessible, fits, shows
 from tests.support.gateway_process import House, house
 from tests.support.waiting import until
 from tests.support.worker_world import eventually, policy, simulated
@@ -92,7 +92,7 @@ async def test_a_cold_start_is_seen_from_cold_to_its_first_token(up: House, brow
         assert [step.split("\n")[0] for step in steps] == ["model woke", "waited", "read the prompt", "answered"]
         assert await page.locator("#job-title").inner_text() == f"Job {job_id}"
         await page.keyboard.press("Escape")
-        await shows(page, card("deep"), "warm")
+        await shows(page, f"{card('deep')} .state", "warm")
         await shows(page, "#event-list", "deep is waking, was cold")
         assert await page.locator(f"{card('deep')} .spark path").get_attribute("d")
 
@@ -166,10 +166,17 @@ async def test_a_killed_worker_is_missed_and_seen_again(up: House, browser: Brow
             worker = up.kill_part("worker")
             await page.locator("#hosts-empty").wait_for(state="visible")
             await shows(page, card("small"), "absent")
-            await shows(page, "#event-list", "is gone")
+            await shows(page, "article[aria-label^='host '] .state", "silent")
+            await shows(page, "article[aria-label^='host '] .why", "sends no heartbeat and did not take its leave")
+            await shows(page, "#summary", "1 host silent")
+            await shows(page, "#event-list", "fell silent")
+            await accessible(page)
+            assert await page.get_by_role("button", name="Drain").count() == 0
         finally:
             parent.send_signal(signal.SIGCONT)
         await shows(page, "#event-list", "is here")
+        await shows(page, "article[aria-label^='host '] .state", "up")
+        await shows(page, "#summary", "nobody waits.")
         await shows(page, card("small"), "warm")
         assert await asyncio.to_thread(lambda: up.part("worker")) is not None and worker
 
@@ -224,6 +231,35 @@ async def test_two_hundred_wait_on_a_desk_and_on_a_phone(up: House, browser: Bro
             await shows(page, lane("crowded"), f"{CROWD - 1} of {CROWD + 10} waiting")
             await fits(page)
             await accessible(page)
+
+
+AGES_MS = (9, 888, 1_200, 9_900, 119_000, 7_000_000, 86_400_000)
+TILES = """async (ages) => {
+  const { laneRow } = await import("./page/parts.js");
+  const at = 1e12, cut = [], state = ["claimed", "streaming"];
+  for (const [i, age] of ages.entries()) {
+    const row = laneRow({ name: `lane-${i}` }, () => {});
+    document.getElementById("lane-rows").append(row.element);
+    const job = { caller: "ann", position: 0, submitted_at: at - age, claimed_at: at - age, first_token_in_ms: age };
+    const running = state.map((state, id) => ({ ...job, id: `${id}`, state, first_token_at: at }));
+    const waiting = { ...job, id: "2", position: 1, promote_at: at - age + 7_000_000 };
+    row.tell({ name: `lane-${i}`, priority: "interactive", waiting: 1, running: 2, jobs: [...running, waiting] },
+      { now: at, fresh: true });
+    for (const line of row.element.querySelectorAll(".tile span")) {
+      if (line.scrollWidth > line.clientWidth) cut.push(line.textContent);
+    }
+    row.element.remove();
+  }
+  return cut;
+}"""
+"""Draws jobs of these ages, and gives the lines of their tiles that do not fit."""
+
+
+async def test_a_tile_has_room_for_its_words(up: House, browser: Browser) -> None:
+    for size in (DESK, PHONE):
+        async with a_page(browser, up.url, size=size) as page:
+            await shows(page, "#connection", "live")
+            assert await page.evaluate(TILES, AGES_MS) == []
 
 
 async def until_count(found: Any, count: int) -> None:

@@ -14,6 +14,7 @@ from broker.lifecycle import State
 from broker.metrics import CONTENT_TYPE, OPENMETRICS_TYPE, OTHER
 from broker.records import ModelFacts
 from broker.snapshots import Snapshots
+from broker.status import SilentHost
 from broker.store import Store
 from tests.support.broker_world import World
 from tests.support.live_api import Scene, live_api, live_scene, until_true
@@ -154,7 +155,7 @@ async def test_a_page_without_a_policy_still_tells_of_the_machinery(fake_store: 
 
 async def look(world: World) -> vitals.Vitals:
     picture = await world.fleet.look()
-    return await vitals.read(world.store, live_hosts=picture.hosts, facts=picture.facts)
+    return await vitals.read(world.store, facts=picture.facts)
 
 
 async def test_lateness_counts_from_the_oldest_instant_that_has_passed(world: World) -> None:
@@ -172,13 +173,15 @@ async def test_lateness_counts_from_the_oldest_instant_that_has_passed(world: Wo
     assert (told.due_late_ms, told.due_overdue, told.jobs_live) == (600, 1, 1)
 
 
-async def test_dead_letters_and_lost_hosts_are_told(world: World) -> None:
+async def test_dead_letters_and_silent_hosts_are_told(world: World) -> None:
     await world.warm(big=2)
     held = await world.claim(await world.submit("big", mode="async"))
     await jobs.end(world.store, held, "fail", error=errors.RuntimeFailed("it broke"))
     await world.store.command("ZADD", world.store.keys.hosts, world.now - 3_600_000, "gpu9")
-    told = await look(world)
-    assert (told.dead_letters, told.hosts_lost) == (1, ("gpu9",))
+    assert (await look(world)).dead_letters == 1
+    shown = await Snapshots(world.store, world.book, world.fleet).latest()
+    assert shown.silent == (SilentHost(name="gpu9", beat_age_ms=3_600_000),)
+    assert [host.name for host in shown.hosts] == ["gpu1"]
 
 
 async def test_a_lane_says_how_much_of_its_time_the_oldest_job_has_used(world: World) -> None:
@@ -205,7 +208,7 @@ async def test_a_lane_says_how_much_of_its_time_the_oldest_job_has_used(world: W
 @pytest.mark.real
 async def test_a_real_redis_tells_its_memory_and_its_file(redis_server: RedisServer) -> None:
     store = await Store.open(redis_server.url, namespace="vitals")
-    told = await vitals.read(store, live_hosts=(), facts={})
+    told = await vitals.read(store, facts={})
     await store.close()
     assert told.durability == "aof-everysec" and told.unfit == () and told.redis_writes_ok is True
     assert told.redis_used_bytes is not None and told.redis_used_bytes > 100_000 and told.redis_max_bytes == 0

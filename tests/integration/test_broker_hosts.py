@@ -12,6 +12,7 @@ from broker.dispatch import ModelView
 from broker.hosts import Fleet
 from broker.keyspace import GROUP
 from broker.records import HostRecord, JobRecord, Learned, ModelFacts, ModelOnHost
+from broker.snapshots import Snapshots
 from tests.support.broker_world import LONG_MS, POLICY, World, until_gone
 from tests.support.invariants import take, violations
 
@@ -102,6 +103,20 @@ async def test_a_hosts_name_belongs_to_one_boot(world: World) -> None:
     assert await hosts.read(world.store, "gpu1")
     await hosts.leave(world.store, HostRecord(name="gpu1", boot="boot3"), ["big"])
     assert await hosts.read(world.store, "gpu1") is None
+
+
+async def test_a_host_that_takes_its_leave_late_is_not_called_silent(world: World) -> None:
+    """Its lease may run out while it unloads what it has; whoever has the name by then keeps it."""
+    left = HostRecord(name="gpu1", boot="boot1")
+    snapshots = Snapshots(world.store, world.book, world.fleet)
+    await hosts.beat(world.store, left, {}, lease_ms=1)
+    await gone(world, world.store.keys.host("gpu1"))
+    assert [host.name for host in (await snapshots.latest()).silent] == ["gpu1"]
+    await hosts.leave(world.store, left, ["big"])
+    assert (await snapshots.latest()).silent == ()
+    await hosts.beat(world.store, HostRecord(name="gpu1", boot="boot2"), {}, lease_ms=LONG_MS)
+    await hosts.leave(world.store, left, ["big"])
+    assert [host.name for host in (await snapshots.latest()).hosts] == ["gpu1"]
 
 
 async def gone(world: World, key: str) -> None:

@@ -256,6 +256,23 @@ async def test_hosts_are_told_alive_or_gone(world: World) -> None:
     assert (gone.name, gone.alive) == ("gpu2", False)
 
 
+async def test_a_cold_model_on_a_host_tells_why_it_is_not_loaded(world: World) -> None:
+    """Its worker calls it cold once nobody wants it, also while the pause after a failed load goes on."""
+    await world.tell("gpu1", {"big": ModelOnHost(state="cold"), "small": ModelOnHost(state="warm")})
+
+    async def reasons() -> list[str]:
+        [host] = await hosts.look(world.store, world.book.active)
+        return [model.reason for model in host.models]
+
+    assert await reasons() == ["", ""]
+    until = world.now + 5_000
+    for model in ("big", "small"):
+        await hosts_of_broker.learn(world.store, model, failures=2, failure="no such file", quarantined_until=until)
+    assert await reasons() == ["quarantined: no such file", ""]
+    world.now += 5_000
+    assert await reasons() == ["its last 2 loads failed: no such file", ""]
+
+
 async def test_locks_tell_holder_epoch_and_lifetime(world: World) -> None:
     await world.warm("gpu1", big=1)
     assert await wake.take(world.store, "big", host="gpu1", boot="boot1", ttl_ms=9_000) is not None

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker import errors, looks, scripts
+from broker import errors, hosts, looks, scripts
+from broker.records import HostRecord
 from broker.snapshots import Snapshots
 from broker.status import Snapshot
 from broker.store import Store
@@ -43,9 +45,12 @@ for _, key in ipairs(redis.call("KEYS", "%sjob:*")) do
     raw[#raw + 1] = { key, f[1], f[2], f[3] }
   end
 end
-return { seen, raw }
+local hosts = redis.call("ZRANGE", KEYS[1], 0, -1, "WITHSCORES")
+for i = 1, #hosts, 2 do hosts[i + 1] = { hosts[i + 1], redis.call("EXISTS", ARGV[3] .. hosts[i]) } end
+return { seen, raw, hosts }
 """
-"""The snapshot, and in the same script every job's own record: what it says of lanes must be what these say."""
+"""The snapshot, and in the same script every job's own record and each host's last heartbeat: what it says of lanes and
+of hosts must be what these say."""
 
 
 @asynccontextmanager
@@ -83,14 +88,17 @@ async def test_the_snapshot_is_what_the_jobs_say_of_themselves(
     redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw: list[list[Any]] = []
+    beats: dict[str, tuple[int, bool]] = {}
     run = Store.run
 
     async def with_raw(store: Store, verb: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         if verb != "snapshot":
             return await run(store, verb, keys, args)
         text = RAW % (scripts.load(verb, shebang=False).text, f"{store.keys.namespace}:")
-        seen, records = await store.command("EVAL", text, len(keys), *keys, *args)
+        seen, records, told = await store.command("EVAL", text, len(keys), *keys, *args)
         raw[:] = records
+        beats.clear()
+        beats.update({told[i].decode(): (int(told[i + 1][0]), bool(told[i + 1][1])) for i in range(0, len(told), 2)})
         return seen
 
     monkeypatch.setattr(Store, "run", with_raw)
@@ -99,11 +107,13 @@ async def test_the_snapshot_is_what_the_jobs_say_of_themselves(
         await world.apply(MODELS)
         await world.scheduler()
         await world.warm_host()
+        await fall_silent(world.store, "gpu8", "gpu9")
         snapshots, last = Snapshots(world.store, world.book, world.fleet), 0
         async with busy(world, seed=7, jobs=14):
             for _ in range(LOOKS):
                 shown = await snapshots.latest()
                 agrees(shown, raw)
+                agrees_on_hosts(shown, beats)
                 assert shown.number > last
                 last = shown.number
                 waited += sum(lane.waiting for lane in shown.lanes)
@@ -126,6 +136,26 @@ def agrees(shown: Snapshot, raw: list[list[Any]]) -> None:
         assert sorted(places) == list(range(1, len(waiting) + 1))
 
 
+def agrees_on_hosts(shown: Snapshot, beats: dict[str, tuple[int, bool]]) -> None:
+    """A host is live or silent, by whether its lease lasts; the age of its heartbeat is that of the index."""
+    assert {host.name for host in shown.hosts} == {name for name, (_, alive) in beats.items() if alive}
+    assert {host.name: host.beat_age_ms for host in shown.silent} == {
+        name: shown.at_ms - at for name, (at, alive) in beats.items() if not alive
+    }
+    assert len(shown.silent) == 2 and shown.hosts
+
+
+async def fall_silent(store: Store, *names: str) -> None:
+    """Hosts that beat once and are killed."""
+    for name in names:
+        await hosts.beat(store, HostRecord(name=name, boot="b"), {}, lease_ms=1)
+        await eventually(partial(_gone, store, name), what="its lease has run out")
+
+
+async def _gone(store: Store, name: str) -> bool:
+    return await hosts.read(store, name) is None
+
+
 def figures_of_status(told: dict[str, Any]) -> dict[str, float]:
     """What a status says, under the names that the metrics have for it."""
     found = {f"gateway_lane_depth/{x['name']}": x["waiting"] for x in told["lanes"]}
@@ -135,6 +165,11 @@ def figures_of_status(told: dict[str, Any]) -> dict[str, float]:
     found |= {f"gateway_model_state/{m['name']}/{m['state']}": 1 for m in told["models"]}
     found |= {f"gateway_model_first_token_seconds/{m['name']}": m["first_token_ms"] / 1000 for m in told["models"]}
     found |= {f"gateway_host_memory_bytes/{h['name']}/headroom": h["memory_headroom"] for h in told["hosts"]}
+    found |= {f"gateway_host_up/{h['name']}": 1 for h in told["hosts"]}
+    found |= {f"gateway_host_up/{h['name']}": 0 for h in told["silent"]}
+    found |= {
+        f"gateway_host_beat_age_seconds/{h['name']}": h["beat_age_ms"] / 1000 for h in told["hosts"] + told["silent"]
+    }
     sums: dict[str, float] = {}
     for names, count in told["moves"]["promoted"].items():
         sums[f"gateway_promotions_total/{'/'.join(names.split())}"] = count
@@ -160,6 +195,7 @@ async def test_equal_numbers_are_equal_figures_wherever_they_are_shown(
         await world.apply(MODELS)
         await world.scheduler()
         await world.warm_host()
+        await fall_silent(world.store, "gpu9")
         async with live_api(await world._open("api1")) as one, live_api(await world._open("api2")) as two:
             apis = (one, two)
             watching = [asyncio.create_task(seen.watch(api), name="watch") for api in apis]
@@ -215,9 +251,11 @@ class Seen:
             self.same(number)
 
     def same(self, number: int) -> None:
-        scraped = self._scraped[number]
-        for name, value in figures_of_status(self._told[number]).items():
+        scraped, told = self._scraped[number], figures_of_status(self._told[number])
+        for name, value in told.items():
             assert scraped[name] == pytest.approx(value), f"{name} of {number}"
+        of_hosts = {name for name in scraped if name.startswith(("gateway_host_up/", "gateway_host_beat_age_"))}
+        assert "gateway_host_up/gpu9" in of_hosts and of_hosts <= told.keys(), f"hosts of {number}"
 
     async def watch(self, api: LiveApi) -> None:
         """Hears the page's stream."""

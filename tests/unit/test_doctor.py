@@ -16,7 +16,7 @@ from api.doctor import Facts, Finding, OllamaModel, RedisFacts, examine
 from broker import hosts
 from broker.policies import PolicyBook
 from broker.records import HostRecord, ModelOnHost
-from broker.status import HostStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, ModelStatus, SilentHost, Snapshot
 from broker.store import Store
 from tests.support.broker_world import new_namespace
 from tests.support.fake_ollama import FakeOllama
@@ -57,7 +57,7 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
     assert [(finding.subject, finding.sentence) for finding in found] == [
         ("ports", "a gateway answers at http://gateway"),
         ("redis", "Redis 7.2.0 keeps aof-everysec and evicts nothing"),
-        ("models", "no model is quarantined, degraded or without a host"),
+        ("models", "no model is quarantined, degraded, without a host or cold after a failed load"),
         ("slots", "no runtime is known to run fewer generations at once than the policy offers"),
         ("keep-alive", "Ollama is about to unload none of the models that the policy keeps warm"),
         ("memory", "the models to keep warm need 23.0G together and their hosts have 24.0G"),
@@ -80,10 +80,16 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
          "no worker is alive, so nothing can be served: start `gateway worker`"),
         (replace(WELL, shown=replace(SHOWN, hosts=(replace(HOST, policy_version=2),))),
          "gpu1 serves policy 2 and 3 is active: restart its worker if that lasts longer than a moment"),
+        (replace(WELL, shown=replace(SHOWN, silent=(SilentHost(name="box2", beat_age_ms=12_000),))),
+         "box2 fell silent 12s ago, and its worker did not take its leave: see its machine, its network and the "
+         "worker's log, and start `gateway worker` there again; one that never comes back is forgotten after a day"),
         (with_models(replace(DEEP, state="absent")),
          "deep is served by no live host: start a worker on a host that the policy names, or change `hosts`"),
         (with_models(replace(DEEP, state="quarantined", reason="there is no GGUF file at /m/x.")),
          "deep does not load (there is no GGUF file at /m/x): mend that, then `gateway model reset deep`"),
+        (with_models(replace(DEEP, state="cold", failures=3, reason="its last 3 loads failed: there is no GGUF file.")),
+         "deep does not load (its last 3 loads failed: there is no GGUF file): mend that, then "
+         "`gateway model reset deep`"),
         (with_models(replace(DEEP, state="degraded", reason="first token after 9000 ms")),
          "deep answers slowly (first token after 9000 ms): see what else uses the machine, or raise "
          "firstTokenBudgetMs"),

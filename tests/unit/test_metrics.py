@@ -13,7 +13,7 @@ from broker import metric_notes
 from broker.figures import NOBODY, By
 from broker.metrics import DURABILITIES, OTHER, Here, Metrics
 from broker.records import ModelFacts
-from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, LaneStatus, ModelStatus, SilentHost, Snapshot
 from broker.vitals import Vitals
 from broker.webhooks import Figures
 from tests.support.metrics_lint import problems
@@ -32,11 +32,12 @@ SNAPSHOT = Snapshot(
     hosts=(
         HostStatus(name="gpu1", beat_age_ms=700, memory_total=10, memory_headroom=4, skew_ms=-20, policy_version=3),
     ),
+    silent=(SilentHost(name="gpu2", beat_age_ms=12_000),),
 )
 VITALS = Vitals(
     due_late_ms=2_500, due_overdue=2, jobs_live=7, dead_letters=1, batches_open=1, batch_oldest_ms=60_000,
     durability="rdb", unfit=("a sentence",), redis_used_bytes=1 << 20, redis_max_bytes=0, redis_writes_ok=True,
-    hosts_lost=("gpu2",), facts={"big": ModelFacts(wakes=4, wakes_failed=2, loads=3, loads_ms=90_500, evictions=1)},
+    facts={"big": ModelFacts(wakes=4, wakes_failed=2, loads=3, loads_ms=90_500, evictions=1)},
 )  # fmt: skip
 DAY = (
     (By("ann", "big", "big", "big"), {b"done/in_time/448": b"3", b"tokens_in": b"90", b"tokens_cached": b"60"}),
@@ -158,6 +159,8 @@ def test_figures_are_told_in_base_units_and_by_what_they_are() -> None:
     assert told["gateway_model_wakes_total", ("big", "failed")] == 2
     assert told["gateway_model_wakes_total", ("small", "failed")] == 0, "else Prometheus would not see the first one"
     assert (told["gateway_host_up", ("gpu1",)], told["gateway_host_up", ("gpu2",)]) == (1, 0)
+    ages = [told["gateway_host_beat_age_seconds", (host,)] for host in ("gpu1", "gpu2")]
+    assert ages == [0.7, 12], "that of a host which fell silent counts on"
     assert told["gateway_host_clock_skew_seconds", ("gpu1",)] == -0.02
     assert told["gateway_redis_durability", ("rdb",)] == 1
     assert sum(told["gateway_redis_durability", (kind,)] for kind in DURABILITIES) == 1

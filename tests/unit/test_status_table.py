@@ -9,7 +9,7 @@ from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.records import HostRecord, ModelOnHost
 from broker.snapshots import Snapshots
-from broker.status import HostStatus, LaneStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, LaneStatus, ModelStatus, SilentHost, Snapshot
 from broker.store import Store
 from tests.support.broker_world import fake_redis, new_namespace
 
@@ -67,6 +67,18 @@ def test_a_host_says_whose_memory_it_is_and_why_it_is_not_the_gpus() -> None:
     ]
 
 
+def test_a_host_that_fell_silent_is_told_beside_those_that_live() -> None:
+    box2 = SilentHost(name="box2", beat_age_ms=12_000)
+    assert status_table(replace(TEAM, silent=(box2,))).splitlines()[-2:] == [
+        "host: gpu1 up, 40.4G of 48.0G used, headroom 7.6G",
+        "host: box2 silent for 12s, its worker sends no heartbeat and did not take its leave",
+    ]
+    assert status_table(Snapshot(silent=(box2,))).splitlines()[1:] == [
+        "host: none is alive, so nothing can be served",
+        "host: box2 silent for 12s, its worker sends no heartbeat and did not take its leave",
+    ]
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     cold = Snapshot(models=(ModelStatus(name="big", state="cold", max_queue=8),), hosts=(HOST,))
     assert status_table(cold).splitlines()[1] == "big    cold    -             0/8     -"
@@ -108,9 +120,13 @@ def test_whatever_needs_a_word_gets_a_line() -> None:
 
 def test_a_snapshot_survives_the_wire() -> None:
     """The command line reads what the api tells, also when a newer one tells more."""
-    told = json.loads(json.dumps(TEAM.as_json()))
-    told["news"] = told["models"][0]["news"] = told["lanes"][0]["news"] = told["hosts"][0]["news"] = [1]
-    assert Snapshot.from_json(told) == TEAM
+    team = replace(TEAM, silent=(SilentHost(name="box2", beat_age_ms=12_000),))
+    told = json.loads(json.dumps(team.as_json()))
+    for part in (told, *(told[name][0] for name in ("models", "lanes", "hosts", "silent"))):
+        part["news"] = [1]
+    assert Snapshot.from_json(told) == team
+    del told["silent"]
+    assert Snapshot.from_json(told) == TEAM, "an older api tells of none"
     assert told["policy"] == ["deep-coder fallback -> coder-small after 25000ms cold-start budget"]
 
 
@@ -238,6 +254,33 @@ async def test_the_snapshot_tells_loads_quarantine_wishes_and_the_cached_share()
     assert shown.hosts[0].running == 1
     assert [model["cached_share"] for model in shown.as_json()["models"]] == [0.7, 0.0]
     assert Snapshot.from_json(json.loads(json.dumps(shown.as_json()))) == shown
+    await store.close()
+
+
+async def test_a_cold_model_whose_last_loads_failed_says_so() -> None:
+    """Once the pause has ended and nobody waits, nothing else tells of it; a load that succeeds makes it forgotten."""
+    store = Store.fake(fake_redis(), namespace=new_namespace())
+    store.clock = lambda: 1_764_331_200_000
+    book = PolicyBook(store)
+    await book.apply("models: {bad: {backend: simulated, model: x}}")
+    await hosts.beat(store, HostRecord(name="gpu1", boot="b"), {"bad": ModelOnHost(state="cold")}, lease_ms=600_000)
+    words = "model 'bad': there is no GGUF file at /m/x."
+
+    async def told(**facts: int | str) -> tuple[str, str]:
+        await hosts.learn(store, "bad", **facts)
+        shown = await Snapshots(store, book, Fleet(store, book)).latest()
+        return shown.models[0].state, shown.models[0].reason
+
+    now = await store.now_ms()
+    assert await told(quarantined_until=now + 1, failure=words, failures=3) == (
+        "quarantined",
+        "there is no GGUF file at /m/x.",
+    )
+    assert await told(quarantined_until=now) == ("cold", "its last 3 loads failed: there is no GGUF file at /m/x.")
+    assert await told(failures=1) == ("cold", "its last load failed: there is no GGUF file at /m/x.")
+    assert await told(**hosts.NOT_FAILED) == ("cold", "")
+    await hosts.beat(store, HostRecord(name="gpu1", boot="b"), {"bad": ModelOnHost(state="waking")}, lease_ms=600_000)
+    assert await told(failure=words, failures=3) == ("waking", ""), "a load goes on"
     await store.close()
 
 

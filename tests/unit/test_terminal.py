@@ -21,7 +21,7 @@ from broker.inspection.story import Story
 from broker.inspection.timeline import Step
 from broker.lifecycle import State
 from broker.records import JobRecord
-from broker.status import HostStatus, JobStatus, LaneStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, JobStatus, LaneStatus, ModelStatus, SilentHost, Snapshot
 from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, another, gateway
 
 __all__ = ["a_person_who_has_set_nothing", "gateway"]
@@ -60,6 +60,7 @@ def snapshot(words: str) -> Snapshot:
             ),
         ),
         hosts=(HostStatus(name=words, memory_note=words, models=(words,), draining=True),),
+        silent=(SilentHost(name=f"s{words}"),),
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from textual.widgets import Input, Static
 
 from api import cli_top
 from api.exit_codes import Failed
-from api.top import Table, Top
+from api.top import TONES, Table, Top
 from api.top_view import JOBS, LANES, MODELS, host_rows, job_rows, lane_rows, model_rows, summary
-from broker.status import JobStatus, LaneStatus, Snapshot
+from broker.status import JobStatus, LaneStatus, SilentHost, Snapshot
 from tests.unit.test_cli import Gateway, a_person_who_has_set_nothing, gateway
 from tests.unit.test_status_table import DEEP, HOST, SMALL
 
@@ -84,6 +84,16 @@ async def test_models_lanes_and_hosts_stand_on_one_screen() -> None:
         assert cells(app, "hosts")[0][0] == "gpu1" and "coder-small, deep-coder" in cells(app, "hosts")[0]
         line = state_line(app)
         assert "http://box:8400" in line and "live" in line and "policy 3   1 host   14 waiting   1 running" in line
+
+
+def test_a_host_that_fell_silent_is_marked_and_counted() -> None:
+    team = replace(TEAM, silent=(SilentHost(name="box2", beat_age_ms=12_000),))
+    silent, live = host_rows(team, sort=1, backwards=False, only="")  # by the age of the heartbeat
+    assert silent.cells == ("box2 (silent)", "12s", "-", "-", "-", "-", "-") and silent.tone == "silent"
+    assert live.cells[0] == "gpu1" and TONES["silent"] == "red"
+    assert [row.name for row in host_rows(team, sort=0, backwards=False, only="BOX")] == ["box2"]
+    assert summary(team).startswith("policy 3   1 host, 1 silent   ")
+    assert summary(replace(team, hosts=())).startswith("policy 3   no host is alive, 1 silent   ")
 
 
 async def test_keys_sort_the_table_that_has_the_focus() -> None:
