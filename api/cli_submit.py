@@ -10,7 +10,7 @@ import typer
 
 from api.cli_completion import models
 from api.cli_policy import AsJson
-from api.exit_codes import INTERRUPTED, USAGE, Failed
+from api.exit_codes import USAGE, Failed
 from broker.policy.content import ENDPOINTS
 
 _UNSAID: dict[str, Any] = {"show_default": False}
@@ -94,31 +94,23 @@ def _hand_in(
     from api.jobs_client import JobsClient
     from api.patience import Patience
 
-    handed_in: list[str] = []
+    about: dict[str, Any] = {}
 
     async def run(jobs: JobsClient) -> None:
         # A key in any case: a reply that got lost must not make a second job.
         submitted = partial(jobs.submit, order, key=key or f"submit-{ULID()}")
-        job = await Patience(patience_s).answered(submitted)
-        handed_in.append(job["id"])
+        about.update(await Patience(patience_s).answered(submitted))
         if not (wait or stream):
-            print(json.dumps(job, indent=2) if as_json else job["id"])
+            print(json.dumps(about, indent=2) if as_json else about["id"])
             return
-        print(f"job {job['id']}", file=sys.stderr)
+        print(f"job {about['id']}", file=sys.stderr)
         if stream:
-            await tell_as_it_comes(jobs, job, as_json=as_json, timeout_s=timeout_s)
+            await tell_as_it_comes(jobs, about, as_json=as_json, timeout_s=timeout_s)
         else:
-            await tell(jobs, await until_ended(jobs, job, timeout_s=timeout_s), as_json=as_json)
+            about.update(await until_ended(jobs, about, timeout_s=timeout_s))
+            await tell(jobs, about, as_json=as_json)
 
-    try:
-        with_jobs(run)
-    except Failed as failure:
-        if failure.code == INTERRUPTED and handed_in:
-            raise Failed(
-                f"Job {handed_in[0]} goes on; `gateway job result --wait {handed_in[0]}` waits for it again.",
-                INTERRUPTED,
-            ) from None
-        raise
+    with_jobs(run, about)
 
 
 def _chat(file: Path | None, model: str, system: Path | None, max_tokens: int) -> dict[str, Any]:
@@ -144,6 +136,8 @@ def _whole(file: Path, model: str, *, given: Path | None) -> dict[str, Any]:
 
 
 def _text(file: Path) -> str:
+    if str(file) == "-" and sys.stdin is None:
+        raise Failed("stdin is closed: pipe the prompt in, or name a file.", USAGE)
     try:
         raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         return raw.decode()
