@@ -14,7 +14,7 @@ import typer
 
 from api import exit_codes
 from api.cli_policy import AsJson
-from api.exit_codes import USAGE, Failed
+from api.exit_codes import BUSY, INTERRUPTED, REFUSED, TERMINATED, UNREACHABLE, USAGE, Failed
 from api.output import or_else
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ CONCURRENCY_MAX = 512
 """A caller may have twice as many requests under way."""
 
 LOOK_EVERY_S = 0.25
+
+_GOES_ON = " The same command again goes on from here."
+_AGAIN = dict.fromkeys((UNREACHABLE, BUSY, INTERRUPTED, TERMINATED), _GOES_ON)
+_AGAIN[REFUSED] = " Once that is mended, the same command goes on from here."
+"""What the same words lead to, by the code of what a run ended with: wrong words lead nowhere."""
 
 batch_app = typer.Typer(help="Many requests at once, from a file.", no_args_is_help=True)
 
@@ -179,7 +184,8 @@ def _say(tally: "Tally", reason: Failed | None, files: Files, *, as_json: bool) 
     failed = f", {tally.failed:,} failed, in {files.errors}" if tally.failed else ""
     if reason is not None:
         goes_on = f" {tally.under_way:,} jobs go on." if tally.under_way else ""
-        sentence = f"{str(reason).rstrip('.')}: {done}{failed}.{goes_on} The same command again goes on from here."
+        again = _AGAIN.get(reason.code, "")
+        sentence = f"{str(reason).rstrip('.')}: {done}{failed}.{goes_on}{again}"
     elif tally.failed:
         sentence = f"{done}{failed}; --retry-failed tries those again."
     else:
