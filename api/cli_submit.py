@@ -13,6 +13,9 @@ from api.cli_policy import AsJson
 from api.exit_codes import USAGE, Failed
 from broker.policy.content import ENDPOINTS
 
+_WORDS = ("notBefore", "expiresAfter", "Idempotency-Key")
+"""What a refusal may name that is an option's wrong value: its limits are the gateway's."""
+
 _UNSAID: dict[str, Any] = {"show_default": False}
 
 
@@ -57,6 +60,10 @@ def submit(
 
     if not fits_header(idempotency_key):
         raise Failed("--idempotency-key takes ASCII without line feeds and the like: a header carries it.", USAGE)
+    if expires_after:
+        length_s(expires_after)
+    if not_before:
+        _check_instant(not_before)
     order = {
         "endpoint": endpoint,
         "body": _whole(body, model, given=file) if body else _chat(file, model, system, max_tokens),
@@ -91,7 +98,7 @@ def _hand_in(
     from ulid import ULID
 
     from api.cli_answer import tell, tell_as_it_comes, until_ended, with_jobs
-    from api.jobs_client import JobsClient
+    from api.jobs_client import JobsClient, Refusal, param_of
     from api.patience import Patience
 
     about: dict[str, Any] = {}
@@ -99,7 +106,12 @@ def _hand_in(
     async def run(jobs: JobsClient) -> None:
         # A key in any case: a reply that got lost must not make a second job.
         submitted = partial(jobs.submit, order, key=key or f"submit-{ULID()}")
-        about.update(await Patience(patience_s).answered(submitted))
+        try:
+            about.update(await Patience(patience_s).answered(submitted))
+        except Refusal as refusal:
+            if refusal.code == "invalid_request" and param_of(refusal.told) in _WORDS:
+                raise Failed(str(refusal), USAGE) from None
+            raise
         if not (wait or stream):
             print(json.dumps(about, indent=2) if as_json else about["id"])
             return
@@ -111,6 +123,15 @@ def _hand_in(
             await tell(jobs, about, as_json=as_json)
 
     with_jobs(run, about)
+
+
+def _check_instant(text: str) -> None:
+    from api.durations import instant_ms
+
+    try:
+        instant_ms(text, now_ms=0)
+    except (ValueError, OverflowError) as wrong:
+        raise Failed(f"--not-before {wrong}.", USAGE) from None
 
 
 def _chat(file: Path | None, model: str, system: Path | None, max_tokens: int) -> dict[str, Any]:
