@@ -64,6 +64,8 @@ def submit(
         length_s(expires_after)
     if not_before:
         _check_instant(not_before)
+    if body and (system or max_tokens):
+        raise Failed("--system and --max-tokens go with -f: with --body, all of the request stands in its file.", USAGE)
     order = {
         "endpoint": endpoint,
         "body": _whole(body, model, given=file) if body else _chat(file, model, system, max_tokens),

@@ -203,6 +203,8 @@ async def test_a_start_may_be_seconds_since_1970(run: Command, prompt: Prompt) -
     [
         (["-m", "big"], "Say what to ask"), (["-f", "FILE"], "Say whom to ask"),
         (["-m", "big", "-f", "FILE", "--body", "FILE"], "Either -f"), (["--body", "FILE"], "is no JSON"),
+        (["--body", "FILE", "--system", "FILE"], "--system and --max-tokens go with -f"),
+        (["--body", "FILE", "--max-tokens", "3"], "--system and --max-tokens go with -f"),
         (["-m", "big", "-f", "nothing.md"], "can't be read"),
         (["-m", "big", "-f", "FILE", "--timeout", "7"], "no length"),
         (["-m", "big", "-f", "FILE", "--metadata", "x"], "KEY=VALUE"),
