@@ -3,16 +3,21 @@
 import asyncio
 import io
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
 
-from api import client, exit_codes
+from api import cli_answer, client, exit_codes
+from api.exit_codes import Failed
+from api.jobs_client import Event, JobsClient
 from broker import errors, lanes
 from broker.lifecycle import State
 from broker.store import Store
@@ -24,6 +29,8 @@ from tests.unit.test_cli import Gateway, Ran, a_person_who_has_set_nothing, gate
 __all__ = ["a_person_who_has_set_nothing", "gateway"]
 
 pytestmark = pytest.mark.timeout(60)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Command = Callable[..., Awaitable[Ran]]
 
@@ -130,6 +137,72 @@ async def test_how_a_job_ends_is_the_exit_code(run: Command, prompt: Prompt, sce
     cancelled = await run("job", "result", waits)
     assert cancelled.code == exit_codes.CANCELLED and "was cancelled" in cancelled.err
     (await run("job", "retry", late.err.split()[1])).complains(1, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "code"),
+    [
+        (("submit", "-m", "big", "--wait", "-f", "FILE"), signal.SIGTERM, exit_codes.TERMINATED),
+        (("submit", "-m", "big", "--stream", "-f", "FILE"), signal.SIGINT, exit_codes.INTERRUPTED),
+        (("job", "tail", "JOB"), signal.SIGTERM, exit_codes.TERMINATED),
+        (("job", "tail", "JOB"), signal.SIGINT, exit_codes.INTERRUPTED),
+    ],
+)
+async def test_whoever_is_stopped_says_how_to_come_back(
+    run: Command, prompt: Prompt, scene: Scene, words: tuple[str, ...], stop: signal.Signals, code: int
+) -> None:
+    job_id = (await run("submit", "-m", "big", "-f", prompt("pause"))).out.strip() if "JOB" in words else ""
+    known = {"JOB": job_id, "FILE": prompt("pause")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-c", "from api.entry import main; main()", *(known.get(word, word) for word in words)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        # a shell's background job ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stderr is not None
+    if not job_id:
+        job_id = (await asyncio.wait_for(process.stderr.readline(), 20)).decode().removeprefix("job ").strip()
+    if "--wait" not in words:
+        assert await asyncio.wait_for(process.stdout.readexactly(5), 20) == b"Hello"
+    process.send_signal(stop)
+    _, err = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == code
+    assert err.decode() == f"Job {job_id} goes on; `gateway job result --wait {job_id}` waits for it again.\n"
+
+
+async def test_what_has_ended_is_printed_without_a_limit(run: Command, prompt: Prompt, scene: Scene) -> None:
+    """There is nothing to wait for, however long its answer takes to print; nor does it go on."""
+    job_id = (await run("submit", "-m", "big", "-f", prompt("pause"))).out.strip()
+    await scene.until_state(job_id, State.STREAMING)
+    await run("job", "cancel", job_id)
+    ran = await run("job", "tail", job_id, "--timeout", "1ms")
+    assert ran.code == exit_codes.CANCELLED and ran.out.startswith("Hello") and "was cancelled" in ran.err
+    assert "goes on" not in ran.err
+
+
+async def test_a_limit_that_passes_as_the_job_ends_does_not_say_that_it_goes_on() -> None:
+    """All of its words were not there yet when the time was over, but its end was."""
+    job = {"id": "01J", "state": "streaming", "endpoint": "/v1/chat/completions"}
+    with pytest.raises(Failed, match=r"^Job 01J has ended; `gateway job result 01J`") as late:
+        await cli_answer.tell_as_it_comes(cast(JobsClient, SilentJobs()), job, as_json=False, timeout_s=0.01)
+    assert late.value.code == exit_codes.UNFINISHED
+
+
+class SilentJobs:
+    """A gateway whose only job has ended, and which never tells a word of its answer."""
+
+    async def look(self, job_id: str) -> dict[str, Any]:
+        return {"id": job_id, "state": "cancelled"}
+
+    @asynccontextmanager
+    async def events(self, job_id: str, after: str = "") -> AsyncIterator[AsyncIterator[Event]]:
+        async def never() -> AsyncIterator[Event]:
+            await asyncio.Event().wait()
+            yield Event("end", "", {})
+
+        yield never()
 
 
 async def test_expired_is_a_code_of_its_own(run: Command, prompt: Prompt, scene: Scene) -> None:
