@@ -34,8 +34,9 @@ from api.cli_tune import tune
 from api.cli_usage import usage
 from api.cli_webhooks import webhook_app
 from api.client import ask, snapshot_of
-from api.exit_codes import INTERRUPTED, OK, REFUSED, UNREACHABLE, USAGE, Failed
+from api.exit_codes import INTERRUPTED, OK, REFUSED, UNREACHABLE, UNWRITTEN, USAGE, Failed
 from api.listen import Listen
+from api.output import Unwritten, guarded
 from api.settings import ApiSettings
 from api.state_dir import CannotStart
 from api.status_table import status_table
@@ -168,7 +169,19 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs the command of these words; gives the exit code."""
+    """Runs the command of these words; gives the exit code, once all that it printed is written."""
+    with guarded():
+        code = _run(arguments)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody listens any more, as with `| head`: a word about it is for nobody
+            return code or REFUSED
+        except Unwritten as failure:  # where it is not what the command itself ended with
+            return code if code == UNWRITTEN else _say(str(failure), code or failure.code)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
     if asked_for():
         prepare()
     try:

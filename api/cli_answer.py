@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,24 +14,74 @@ from api import exit_codes
 from api.answer_text import objects_of, pieces_of, text_of
 from api.exit_codes import USAGE, Failed
 from api.jobs_client import Away, Busy, Event, JobsClient, Refusal, Result, jobs_client, sentence_of
+from api.output import Unwritten
 from api.patience import AWAY_S_MAX, Patience
+from broker.lifecycle import ENDED
 
 T = TypeVar("T")
 
+LAST_LOOK_S_MAX = 2.0
+"""The time given to wait is over: so long a look may take at whether the job has ended meanwhile."""
 
-def with_jobs(work: Callable[[JobsClient], Coroutine[Any, Any, T]]) -> T:
-    """Does something with the gateway's jobs; what goes wrong becomes a sentence and an exit code."""
+
+def with_jobs(work: Callable[[JobsClient], Coroutine[Any, Any, T]], about: dict[str, Any] | None = None) -> T:
+    """Does something with the gateway's jobs; what goes wrong becomes a sentence and an exit code. `about` is the job
+    that it is about, as the work saw it last, empty until then: whoever has to leave it hears how to come back."""
 
     async def run() -> T:
-        async with jobs_client() as jobs:
+        async with _terminable(), jobs_client() as jobs:
             return await work(jobs)
 
     try:
-        return asyncio.run(run())
+        found = asyncio.run(run())
+        sys.stdout.flush()
+        return found
     except Refusal as refusal:
         raise Failed(str(refusal), exit_codes.of_status(refusal.status)) from None
     except KeyboardInterrupt:
-        raise Failed("interrupted", exit_codes.INTERRUPTED) from None
+        raise Failed(way_back(about) if about else "interrupted", exit_codes.INTERRUPTED) from None
+    except _Terminated:
+        raise Failed(way_back(about) if about else "terminated", exit_codes.TERMINATED) from None
+    except Unwritten as failure:
+        raise Unwritten(failure.why, way_back(about) if about else "") from None
+
+
+class _Terminated(Exception):
+    """We were told to end."""
+
+
+@asynccontextmanager
+async def _terminable() -> AsyncIterator[None]:
+    """Makes of SIGTERM an exception, as `asyncio.run` does of Ctrl-C. The second one ends us at once: we may hang on
+    whoever reads what we print."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    told: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        told.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        loop.call_soon_threadsafe(task.cancel)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not told:
+            raise
+        raise _Terminated from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def way_back(job: dict[str, Any]) -> str:
+    """Says how to come back to a job."""
+    if job["state"] in ENDED:
+        return f"Job {job['id']} has ended; `gateway job result {job['id']}` tells how."
+    return f"Job {job['id']} goes on; `gateway job result --wait {job['id']}` waits for it again."
 
 
 def once(call: Callable[[], Awaitable[T]]) -> Awaitable[T]:
@@ -57,7 +109,7 @@ def pair(line: str) -> tuple[str, str]:
 
 async def until_ended(jobs: JobsClient, job: dict[str, Any], *, timeout_s: float | None) -> dict[str, Any]:
     """Waits for a job's end, over outages of the gateway; a job that has not ended by then is a Failed."""
-    async with _within(timeout_s, job["id"]):
+    async with _within(timeout_s, jobs, job):
         return await Patience(AWAY_S_MAX).until_ended(jobs, job)
 
 
@@ -73,9 +125,11 @@ async def tell(jobs: JobsClient, job: dict[str, Any], *, as_json: bool) -> None:
 
 
 async def tell_as_it_comes(jobs: JobsClient, job: dict[str, Any], *, as_json: bool, timeout_s: float | None) -> None:
-    """Prints the words of a job as they come, or its chunks, one a line; goes on where a connection broke."""
+    """Prints the words of a job as they come, or its chunks, one a line; goes on where a connection broke. `job` is
+    then as it ended."""
     said, ended = "", False
-    async with _within(timeout_s, job["id"]), aclosing(follow(jobs, job["id"], Patience(AWAY_S_MAX))) as events:
+    limit_s = None if job["state"] in ENDED else timeout_s  # of one that has ended there is nothing to wait for
+    async with _within(limit_s, jobs, job), aclosing(follow(jobs, job["id"], Patience(AWAY_S_MAX))) as events:
         async for event in events:
             if event.name == "frame":
                 said += _print_frame(job["endpoint"], event.said["data"], as_json=as_json)
@@ -87,7 +141,7 @@ async def tell_as_it_comes(jobs: JobsClient, job: dict[str, Any], *, as_json: bo
         print(flush=True)
     if not ended:
         raise Failed(f"The gateway no longer knows job {job['id']}.")
-    job = await Patience(AWAY_S_MAX).answered(partial(jobs.look, job["id"]))
+    job.update(await Patience(AWAY_S_MAX).answered(partial(jobs.look, job["id"])))
     if not said or job["state"] != "done":  # vectors and calls of tools have no words
         await tell(jobs, job, as_json=as_json)
 
@@ -144,11 +198,11 @@ _ENDS = {"failed": "failed", "cancelled": "was cancelled", "expired": "expired"}
 
 
 class _within:
-    """The block may last so long, None = for ever; else it is a Failed that says that the job goes on."""
+    """The block may last so long, None = for ever; else it is a Failed that says whether the job goes on."""
 
-    def __init__(self, timeout_s: float | None, job_id: str) -> None:
+    def __init__(self, timeout_s: float | None, jobs: JobsClient, job: dict[str, Any]) -> None:
         self._timeout = asyncio.timeout(timeout_s)
-        self._job_id = job_id
+        self._jobs, self._job = jobs, job
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
@@ -157,7 +211,7 @@ class _within:
         try:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
-            raise Failed(
-                f"Job {self._job_id} goes on; `gateway job result --wait {self._job_id}` waits for it again.",
-                exit_codes.UNFINISHED,
-            ) from None
+            with suppress(TimeoutError, Refusal, Failed):
+                async with asyncio.timeout(LAST_LOOK_S_MAX):
+                    self._job.update(await once(partial(self._jobs.look, self._job["id"])))
+            raise Failed(way_back(self._job), exit_codes.UNFINISHED) from None

@@ -14,7 +14,8 @@ import typer
 
 from api import exit_codes
 from api.cli_policy import AsJson
-from api.exit_codes import USAGE, Failed
+from api.exit_codes import BUSY, INTERRUPTED, REFUSED, TERMINATED, UNREACHABLE, USAGE, Failed
+from api.output import or_else
 
 if TYPE_CHECKING:
     from api.batch_run import BatchRun, Tally
@@ -23,6 +24,11 @@ CONCURRENCY_MAX = 512
 """A caller may have twice as many requests under way."""
 
 LOOK_EVERY_S = 0.25
+
+_GOES_ON = " The same command again goes on from here."
+_AGAIN = dict.fromkeys((UNREACHABLE, BUSY, INTERRUPTED, TERMINATED), _GOES_ON)
+_AGAIN[REFUSED] = " Once that is mended, the same command goes on from here."
+"""What the same words lead to, by the code of what a run ended with: wrong words lead nowhere."""
 
 batch_app = typer.Typer(help="Many requests at once, from a file.", no_args_is_help=True)
 
@@ -175,18 +181,21 @@ async def _bar(run: "BatchRun") -> AsyncIterator[None]:
 
 def _say(tally: "Tally", reason: Failed | None, files: Files, *, as_json: bool) -> None:
     """Says how it went, in a line, and ends with the code for it."""
+    done = f"{tally.done:,} of {tally.total:,} answered in {files.output}"
+    failed = f", {tally.failed:,} failed, in {files.errors}" if tally.failed else ""
+    if reason is not None:
+        goes_on = f" {tally.under_way:,} jobs go on." if tally.under_way else ""
+        again = _AGAIN.get(reason.code, "")
+        sentence = f"{str(reason).rstrip('.')}: {done}{failed}.{goes_on}{again}"
+    elif tally.failed:
+        sentence = f"{done}{failed}; --retry-failed tries those again."
+    else:
+        sentence = f"{done}."
     if as_json:
         shown = {"total": tally.total, "done": tally.done, "failed": tally.failed, "left": tally.left}
         errors = str(files.errors) if tally.failed else None
-        print(json.dumps(shown | {"output": str(files.output), "errors": errors}))
-    done = f"{tally.done:,} of {tally.total:,} answered in {files.output}"
-    failed = f", {tally.failed:,} failed, in {files.errors}" if tally.failed else ""
-    if reason is None:
-        if tally.failed:
-            raise Failed(f"{done}{failed}; --retry-failed tries those again.", exit_codes.FAILED)
-        print(f"{done}.", file=sys.stderr)
-        return
-    goes_on = f" {tally.under_way:,} jobs go on." if tally.under_way else ""
-    raise Failed(
-        f"{str(reason).rstrip('.')}: {done}{failed}.{goes_on} The same command again goes on from here.", reason.code
-    )
+        with or_else(sentence):
+            print(json.dumps(shown | {"output": str(files.output), "errors": errors}))
+    if reason is not None or tally.failed:
+        raise Failed(sentence, exit_codes.FAILED if reason is None else reason.code)
+    print(sentence, file=sys.stderr)

@@ -77,11 +77,13 @@ def job_retry(job_id: JobId, as_json: AsJson = False) -> None:
     """Hands the request of a job that ended badly in again, and prints the new job's id."""
     from api.cli_answer import once, with_jobs
 
-    async def run(jobs: "JobsClient") -> None:
-        job = await once(partial(jobs.retry, job_id))
-        print(json.dumps(job, indent=2) if as_json else job["id"])
+    about: dict[str, Any] = {}
 
-    with_jobs(run)
+    async def run(jobs: "JobsClient") -> None:
+        about.update(await once(partial(jobs.retry, job_id)))
+        print(json.dumps(about, indent=2) if as_json else about["id"])
+
+    with_jobs(run, about)
 
 
 @job_app.command("tail")
@@ -90,12 +92,13 @@ def job_tail(job_id: JobId, timeout: Timeout = "", as_json: AsJson = False) -> N
     from api.cli_answer import length_s, once, tell_as_it_comes, with_jobs
 
     timeout_s = length_s(timeout) if timeout else None
+    about: dict[str, Any] = {}
 
     async def run(jobs: "JobsClient") -> None:
-        job = await once(partial(jobs.look, job_id))
-        await tell_as_it_comes(jobs, job, as_json=as_json, timeout_s=timeout_s)
+        about.update(await once(partial(jobs.look, job_id)))
+        await tell_as_it_comes(jobs, about, as_json=as_json, timeout_s=timeout_s)
 
-    with_jobs(run)
+    with_jobs(run, about)
 
 
 @job_app.command("result")
@@ -111,16 +114,17 @@ def job_result(
     from broker.lifecycle import ENDED
 
     timeout_s = length_s(timeout) if timeout else None
+    about: dict[str, Any] = {}
 
     async def run(jobs: "JobsClient") -> None:
-        job = await once(partial(jobs.look, job_id))
+        about.update(await once(partial(jobs.look, job_id)))
         if wait or timeout:
-            job = await until_ended(jobs, job, timeout_s=timeout_s)
-        if job["state"] not in ENDED:
-            raise Failed(f"Job {job_id} has no answer yet: it is {job['state']}.", UNFINISHED)
-        await tell(jobs, job, as_json=as_json)
+            about.update(await until_ended(jobs, about, timeout_s=timeout_s))
+        if about["state"] not in ENDED:
+            raise Failed(f"Job {job_id} has no answer yet: it is {about['state']}.", UNFINISHED)
+        await tell(jobs, about, as_json=as_json)
 
-    with_jobs(run)
+    with_jobs(run, about)
 
 
 def _do(job_id: str, call: Any, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from api.cli_policy import AsJson
 from api.client import ask, part
 from api.durations import length_ms
 from api.exit_codes import USAGE, Failed
+from api.output import or_else
 
 key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=True)
 
@@ -97,10 +98,11 @@ def key_revoke(name: Name) -> None:
 
 
 def _show_new(told: dict[str, Any], *, as_json: bool) -> None:
+    name = told["name"]
+    with or_else(f"A key of {name} was made and is not shown again: `gateway key rotate {name}` makes another."):
+        print(json.dumps(told, indent=2) if as_json else told["key"])
     if as_json:
-        print(json.dumps(told, indent=2))
         return
-    print(told["key"])
     end = f", and ends {instant(told['expires_at'])}" if told["expires_at"] else ""
     typer.echo(f"This is the key of {told['name']}; it is shown this once{end}.", err=True)
 

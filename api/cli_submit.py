@@ -10,8 +10,11 @@ import typer
 
 from api.cli_completion import models
 from api.cli_policy import AsJson
-from api.exit_codes import INTERRUPTED, USAGE, Failed
+from api.exit_codes import USAGE, Failed
 from broker.policy.content import ENDPOINTS
+
+_WORDS = ("notBefore", "expiresAfter", "Idempotency-Key")
+"""What a refusal may name that is an option's wrong value: its limits are the gateway's."""
 
 _UNSAID: dict[str, Any] = {"show_default": False}
 
@@ -57,6 +60,12 @@ def submit(
 
     if not fits_header(idempotency_key):
         raise Failed("--idempotency-key takes ASCII without line feeds and the like: a header carries it.", USAGE)
+    if expires_after:
+        length_s(expires_after)
+    if not_before:
+        _check_instant(not_before)
+    if body and (system or max_tokens):
+        raise Failed("--system and --max-tokens go with -f: with --body, all of the request stands in its file.", USAGE)
     order = {
         "endpoint": endpoint,
         "body": _whole(body, model, given=file) if body else _chat(file, model, system, max_tokens),
@@ -91,34 +100,40 @@ def _hand_in(
     from ulid import ULID
 
     from api.cli_answer import tell, tell_as_it_comes, until_ended, with_jobs
-    from api.jobs_client import JobsClient
+    from api.jobs_client import JobsClient, Refusal, param_of
     from api.patience import Patience
 
-    handed_in: list[str] = []
+    about: dict[str, Any] = {}
 
     async def run(jobs: JobsClient) -> None:
         # A key in any case: a reply that got lost must not make a second job.
         submitted = partial(jobs.submit, order, key=key or f"submit-{ULID()}")
-        job = await Patience(patience_s).answered(submitted)
-        handed_in.append(job["id"])
+        try:
+            about.update(await Patience(patience_s).answered(submitted))
+        except Refusal as refusal:
+            if refusal.code == "invalid_request" and param_of(refusal.told) in _WORDS:
+                raise Failed(str(refusal), USAGE) from None
+            raise
         if not (wait or stream):
-            print(json.dumps(job, indent=2) if as_json else job["id"])
+            print(json.dumps(about, indent=2) if as_json else about["id"])
             return
-        print(f"job {job['id']}", file=sys.stderr)
+        print(f"job {about['id']}", file=sys.stderr)
         if stream:
-            await tell_as_it_comes(jobs, job, as_json=as_json, timeout_s=timeout_s)
+            await tell_as_it_comes(jobs, about, as_json=as_json, timeout_s=timeout_s)
         else:
-            await tell(jobs, await until_ended(jobs, job, timeout_s=timeout_s), as_json=as_json)
+            about.update(await until_ended(jobs, about, timeout_s=timeout_s))
+            await tell(jobs, about, as_json=as_json)
+
+    with_jobs(run, about)
+
+
+def _check_instant(text: str) -> None:
+    from api.durations import instant_ms
 
     try:
-        with_jobs(run)
-    except Failed as failure:
-        if failure.code == INTERRUPTED and handed_in:
-            raise Failed(
-                f"Job {handed_in[0]} goes on; `gateway job result --wait {handed_in[0]}` waits for it again.",
-                INTERRUPTED,
-            ) from None
-        raise
+        instant_ms(text, now_ms=0)
+    except (ValueError, OverflowError) as wrong:
+        raise Failed(f"--not-before {wrong}.", USAGE) from None
 
 
 def _chat(file: Path | None, model: str, system: Path | None, max_tokens: int) -> dict[str, Any]:
@@ -144,6 +159,8 @@ def _whole(file: Path, model: str, *, given: Path | None) -> dict[str, Any]:
 
 
 def _text(file: Path) -> str:
+    if str(file) == "-" and sys.stdin is None:
+        raise Failed("stdin is closed: pipe the prompt in, or name a file.", USAGE)
     try:
         raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         return raw.decode()

@@ -10,6 +10,7 @@ import typer
 from api.cli_keys import instant, seconds
 from api.cli_policy import AsJson
 from api.client import ask, part
+from api.output import or_else
 
 webhook_app = typer.Typer(help="Be told when jobs end.", no_args_is_help=True)
 secret_app = typer.Typer(help="What your webhooks are signed with.", no_args_is_help=True)
@@ -88,10 +89,13 @@ def secret_revoke(
 
 
 def _show_new(told: dict[str, Any], *, as_json: bool) -> None:
+    with or_else(
+        f"Secret {told['id']} was made and is not shown again: `gateway webhook secret rotate` makes another, and then "
+        f"`gateway webhook secret revoke {told['id']}` takes it away."
+    ):
+        print(json.dumps(told, indent=2) if as_json else told["secret"])
     if as_json:
-        print(json.dumps(told, indent=2))
         return
-    print(told["secret"])
     typer.echo(f"Webhooks of {told['caller']} are signed with it; it is shown this once.", err=True)
 
 

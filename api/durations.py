@@ -8,6 +8,7 @@ LENGTH_PATTERN = "^[1-9][0-9]{0,8}(ms|s|m|h|d|w)$"
 
 _length = re.compile("([1-9][0-9]{0,8})(ms|s|m|h|d|w)").fullmatch
 _instant = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)", re.ASCII).fullmatch
+_seconds = re.compile(r"[1-9]\d{9}(\.\d{1,6})?", re.ASCII).fullmatch  # a shorter text is a length that lacks its unit
 _SHOWN = 40
 
 
@@ -20,13 +21,15 @@ def length_ms(text: str) -> int:
 
 
 def instant_ms(told: object, *, now_ms: int) -> int:
-    """Reads an instant in ms since 1970: RFC 3339 with its zone, seconds since 1970, or a length of time from now on;
-    raises ValueError with a sentence."""
+    """Reads an instant in ms since 1970: RFC 3339 with its zone, seconds since 1970, as a number or as a text, or a
+    length of time from now on; raises ValueError with a sentence."""
     if isinstance(told, int | float) and not isinstance(told, bool):
         return round(told * 1_000)
     if isinstance(told, str):
         if _length(told.strip().lower()):
             return now_ms + length_ms(told)
+        if _seconds(told):
+            return round(float(told) * 1_000)
         if _instant(told):
             return round(datetime.fromisoformat(told).timestamp() * 1_000)
     raise ValueError("must be an instant like 2026-11-30T06:00:00Z, seconds since 1970, or a length of time like 10m")

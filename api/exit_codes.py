@@ -13,6 +13,7 @@ BUSY: Final = 5
 UNFINISHED: Final = 6
 CANCELLED: Final = 7
 EXPIRED: Final = 8
+UNWRITTEN: Final = 9
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 
@@ -26,6 +27,7 @@ MEANINGS: Final[dict[int, str]] = {
     UNFINISHED: "the time given to wait is over; the job goes on",
     CANCELLED: "somebody cancelled the job",
     EXPIRED: "the job was not served before it expired",
+    UNWRITTEN: "stdout takes nothing (a full disk, or it is closed); what was handed in goes on, and stderr names it",
     INTERRUPTED: "Ctrl-C; what was handed in goes on",
     TERMINATED: "SIGTERM; what was handed in goes on",
 }

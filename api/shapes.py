@@ -80,8 +80,8 @@ def _new_jobs() -> dict[str, Schema]:
         "webhook": maybe(text("Where its end is told.", maxLength=URL_MAX, pattern="^(https?://.+)?$")),
         "metadata": metadata,
         "notBefore": some(
-            text("An instant like 2026-11-30T06:00:00Z, or a length of time like 10m."), number("Seconds since 1970."),
-            {"type": "null"}, words="When it may start, 30 days ahead at most.",
+            text("An instant like 2026-11-30T06:00:00Z, a length of time like 10m, or seconds since 1970."),
+            number("Seconds since 1970."), {"type": "null"}, words="When it may start, 30 days ahead at most.",
         ),
         "expiresAfter": maybe(
             text("How long it may wait for a slot from there, 1s to 30d, like 12h; else as its lane says.",

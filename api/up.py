@@ -21,6 +21,7 @@ from api.children import Child, Part, Say, keep_alive
 from api.discover import discover
 from api.embedded_redis import EmbeddedRedis
 from api.listen import DEFAULT_URL, Listen
+from api.output import Unwritten
 from api.part_logs import PartLog
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
@@ -106,7 +107,8 @@ def gateway_parts(env: Mapping[str, str], *, keys: str, say: Say) -> Sequence[Pa
 def print_line(line: str) -> None:
     """Prints at once, and goes on in silence when nobody listens any more (`gateway up | head`)."""
     try:
-        print(line, flush=True)
+        with contextlib.suppress(Unwritten):  # a full disk is no reason to serve nobody
+            print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

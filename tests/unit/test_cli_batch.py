@@ -120,6 +120,7 @@ async def test_wrong_words_for_the_whole_run_are_no_failure_of_its_lines(
     ran = await batch([line("a", "hello"), line("b", "hello")], order)
     assert ran.code == exit_codes.USAGE and asked(scene) == 0
     assert "nowhere" in ran.err or "expiresAfter" in ran.err
+    assert "same command" not in ran.err, "the same words are refused again"
     assert not (tmp_path / "out.errors.jsonl").exists()
     assert (await batch()).code == exit_codes.OK
 
@@ -187,6 +188,7 @@ async def test_other_options_for_the_same_lines_are_refused(batch: Batch, scene:
     (tmp_path / "out.jsonl").unlink()
     ran = await batch(order={"expiresAfter": "2h"})
     assert ran.code == exit_codes.USAGE and "with other options" in ran.err and asked(scene) == 1
+    assert "same command" not in ran.err
     assert not (tmp_path / "out.errors.jsonl").exists()
 
 
@@ -201,7 +203,7 @@ async def test_a_full_key_is_waited_for(
     ran = await batch([line(f"r{n}", f"hello {n}") for n in range(6)])
     assert ran.code == 0, ran.err
     monkeypatch.setenv("GATEWAY_KEY", bot + "x")
-    (await batch([line("new", "hello")])).complains(1, "The same command again goes on from here")
+    (await batch([line("new", "hello")])).complains(1, "Once that is mended, the same command goes on from here")
 
 
 async def test_a_gateway_that_is_away_for_too_long_is_a_3(

@@ -3,15 +3,21 @@
 import asyncio
 import io
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
 
-from api import client, exit_codes
+from api import cli_answer, client, exit_codes
+from api.exit_codes import Failed
+from api.jobs_client import Event, JobsClient
 from broker import errors, lanes
 from broker.lifecycle import State
 from broker.store import Store
@@ -23,6 +29,8 @@ from tests.unit.test_cli import Gateway, Ran, a_person_who_has_set_nothing, gate
 __all__ = ["a_person_who_has_set_nothing", "gateway"]
 
 pytestmark = pytest.mark.timeout(60)
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Command = Callable[..., Awaitable[Ran]]
 
@@ -131,6 +139,72 @@ async def test_how_a_job_ends_is_the_exit_code(run: Command, prompt: Prompt, sce
     (await run("job", "retry", late.err.split()[1])).complains(1, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "stop", "code"),
+    [
+        (("submit", "-m", "big", "--wait", "-f", "FILE"), signal.SIGTERM, exit_codes.TERMINATED),
+        (("submit", "-m", "big", "--stream", "-f", "FILE"), signal.SIGINT, exit_codes.INTERRUPTED),
+        (("job", "tail", "JOB"), signal.SIGTERM, exit_codes.TERMINATED),
+        (("job", "tail", "JOB"), signal.SIGINT, exit_codes.INTERRUPTED),
+    ],
+)
+async def test_whoever_is_stopped_says_how_to_come_back(
+    run: Command, prompt: Prompt, scene: Scene, words: tuple[str, ...], stop: signal.Signals, code: int
+) -> None:
+    job_id = (await run("submit", "-m", "big", "-f", prompt("pause"))).out.strip() if "JOB" in words else ""
+    known = {"JOB": job_id, "FILE": prompt("pause")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-c", "from api.entry import main; main()", *(known.get(word, word) for word in words)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        # a shell's background job ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stderr is not None
+    if not job_id:
+        job_id = (await asyncio.wait_for(process.stderr.readline(), 20)).decode().removeprefix("job ").strip()
+    if "--wait" not in words:
+        assert await asyncio.wait_for(process.stdout.readexactly(5), 20) == b"Hello"
+    process.send_signal(stop)
+    _, err = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == code
+    assert err.decode() == f"Job {job_id} goes on; `gateway job result --wait {job_id}` waits for it again.\n"
+
+
+async def test_what_has_ended_is_printed_without_a_limit(run: Command, prompt: Prompt, scene: Scene) -> None:
+    """There is nothing to wait for, however long its answer takes to print; nor does it go on."""
+    job_id = (await run("submit", "-m", "big", "-f", prompt("pause"))).out.strip()
+    await scene.until_state(job_id, State.STREAMING)
+    await run("job", "cancel", job_id)
+    ran = await run("job", "tail", job_id, "--timeout", "1ms")
+    assert ran.code == exit_codes.CANCELLED and ran.out.startswith("Hello") and "was cancelled" in ran.err
+    assert "goes on" not in ran.err
+
+
+async def test_a_limit_that_passes_as_the_job_ends_does_not_say_that_it_goes_on() -> None:
+    """All of its words were not there yet when the time was over, but its end was."""
+    job = {"id": "01J", "state": "streaming", "endpoint": "/v1/chat/completions"}
+    with pytest.raises(Failed, match=r"^Job 01J has ended; `gateway job result 01J`") as late:
+        await cli_answer.tell_as_it_comes(cast(JobsClient, SilentJobs()), job, as_json=False, timeout_s=0.01)
+    assert late.value.code == exit_codes.UNFINISHED
+
+
+class SilentJobs:
+    """A gateway whose only job has ended, and which never tells a word of its answer."""
+
+    async def look(self, job_id: str) -> dict[str, Any]:
+        return {"id": job_id, "state": "cancelled"}
+
+    @asynccontextmanager
+    async def events(self, job_id: str, after: str = "") -> AsyncIterator[AsyncIterator[Event]]:
+        async def never() -> AsyncIterator[Event]:
+            await asyncio.Event().wait()
+            yield Event("end", "", {})
+
+        yield never()
+
+
 async def test_expired_is_a_code_of_its_own(run: Command, prompt: Prompt, scene: Scene) -> None:
     await scene.beat(big="cold", small="cold", hasty="cold")
     job_id = (await run("submit", "-m", "big", "-f", prompt("hello"), "--expires-after", "1s")).out.strip()
@@ -192,15 +266,29 @@ async def test_the_whole_request_reaches_the_job(
     (await run(*given, "--idempotency-key", "a")).complains(1, "Idempotency-Key")
 
 
+async def test_a_start_may_be_seconds_since_1970(run: Command, prompt: Prompt) -> None:
+    """As `date +%s` prints them."""
+    at = int(time.time()) + 7_200
+    told = await run("submit", "-m", "big", "-f", prompt("hello"), "--not-before", str(at), "--json")
+    assert json.loads(told.out)["not_before"] == at * 1_000
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["-m", "big"], "Say what to ask"), (["-f", "FILE"], "Say whom to ask"),
         (["-m", "big", "-f", "FILE", "--body", "FILE"], "Either -f"), (["--body", "FILE"], "is no JSON"),
+        (["--body", "FILE", "--system", "FILE"], "--system and --max-tokens go with -f"),
+        (["--body", "FILE", "--max-tokens", "3"], "--system and --max-tokens go with -f"),
         (["-m", "big", "-f", "nothing.md"], "can't be read"),
         (["-m", "big", "-f", "FILE", "--timeout", "7"], "no length"),
         (["-m", "big", "-f", "FILE", "--metadata", "x"], "KEY=VALUE"),
         (["-m", "big", "-f", "FILE", "--idempotency-key", "für-immer"], "ASCII"),
+        (["-m", "big", "-f", "FILE", "--idempotency-key", "a b"], "visible characters"),
+        (["-m", "big", "-f", "FILE", "--expires-after", "5"], "no length"),
+        (["-m", "big", "-f", "FILE", "--expires-after", "31d"], "1s to 30d"),
+        (["-m", "big", "-f", "FILE", "--not-before", "yesterday"], "--not-before must be an instant"),
+        (["-m", "big", "-f", "FILE", "--not-before", "31d"], "30 days ahead"),
     ],
 )  # fmt: skip
 async def test_wrong_words_are_a_2(words: list[str], said: str, run: Command, prompt: Prompt) -> None:
@@ -211,7 +299,6 @@ async def test_wrong_words_are_a_2(words: list[str], said: str, run: Command, pr
 
 async def test_what_the_gateway_refuses_is_a_1_in_its_words(run: Command, prompt: Prompt, tmp_path: Path) -> None:
     (await run("submit", "-m", "bigg", "-f", prompt("hello"))).complains(1, "bigg", "big")
-    (await run("submit", "-m", "big", "-f", prompt("hello"), "--not-before", "22:00")).complains(1, "notBefore")
     (await run("job", "tail", "01JZZZZZZZZZZZZZZZZZZZZZZZ")).complains(1, "no job")
     (tmp_path / "body.json").write_text('{"model": "big", "input": "x"}')
     (await run("submit", "--body", str(tmp_path / "body.json"), "--endpoint", "/v1/embeddings")).complains(

@@ -34,6 +34,8 @@ def test_what_is_no_length(text: str) -> None:
     [
         (1_795_000_060, 1_795_000_060_000),
         (1_795_000_060.5, 1_795_000_060_500),
+        ("1795000060", 1_795_000_060_000),
+        ("1795000060.5", 1_795_000_060_500),
         ("2026-11-30T06:00:00Z", 1_796_018_400_000),
         ("2026-11-30T07:00:00+01:00", 1_796_018_400_000),
         ("2026-11-30T06:00:00.25Z", 1_796_018_400_250),
@@ -43,7 +45,11 @@ def test_instants(told: object, ms: int) -> None:
     assert instant_ms(told, now_ms=NOW_MS) == ms
 
 
-@pytest.mark.parametrize("told", [None, True, [], "2026-11-30", "2026-11-30T06:00:00", "2026-13-30T06:00:00Z", "now"])
+@pytest.mark.parametrize(
+    "told",
+    [None, True, [], "2026-11-30", "2026-11-30T06:00:00", "2026-13-30T06:00:00Z", "now", "10", "-1795000060",
+     "1795000060000", "1e9", "17950000\u06660"],
+)  # fmt: skip
 def test_what_is_no_instant(told: object) -> None:
     with pytest.raises(ValueError):
         instant_ms(told, now_ms=NOW_MS)
