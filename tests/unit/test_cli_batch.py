@@ -7,7 +7,7 @@ import os
 import pty
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ import pytest_asyncio
 from api import cli_batch, exit_codes
 from api.exit_codes import Failed
 from broker.lifecycle import State
-from broker.store import Store
 from tests.support.batch_command import read
-from tests.support.broker_world import fake_redis, new_namespace
-from tests.support.live_api import Scene, live_scene
+from tests.support.live_api import Scene
 from tests.support.waiting import until
 from tests.unit.test_cli import Gateway, Ran, a_person_who_has_set_nothing, gateway
 
@@ -30,14 +28,6 @@ __all__ = ["a_person_who_has_set_nothing", "gateway"]
 pytestmark = pytest.mark.timeout(60)
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest_asyncio.fixture
-async def scene() -> AsyncIterator[Scene]:
-    store = Store.fake(fake_redis(), namespace=new_namespace())
-    async with live_scene(store) as found:
-        yield found
-    await store.close()
 
 
 Batch = Callable[..., Awaitable[Ran]]

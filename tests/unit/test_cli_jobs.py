@@ -20,9 +20,7 @@ from api.exit_codes import Failed
 from api.jobs_client import Event, JobsClient
 from broker import errors, lanes
 from broker.lifecycle import State
-from broker.store import Store
-from tests.support.broker_world import fake_redis, new_namespace
-from tests.support.live_api import Scene, live_scene, until_true
+from tests.support.live_api import Scene, until_true
 from tests.support.waiting import until
 from tests.unit.test_cli import Gateway, Ran, a_person_who_has_set_nothing, gateway
 
@@ -33,14 +31,6 @@ pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).resolve().parents[2]
 
 Command = Callable[..., Awaitable[Ran]]
-
-
-@pytest_asyncio.fixture
-async def scene() -> AsyncIterator[Scene]:
-    store = Store.fake(fake_redis(), namespace=new_namespace())
-    async with live_scene(store) as found:
-        yield found
-    await store.close()
 
 
 @pytest_asyncio.fixture

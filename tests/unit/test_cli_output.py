@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,7 @@ import pytest_asyncio
 from api.exit_codes import UNWRITTEN, USAGE
 from api.output import guarded
 from api.up import print_line
-from broker.store import Store
-from tests.support.broker_world import fake_redis, new_namespace
-from tests.support.live_api import Scene, live_scene
+from tests.support.live_api import Scene
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,14 +24,6 @@ FULL = "> /dev/full"
 SENTENCE = "The output can't be written: No space left on device."
 
 Shell = Callable[..., Awaitable[tuple[int, str, str]]]
-
-
-@pytest_asyncio.fixture
-async def scene() -> AsyncIterator[Scene]:
-    store = Store.fake(fake_redis(), namespace=new_namespace())
-    async with live_scene(store) as found:
-        yield found
-    await store.close()
 
 
 @pytest_asyncio.fixture
