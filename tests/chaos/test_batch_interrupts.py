@@ -9,7 +9,7 @@ import pytest
 
 from api.exit_codes import INTERRUPTED, OK, TERMINATED
 from tests.chaos.storm import seed_of
-from tests.support.batch_command import BatchCommand, asked_for, line, read, text_of
+from tests.support.batch_command import END_S_MAX, BatchCommand, asked_for, line, read, text_of
 from tests.support.gateway_process import House, started
 from tests.support.telling_runtime import TellingLlama
 from tests.support.waiting import until
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.real
 
 STOPS = (signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGKILL: -signal.SIGKILL}
+PIECES = 3
 PIECE_MS = 50
 """So slow that there is something to be done yet at the last stop, though jobs go on between two runs."""
 WITHIN_S = 0.4
@@ -28,7 +29,7 @@ WITHIN_S = 0.4
 async def interrupted(directory: Path, *, lines: int, stops: int, restarts: int, seed: int) -> None:
     """Stops the run at random moments, and the api too at some of them, then lets it end."""
     chance = random.Random(seed)
-    asked = asked_for(lines, pieces=3, ms=PIECE_MS)
+    asked = asked_for(lines, pieces=PIECES, ms=PIECE_MS)
     requests, output = directory / "requests.jsonl", directory / "out.jsonl"
     requests.write_text("".join(line(name, told) + "\n" for name, told in asked.items()))
     llama = TellingLlama()
@@ -43,7 +44,8 @@ async def interrupted(directory: Path, *, lines: int, stops: int, restarts: int,
                 run = BatchCommand(up.url, requests, output, "--concurrency", "8")
                 await stopped(up, run, chance, planned=planned, kills_api=number in away)
             last = BatchCommand(up.url, requests, output)
-            assert await last.end() == OK, last.err
+            left_s = (lines - len(read(output))) * PIECES * PIECE_MS / 1_000 / llama.slots
+            assert await last.end(timeout_s=END_S_MAX + 2 * left_s) == OK, last.err
             assert f"{lines} of {lines} answered" in last.err.replace(",", "")
     outputs = {found["custom_id"]: found for found in read(output)}
     assert outputs.keys() == asked.keys() and len(read(output)) == lines
