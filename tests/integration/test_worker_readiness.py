@@ -53,8 +53,8 @@ async def test_a_server_that_answers_but_makes_no_token_is_never_warm(
     )
     await world.scheduler()
     host = await world.host()
-    await world.until_model("small", "warm")
     await world.until_model("big", "waking")
+    await world.until_model("small", "warm")
     ask = await world.submit("big")
     assert ask.lane == "big"
     breaking = asyncio.create_task(keep_broken(world, "big", **{fault: True}))

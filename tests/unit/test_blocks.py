@@ -34,7 +34,7 @@ KNOWN: dict[str, dict[str, str]] = {
             "tests/conformance/test_quickstart.py::test_from_a_clean_machine_the_first_line_leads_to_an_answer"
         ),
         "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test]' && "
-        ".venv/bin/python -m pytest -n 3": (
+        ".venv/bin/python -m pytest -n 2": (
             "tests/unit/test_house.py::test_ci_runs_the_very_line_that_readme_tells_people_to_run"
         ),
         "from openai import OpenAI": ("tests/conformance/test_quickstart.py::test_the_walk_does_what_the_page_says"),
