@@ -91,7 +91,7 @@ class Due:
         if not job.live:
             await store.command("ZREM", store.keys.due, job_id)
             return Looked("gone")
-        if 0 < job.abandon_at <= now and self._leases_count():
+        if 0 < job.abandon_at <= now and (self._leases_count() or await self._saw_all_leave(job, now)):
             await jobs.cancel(store, job_id, message="its client went away", only="abandoned")
             return Looked("abandoned", late_ms=now - job.abandon_at)
         if job.state in HELD:
@@ -129,6 +129,14 @@ class Due:
     def _leases_count(self) -> bool:
         """Whether leases may be judged: when Redis or we just came back, nobody has had a chance to renew yet."""
         return self._store.clock is not None or self._store.answering_s * 1000 >= lanes.JOB_LEASE_MS
+
+    async def _saw_all_leave(self, job: JobRecord, now: int) -> bool:
+        """Whether its last reader left, rather than fell silent, and did so while we were connected: no lease of its can
+        be renewed then, and Redis has not been away since, to forget a reader who came after that."""
+        connected_at = now - self._store.answering_s * 1000
+        if job.abandon_at - job.grace_ms < connected_at:
+            return False
+        return not await self._store.command("EXISTS", self._store.keys.readers(job.id))
 
     async def _scheduled(self, job: JobRecord, now: int) -> Looked:
         if job.not_before > now:

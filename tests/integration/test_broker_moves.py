@@ -10,8 +10,10 @@ from broker.due import Due
 from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.records import ModelOnHost
-from tests.support.broker_world import World, heard_on, policy_with
+from broker.store import Store
+from tests.support.broker_world import World, heard_on, policy_with, real_world
 from tests.support.invariants import take
+from tests.support.redis_server import RedisServer
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -163,6 +165,38 @@ async def test_a_dead_apis_reader_does_not_delay_the_end(world: World) -> None:
     world.now += 2_000
     assert await jobs.detach(world.store, job_id, reader="api2/r2") == 0
     assert (await world.job(job_id)).abandon_at == world.now
+
+
+async def test_who_says_that_it_leaves_is_gone_though_no_lease_may_be_judged_yet(redis_server: RedisServer) -> None:
+    """A scheduler that has just connected judges no lease: whoever fell silent may renew it. But it waits for nobody who
+    left since then; who left before that may have come again, and Redis may have forgotten it."""
+    async with real_world(redis_server.url) as world:
+        await world.apply()
+        world.real_time()
+        left_before = await world.submit("small", reader="api1/r1", grace_ms=0)
+        await jobs.detach(world.store, left_before, reader="api1/r1")
+        await the_clock_goes_on(world.store)
+        own = await Store.open(redis_server.url, namespace=world.store.keys.namespace, name="scheduler")
+        try:
+            left, silent, one_left = [await world.submit(reader="api1/r1", grace_ms=0) for _ in range(3)]
+            for job_id, reader in ((silent, "api1/r1"), (one_left, "dead/r2")):
+                await jobs.attach(world.store, job_id, reader=reader, lease_ms=1, sees=False)
+            for job_id in (left, one_left):
+                await jobs.detach(world.store, job_id, reader="api1/r1")
+            await the_clock_goes_on(world.store)
+            due = Due(own, await following(world), world.fleet)
+            assert (await due.look(left)).outcome == "abandoned"
+            assert [(await due.look(job)).outcome for job in (silent, one_left, left_before)] == ["not_due"] * 3
+        finally:
+            await own.close()
+        assert (await world.job(left)).error_message == "its client went away"
+
+
+async def the_clock_goes_on(store: Store) -> None:
+    """Returns some milliseconds later by Redis's clock."""
+    before = await store.now_ms()
+    while await store.now_ms() < before + 5:
+        await asyncio.sleep(0)
 
 
 async def test_leaving_twice_or_without_having_come_changes_nothing(world: World) -> None:
