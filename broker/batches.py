@@ -126,7 +126,7 @@ async def find_by_key(store: Store, *, caller: str, key: str, said: str) -> Batc
     if batch.state == "failed" or batch.ending:
         return None
     if same != digest(said):
-        raise errors.IdempotencyMismatch(f"the Idempotency-Key was used for {batch_id} with another request")
+        raise errors.IdempotencyMismatch(batch_id)
     return batch
 
 

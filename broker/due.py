@@ -131,8 +131,8 @@ class Due:
         return self._store.clock is not None or self._store.answering_s * 1000 >= lanes.JOB_LEASE_MS
 
     async def _saw_all_leave(self, job: JobRecord, now: int) -> bool:
-        """Whether its last reader left, rather than fell silent, and did so while we were connected: no lease of its can
-        be renewed then, and Redis has not been away since, to forget a reader who came after that."""
+        """Whether its last reader left, rather than fell silent, and did so while we were connected. No lease can be
+        renewed then, and Redis has not been away since: it has forgotten no reader who came after that."""
         connected_at = now - self._store.answering_s * 1000
         if job.abandon_at - job.grace_ms < connected_at:
             return False
@@ -178,9 +178,8 @@ class Due:
     async def _wait(self, job: JobRecord, *, overdue: bool) -> Looked:
         """Leaves the job where it is; only one whose deadline has passed needs another instant to be looked at. Where
         its model does not load, and is not even tried again before it gives up, it is told so now."""
-        facts = self._fleet.picture.facts.get(job.model)
         view = self._fleet.view(job.lane)
-        if view.availability == "unavailable" and facts is not None and facts.quarantined_until >= job.give_up_at:
+        if view.aside_until >= job.give_up_at:
             words = f"{job.model} does not load, and is not tried again in time: {view.reason}"
             await lanes.expire(self._store, job, errors.ColdStartDeadline(words), early=True)
             return Looked("expired")

@@ -363,6 +363,11 @@ class IdempotencyMismatch(Refused):
 
     code = "idempotency_mismatch"
 
+    def __init__(self, used_for: str) -> None:
+        super().__init__(
+            f"the Idempotency-Key was used for {used_for} with another request or leave to go to a remote model"
+        )
+
 
 class NotEnded(Refused):
     """The job has no result yet."""

@@ -158,9 +158,7 @@ async def find_by_key(
     if not await store.command("EXISTS", store.keys.job(job_id)):
         return None
     if body_hash != hash_of(endpoint, body, consent):
-        raise errors.IdempotencyMismatch(
-            f"the Idempotency-Key was used for job {job_id} with another body or another leave to go to a remote model"
-        )
+        raise errors.IdempotencyMismatch(f"job {job_id}")
     return str(job_id)
 
 

@@ -315,7 +315,7 @@ _IN_SENTENCES: dict[str, type[errors.BrokerError]] = {
     "BATCHLIMIT": errors.BatchLimit,
     "IDEMMISMATCH": errors.IdempotencyMismatch,
 }
-"""Whose words are the script's, in full."""
+"""Whose words are the script's, without its name."""
 
 
 def refusal(verb: str, text: str) -> errors.BrokerError:

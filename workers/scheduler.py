@@ -148,18 +148,13 @@ class Scheduler:
         for name, lane in active.lanes().items():
             if not self._fleet.picture.waiting.get(name):
                 continue
-            if not lane.fallback and not self._is_set_aside(lane.model, now):
-                continue
             view = self._fleet.view(name)
+            if not lane.fallback and view.aside_until <= now:  # who waits longer than that may still hope
+                continue
             if not silence_counts and lane.model not in self._fleet.picture.on_host:
                 continue
             await self._hasten_in(lane, view, now)
         return HOPELESS_LOOK_S
-
-    def _is_set_aside(self, model: str, now: int) -> bool:
-        """Whether no load of the model is tried for a while: those who wait longer than that may still hope."""
-        facts = self._fleet.picture.facts.get(model)
-        return facts is not None and facts.quarantined_until > now
 
     async def _hasten_in(self, lane: Lane, view: ModelView, now: int) -> None:
         """Looks at those who wait in one lane, oldest first; one that goes makes room for those behind it."""

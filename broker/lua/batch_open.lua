@@ -21,7 +21,7 @@ if ARGV[9] == "1" then
   local made, same = string.match(redis.call("GET", KEYS[7]) or "", "^(%S+) (%S+)$")
   local there = made and redis.call("HMGET", string.sub(KEYS[1], 1, -#ARGV[2] - 1) .. made, "state", "ending")
   if there and there[1] and there[1] ~= "failed" and (there[2] or "") == "" then
-    if same ~= ARGV[7] then return redis.error_reply("IDEMMISMATCH the Idempotency-Key was used for " .. made .. " with another request") end
+    if same ~= ARGV[7] then return redis.error_reply("IDEMMISMATCH " .. made) end
     return made
   end
 end

@@ -50,7 +50,7 @@ if ARGV[11] == "1" then
   if held then
     local other, hash = string.match(held, "^(%S+) (%S+)$")
     local there = redis.call("EXISTS", string.sub(KEYS[2], 1, -#id - 1) .. tostring(other)) == 1
-    if there and hash ~= ARGV[10] then return redis.error_reply("IDEMMISMATCH the Idempotency-Key was used for job " .. other .. " with another request") end
+    if there and hash ~= ARGV[10] then return redis.error_reply("IDEMMISMATCH job " .. other) end
     if there then return { "attached", other } end
   end
 end
