@@ -43,6 +43,7 @@ class Order:
     body: bytes
     endpoint: str = openai.PATH
     lane: str = ""
+    lane_param: str = "lane"  # what of the request named it
     webhook: str = ""
     metadata: str = ""
     not_before: int = 0  # ms since 1970, 0 = now
@@ -61,11 +62,12 @@ def read_order(said: bytes, wishes: Wishes, *, now_ms: int) -> Order:
     asked = {key: member.value for key, member in members.items() if member.value is not None}
     if not isinstance(asked.get("body"), dict):
         raise errors.BadRequest("body must be the object that the endpoint takes", "body")
-    body = members["body"]
+    body, lane = members["body"], _lane(asked.get("lane", ""))
     return Order(
         body=said[body.start : body.end],
         endpoint=_one_of(asked, "endpoint", tuple(requests.ENDPOINTS), openai.PATH),
-        lane=_lane(asked.get("lane", "")) or wishes.lane,
+        lane=lane or wishes.lane,
+        lane_param="lane" if lane else "X-Gateway-Lane",
         webhook=_webhook(asked.get("webhook", "")),
         metadata=_metadata(asked.get("metadata", {})),
         not_before=_not_before(asked.get("notBefore"), now_ms),
@@ -82,7 +84,7 @@ def job_of(gateway: Gateway, order: Order, wishes: Wishes, caller: Caller) -> Jo
     asked = requests.ENDPOINTS[order.endpoint].read(order.body)
     if asked.nothing is not None:
         raise errors.BadRequest("the gateway answers this request itself: ask the endpoint", "body")
-    with requests.told_of_lanes(order.lane):
+    with requests.told_of_lanes(order.lane, param=order.lane_param):
         job = requests.job_of(
             order.endpoint, asked, active, caller, lane=order.lane, session=wishes.session, leave=wishes.leave,
             traceparent=wishes.traceparent,
@@ -177,7 +179,7 @@ async def _admit(
             await webhooks.accept(gateway.store, caller=job.caller, url=job.webhook, allow=allow)
 
     async def admit() -> admission.Admitted:
-        with requests.told_of_lanes(order.lane):
+        with requests.told_of_lanes(order.lane, param=order.lane_param):
             return await admission.admit(
                 gateway.store,
                 gateway.book,

@@ -22,9 +22,6 @@ FORGOTTEN_MAX: Final = 3
 _FATAL: Final = {"invalid_api_key": 1, "not_found": 1, "idempotency_mismatch": USAGE}
 """Refusals that any other line would hear too, and the exit codes that they end the run with."""
 
-_OF_OPTIONS: Final = {"X-Gateway-Lane": "lane", "expiresAfter": "expiresAfter"}
-"""What a refusal may name that is no line's but the run's, and how the order of each job calls it."""
-
 
 @dataclass
 class Tally:
@@ -115,7 +112,7 @@ class BatchRun:
                     continue
                 if refusal.code in _FATAL:
                     raise Failed(_fatal(refusal, line), _FATAL[refusal.code]) from None
-                if _OF_OPTIONS.get(param_of(refusal.told)) in self._options.order:
+                if param_of(refusal.told) in self._options.order:  # no fault of this line: each has the run's options
                     raise Failed(str(refusal), USAGE) from None
                 return self._note_failure(line, _response(asked, "", Result(refusal.status, refusal.told)))
             told = _response(asked, job["id"], result)

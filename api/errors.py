@@ -106,7 +106,6 @@ ROWS: dict[type[errors.BrokerError], Row] = {
 _PARAMS: dict[type[errors.BrokerError], str] = {
     errors.UnknownModel: "model",
     errors.WrongEndpoint: "model",
-    errors.UnknownLane: "X-Gateway-Lane",
     errors.IdempotencyMismatch: "Idempotency-Key",
     errors.BegunAgain: "starting_after",
     errors.AddressRefused: "webhook",

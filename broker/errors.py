@@ -160,11 +160,13 @@ class UnknownLane(Refused):
 
     code = "lane_not_found"
 
-    def __init__(self, asked: str, suggestions: list[str] | None = None) -> None:
+    def __init__(self, asked: str, suggestions: list[str] | None = None, *, param: str = "X-Gateway-Lane") -> None:
+        """`param` = what of the request named it."""
         hint = f"; did you mean {', '.join(suggestions)}?" if suggestions else ""
         super().__init__(f"no lane is called {asked[:NAME_SHOWN]!r}{hint}")
         self.asked = asked
         self.suggestions = suggestions or []
+        self.param = param
 
 
 class UnknownHost(Refused):

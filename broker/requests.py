@@ -83,14 +83,15 @@ def lane_of(policy: Policy, caller: Caller, name: str, *, endpoint: str, prompt_
 
 
 @contextmanager
-def told_of_lanes(lane: str) -> Iterator[None]:
-    """Whoever named a lane, not "", hears of a lane where nothing has the name, and not of a model."""
+def told_of_lanes(lane: str, *, param: str = "X-Gateway-Lane") -> Iterator[None]:
+    """Whoever named a lane, not "", by that part of the request, hears of a lane where nothing has the name, and not of
+    a model."""
     try:
         yield
     except errors.UnknownModel as unknown:
         if not lane:
             raise
-        raise errors.UnknownLane(unknown.asked, unknown.suggestions) from None
+        raise errors.UnknownLane(unknown.asked, unknown.suggestions, param=param) from None
 
 
 def name_of(endpoint: str, asked: Asked, policy: Policy, *, lane: str = "") -> str:

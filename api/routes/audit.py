@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from api.auth import Admin, Gate
 from api.described import Described, described, says
+from api.query import KNOWN
 from broker import errors
 from broker.dialects.json_schema import text, whole
 from broker.trust import audit
@@ -19,7 +20,7 @@ SINCE_MS_MAX = 3_650 * audit.DAY_MS
 _ID = re.compile(r"(?:\d{1,19}-\d{1,19})?")
 
 
-@router.get("/v1/audit")
+@router.get("/v1/audit", dependencies=KNOWN)
 @described(
     Described(
         "What left the machine", "operator", says("A page of its records, never a word of what they tell of.", "Audit"),

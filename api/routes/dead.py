@@ -10,6 +10,7 @@ from api.auth import Caller, CountedCaller, Gate, whose
 from api.described import Described, described, says
 from api.gateway import Gateway
 from api.paging import checked
+from api.query import KNOWN
 from api.routes.job_lists import LIMIT, LIMITS
 from api.routes.jobs import own_job
 from api.routes.new_jobs import RETRIED, RETRY_FAILS, taken, tried_again
@@ -24,7 +25,7 @@ _FAILS = (errors.NoSuchLetter, errors.BrokerUnavailable)
 _NAME_CHARACTERS_MAX = 64
 
 
-@router.get("/v1/dead")
+@router.get("/v1/dead", dependencies=KNOWN)
 @described(
     Described(
         "List dead letters", "jobs", says("A page of jobs that were given up on, newest first.", "Letters"),

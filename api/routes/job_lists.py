@@ -11,6 +11,7 @@ from api.auth import CountedCaller, Gate, whose
 from api.described import Described, described, says
 from api.gateway import Gateway
 from api.paging import checked
+from api.query import KNOWN
 from broker import callers, errors, job_lists
 from broker.dialects.json_schema import one_of, text, whole
 from broker.lifecycle import State
@@ -28,7 +29,7 @@ LIMITS = whole(
 )
 
 
-@router.get("/v1/jobs")
+@router.get("/v1/jobs", dependencies=KNOWN)
 @described(
     Described(
         "List jobs", "jobs", says("A page of jobs that were handed in, newest first.", "Jobs"),

@@ -16,6 +16,7 @@ from api.durations import LENGTH_PATTERN, length_ms
 from api.exchange import Exchange, Interrupted, Stopping
 from api.following import following
 from api.gateway import Gateway
+from api.query import KNOWN
 from api.results import result_of
 from api.stream import HEARTBEAT_S
 from api.stream import JSON as JSON_HEADERS
@@ -38,7 +39,7 @@ _TELLS = ("X-Gateway-Job", "X-Gateway-Lane", "X-Gateway-Served-By")
 _FAILS = (errors.NoSuchJob, errors.BrokerUnavailable)
 
 
-@router.get("/v1/jobs/{job_id}")
+@router.get("/v1/jobs/{job_id}", dependencies=KNOWN)
 @described(
     Described(
         "Look at a job", "jobs", says("As it is now, or once it has ended.", "Job"), within=WITHIN,

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.auth import Admin, Gate
 from api.described import Described, described, says
+from api.query import KNOWN
 from broker import errors
 from broker.dialects.json_schema import text
 from broker.tune_facts import tuning
@@ -13,7 +14,7 @@ from broker.tune_facts import tuning
 router = APIRouter(tags=["operator"])
 
 
-@router.get("/v1/tune")
+@router.get("/v1/tune", dependencies=KNOWN)
 @described(
     Described(
         "Proposals for the policy", "operator", says("What to change and why; nothing is applied.", "Tuning"),

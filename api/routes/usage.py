@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.auth import Caller, Gate, whose
 from api.described import Described, described, says
+from api.query import KNOWN
 from broker import errors, usage
 from broker.dialects.json_schema import text
 from broker.policy.sentences import near_words
@@ -14,7 +15,7 @@ from broker.usage_report import BY, Report
 router = APIRouter(tags=["usage"])
 
 
-@router.get("/v1/usage")
+@router.get("/v1/usage", dependencies=KNOWN)
 @described(
     Described(
         "Who used what", "usage", says("Added up, a row for each of what `by` names.", "Usage"),

@@ -11,6 +11,7 @@ from pydantic.alias_generators import to_camel
 from api.auth import Caller, Gate
 from api.described import JSON, Answer, Described, described, says
 from api.paging import checked
+from api.query import KNOWN
 from api.small_body import read_as
 from broker import errors, webhook_secrets, webhooks
 from broker.dialects.json_schema import ref, text, whole
@@ -76,7 +77,7 @@ async def revoke_secret(secret_id: str, gateway: Gate, caller: Caller) -> dict[s
     return {"caller": caller.name, "revoked": secret_id}
 
 
-@router.get("/v1/webhooks/deliveries")
+@router.get("/v1/webhooks/deliveries", dependencies=KNOWN)
 @described(
     Described(
         "What became of webhooks", "webhooks",

@@ -222,16 +222,21 @@ async def test_odd_texts(scene: Scene, http: httpx.AsyncClient, more: str, taken
 
 async def test_what_admission_refuses_is_told_and_counted(scene: Scene, http: httpx.AsyncClient) -> None:
     """An unknown name by what it was given as, a lane without a place, a model that nobody can serve."""
-    for more, code in (({}, "model_not_found"), ({"lane": "nowhere"}, "lane_not_found")):
-        answer = await http.post("/v1/jobs", json=order(model="nobody", **more))
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, code)
+    for more, headers, code, param in (
+        ({}, {}, "model_not_found", "model"),
+        ({"lane": "nowhere"}, {"x-gateway-lane": "big"}, "lane_not_found", "lane"),
+        ({}, {"x-gateway-lane": "nowhere"}, "lane_not_found", "X-Gateway-Lane"),
+    ):
+        answer = await http.post("/v1/jobs", json=order(model="nobody", **more), headers=headers)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (404, code, param)
     await scene.beat(big="quarantined")
     answer = await http.post("/v1/jobs", json=order())
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
     assert int(answer.headers["retry-after"]) >= 1
     await scene.api.gateway.refusals.write()
     usage = (await http.get("/v1/usage")).json()
-    assert usage["total"]["refused_by"] == {"model_not_found": 1, "lane_not_found": 1, "model_unavailable": 1}
+    assert usage["total"]["refused_by"] == {"model_not_found": 1, "lane_not_found": 2, "model_unavailable": 1}
 
 
 async def test_a_full_lane_is_told(store: Store) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from api import async_jobs
 from broker import dead, errors, job_lists, jobs
 from broker.callers import Rights
 from broker.lifecycle import State
@@ -157,10 +158,26 @@ async def test_a_list_is_filtered_by_what_records_say(
         assert set(ids((await http.get(f"/v1/jobs?{query}")).json())) == set(expected), query
     for wrong in ("state=gone", "limit=0", "limit=101", "after=a:b", "limit=some"):
         assert (await http.get(f"/v1/jobs?{wrong}")).status_code == 400
+    longest = "k" * async_jobs.METADATA_KEY_CHARACTERS_MAX
+    assert (await http.get(f"/v1/jobs?metadata[{longest}]=7")).json()["data"] == []
     monkeypatch.setattr(job_lists, "PAGE_MAX", 1)
     monkeypatch.setattr(job_lists, "LOOKED_AT_MAX", 1)
     page = (await http.get("/v1/jobs?metadata[pr]=8&limit=1")).json()
     assert page["data"] == [] and page["next"] in (done, small)
+
+
+async def test_a_slip_in_a_filters_name_does_not_list_everything(scene: Scene, http: httpx.AsyncClient) -> None:
+    """Nor is any other question answered that was not asked."""
+    too_long = f"metadata[{'k' * (async_jobs.METADATA_KEY_CHARACTERS_MAX + 1)}]"
+    job_id = (await handed_in(http, order("wait")))["id"]
+    asked = [("/v1/jobs", slip) for slip in ("stat", "metadata", "metadata[]", "state[pr]", "State", too_long)]
+    others = ("/v1/dead", "/v1/audit", "/v1/usage", "/v1/tune", "/v1/webhooks/deliveries", f"/v1/jobs/{job_id}")
+    for path, slip in (*asked, *((path, "sinse") for path in others)):
+        answer = await http.get(path, params={slip: "1"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", slip), path
+    stat = (await http.get("/v1/jobs?stat=done")).json()["error"]["message"]
+    assert stat == "unknown parameter 'stat', did you mean 'state'?"
 
 
 async def test_each_sees_its_own_and_an_administrator_everybodys(fake_store: Store) -> None:
