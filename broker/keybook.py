@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from broker import errors, jobs, webhook_secrets
-from broker.callers import Caller, Key, Keyring, Keys, Rights, check_name, make_key
+from broker import errors, jobs
+from broker.callers import ANONYMOUS, Caller, Key, Keyring, Keys, Rights, check_name, make_key
 from broker.policy.sentences import near_words
 from broker.store import Store
 
@@ -148,7 +148,10 @@ class KeyBook:
 
     async def revoke(self, name: str, *, by: str) -> list[str]:
         """Takes a caller's keys and rights away, and what its webhooks are signed with; gives the ids of the keys. What
-        waits of it is cancelled, also what an api took that had not heard yet; what runs goes on to its end."""
+        waits of it is cancelled, also what an api took that had not heard yet; what runs goes on to its end.
+
+        Asked again, it cancels what a revoke that broke off left waiting; with nothing left, it raises UnknownCaller.
+        """
 
         def change(ring: Keyring, now_ms: int) -> tuple[dict[str, str], list[str]]:
             ids = [key.id for key in _keys_of(ring, name)]
@@ -159,11 +162,15 @@ class KeyBook:
                 )
             return {f"caller:{name}": ""} | {f"key:{key_id}": "" for key_id in ids}, ids
 
-        gone: list[str] = await self._change(change)
-        cancelled = await self._cancel_waiting(name)
+        try:
+            gone: list[str] = await self._change(change, self._store.keys.webhook_secrets(name))
+            cancelled = await self._cancel_waiting(name)
+        except errors.UnknownCaller:  # perhaps it was revoked, and whoever did that came no further
+            gone, cancelled = [], await self._cancel_waiting(name) if name != ANONYMOUS else 0
+            if not cancelled:
+                raise
         await asyncio.sleep(HEARD_EVERYWHERE_S)
         cancelled += await self._cancel_waiting(name)
-        await webhook_secrets.forget(self._store, name)
         log.info("event=key_revoked caller=%s keys=%s cancelled=%d by=%s", name, ",".join(gone), cancelled, by)
         return gone
 
@@ -177,8 +184,9 @@ class KeyBook:
                 cancelled += 1
         return cancelled
 
-    async def _change(self, change: Any) -> Any:
-        """Decides on what is there now and writes it, unless somebody else was faster: then it decides again."""
+    async def _change(self, change: Any, *goes: str) -> Any:
+        """Decides on what is there now and writes it, unless somebody else was faster: then it decides again. The keys
+        `goes` are deleted in the same step."""
         store = self._store
         for _ in range(CHANGE_TRIES):
             await self.reload()
@@ -187,7 +195,7 @@ class KeyBook:
             fields |= {f"key:{key.id}": "" for key in self._ring.keys.values() if _long_over(key, now_ms)}
             flat = [x for name, value in fields.items() for x in (name, value)]
             try:
-                await store.run("keys_change", [store.keys.callers], [self._revision, *flat])
+                await store.run("keys_change", [store.keys.callers, *goes], [self._revision, *flat])
             except errors.StalePolicy:
                 continue
             await self.reload()

@@ -53,11 +53,6 @@ async def revoke(store: Store, caller: str, secret_id: str) -> None:
     log.info("event=webhook_secret_revoked caller=%s", caller)
 
 
-async def forget(store: Store, caller: str) -> None:
-    """Takes all of them away, because the caller is none any more."""
-    await store.command("DEL", store.keys.webhook_secrets(caller))
-
-
 async def listed(store: Store, caller: str) -> list[Secret]:
     """Those that sign now, the newest first."""
     found, now = [], await store.now_ms()

@@ -6,6 +6,7 @@ out under a lease and `note` says how it went. Every step is one script, so whoe
 it to the next: what arrives may arrive again, under the same id.
 """
 
+import asyncio
 import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -245,19 +246,26 @@ async def redeliver(store: Store, delivery_id: str, *, caller: str = "") -> Deli
 
 
 async def listed(store: Store, *, caller: str = EVERYBODY, limit: int = 50, after: str = "") -> list[Delivery]:
-    """A caller's deliveries, or everybody's, the newest first; `after` is the id of the last one known."""
+    """A caller's deliveries, or everybody's, the newest first; `after` is the id of the last one known. One that is no
+    longer kept leaves the list here."""
     key, start = store.keys.webhook_list(caller), 0
     if after:
         rank = await store.command("ZREVRANK", key, after)
         if rank is None:
             raise errors.NoSuchDelivery(after)
         start = int(rank) + 1
-    found = []
-    for delivery_id in await store.command("ZREVRANGE", key, start, start + limit - 1):
-        fields = decode_hash(await store.hash(store.keys.webhook(delivery_id.decode())))
-        if fields:
-            found.append(Delivery.from_fields(fields))
-    return found
+    found: list[Delivery] = []
+    while len(found) < limit:
+        ids = await store.command("ZREVRANGE", key, start, start + limit - 1)
+        raws = await asyncio.gather(*(store.hash(store.keys.webhook(delivery_id.decode())) for delivery_id in ids))
+        kept = [Delivery.from_fields(decode_hash(raw)) for raw in raws if raw]
+        found += kept
+        start += len(kept)
+        if gone := [delivery_id for delivery_id, raw in zip(ids, raws, strict=True) if not raw]:
+            await store.command("ZREM", key, *gone)
+        if len(ids) < limit:
+            break
+    return found[:limit]
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,9 @@ class Scheduler:
                 self._resting[job] = now + REST_S
         return 0.0
 
-    async def _look(self, job: str) -> Looked:
+    async def _look(self, job: str, *, hasten: bool = False, ahead: int | None = None) -> Looked:
         try:
-            return await self._due.look(job)
+            return await self._due.look(job, hasten=hasten, ahead=ahead)
         except errors.BrokerUnavailable:
             raise
         except Exception:  # a record that nobody can read must not keep the others from being looked at
@@ -131,7 +131,7 @@ class Scheduler:
             places = 1 if before is None else max(0, before - waiting)
             while places > 0 and self._stuck[lane]:
                 job, _none = self._stuck[lane].popitem(last=False)
-                looked = await self._due.look(job, hasten=True)
+                looked = await self._look(job, hasten=True)
                 self._note(job, looked)
                 if looked.outcome not in ("gone", "not_due"):  # one that ended meanwhile takes no place
                     places -= 1
@@ -167,7 +167,7 @@ class Scheduler:
             if lane.retiring or dispatch.waiting_is_pointless(
                 here, view, left_ms=left, priority=job.priority, ahead=before
             ):
-                looked = await self._due.look(job.job, hasten=True, ahead=before)
+                looked = await self._look(job.job, hasten=True, ahead=before)
                 self._note(job.job, looked)
             if looked is None or looked.outcome != "promoted":
                 ahead += 1

@@ -107,6 +107,8 @@ async def _made(gateway: Gateway, response_id: str, caller: callers.Caller) -> J
         raise _unknown(response_id) from None
     if job.endpoint != responses.PATH:
         raise _unknown(response_id)
+    if job.batch:
+        raise errors.NoSuchResponse(f"response {response_id} answers a line of a batch: the batch's output file has it")
     if job.mode != "async":
         raise errors.NoSuchResponse(f"response {response_id} was not made in the background, and only those are kept")
     return job

@@ -15,9 +15,10 @@ from broker import batches, files, jobs
 from broker.callers import Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
-from broker.records import BatchRecord, FileRecord
+from broker.records import BatchRecord, FileRecord, JobRecord
 from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
+from tests.support.heard import RESPONSES
 from tests.support.invariants import take, violated
 from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
 from tests.support.scripted_worker import Turn
@@ -411,6 +412,24 @@ async def test_a_cancelled_batch_keeps_what_was_done(scene: Scene, client_of: Cl
     live = [job for job in (await take(scene.store)).jobs.values() if job.live]
     assert live == []
     assert await violated(scene.store) == []
+
+
+async def test_the_response_of_a_line_is_its_batchs(scene: Scene, client_of: Clients) -> None:
+    """To delete it would have the line answered again, and charged twice."""
+    client = client_of(scene)
+    ask = {"custom_id": "a", "method": "POST", "url": RESPONSES, "body": {"model": "big", "input": "wait"}}
+    batch = await begin(client, jsonl(ask), endpoint=RESPONSES)
+    async with rounds(scene.store):
+        job = await until_true(lambda: _live_job(scene), what="the line has a job")
+        for asked in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+            with pytest.raises(openai.NotFoundError, match="output file"):
+                await asked(f"resp_{job.id}")
+        await client.batches.cancel(batch.id)
+        assert (await ended(client, batch.id)).status == "cancelled"
+
+
+async def _live_job(scene: Scene) -> JobRecord | None:
+    return next((job for job in (await take(scene.store)).jobs.values() if job.live), None)
 
 
 async def test_what_has_no_answer_in_time_is_told_so(scene: Scene, client_of: Clients) -> None:

@@ -119,6 +119,16 @@ async def test_those_behind_a_job_that_goes_move_up(world: World) -> None:
     assert [await lane_of(world, job) for job in others] == ["big"] * 4
 
 
+async def test_a_record_that_nobody_can_read_keeps_no_other_where_it_is(world: World) -> None:
+    """Written by hand or by another version; the job behind it goes all the same."""
+    await beat(world)
+    await all_slots_taken(world)
+    broken, long = [await world.submit(tokens=30_000) for _ in range(2)]
+    await world.store.command("HSET", world.store.keys.job(broken), "state", "weird")
+    await hasten(world)
+    assert await lane_of(world, long) == "small"
+
+
 async def test_no_more_go_than_the_fallback_can_serve_sooner(world: World) -> None:
     """Each one that goes is counted at once: else all would go to a place that only the first of them would get."""
     await world.apply(POLICY.replace("maxConcurrent: 4", "maxConcurrent: 1"))

@@ -9,6 +9,8 @@ import standardwebhooks
 from broker import errors, jobs, lanes, webhook_secrets, webhooks
 from broker.callers import Keys, Rights
 from broker.keybook import KeyBook
+from broker.keyspace import EVERYBODY
+from broker.lifecycle import State
 from broker.webhooks import Delivery
 from tests.support.broker_world import World, policy_with
 from tests.support.invariants import take
@@ -466,6 +468,29 @@ async def test_revoking_a_caller_takes_its_secrets(world: World, endpoint: Endpo
     assert not endpoint.came and (await delivery_of(world, waits)).state == "dead"
 
 
+async def test_a_revoke_that_breaks_off_is_finished_by_the_next(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are gone by then, and the secrets with them: the next caller of that name has none. What waits is still
+    there to be cancelled."""
+    book = KeyBook(world.store, Keys.parse("boss:s"))
+    await book.new("ann", Rights(), by="boss")
+    await secret_of(world, "ann")
+    waits = await world.submit(mode="async", caller="ann")
+
+    async def redis_is_away(*_: object) -> int:
+        raise errors.BrokerUnavailable("Redis does not answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(book, "_cancel_waiting", redis_is_away)
+        with pytest.raises(errors.BrokerUnavailable):
+            await book.revoke("ann", by="boss")
+    assert await webhook_secrets.listed(world.store, "ann") == []
+    assert await book.revoke("ann", by="boss") == []
+    job = await world.job(waits)
+    assert (job.state, job.error_message) == (State.CANCELLED, "its key was revoked")
+    async with world.refused(errors.UnknownCaller):
+        await book.revoke("ann", by="boss")
+
+
 # --- by hand, lists --------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +533,18 @@ async def test_only_its_own_are_a_caller_s_to_see_and_to_send(world: World) -> N
         await webhooks.redeliver(world.store, "msg_nobody")
     async with world.refused(errors.NoSuchDelivery):
         await webhooks.listed(world.store, caller="bob", after=mine[0].id)
+
+
+async def test_a_list_goes_on_behind_those_that_are_kept_no_more(world: World) -> None:
+    """A day later those that were delivered are gone, and those that were given up on are not."""
+    await ended(world, 5)
+    await webhooks.gather(world.store, limit=9)
+    every = [one.id for one in await webhooks.listed(world.store)]
+    for forgotten in every[:3]:
+        await world.store.command("DEL", world.store.keys.webhook(forgotten))
+    assert [one.id for one in await webhooks.listed(world.store, limit=2)] == every[3:]
+    assert [one.id for one in await webhooks.listed(world.store, limit=1, after=every[3])] == every[4:]
+    assert await world.store.command("ZCARD", world.store.keys.webhook_list(EVERYBODY)) == 2
 
 
 async def test_nothing_of_a_prompt_or_an_answer_is_in_the_outbox(world: World) -> None:

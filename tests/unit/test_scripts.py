@@ -25,7 +25,7 @@ from tests.support.redis_server import RedisServer
 # what these verbs' headers call `X[n ..]`: any number of further names
 OPEN_ENDED = {
     "submit": ("KEYS", "ARGV"), "promote": ("KEYS",), "release_due": ("KEYS",), "host_beat": ("KEYS", "ARGV"),
-    "policy_apply": ("ARGV",), "keys_change": ("ARGV",), "wish": ("ARGV",), "count_refusals": ("ARGV",),
+    "policy_apply": ("ARGV",), "keys_change": ("KEYS", "ARGV"), "wish": ("ARGV",), "count_refusals": ("ARGV",),
     "webhook_gather": ("ARGV",),
     "look": ("KEYS",), "snapshot": ("KEYS", "ARGV"),
     "file_append": ("ARGV",), "batch_open": ("ARGV",), "batch_take": ("ARGV",),
