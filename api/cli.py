@@ -119,11 +119,17 @@ def scheduler() -> None:
 
 
 @app.command()
-def alive(part: Annotated[str, typer.Argument(metavar="PART", help="api, scheduler or worker.")]) -> None:
-    """Says by its exit code whether that part of this machine works: for health checks."""
+def alive(
+    part: Annotated[str, typer.Argument(metavar="PART", help="api, scheduler or worker.")],
+    data: Annotated[
+        Path | None, typer.Option(help="The directory of `gateway up --data`; else GATEWAY_STATE_DIR counts.")
+    ] = None,
+) -> None:
+    """Says by its exit code whether that part of this machine works: for health checks. The api is asked at
+    GATEWAY_BIND, else at GATEWAY_URL."""
     if part not in PARTS:
         raise Failed(f"A part is one of {', '.join(PARTS)}; {part!r} is none.", USAGE)
-    raise typer.Exit(tell(part, os.environ))
+    raise typer.Exit(tell(part, os.environ, data=data))
 
 
 @app.command()

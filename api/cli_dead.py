@@ -32,7 +32,9 @@ def dead_list(
     as_json: AsJson = False,
 ) -> None:
     """Lists what was given up on."""
-    letters = asyncio.run(_some(caller, limit))
+    letters, there_are_more = asyncio.run(_some(caller, limit))
+    if there_are_more:
+        typer.echo("note: there are older ones; --limit shows more", err=True)
     if as_json:
         print(json.dumps(letters, indent=2))
         return
@@ -120,17 +122,18 @@ async def _all(caller: str) -> AsyncIterator[str]:
             return
 
 
-async def _some(caller: str, limit: int) -> list[dict[str, Any]]:
+async def _some(caller: str, limit: int) -> tuple[list[dict[str, Any]], bool]:
+    """The newest letters, and whether there are older ones."""
     found: list[dict[str, Any]] = []
     after = ""
-    while len(found) < limit:
-        most = min(PAGE, limit - len(found))
+    while len(found) <= limit:
+        most = min(PAGE, limit + 1 - len(found))
         told = await ask("GET", f"/v1/dead?limit={most}&caller={part(caller)}&after={part(after)}")
         found += told["data"]
         after = told["next"]
         if not after:
             break
-    return found
+    return found[:limit], len(found) > limit
 
 
 def _short(text: str) -> str:

@@ -52,16 +52,19 @@ def job_list(
     async def run(jobs: "JobsClient") -> None:
         found: list[dict[str, Any]] = []
         more = after
-        while len(found) < limit:
-            page = min(PAGE_MAX, limit - len(found))
+        while len(found) <= limit:
+            page = min(PAGE_MAX, limit + 1 - len(found))
             told = await once(partial(jobs.page, **filters, after=more, limit=page))
             found, more = found + told["data"], told["next"]
             if not more:
                 break
+        found, more = found[:limit], found[limit - 1]["id"] if len(found) > limit else ""
         if as_json:
             print(json.dumps({"data": found, "next": more}, indent=2))
         else:
             _print_jobs(found)
+            if more:
+                typer.echo(f"note: there are older ones; --limit shows more, --after {more} goes on", err=True)
 
     with_jobs(run)
 

@@ -7,6 +7,7 @@ import { changes, duration, summary } from "./words.js";
 
 const STALE_MS = 3500; // three snapshots missed
 const EVENTS_KEPT = 200;
+const ABOUT_KEYS = "It stays in this tab. An administrator's key shows whose jobs they are, and may act.";
 const HIDDEN_MS = 5000; // a tab that nobody looks at for so long holds no connection
 const by = (id) => document.getElementById(id);
 
@@ -108,7 +109,7 @@ const feed = new Feed({
 });
 
 function askForKey(words) {
-  if (words) say(by("ask-key-words"), words);
+  say(by("ask-key-words"), words || ABOUT_KEYS);
   by("ask-key").returnValue = "";
   if (!by("ask-key").open) by("ask-key").showModal();
 }

@@ -1,6 +1,6 @@
 // The pieces that the page is made of. Each is built once and then told what is new, so that the focus stays where it is.
 
-import { counted, duration, progress, size, why } from "./words.js";
+import { counted, duration, kept, progress, size, why } from "./words.js";
 
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -122,7 +122,7 @@ export function modelCard(model, operate) {
     element,
     tell(model, { hosts }) {
       say(title, model.label ? `${model.label} (${model.name})` : model.name);
-      say(state, model.state + (model.pinned ? ", pinned" : model.keep_warm ? ", kept warm" : ""));
+      say(state, model.state + (model.pinned ? ", pinned" : kept(model) ? ", kept warm" : ""));
       state.dataset.state = model.state;
       say(reason, why(model));
       reason.hidden = !reason.textContent;
@@ -130,14 +130,14 @@ export function modelCard(model, operate) {
       load.element.hidden = part === null;
       if (part !== null) load.tell(part, `${Math.round(part * 100)} % loaded`);
       const budget = duration(model.first_token_budget_ms);
-      say(first, model.first_token_ms ? `${duration(model.first_token_ms)}, budget ${budget}` : `none yet, budget ${budget}`);
+      say(first, model.first_token_ms || model.first_tokens_ms.length ? `${duration(model.first_token_ms)}, budget ${budget}` : `none yet, budget ${budget}`);
       line.tell(model.first_tokens_ms, model.first_token_budget_ms);
       say(cells.slots, `${model.slots_used} of ${model.slots_total} in use`);
       say(cells.waiting, `${model.waiting} of ${model.max_queue}, ${model.running} running`);
       const total = hosts.filter((host) => model.hosts.includes(host.name)).reduce((sum, host) => sum + host.memory_total, 0);
       const headroom = hosts.filter((host) => model.hosts.includes(host.name)).reduce((sum, host) => sum + host.memory_headroom, 0);
       const needs = model.memory_bytes ? size(model.memory_bytes) : model.footprint_bytes ? `none, needs ${size(model.footprint_bytes)}` : "none";
-      say(bytes, `${needs}, headroom ${size(headroom)}`);
+      say(bytes, `${needs}, headroom ${total ? size(headroom) : "not known"}`);
       memory.tell(total ? model.memory_bytes / total : 0, `${size(model.memory_bytes)} of ${size(total)}`);
       const cached = model.cached_share === null ? "" : `, ${Math.round(model.cached_share * 100)} % of prompts cached`;
       say(cells.today, model.judged
@@ -190,7 +190,7 @@ function tile(job, open) {
     element: make("li", {}, button),
     tell(job, { now, named, fresh }) {
       button.dataset.job = job.id;
-      const waits = job.position > 0, who = job.caller || "somebody else";
+      const waits = job.position > 0, who = job.caller || "another";
       const deadline = waits ? job.promote_at || job.give_up_at : 0;
       const late = deadline > 0 && deadline < now;
       button.dataset.kind = waits ? (late ? "late" : "waiting") : "running";

@@ -8,7 +8,7 @@ export function duration(ms) {
 }
 
 export function size(bytes) {
-  if (!(bytes > 0)) return "–";
+  if (!(bytes > 0)) return "0 MiB";
   return bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${Math.max(1, Math.round(bytes / 2 ** 20))} MiB`;
 }
 
@@ -45,6 +45,11 @@ export function why(model) {
   if (model.slots_settling) words.push(`${counted(model.slots_settling, "slot")} settling after a cancel`);
   if (model.unloaded_ms && model.keep_warm) words.push(`unloaded by hand, not kept warm for ${duration(model.unloaded_ms)}`);
   return words.join("; ");
+}
+
+// Whether a model is one that is kept warm now: within its hours, and where there is a host for it.
+export function kept(model) {
+  return model.keep_warm && !model.outside_hours && model.state !== "absent";
 }
 
 // How far a load is, 0..1: by the runtime's own figures, else by how long it takes as a rule; null = nobody can tell.

@@ -303,11 +303,12 @@ async def test_a_key_is_asked_for_and_shows_what_its_caller_may_see(tmp_path: Pa
                 await page.locator("#ask-key").wait_for(state="visible")
                 await accessible(page)
                 await give(page, bob)
-                await shows(page, ".tile", "somebody else")
+                await shows(page, ".tile", "another")
                 assert await page.locator(".tile:enabled").count() == 0
                 assert not await page.get_by_role("button", name="Unload").is_visible()
                 assert job["id"] not in await page.content()
                 await page.locator("#key").click()
+                await shows(page, "#ask-key-words", "It stays in this tab")  # the refusal is over
                 await give(page, "secret-a")
                 await shows(page, ".tile", "ann")
                 for leave in ("Escape", "Enter"):  # with nothing typed

@@ -124,6 +124,17 @@ def test_an_api_that_is_not_there_is_not_alive() -> None:
     assert asked.why_not("api", {"GATEWAY_BIND": "8400"}).endswith("is no host and port")
 
 
+def test_the_parts_of_one_s_own_gateway_up_are_found(bind: str, tmp_path: Path, gateway: Gateway) -> None:
+    """By the URL that it prints, and by the directory that it was given. A proxy's URL is not where the api listens."""
+    url = f"http://127.0.0.1:{bind.rpartition(':')[2]}"
+    assert asked.why_not("api", {"GATEWAY_URL": url + "/"}) == ""
+    assert "at 127.0.0.1:1 does not" in asked.why_not("api", {"GATEWAY_URL": url, "GATEWAY_BIND": "127.0.0.1:1"})
+    assert "at 127.0.0.1:8400" in asked.why_not("api", {"GATEWAY_URL": "https://gateway.example:443"})
+    Pulse(tmp_path / "given", "worker").beat()
+    assert gateway("alive", "worker", "--data", str(tmp_path / "given")).code == 0
+    assert gateway("alive", "worker", "--data", str(tmp_path / "other")).code == 1
+
+
 def test_a_part_that_does_not_exist_is_a_wrong_word(gateway: Gateway) -> None:
     ran = gateway("alive", "redis")
     assert (ran.code, ran.out) == (2, "") and "'redis' is none" in ran.err

@@ -56,7 +56,9 @@ async def test_from_nothing_to_a_letter_and_back(world: World, run: Command) -> 
     listed = (await run("list")).out.splitlines()
     assert [line.split("  ")[3] for line in listed] == [second, first]
     assert all(line.endswith("big  runtime_failed: the runtime broke") for line in listed)
-    assert len(json.loads((await run("list", "--json", "--limit", "1")).out)) == 1
+    some = await run("list", "--json", "--limit", "1")
+    assert len(json.loads(some.out)) == 1 and some.err == "note: there are older ones; --limit shows more\n"
+    assert (await run("list", "--limit", "2")).err == ""
 
     shown = await run("show", first)
     assert "error   runtime_failed: the runtime broke\n" in shown.out and "ended   failed after 0 losses" in shown.out

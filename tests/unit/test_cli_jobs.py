@@ -72,6 +72,11 @@ async def test_hand_in_look_and_fetch(run: Command, prompt: Prompt, scene: Scene
     assert (await run("job", "list", "--state", "failed")).out == "no such jobs\n"
     assert [job["id"] for job in json.loads((await run("job", "list", "--json")).out)["data"]] == [job_id]
     (await run("job", "list", "--state", "gone")).complains(1, "state must be one of")
+    second = (await run("submit", "--model", "big", "-f", prompt("hello again"))).out.strip()
+    newest = await run("job", "list", "--limit", "1")
+    assert second in newest.out and newest.err.startswith("note: there are older ones;")
+    rest = await run("job", "list", "--limit", "1", "--after", newest.err.split("--after ")[1].split()[0])
+    assert job_id in rest.out and rest.err == ""
 
 
 async def test_wait_prints_the_answer_and_nothing_else(run: Command, prompt: Prompt) -> None:
