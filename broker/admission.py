@@ -140,8 +140,10 @@ async def _admit(
     refusals: dict[str, errors.Refused] = {}
     full_lanes: list[str] = []
     leaving = Leaving(active, job, body)
-    for lane in await _in_order(store, active, job, asked):
-        refusal = refuses(active, fleet, job, lane, may_leave=rights.remote)
+    found_lanes = await _in_order(store, active, job, asked)
+    surely = not somewhere_at_ease(active, fleet, job, found_lanes, may_leave=rights.remote)
+    for lane in found_lanes:
+        refusal = refuses(active, fleet, job, lane, may_leave=rights.remote, surely=surely)
         entering = job
         if refusal is None and lane.trust == "remote":
             entering, refusal = await leaving.by(lane)
@@ -228,12 +230,18 @@ class Leaving:
         return verdict.onto(self._job), door.refusal(lane, verdict.against) if verdict.against else None
 
 
+def somewhere_at_ease(active: Active, fleet: Fleet, job: JobRecord, lanes: list[Lane], *, may_leave: bool) -> bool:
+    """Whether some lane can take the job with room for its estimated prompt and its longest answer. Where none can, a
+    lane refuses only a prompt that surely is too long: the runtime may well have room for what it counts."""
+    return any(refuses(active, fleet, job, lane, may_leave=may_leave) is None for lane in lanes)
+
+
 def refuses(
-    active: Active, fleet: Fleet, job: JobRecord, lane: Lane, *, may_leave: bool = True
+    active: Active, fleet: Fleet, job: JobRecord, lane: Lane, *, may_leave: bool = True, surely: bool = False
 ) -> errors.Refused | None:
-    """Says why a lane cannot take the job at all, or None. Room is the script's to judge, and what a job holds that
-    would leave is `Leaving`'s."""
-    refusal = cannot_do(job, lane.model, active.policy.models[lane.model])
+    """Says why a lane cannot take the job at all, or None; `surely` as `cannot_do` has it. Room is the script's to
+    judge, and what a job holds that would leave is `Leaving`'s."""
+    refusal = cannot_do(job, lane.model, active.policy.models[lane.model], surely=surely)
     refusal = refusal or door.no_consent(job, lane, may_leave=may_leave)
     if refusal is not None:
         return refusal

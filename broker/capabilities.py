@@ -11,8 +11,14 @@ SPEAK_ANTHROPIC = frozenset({"ollama", "vllm"})
 EMBEDDING_ENDPOINTS = frozenset({"/v1/embeddings", "/api/embed", "/api/embeddings"})
 
 
-def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
-    """Says why the model of this name cannot do the job, or None: the kind of answer, the context."""
+SURE_SHARE = 0.75
+"""At least this share of the tokens that its bytes let one expect does a prompt have: 5 bytes a token may be, 6 are not."""
+
+
+def cannot_do(job: JobRecord, name: str, model: Model, *, surely: bool = False) -> errors.Refused | None:
+    """Says why the model of this name cannot do the job, or None: the kind of answer, the context. By what is to be
+    expected of the prompt, and with the longest answer that it asks for; `surely`: only what cannot be, since the
+    runtime counts the tokens, and ends an answer that has no more room."""
     wants_vectors = job.endpoint in EMBEDDING_ENDPOINTS
     if wants_vectors != model.embeddings:
         gives = "vectors and no text" if model.embeddings else "text and no vectors"
@@ -23,12 +29,16 @@ def cannot_do(job: JobRecord, name: str, model: Model) -> errors.Refused | None:
         )
     if "files" in job.needs.split() and model.backend not in SPEAK_ANTHROPIC:
         return errors.WrongEndpoint(f"{name} reads text and pictures, and no documents or files by their id")
-    need = (job.longest or job.tokens) + job.max_tokens
+    prompt = job.longest or job.tokens
+    need = int(prompt * SURE_SHARE) if surely else prompt + job.max_tokens
     if model.context_tokens is not None and need > model.context_tokens:
         what = "input" if wants_vectors else "prompt"
+        if surely:
+            return errors.ContextTooLong(
+                f"{what} (about {prompt} tokens) is too long: {name} has {model.context_tokens} tokens of context"
+            )
         answer = f" and answer ({job.max_tokens}) need" if job.max_tokens else " needs"
         return errors.ContextTooLong(
-            f"{what} (about {job.longest or job.tokens} tokens){answer} {need} tokens of context; "
-            f"{name} has {model.context_tokens}"
+            f"{what} (about {prompt} tokens){answer} {need} tokens of context; {name} has {model.context_tokens}"
         )
     return None

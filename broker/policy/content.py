@@ -233,7 +233,11 @@ class Model(Part):
     )
     memory_mb: int | None = Field(None, ge=1, le=100_000_000, description="Memory of the loaded model; else learned.")
     context_tokens: int | None = Field(
-        None, ge=1, le=100_000_000, description="The longest prompt plus answer of one generation."
+        None,
+        ge=1,
+        le=100_000_000,
+        description="The longest prompt plus answer of one generation. What may be longer goes to a fallback that has "
+        "room; where none has, only what surely is too long is refused.",
     )
     first_token_budget_ms: SomeMs = Field(8_000, description="Probes slower than this make the model degraded.")
     first_token_timeout_ms: SomeMs = Field(300_000, description="Longest wait for a first token on a warm model.")

@@ -51,13 +51,15 @@ async def explain(active: Active, fleet: Fleet, job: JobRecord, body: bytes, *, 
             content = await door.look_into(job, body, active.policy.remote)
         except CannotScan as why:
             cannot = str(why)
-    words = [_word(active, fleet, job, lane, content, cannot, may_leave=may_leave) for lane in lanes]
+    surely = not admission.somewhere_at_ease(active, fleet, job, lanes, may_leave=may_leave)
+    words = [_word(active, fleet, job, lane, content, cannot, may_leave=may_leave, surely=surely) for lane in lanes]
     return Explained(asked.name, tuple(words), _holds(content))
 
 
 def _word(
-    active: Active, fleet: Fleet, job: JobRecord, lane: Lane, content: Content | None, cannot: str, *, may_leave: bool
-) -> Word:
+    active: Active, fleet: Fleet, job: JobRecord, lane: Lane, content: Content | None, cannot: str, *,
+    may_leave: bool, surely: bool,
+) -> Word:  # fmt: skip
     refusals: list[errors.Refused] = []
     if lane.trust == "remote":
         if consent := door.no_consent(job, lane, may_leave=may_leave):
@@ -65,7 +67,7 @@ def _word(
         against = door.verdict(content, active, lane).against if content is not None else (cannot,)
         if against:
             refusals.append(door.refusal(lane, against))
-    other = admission.refuses(active, fleet, job, lane, may_leave=may_leave)
+    other = admission.refuses(active, fleet, job, lane, may_leave=may_leave, surely=surely)
     if other is not None and not isinstance(other, errors.TrustZoneRefused):
         refusals.append(other)
     if refusals:

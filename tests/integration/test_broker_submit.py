@@ -229,9 +229,9 @@ async def test_admission_spills_passes_over_and_says_why(world: World) -> None:
     await world.warm(small=1)
     assert await ask() == "small"
     async with world.refused(errors.ModelUnavailable):
-        await ask(tokens=101)
+        await ask(tokens=135)
     async with world.refused(errors.ContextTooLong):
-        await ask(tokens=101, asked="side")
+        await ask(tokens=135, asked="side")
     async with world.refused(errors.UnknownModel):
         await ask(asked="bigg")
     await world.warm("gpu2", boot="b2", far=1)
@@ -241,6 +241,26 @@ async def test_admission_spills_passes_over_and_says_why(world: World) -> None:
     await world.tell("gpu1", {"small": ModelOnHost(state="degraded", slots_total=1)})
     async with world.refused(errors.ModelUnavailable):
         await ask()
+    await world.healthy()
+
+
+async def test_what_may_fit_is_left_to_the_runtime_where_nothing_has_room_for_sure(world: World) -> None:
+    """An agent asks for the longest answer that there may be, and a prompt is estimated by its bytes: neither is what
+    the runtime counts. A model that has room for sure goes first, and what surely is too long is refused at once."""
+    tight = POLICY.replace("weights-big\n", "weights-big\n    contextTokens: 100\n")
+    await world.apply(tight)
+    await world.warm(big=1, small=1)
+
+    async def ask(**fields: int) -> str:
+        record = JobRecord(id=world.new_id(), asked="big", **fields)  # type: ignore[arg-type]
+        return (await admission.admit(world.store, world.book, world.fleet, record, b"{}")).lane
+
+    assert await ask(tokens=90, max_tokens=1000) == "small"
+    await world.apply(tight.replace("weights-small\n", "weights-small\n    contextTokens: 100\n"))
+    assert await ask(tokens=90, max_tokens=1000) == "big"
+    assert await ask(tokens=134) == "big"
+    async with world.refused(errors.ContextTooLong):
+        await ask(tokens=135)
     await world.healthy()
 
 

@@ -46,6 +46,16 @@ def test_what_a_model_cannot_do(
     assert type(found) is (refusal or type(None))
 
 
+@pytest.mark.parametrize(("tokens", "max_tokens", "fits"), [(90, 10_000, True), (134, 0, True), (135, 0, False)])
+def test_what_surely_is_too_long(tokens: int, max_tokens: int, fits: bool) -> None:
+    """No answer has to be as long as it may be, and a prompt has three quarters of its estimate at least."""
+    found = cannot_do(
+        JobRecord(id="j", tokens=tokens, max_tokens=max_tokens), "m", model(contextTokens=100), surely=True
+    )
+    assert (found is None) is fits
+    assert fits or str(found) == f"prompt (about {tokens} tokens) is too long: m has 100 tokens of context"
+
+
 def test_a_refusal_says_what_would_help() -> None:
     long = cannot_do(JobRecord(id="j", tokens=90, max_tokens=20), "m", model(contextTokens=100))
     assert str(long) == "prompt (about 90 tokens) and answer (20) need 110 tokens of context; m has 100"
