@@ -49,10 +49,18 @@ async def ask(method: str, path: str, body: dict[str, Any] | None = None) -> dic
         sentence = error.get("message") if isinstance(error, dict) else None
         if not isinstance(sentence, str):
             sentence = f"{url} says {response.status_code}."
-        raise Failed(sentence, of_status(response.status_code))
+        raise Failed(with_remedy(sentence, response.status_code), of_status(response.status_code))
     if not isinstance(told, dict):
         raise no_gateway()
     return told
+
+
+def with_remedy(sentence: str, status: int) -> str:
+    """A refusal in the gateway's words, with what whoever types a command can do about it."""
+    if status != 401:
+        return sentence
+    holds_one = os.environ.get("GATEWAY_KEY", "").strip()
+    return f"{sentence} ({'it' if holds_one else 'a command sends what'} stands in GATEWAY_KEY)"
 
 
 def snapshot_of(told: dict[str, Any]) -> Snapshot:

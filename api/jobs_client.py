@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import httpx
 
-from api.client import connect, gateway_url, no_gateway, part, unreachable
+from api.client import connect, gateway_url, no_gateway, part, unreachable, with_remedy
 
 POLL_S: Final = 30
 """How long one look waits at the gateway for the job's end."""
@@ -202,7 +202,7 @@ def _refusal(response: httpx.Response, told: Any) -> Exception:
         return Busy(sentence, float(after) if re.fullmatch(r"\d{1,9}", after) else 1.0)
     if not code_of(told):  # a proxy that finds no gateway behind it, or somebody else's server
         return Away(sentence) if response.status_code >= 500 else no_gateway()
-    return Refusal(response.status_code, code_of(told), sentence, told)
+    return Refusal(response.status_code, code_of(told), with_remedy(sentence, response.status_code), told)
 
 
 def _json(response: httpx.Response) -> Any:

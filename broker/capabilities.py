@@ -12,7 +12,7 @@ EMBEDDING_ENDPOINTS = frozenset({"/v1/embeddings", "/api/embed", "/api/embedding
 
 
 SURE_SHARE = 0.75
-"""At least this share of the tokens that its bytes let one expect does a prompt have: 5 bytes a token may be, 6 are not."""
+"""A prompt has at least this share of the tokens that its bytes let one expect: 5 bytes a token may be, 6 are not."""
 
 
 def cannot_do(job: JobRecord, name: str, model: Model, *, surely: bool = False) -> errors.Refused | None:

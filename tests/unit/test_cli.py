@@ -213,7 +213,7 @@ async def test_a_client_sees_status_models_and_its_jobs(
 ) -> None:
     """The commands of a teammate's machine, with a key."""
     monkeypatch.setenv("GATEWAY_URL", running.url)
-    (await asyncio.to_thread(gateway, "status")).complains(1, "needs a key")
+    (await asyncio.to_thread(gateway, "status")).complains(1, "needs a key", "what stands in GATEWAY_KEY")
     monkeypatch.setenv("GATEWAY_KEY", "secret")
     status = await asyncio.to_thread(gateway, "status")
     assert status.out.splitlines() == [

@@ -38,7 +38,8 @@ async def test_from_no_key_to_one_that_is_gone(run: Command, monkeypatch: pytest
     assert boss.code == 0 and boss.out.startswith("wl_") and boss.out.count("\n") == 1
     assert boss.err == "This is the key of boss; it is shown this once.\n"
     (await run("key", "list")).complains(1, "this gateway needs a key")
-
+    monkeypatch.setenv("GATEWAY_KEY", "wl_another")
+    (await run("key", "list")).complains(1, "not one of this gateway's (it stands in GATEWAY_KEY)")
     monkeypatch.setenv("GATEWAY_KEY", boss.out.strip())
     made = await run(
         "key", "new", "bot", "--lanes", "fast-edit, small", "--priority", "batch", "--expires", "90d", "--json"
