@@ -165,8 +165,8 @@ class Attempt:
             log.error("event=lost_redis job=%s attempt=%d reason=%s", self.job.id, self.held.attempt, e)
             return "stopped", False
         except errors.BrokerError as e:
-            # of what is refused the runtime cannot do what is asked, and was not asked
-            return await self._fail(e), isinstance(e, errors.Refused)
+            # what is refused cannot be done: the runtime was not asked, or it has read the request and said so
+            return await self._fail(e), isinstance(e, errors.Refused | errors.RuntimeRefused)
         return "done", False
 
     async def _stream(self) -> None:
@@ -357,6 +357,8 @@ class Attempt:
             return errors.RuntimeFailed(f"the runtime does not have the model now: {words}")
         if status in errors.RuntimeRefused.STATUSES:
             return errors.RuntimeRefused(words, status=status)
+        if status == 500 and complaint.of_the_request:
+            return errors.RuntimeRefused(words)
         when = f" (try again in {retry_after[:40]} s)" if retry_after.isdigit() else ""
         retryable = status in (408, 425, 500, 502, 504, *BUSY)
         return errors.RuntimeFailed(f"the runtime answered {status}: {words}{when}", retryable=retryable)

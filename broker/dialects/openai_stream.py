@@ -20,6 +20,9 @@ _FAILED_REASONS = frozenset({"error", "abort"})  # the runtime broke off, whatev
 _GONE = re.compile(
     r"\bmodel ['\"`][^'\"`\s]{1,256}['\"`] (not found|does not exist)|\bmodel is not (found|loaded)", re.IGNORECASE
 )
+_REQUEST_TO_BLAME = re.compile(
+    r"^(image|audio|video) input is not supported|^Failed to parse \w+: |\bJinja Exception: "
+)
 _find_null = re.compile(rb'"finish_reason"\s*:\s*null').search
 _find_model = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"').search
 
@@ -42,6 +45,12 @@ class RuntimeComplaint:
             or "too large to process" in self.message  # llama-server's 500 for an input beyond its batch
             or "input length exceeds" in self.message  # Ollama's, for an embedding
         )
+
+    @property
+    def of_the_request(self) -> bool:
+        """Whether the request is to blame, whatever the status: llama-server answers 500 to pictures for a model that
+        cannot see, and to messages, tools or a template's objections that it finds while it writes the prompt."""
+        return _REQUEST_TO_BLAME.search(self.message) is not None
 
     @property
     def model_gone(self) -> bool:

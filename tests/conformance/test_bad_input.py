@@ -187,7 +187,7 @@ async def test_a_refused_request_leaves_nothing(shared_house: House) -> None:
         (400, "invalid_request", json.dumps({"model": "pretend"}).encode(), {}),
         (400, "invalid_request", json.dumps({**chat, "max_tokens": "many"}).encode(), {}),
         (400, "invalid_request", json.dumps(chat).encode(), {"idempotency-key": "k" * 300}),
-        (400, "context_length_exceeded", json.dumps({**chat, "model": "tiny", "max_tokens": 5000}).encode(), {}),
+        (400, "context_length_exceeded", json.dumps({"model": "tiny", "messages": user("word " * 5000)}).encode(), {}),
         (413, "body_too_large", b" " * 50_000_000, {}),
         (503, "model_unavailable", json.dumps({**chat, "model": "gone"}).encode(), {"idempotency-key": "k"}),
     ]

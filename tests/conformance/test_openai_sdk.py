@@ -130,6 +130,18 @@ def test_an_unknown_model_is_not_found(shared_house: House) -> None:
     assert len(attempts) == 1
 
 
+def test_what_a_model_cannot_see_is_refused_once(shared_house: House) -> None:
+    """llama-server says 500 to a picture; an SDK would ask again, and the gateway too."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    with sdk(shared_house.url) as client:
+        for content in ([picture], [{"type": "text"}]):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])  # type: ignore[typeddict-item]
+            assert caught.value.code == "runtime_refused"
+            job = httpx.get(f"{shared_house.url}/v1/jobs/{caught.value.response.headers['x-gateway-job']}").json()
+            assert (job["state"], job["attempt"]) == ("failed", 1)
+
+
 def test_a_malformed_request_is_a_bad_one(shared_house: House) -> None:
     with sdk(shared_house.url) as client:
         with pytest.raises(openai.BadRequestError) as caught:

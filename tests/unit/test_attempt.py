@@ -211,6 +211,22 @@ async def test_what_the_runtime_refuses_is_not_tried_again(
     assert len(bench.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj",
+        "Failed to parse messages: Missing 'role' in message: {}",
+        "While executing CallExpression at line 4: Error: Jinja Exception: roles must alternate",
+    ],
+)
+async def test_llama_servers_500_for_a_wrong_request_is_not_tried_again(bench: Bench, words: str) -> None:
+    """Three more tries would end the same way, and each has everybody's next request wait for a probe."""
+    ended = await bench.run(refuses(500, words, "server_error"))
+    assert (ended.outcome, ended.clean, ended.suspect) == ("failed", True, False)
+    told = await bench.said()
+    assert (told["code"], told["status"], told["message"]) == ("runtime_refused", 400, words)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 async def test_what_the_runtime_could_not_do_now_goes_back_until_it_is_too_often(bench: Bench, status: int) -> None:
     ended = await bench.run(refuses(status))
