@@ -1,7 +1,7 @@
 """A job's story out of what its record and the logs of all parts tell, in the order of time. Pure."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from api.inspect_text import instant, table
@@ -47,6 +47,8 @@ def gather(job_id: str, lines: Iterable[Line], story: Story | None) -> list[Entr
     entries = [Entry(line.at_ms, line.part, line.event, _told(line), line.more) for line in own] + steps
     if not entries:
         return []
+    first_ms = min(entry.at_ms for entry in entries)  # an api may write its line after a worker that was quick
+    entries = [replace(entry, at_ms=first_ms) if entry.event == "submit" else entry for entry in entries]
     begin, end = min(e.at_ms for e in entries), max(e.at_ms for e in entries)
     if story is not None:
         begin = min(begin, story.job.submitted_at)
@@ -58,7 +60,7 @@ def gather(job_id: str, lines: Iterable[Line], story: Story | None) -> list[Entr
         of_model = line.fields.get("model") in models and line.level != "DEBUG"
         if not line.job and begin <= line.at_ms <= end and (of_model or line.event == PART_ENDED):
             entries.append(Entry(line.at_ms, line.part, line.event, _told(line), line.more, around=True))
-    return sorted(entries, key=lambda entry: entry.at_ms)
+    return sorted(entries, key=lambda entry: (entry.at_ms, entry.event != "submit"))
 
 
 def as_json(job_id: str, entries: list[Entry], story: Story | None) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def test_what_all_parts_said_stands_in_the_order_of_time() -> None:
     assert "OTHER" not in text and "forged" not in text
 
 
+def test_nothing_of_a_job_was_before_its_submit() -> None:
+    """A worker that is quick writes its line before the api has written its own."""
+    api = f"{at(2.2)} INFO warmlane.lanes event=submit job={JOB} state=queued lane=big caller=ann tokens=9\n"
+    told = job_log.gather(JOB, [*lines(WORKER, "worker"), *lines(api, "api")], None)
+    assert [e.event for e in told if not e.around] == ["submit", "claim", "unexpected"]
+    assert told[0].at_ms == told[1].at_ms
+
+
 def test_lines_alone_tell_a_story_when_the_record_is_gone() -> None:
     told = job_log.gather(JOB, [*lines(WORKER, "worker"), *lines(API, "api")], None)
     assert [e.event for e in told] == ["submit", "model_state", "warm", "claim", "unexpected"]

@@ -14,7 +14,7 @@ import pytest
 from workers.runtimes.process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAT = "/v1/chat/completions"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BOUND_S = 5.0
 
 
@@ -111,6 +111,20 @@ async def test_the_role_comes_before_the_first_token_and_usage_only_when_asked()
         assert token["choices"][0]["delta"] == {"content": "simulated"}
         assert finish["choices"][0]["finish_reason"] == "length"
         assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 1
+
+
+async def test_a_text_is_gone_on_with_in_the_shape_of_completions() -> None:
+    async with served() as server:
+        asked = {"model": "pretend", "prompt": "def add(a, b):", "max_tokens": 3}
+        whole = (await server.client.post(COMPLETIONS, json=asked)).json()
+        assert whole["object"] == "text_completion" and whole["usage"]["completion_tokens"] == 3
+        assert whole["choices"] == [{"index": 0, "text": "simulated 1 2", "finish_reason": "length"}]
+        async with server.client.stream("POST", COMPLETIONS, json=asked | {"stream": True}) as answer:
+            chunks = [chunk async for chunk in _chunks(answer)]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "simulated 1 2"
+        assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+        refused = await server.client.post(COMPLETIONS, json=asked | {"prompt": ["a", "b"]})
+        assert refused.status_code == 400 and "one 'prompt'" in refused.text
 
 
 async def test_everything_but_the_controls_is_503_while_it_loads() -> None:

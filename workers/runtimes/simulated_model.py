@@ -154,6 +154,7 @@ class Generation:
     cache_prompt: bool
     slot: int | None
     begun: str = ""  # how the answer begins that is to be gone on with
+    of_text: bool = False  # it goes on with a text, and answers no chat
     step: str = "waiting"
     tokens: int = 0
     cached_tokens: int = 0

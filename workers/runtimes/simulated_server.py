@@ -103,6 +103,8 @@ class SimulatedServer:
         match exchange.method, exchange.path:
             case "POST", "/v1/chat/completions":
                 await self._chat(exchange)
+            case "POST", "/v1/completions":
+                await self._chat(exchange, of_text=True)
             case "POST", "/v1/embeddings":
                 await self._embed(exchange)
             case "GET", "/health":
@@ -136,9 +138,9 @@ class SimulatedServer:
         seen["loaded_share"] = round(min(1.0, share), 3)
         return {"loads": self.loads, "memory_mb": self.settings.memory_mb, **seen, **slots}
 
-    async def _chat(self, exchange: Exchange) -> None:
+    async def _chat(self, exchange: Exchange, *, of_text: bool = False) -> None:
         try:
-            generation = self._read(exchange)
+            generation = self._read(exchange, of_text=of_text)
         except ValueError as error:
             await exchange.answer(_error(400, str(error), "invalid_request_error"), status=400)
             return
@@ -223,22 +225,24 @@ class SimulatedServer:
             stats.prompt_tokens += generation.prompt_tokens
             stats.cached_tokens += generation.cached_tokens
 
-    def _read(self, exchange: Exchange) -> Generation:
-        """Reads what we need of a chat request and leaves the rest alone, as a runtime does with unknown options."""
+    def _read(self, exchange: Exchange, *, of_text: bool) -> Generation:
+        """Reads what we need of a request and leaves the rest alone, as a runtime does with unknown options. `of_text`:
+        it asks to go on with a text, and not for the next message of a chat."""
         body = exchange.json()
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-            raise ValueError("'messages' must be a list")
+        asked = body.get("prompt" if of_text else "messages") if isinstance(body, dict) else None
+        if not isinstance(asked, str if of_text else list):
+            raise ValueError("a simulated model takes one 'prompt', a text" if of_text else "'messages' must be a list")
         limit = body.get("max_completion_tokens", body.get("max_tokens"))
         if limit is None:
             limit = -1
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < -1:
             raise ValueError("'max_tokens' must be a whole number")
-        slot, begun = body.get("id_slot"), _begun(body)
+        slot, begun = body.get("id_slot"), "" if of_text else _begun(body)
         left = max(0, self.settings.answer_tokens - len(begun.split()))
         return Generation(
             number=self.stats.requests_started + 1,
             model=str(body.get("model") or self.settings.model),
-            prompt=json.dumps(body["messages"], separators=(",", ":")),
+            prompt=json.dumps(asked, separators=(",", ":")),
             limit=left if limit == -1 else limit,
             finish_reason="stop" if limit == -1 else "length",
             stream=bool(body.get("stream")),
@@ -246,6 +250,7 @@ class SimulatedServer:
             cache_prompt=body.get("cache_prompt", True) is not False,
             slot=slot if isinstance(slot, int) and 0 <= slot < self.settings.parallel else None,
             begun=begun,
+            of_text=of_text,
         )
 
     async def _fails_at_once(self, exchange: Exchange, faults: Faults) -> bool:
@@ -272,8 +277,9 @@ class SimulatedServer:
 
     async def _stream(self, exchange: Exchange, generation: Generation, pieces: AsyncIterator[str]) -> None:
         await exchange.begin("text/event-stream")
-        # As llama-server: the role comes when the slot starts, before any work; it is no first token.
-        await exchange.write(_event(_chunk(generation, {"role": "assistant", "content": None})))
+        if not generation.of_text:
+            # As llama-server: the role comes when the slot starts, before any work; it is no first token.
+            await exchange.write(_event(_chunk(generation, {"role": "assistant", "content": None})))
         try:
             async for piece in pieces:
                 await exchange.write(_event(_chunk(generation, {"content": piece})))
@@ -298,8 +304,8 @@ class SimulatedServer:
         except (SilentEnd, ErrorInStream):
             await exchange.answer(_error(500, "simulated fault", "server_error"), status=500)
             return
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": generation.finish_reason}
+        said = {"text": text} if generation.of_text else {"message": {"role": "assistant", "content": text}}
+        choice = {"index": 0, **said, "finish_reason": generation.finish_reason}
         figures = {"usage": _usage(generation), "timings": _timings(generation)}
         await exchange.answer(_envelope(generation, "chat.completion", [choice]) | figures)
 
@@ -314,12 +320,14 @@ def _begun(body: dict[str, Any]) -> str:
 
 
 def _chunk(generation: Generation, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    said = {"text": delta.get("content", "")} if generation.of_text else {"delta": delta}
+    choice = {"index": 0, **said, "finish_reason": finish_reason}
     return _envelope(generation, "chat.completion.chunk", [choice])
 
 
 def _envelope(generation: Generation, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    name = f"chatcmpl-simulated-{generation.number}"
+    name = f"{'cmpl' if generation.of_text else 'chatcmpl'}-simulated-{generation.number}"
+    kind = "text_completion" if generation.of_text else kind
     return {"id": name, "object": kind, "created": 0, "model": generation.model, "choices": choices}
 
 
