@@ -54,11 +54,17 @@ def model_named(active: Active, name: str) -> str:
 
 
 async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
-    """Wants a model for one whole wake and a minute more; raises WishRefused while it is quarantined."""
+    """Wants a model for one whole wake and a minute more; raises WishRefused while it is quarantined, and where none of
+    its hosts takes new work: it would be loaded as soon as one does, when nobody thinks of it any more."""
     picture = await fleet.look()
-    facts = picture.facts.get(model, ModelFacts())
+    facts, on_host = picture.facts.get(model, ModelFacts()), picture.on_host.get(model, {})
     left_ms = facts.quarantined_until - picture.at_ms
-    if left_ms > 0 and not any(m.state in RESIDENT for m in picture.on_host.get(model, {}).values()):
+    is_there = any(m.state in RESIDENT for m in on_host.values())
+    draining = [name for name in on_host if name in picture.hosts and picture.hosts[name].draining]
+    if draining and len(draining) == len(on_host) and not is_there:
+        undrain = " or ".join(f"`gateway undrain {host}`" for host in draining)
+        raise errors.WishRefused(f"{model} stays cold, because no host that serves it takes new work: {undrain}")
+    if left_ms > 0 and not is_there:
         words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {without_name(model, facts.failure)}"
         raise errors.WishRefused(f"{words}; `gateway model reset {model}` has it tried now")
     definition = active.models()[model]

@@ -194,7 +194,10 @@ async def test_a_drained_host_finishes_what_runs_and_claims_no_more(world: World
     assert (await waiting.record()).state is State.QUEUED
     with pytest.raises(errors.ModelUnavailable, match="no host that serves it takes new work"):
         await world.submit("big")
-    await operator.warm(world.store, world.book.active, world.fleet, "cold")
+    with pytest.raises(errors.WishRefused, match="stays cold, because no host"):
+        await operator.warm(world.store, world.book.active, world.fleet, "cold")
+    wanted_until = await world.store.now_ms() + 60_000  # by a request that came before
+    await world.store.command("HSET", world.store.keys.model("cold"), "wanted_until", wanted_until)
     await _steps(host, "cold")
     assert host.residents.wakers["cold"].state == "cold"
     await operator.drain(world.store, world.fleet, "gpu1", drained=False)

@@ -166,6 +166,7 @@ async def test_warm_says_that_all_hosts_are_set_aside(scene: Scene) -> None:
     await scene.beat(draining=True, big=ModelOnHost(reason="unloaded by hand"))
     ran = await scene.run("model", "warm", "big")
     ran.complains(1, "big stays cold, because no host that serves it takes new work: `gateway undrain gpu1`")
+    assert not await scene.wanted(), "it would be loaded when nobody thinks of it any more"
     await scene.beat(draining=True, big=WARM)
     assert (await scene.run("model", "warm", "big")).code == 0
 
