@@ -29,7 +29,7 @@ async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, 
     """What is written of a job that has ended."""
     if state is State.CANCELLED and batch.ending == "cancelled":
         return Written("")
-    if state is State.EXPIRED or (state is State.CANCELLED and batch.ending == "expired"):
+    if await _ran_out_of_time(store, batch, state):
         return late(job_id, custom_id)
     try:
         parts, last = await kept.answer_of(store, job_id)
@@ -41,6 +41,13 @@ async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, 
         return Written("error", unanswered(job_id, custom_id, code=code, message=words, status=status))
     except errors.RuntimeFailed as failed:
         return wrong(job_id, custom_id, failed)
+
+
+async def _ran_out_of_time(store: Store, batch: BatchRecord, state: State) -> bool:
+    """Whether the end of the batch's time ended the job. One may expire before that, where its model does not load."""
+    if state is State.EXPIRED:
+        return batch.expires_at <= await store.now_ms()
+    return state is State.CANCELLED and batch.ending == "expired"
 
 
 def wrong(job_id: str, custom_id: str, error: errors.BrokerError) -> Written:

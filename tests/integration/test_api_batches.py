@@ -11,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from broker import batches, files, jobs
+from broker import batches, errors, files, jobs, lanes
 from broker.callers import Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
@@ -431,6 +431,28 @@ async def test_what_has_no_answer_in_time_is_told_so(scene: Scene, client_of: Cl
     codes = [one["error"]["code"] for one in errors.values()]
     assert codes.count("batch_expired") == 99 and codes.count("invalid_json_line") == 1
     assert not [job for job in (await take(scene.store)).jobs.values() if job.live]
+
+
+async def test_a_line_that_was_given_up_on_before_its_batchs_time_was_over_is_told_why(
+    scene: Scene, client_of: Clients
+) -> None:
+    """Its job is gone after a minute: nowhere else would anybody learn that the model does not load."""
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}", said="wait") for n in range(3))))
+    async with rounds(scene.store):
+
+        async def the_third_waits() -> Any:
+            return await scene.store.command("EXISTS", scene.store.keys.job(batches.job_id_of(batch.id, 3)))
+
+        await until_true(the_third_waits, what="there is no slot for the third")
+        why = errors.ColdStartDeadline("big does not load, and is not tried again in time: the GGUF is broken")
+        job = await jobs.read(scene.store, batches.job_id_of(batch.id, 3))
+        await lanes.expire(scene.store, job, why, early=True)
+        scene.go.set()
+        over = await ended(client, batch.id)
+    assert (over.status, over.request_counts.completed, over.request_counts.failed) == ("completed", 2, 1)
+    (told,) = (await lines_of(client, over.error_file_id)).values()
+    assert (told["error"]["code"], told["error"]["message"]) == (why.code, str(why))
 
 
 async def test_a_batch_ends_with_the_key_of_its_caller(keyed: Scene, client_of: Clients) -> None:
