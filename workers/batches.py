@@ -31,6 +31,7 @@ log = logging.getLogger("warmlane.batches")
 WINDOW = 32
 """Lines of one batch that are worked off at once."""
 WINDOW_OF_CALLER = 128
+"""Lines of all batches of a caller that wait or run. Those that no lane takes do neither: that may be so for days."""
 REFILL_BELOW = 24
 """A window is filled up once it holds fewer: reading on costs a part of the file each time."""
 
@@ -90,25 +91,37 @@ class Expander:
         self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         now, moved = await self._store.now_ms(), False
         windows = {batch.id: await batches.window(self._store, batch.id) for batch in live}
+        states = {batch.id: await self._states(batch.id, windows[batch.id]) for batch in live}
         held: dict[str, int] = {}
         for batch in live:
-            held[batch.caller] = held.get(batch.caller, 0) + len(windows[batch.id])
+            at_work = sum(bool(state) and state not in ENDED for state in states[batch.id].values())
+            held[batch.caller] = held.get(batch.caller, 0) + at_work
         loop = asyncio.get_running_loop()
         for batch in sorted(live, key=lambda batch: (batch.id <= self._last, batch.id)):
             if loop.time() > until:
                 return True
             self._last = batch.id
-            step = _Step(self, batch, windows[batch.id], now=now, room=WINDOW_OF_CALLER - held[batch.caller])
+            room = WINDOW_OF_CALLER - held[batch.caller]
+            step = _Step(self, batch, windows[batch.id], states[batch.id], now=now, room=room)
             try:
                 moved |= await step.make()
-                held[batch.caller] += step.taken
             except (errors.Moved, errors.AlreadyEnded, errors.NoSuchBatch):
                 pass  # somebody else is at it
             except errors.BrokerUnavailable:
                 raise
             except Exception:  # one batch that nobody can read must not keep the others from theirs
                 log.exception("event=batch_failed batch=%s", batch.id)
+            finally:
+                held[batch.caller] += room - step.room
         return moved
+
+    async def _states(self, batch_id: str, window: Sequence[Working]) -> dict[int, str]:
+        """How the jobs of a window's lines do, as Redis has it; "" = the line has not been asked for."""
+        store = self._store
+        told = await asyncio.gather(
+            *(store.command("HGET", store.keys.job(job_id_of(batch_id, one.number)), "state") for one in window)
+        )
+        return {one.number: (state or b"").decode() for one, state in zip(window, told, strict=True)}
 
     def caller_of(self, batch: BatchRecord) -> Caller | None:
         """Whose it is, with the rights of this moment; None for one whose key was taken away. A key of the environment
@@ -164,15 +177,24 @@ class Expander:
 class _Step:
     """What is done for one batch in one go."""
 
-    def __init__(self, expander: Expander, batch: BatchRecord, window: list[Working], *, now: int, room: int) -> None:
+    def __init__(
+        self,
+        expander: Expander,
+        batch: BatchRecord,
+        window: list[Working],
+        states: dict[int, str],
+        *,
+        now: int,
+        room: int,
+    ) -> None:
         self._expander = expander
         self._store = expander.store
         self._batch = batch
         self._window = window
+        self._states = states
         self._now = now
-        self._room = room
-        self.taken = 0
-        """Lines that came into the window."""
+        self.room = room
+        """How many lines more its caller's batches may have asked for; those that it takes now are to be asked for."""
 
     async def make(self) -> bool:
         """Makes it; False if there was nothing to do. Raises Moved, AlreadyEnded, NoSuchBatch."""
@@ -181,23 +203,23 @@ class _Step:
         if not batch.ending and (caller is None or batch.expires_at <= self._now):
             await batches.stop(store, batch.id, "cancelled" if caller is None else "expired")
             return True
-        if not batch.ending and not self._window and self._room <= 0:
+        if not batch.ending and not self._window and self.room <= 0:
             return False  # its caller's other batches have all that they may have together
         record = await self._input()
         if record is None:
             return True
-        states = await self._states()
-        collected = await self._collect(states)
-        left = [one for one in self._window if states[one.number] not in ENDED]
+        collected = await self._collect()
+        left = [one for one in self._window if self._states[one.number] not in ENDED]
         if batch.ending or caller is None:
-            return await self._wind_down(record, left, states) or collected
+            return await self._wind_down(record, left) or collected
         if collected:
             self._expander.rests_no_more(batch)
-        asked = await self._ask(record, [one for one in left if states[one.number] is None], caller)
-        if not batch.read_all and len(left) < REFILL_BELOW and self._room > 0:
-            told = await next_lines(store, batch, record, most=min(self._room, WINDOW - len(left)))
+        unasked = [one for one in left if not self._states[one.number]]
+        asked = await self._ask(record, unasked[: max(0, self.room)], caller)
+        if not batch.read_all and len(left) < REFILL_BELOW and self.room > 0:
+            told = await next_lines(store, batch, record, most=min(self.room, WINDOW - len(left)))
             await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
-            self.taken = sum(not one.line.code for one in told.lines)
+            self.room -= sum(not one.line.code for one in told.lines)
             return True
         if batch.read_all and not left:
             await self._end("completed")
@@ -222,23 +244,14 @@ class _Step:
         log.info("event=batch_ended batch=%s state=failed code=%s", batch.id, why[0]["code"])
         return None
 
-    async def _states(self) -> dict[int, State | None]:
-        """How the jobs of the window's lines do; None = the line has not been asked for."""
-        store, batch = self._store, self._batch
-        told = await asyncio.gather(
-            *(store.command("HGET", store.keys.job(job_id_of(batch.id, one.number)), "state") for one in self._window)
-        )
-        states = (State(state.decode()) if state is not None else None for state in told)
-        return dict(zip((one.number for one in self._window), states, strict=True))
-
-    async def _collect(self, states: dict[int, State | None]) -> bool:
+    async def _collect(self) -> bool:
         done = False
         for one in self._window:
-            state = states[one.number]
-            if state in ENDED and state is not None:
+            state = self._states[one.number]
+            if state in ENDED:
                 job_id = job_id_of(self._batch.id, one.number)
                 await self._note(
-                    one, await batch_answers.of_job(self._store, self._batch, job_id, one.custom_id, state)
+                    one, await batch_answers.of_job(self._store, self._batch, job_id, one.custom_id, State(state))
                 )
                 done = True
         return done
@@ -258,6 +271,7 @@ class _Step:
                 if line is None:
                     raise errors.NoSuchFile(record.id)
                 await expander.admit(batch, line, caller, now=self._now)
+                self.room -= 1
             except LATER as refusal:
                 expander.rest(batch, refusal)
                 return asked
@@ -266,12 +280,12 @@ class _Step:
             asked = True
         return asked
 
-    async def _wind_down(self, record: FileRecord, left: list[Working], states: dict[int, State | None]) -> bool:
+    async def _wind_down(self, record: FileRecord, left: list[Working]) -> bool:
         """Ends what is under way; what nobody asked for is not asked for any more."""
         batch, store = self._batch, self._store
         for one in left:
             job_id = job_id_of(batch.id, one.number)
-            if states[one.number] is not None:
+            if self._states[one.number]:
                 await self._cancel(job_id)
             elif batch.ending == "expired":
                 await self._note(one, batch_answers.late(job_id, one.custom_id))

@@ -228,6 +228,30 @@ async def test_a_caller_has_so_many_lines_at_once_over_all_its_batches(scene: Sc
         assert sum(windows) == WINDOW_OF_CALLER
 
 
+async def test_batches_that_cannot_go_on_hold_no_other_of_their_caller_up(scene: Scene, client_of: Clients) -> None:
+    """Their model may be away for days. Once it is back, all of them together ask for no more than before."""
+    client = client_of(scene)
+    await scene.beat(hasty="quarantined")
+    content = jsonl(*(line(f"r{n}", said="wait", model="hasty") for n in range(WINDOW)))
+    stuck = [(await begin(client, content)).id for _ in range(WINDOW_OF_CALLER // WINDOW + 1)]
+    other = await begin(client, jsonl(*(line(f"r{n}", model="small") for n in range(40))))
+    async with rounds(scene.store):
+        assert (await ended(client, other.id)).request_counts.completed == 40
+    book = PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+
+    async def asked_for() -> int:
+        await expander.advance(await batches.live(scene.store))
+        return sum(job.live for job in (await take(scene.store)).jobs.values())
+
+    assert await asked_for() == 0
+    assert [len(await batches.window(scene.store, one)) for one in stuck] == [WINDOW] * len(stuck)
+    await scene.beat()
+    expander = Expander(scene.store, book)  # none rests
+    assert [await asked_for() for _ in range(2)] == [WINDOW_OF_CALLER] * 2
+
+
 async def test_a_list_of_batches_goes_on_behind_those_that_are_kept_no_more(scene: Scene, client_of: Clients) -> None:
     client = client_of(scene)
     made = [(await begin(client, jsonl(line("a")))).id for _ in range(6)]
