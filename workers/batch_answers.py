@@ -12,7 +12,7 @@ from broker.lifecycle import State
 from broker.records import BatchRecord
 from broker.store import Store
 from broker.whole import FOLDS
-from workers.batch_reading import EXPIRED, LARGE_BYTES
+from workers.batch_reading import LARGE_BYTES, expired
 
 log = logging.getLogger("warmlane.batches")
 
@@ -30,7 +30,7 @@ async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, 
     if state is State.CANCELLED and batch.ending == "cancelled":
         return Written("")
     if await _ran_out_of_time(store, batch, state):
-        return late(job_id, custom_id)
+        return late(batch, job_id, custom_id)
     try:
         parts, last = await kept.answer_of(store, job_id)
         if state is State.DONE and parts:
@@ -55,9 +55,9 @@ def wrong(job_id: str, custom_id: str, error: errors.BrokerError) -> Written:
     return Written("error", unanswered(job_id, custom_id, code=error.code, message=str(error)))
 
 
-def late(job_id: str, custom_id: str) -> Written:
+def late(batch: BatchRecord, job_id: str, custom_id: str) -> Written:
     """What is written of a request for which there was no time left."""
-    code, message = EXPIRED
+    code, message = expired(batch)
     return Written("error", unanswered(job_id, custom_id, code=code, message=message))
 
 

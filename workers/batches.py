@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from broker import admission, batches, errors, files, jobs, requests
@@ -52,6 +53,9 @@ LATER = (
 )
 """What says nothing against a line: it is asked for again."""
 
+USUAL = errors.LaneFull, errors.CallerShare, errors.CallerLimit
+"""Of these no batch tells: its lines are more than a lane has places, and go as those before them do."""
+
 
 class Expander:
     """Advances every batch of a gateway."""
@@ -87,6 +91,7 @@ class Expander:
         nothing to do. The next time begins behind the last one: a round that is cut off must not always end at the same
         batch."""
         await self._keys.reload()
+        await self._book.reload()  # who made one of them may have put its model into the policy a moment before
         await self._fleet.look_again(older_than_s=PICTURE_S)
         self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         now, moved = await self._store.now_ms(), False
@@ -145,8 +150,29 @@ class Expander:
         self._resting.pop(batch.id, None)
 
     async def admit(self, batch: BatchRecord, line: Line, caller: Caller, *, now: int) -> None:
-        """Makes the line a job, or finds that it is one already; raises Refused."""
+        """Makes the line a job, or finds that it is one already; raises Refused. What the policy does not know any more
+        is unavailable: the line was right when its batch was made, and a policy may be rolled back."""
         asked = requests.ENDPOINTS[batch.endpoint].read(line.body)
+        try:
+            await self._admit(batch, line, asked, caller, now=now)
+        except errors.UnknownModel as unknown:
+            if not await self._was_known(batch, asked, caller):
+                raise
+            shown = unknown.asked[: errors.NAME_SHOWN]
+            words = f"{shown!r} has left the policy since the batch was made, and its lines wait for it to come back"
+            raise errors.ModelUnavailable(f"{words}: {unknown}") from None
+
+    async def _was_known(self, batch: BatchRecord, asked: requests.Asked, caller: Caller) -> bool:
+        """Whether a policy that was in force since the batch was made led this caller to a lane."""
+        tokens = asked.longest or asked.tokens
+        for policy in await self._book.since(batch.created_at):
+            name = requests.name_of(batch.endpoint, asked, policy, lane=batch.lane)
+            with suppress(errors.UnknownModel, errors.LaneForbidden):
+                requests.lane_of(policy, caller, name, endpoint=batch.endpoint, prompt_tokens=tokens)
+                return True
+        return False
+
+    async def _admit(self, batch: BatchRecord, line: Line, asked: requests.Asked, caller: Caller, *, now: int) -> None:
         leave = {"true": True, "false": False}.get(batch.leave)
         active, left_ms = self._book.active, max(1, batch.expires_at - now)
         job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
@@ -261,24 +287,35 @@ class _Step:
         expander, batch, asked = self._expander, self._batch, False
         if expander.rests(batch) or not unasked:
             return False
+        refusal: errors.Refused | None
         if await files.hold_answers_enough(self._store, expander.active, batch.caller):
-            expander.rest(batch, errors.FilesFull("the caller's answers have no more place"))
-            return False
+            refusal = errors.FilesFull("the caller's answers have no more place")
+        else:
+            asked, refusal = await self._make_jobs(record, unasked, caller)
+        if refusal is not None:
+            expander.rest(batch, refusal)
+        await batches.note_wait(self._store, batch, None if isinstance(refusal, USUAL) else refusal)
+        return asked
+
+    async def _make_jobs(
+        self, record: FileRecord, unasked: list[Working], caller: Caller
+    ) -> tuple[bool, errors.Refused | None]:
+        """Whether it dealt with any of them, and what it met that all others have to wait for."""
+        batch, asked = self._batch, False
         for one in unasked:
             line = await line_at(self._store, batch, record, one)
             job_id = job_id_of(batch.id, one.number)
             try:
                 if line is None:
                     raise errors.NoSuchFile(record.id)
-                await expander.admit(batch, line, caller, now=self._now)
+                await self._expander.admit(batch, line, caller, now=self._now)
                 self.room -= 1
             except LATER as refusal:
-                expander.rest(batch, refusal)
-                return asked
+                return asked, refusal
             except errors.Refused as refusal:
                 await self._note(one, batch_answers.wrong(job_id, one.custom_id, refusal))
             asked = True
-        return asked
+        return asked, None
 
     async def _wind_down(self, record: FileRecord, left: list[Working]) -> bool:
         """Ends what is under way; what nobody asked for is not asked for any more."""
@@ -288,7 +325,7 @@ class _Step:
             if self._states[one.number]:
                 await self._cancel(job_id)
             elif batch.ending == "expired":
-                await self._note(one, batch_answers.late(job_id, one.custom_id))
+                await self._note(one, batch_answers.late(batch, job_id, one.custom_id))
             else:
                 await self._note(one, Written(""))
         if left:

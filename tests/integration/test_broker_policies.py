@@ -1,6 +1,7 @@
 """A policy that changes under load: nothing is dropped, nobody decides under an old one, removed lanes drain."""
 
 import asyncio
+import json
 from contextlib import suppress
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from broker import admission, errors, jobs, lanes
 from broker.lifecycle import State
 from broker.policies import APPLY_TRIES, HISTORY_KEPT, PolicyBook
+from broker.policy import Policy
 from broker.records import JobRecord
 from tests.support.broker_world import POLICY, World, policy_with, running, turns
 from tests.support.counted import counted
@@ -42,6 +44,27 @@ async def test_history_and_rollback(world: World) -> None:
     assert world.book.active.policy.models["big"].max_queue == versions[-1] + 2
     with pytest.raises(errors.BadRequest):
         await world.book.rollback(1)
+
+
+async def test_the_policies_that_were_in_force_since_an_instant_are_known(world: World) -> None:
+    """The first is the one that was in force then; what a later version wrote, or a hand, is passed over."""
+    begun, texts = world.now, [POLICY, WITHOUT_SMALL, policy_with(("maxQueue: 3", "maxQueue: 4"))]
+    for text in texts[1:]:
+        world.now += 100
+        await world.apply(text)
+    digests = [Policy.parse(text).digest for text in texts]
+
+    async def since(at_ms: int) -> list[str]:
+        return [policy.digest for policy in await world.book.since(at_ms)]
+
+    assert await since(begun + 200) == []
+    assert await since(begun + 199) == await since(begun + 100) == [digests[1]]
+    assert await since(begun + 99) == await since(begun) == [digests[1], digests[0]]
+    one = {"version": 2, "text": "modles: {}", "digest": "x", "applied_at": begun + 100, "applied_by": "hand"}
+    await world.store.command("HSET", world.store.keys.policy, "history:2", json.dumps(one))
+    world.now += 100
+    await world.apply()
+    assert await since(begun) == [digests[2], digests[0]]
 
 
 async def test_two_who_apply_at_once_both_get_through(world: World) -> None:
