@@ -141,6 +141,7 @@ def _batches() -> dict[str, Schema]:
         "expires_at": whole("What has no answer then is left without."),
         "request_counts": thing({"total": whole(), "completed": whole(), "failed": whole()}),
         "metadata": maybe({"type": "object", "additionalProperties": text()}),
+        "wait": maybe(ref("BatchWait")),
     }
     instants = "in_progress finalizing completed failed expired cancelling cancelled".split()
     batch |= {f"{name}_at": maybe(whole()) for name in instants}
@@ -150,6 +151,7 @@ def _batches() -> dict[str, Schema]:
         "NewBatch": new,
         "Batch": thing(batch),
         "Batches": thing({"object": one_of("list"), "data": list_of(ref("Batch")), **_PAGE}),
+        "BatchWait": thing({"code": text(), "message": text()}, words="What its lines wait for that are no jobs."),
         "BatchErrors": thing({"object": one_of("list"), "data": list_of(wrong)}, words="Why all of it failed."),
     }
 

@@ -226,6 +226,13 @@ async def note_line(
     return bool(done)
 
 
+async def note_wait(store: Store, batch: BatchRecord, refusal: errors.Refused | None) -> None:
+    """Says in a batch what its lines wait for, None = for nothing; raises AlreadyEnded, NoSuchBatch."""
+    wait = json.dumps({"code": refusal.code, "message": str(refusal)}) if refusal is not None else ""
+    if wait != batch.wait:
+        await store.run("batch_wait", [store.keys.batch(batch.id)], [batch.id, wait])
+
+
 async def stop(store: Store, batch_id: str, ending: Ending) -> None:
     """Says that it is to end early; one that has ended stays as it ended. Raises NoSuchBatch."""
     await store.run("batch_stop", [store.keys.batch(batch_id)], [store.now_arg(), batch_id, ending])

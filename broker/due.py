@@ -141,10 +141,14 @@ class Due:
     async def _scheduled(self, job: JobRecord, now: int) -> Looked:
         if job.not_before > now:
             return Looked("not_due")
+        if self._book.active.lane(job.lane) is None:
+            await self._book.reload()  # it may have come back, and nobody here has heard of it
         lane = self._book.active.lane(job.lane)
+        if lane is None:
+            words = f"lane {job.lane} was removed from the policy before the job could start"
+            await lanes.expire(self._store, job, errors.ModelUnavailable(words), early=True)
+            return Looked("expired", late_ms=now - job.not_before)
         try:
-            if lane is None:
-                raise errors.LaneFull(job.lane)
             await lanes.release_due(self._store, self._book.active, self._fleet, job, lane)
         except (errors.LaneFull, errors.CallerShare):
             await lanes.postpone(self._store, job, after_ms=RETRY_MS)

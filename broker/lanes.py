@@ -354,7 +354,9 @@ async def postpone(store: Store, job: JobRecord, *, after_ms: int) -> None:
     )
 
 
-async def expire(store: Store, job: JobRecord, error: errors.JobEnded, *, early: bool = False) -> None:
+async def expire(
+    store: Store, job: JobRecord, error: errors.JobEnded | errors.ModelUnavailable, *, early: bool = False
+) -> None:
     """Ends a job that still waits at its give-up instant, or `early`, where nothing can come of it until then; raises
     NotDue."""
     args = [store.now_arg(), job.id, GROUP, *prefixes(store), job.lane, job.entry, error.code, str(error), int(early)]

@@ -83,6 +83,8 @@ class PolicyBook:
         self._store = store
         self._active: Active | None = None
         self._listeners: list[Callable[[Active], None]] = []
+        self._past: list[tuple[int, Policy | None]] = []
+        self._past_of: Active | None = None
         self._reading = asyncio.Lock()  # of two reads at once, the later to end may have read the older policy
 
     @property
@@ -156,6 +158,18 @@ class PolicyBook:
         found = [json.loads(v) for k, v in fields.items() if k.startswith(b"history:")]
         return sorted(found, key=lambda h: -int(h["version"]))
 
+    async def since(self, at_ms: int) -> list[Policy]:
+        """Gives the earlier policies that were in force at that moment or after it, newest first, as far as the history
+        goes back."""
+        active = self.active
+        if self._past_of is not active:
+            history = [past for past in await self.history() if int(past["version"]) <= active.version]
+            self._past = await asyncio.to_thread(_read_again, history)
+            self._past_of = active
+        begun = [applied_at <= at_ms for applied_at, _ in self._past]
+        until = begun.index(True) + 1 if True in begun else len(begun)
+        return [policy for _, policy in self._past[1:until] if policy is not None]
+
     async def rollback(self, version: int, *, by: str = "cli") -> int:
         """Makes the text of an earlier version the active one, as a new version."""
         for past in await self.history():
@@ -179,6 +193,18 @@ def _retiring(before: Active, policy: Policy) -> dict[str, str]:
         definition = {"lane": asdict(replace(lane, retiring=True)), "model": model.model_dump(by_alias=True)}
         gone[name] = json.dumps(definition)
     return gone
+
+
+def _read_again(history: list[dict[str, Any]]) -> list[tuple[int, Policy | None]]:
+    """When each version came into force and what it said, None where this version of the gateway cannot read it."""
+    found: list[tuple[int, Policy | None]] = []
+    for past in history:
+        try:
+            policy = Policy.parse(past["text"])
+        except errors.PolicyInvalid:
+            policy = None
+        found.append((int(past["applied_at"]), policy))
+    return found
 
 
 def _parse(fields: dict[str, str]) -> Active:

@@ -352,6 +352,7 @@ class BatchRecord(_Hash):
     completion_window: str = ""
     metadata: str = ""  # JSON
     errors: str = ""  # JSON: why it failed, [{code, message, line}]
+    wait: str = ""  # JSON: what its lines wait for that nothing takes now, {code, message}
     total: int = 0  # lines that are not blank
     completed: int = 0
     failed: int = 0

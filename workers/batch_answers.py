@@ -12,7 +12,7 @@ from broker.lifecycle import State
 from broker.records import BatchRecord
 from broker.store import Store
 from broker.whole import FOLDS
-from workers.batch_reading import EXPIRED, LARGE_BYTES
+from workers.batch_reading import LARGE_BYTES, expired
 
 log = logging.getLogger("warmlane.batches")
 
@@ -29,8 +29,8 @@ async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, 
     """What is written of a job that has ended."""
     if state is State.CANCELLED and batch.ending == "cancelled":
         return Written("")
-    if state is State.EXPIRED or (state is State.CANCELLED and batch.ending == "expired"):
-        return late(job_id, custom_id)
+    if await _ran_out_of_time(store, batch, state):
+        return late(batch, job_id, custom_id)
     try:
         parts, last = await kept.answer_of(store, job_id)
         if state is State.DONE and parts:
@@ -43,14 +43,21 @@ async def of_job(store: Store, batch: BatchRecord, job_id: str, custom_id: str, 
         return wrong(job_id, custom_id, failed)
 
 
+async def _ran_out_of_time(store: Store, batch: BatchRecord, state: State) -> bool:
+    """Whether the end of the batch's time ended the job. One may expire before that, where its model does not load."""
+    if state is State.EXPIRED:
+        return batch.expires_at <= await store.now_ms()
+    return state is State.CANCELLED and batch.ending == "expired"
+
+
 def wrong(job_id: str, custom_id: str, error: errors.BrokerError) -> Written:
     """What is written of a request that was refused for good."""
     return Written("error", unanswered(job_id, custom_id, code=error.code, message=str(error)))
 
 
-def late(job_id: str, custom_id: str) -> Written:
+def late(batch: BatchRecord, job_id: str, custom_id: str) -> Written:
     """What is written of a request for which there was no time left."""
-    code, message = EXPIRED
+    code, message = expired(batch)
     return Written("error", unanswered(job_id, custom_id, code=code, message=message))
 
 

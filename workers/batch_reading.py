@@ -1,6 +1,7 @@
 """Reads the lines of a batch: whether there is anything to do in it, the next ones, and one that was read before."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,6 @@ BYTES_AT_ONCE = 4 << 20
 """After so many, no further line is begun in one go: a batch's step has to end, for the others to have theirs."""
 WHY_MAX = 10
 
-EXPIRED = "batch_expired", "the batch's time was over before this request could be answered"
-
 
 @dataclass(frozen=True)
 class Next:
@@ -31,6 +30,14 @@ class Next:
     taken: int
     place: Place
     read_all: bool
+
+
+def expired(batch: BatchRecord) -> tuple[str, str]:
+    """Code and words for a line for which there was no time left, with what the batch waited for last."""
+    words = "the batch's time was over before this request could be answered"
+    if batch.wait:
+        words += f"; its lines waited last for this: {json.loads(batch.wait)['message']}"
+    return "batch_expired", words
 
 
 async def why_failed(store: Store, batch: BatchRecord, record: FileRecord) -> list[dict[str, Any]]:
@@ -74,7 +81,8 @@ async def next_lines(store: Store, batch: BatchRecord, record: FileRecord, *, mo
 async def late_lines(store: Store, batch: BatchRecord, record: FileRecord) -> Next:
     """Reads on for a batch whose time is over: of all that is good in it nothing is asked for any more."""
     told = await next_lines(store, batch, record, most=LINES_AT_ONCE)
-    lines = [one if one.line.code else Taken(one.line.wrong(*EXPIRED), one.at) for one in told.lines]
+    late = expired(batch)
+    lines = [one if one.line.code else Taken(one.line.wrong(*late), one.at) for one in told.lines]
     return replace(told, lines=lines)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from broker import admission, batches, errors, files, jobs, requests
@@ -31,6 +32,7 @@ log = logging.getLogger("warmlane.batches")
 WINDOW = 32
 """Lines of one batch that are worked off at once."""
 WINDOW_OF_CALLER = 128
+"""Lines of all batches of a caller that wait or run. Those that no lane takes do neither: that may be so for days."""
 REFILL_BELOW = 24
 """A window is filled up once it holds fewer: reading on costs a part of the file each time."""
 
@@ -50,6 +52,9 @@ LATER = (
     errors.DowngradesCapped,
 )
 """What says nothing against a line: it is asked for again."""
+
+USUAL = errors.LaneFull, errors.CallerShare, errors.CallerLimit
+"""Of these no batch tells: its lines are more than a lane has places, and go as those before them do."""
 
 
 class Expander:
@@ -86,29 +91,42 @@ class Expander:
         nothing to do. The next time begins behind the last one: a round that is cut off must not always end at the same
         batch."""
         await self._keys.reload()
+        await self._book.reload()  # who made one of them may have put its model into the policy a moment before
         await self._fleet.look_again(older_than_s=PICTURE_S)
         self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         now, moved = await self._store.now_ms(), False
         windows = {batch.id: await batches.window(self._store, batch.id) for batch in live}
+        states = {batch.id: await self._states(batch.id, windows[batch.id]) for batch in live}
         held: dict[str, int] = {}
         for batch in live:
-            held[batch.caller] = held.get(batch.caller, 0) + len(windows[batch.id])
+            at_work = sum(bool(state) and state not in ENDED for state in states[batch.id].values())
+            held[batch.caller] = held.get(batch.caller, 0) + at_work
         loop = asyncio.get_running_loop()
         for batch in sorted(live, key=lambda batch: (batch.id <= self._last, batch.id)):
             if loop.time() > until:
                 return True
             self._last = batch.id
-            step = _Step(self, batch, windows[batch.id], now=now, room=WINDOW_OF_CALLER - held[batch.caller])
+            room = WINDOW_OF_CALLER - held[batch.caller]
+            step = _Step(self, batch, windows[batch.id], states[batch.id], now=now, room=room)
             try:
                 moved |= await step.make()
-                held[batch.caller] += step.taken
             except (errors.Moved, errors.AlreadyEnded, errors.NoSuchBatch):
                 pass  # somebody else is at it
             except errors.BrokerUnavailable:
                 raise
             except Exception:  # one batch that nobody can read must not keep the others from theirs
                 log.exception("event=batch_failed batch=%s", batch.id)
+            finally:
+                held[batch.caller] += room - step.room
         return moved
+
+    async def _states(self, batch_id: str, window: Sequence[Working]) -> dict[int, str]:
+        """How the jobs of a window's lines do, as Redis has it; "" = the line has not been asked for."""
+        store = self._store
+        told = await asyncio.gather(
+            *(store.command("HGET", store.keys.job(job_id_of(batch_id, one.number)), "state") for one in window)
+        )
+        return {one.number: (state or b"").decode() for one, state in zip(window, told, strict=True)}
 
     def caller_of(self, batch: BatchRecord) -> Caller | None:
         """Whose it is, with the rights of this moment; None for one whose key was taken away. A key of the environment
@@ -132,8 +150,29 @@ class Expander:
         self._resting.pop(batch.id, None)
 
     async def admit(self, batch: BatchRecord, line: Line, caller: Caller, *, now: int) -> None:
-        """Makes the line a job, or finds that it is one already; raises Refused."""
+        """Makes the line a job, or finds that it is one already; raises Refused. What the policy does not know any more
+        is unavailable: the line was right when its batch was made, and a policy may be rolled back."""
         asked = requests.ENDPOINTS[batch.endpoint].read(line.body)
+        try:
+            await self._admit(batch, line, asked, caller, now=now)
+        except errors.UnknownModel as unknown:
+            if not await self._was_known(batch, asked, caller):
+                raise
+            shown = unknown.asked[: errors.NAME_SHOWN]
+            words = f"{shown!r} has left the policy since the batch was made, and its lines wait for it to come back"
+            raise errors.ModelUnavailable(f"{words}: {unknown}") from None
+
+    async def _was_known(self, batch: BatchRecord, asked: requests.Asked, caller: Caller) -> bool:
+        """Whether a policy that was in force since the batch was made led this caller to a lane."""
+        tokens = asked.longest or asked.tokens
+        for policy in await self._book.since(batch.created_at):
+            name = requests.name_of(batch.endpoint, asked, policy, lane=batch.lane)
+            with suppress(errors.UnknownModel, errors.LaneForbidden):
+                requests.lane_of(policy, caller, name, endpoint=batch.endpoint, prompt_tokens=tokens)
+                return True
+        return False
+
+    async def _admit(self, batch: BatchRecord, line: Line, asked: requests.Asked, caller: Caller, *, now: int) -> None:
         leave = {"true": True, "false": False}.get(batch.leave)
         active, left_ms = self._book.active, max(1, batch.expires_at - now)
         job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
@@ -164,15 +203,24 @@ class Expander:
 class _Step:
     """What is done for one batch in one go."""
 
-    def __init__(self, expander: Expander, batch: BatchRecord, window: list[Working], *, now: int, room: int) -> None:
+    def __init__(
+        self,
+        expander: Expander,
+        batch: BatchRecord,
+        window: list[Working],
+        states: dict[int, str],
+        *,
+        now: int,
+        room: int,
+    ) -> None:
         self._expander = expander
         self._store = expander.store
         self._batch = batch
         self._window = window
+        self._states = states
         self._now = now
-        self._room = room
-        self.taken = 0
-        """Lines that came into the window."""
+        self.room = room
+        """How many lines more its caller's batches may have asked for; those that it takes now are to be asked for."""
 
     async def make(self) -> bool:
         """Makes it; False if there was nothing to do. Raises Moved, AlreadyEnded, NoSuchBatch."""
@@ -181,23 +229,23 @@ class _Step:
         if not batch.ending and (caller is None or batch.expires_at <= self._now):
             await batches.stop(store, batch.id, "cancelled" if caller is None else "expired")
             return True
-        if not batch.ending and not self._window and self._room <= 0:
+        if not batch.ending and not self._window and self.room <= 0:
             return False  # its caller's other batches have all that they may have together
         record = await self._input()
         if record is None:
             return True
-        states = await self._states()
-        collected = await self._collect(states)
-        left = [one for one in self._window if states[one.number] not in ENDED]
+        collected = await self._collect()
+        left = [one for one in self._window if self._states[one.number] not in ENDED]
         if batch.ending or caller is None:
-            return await self._wind_down(record, left, states) or collected
+            return await self._wind_down(record, left) or collected
         if collected:
             self._expander.rests_no_more(batch)
-        asked = await self._ask(record, [one for one in left if states[one.number] is None], caller)
-        if not batch.read_all and len(left) < REFILL_BELOW and self._room > 0:
-            told = await next_lines(store, batch, record, most=min(self._room, WINDOW - len(left)))
+        unasked = [one for one in left if not self._states[one.number]]
+        asked = await self._ask(record, unasked[: max(0, self.room)], caller)
+        if not batch.read_all and len(left) < REFILL_BELOW and self.room > 0:
+            told = await next_lines(store, batch, record, most=min(self.room, WINDOW - len(left)))
             await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
-            self.taken = sum(not one.line.code for one in told.lines)
+            self.room -= sum(not one.line.code for one in told.lines)
             return True
         if batch.read_all and not left:
             await self._end("completed")
@@ -222,23 +270,14 @@ class _Step:
         log.info("event=batch_ended batch=%s state=failed code=%s", batch.id, why[0]["code"])
         return None
 
-    async def _states(self) -> dict[int, State | None]:
-        """How the jobs of the window's lines do; None = the line has not been asked for."""
-        store, batch = self._store, self._batch
-        told = await asyncio.gather(
-            *(store.command("HGET", store.keys.job(job_id_of(batch.id, one.number)), "state") for one in self._window)
-        )
-        states = (State(state.decode()) if state is not None else None for state in told)
-        return dict(zip((one.number for one in self._window), states, strict=True))
-
-    async def _collect(self, states: dict[int, State | None]) -> bool:
+    async def _collect(self) -> bool:
         done = False
         for one in self._window:
-            state = states[one.number]
-            if state in ENDED and state is not None:
+            state = self._states[one.number]
+            if state in ENDED:
                 job_id = job_id_of(self._batch.id, one.number)
                 await self._note(
-                    one, await batch_answers.of_job(self._store, self._batch, job_id, one.custom_id, state)
+                    one, await batch_answers.of_job(self._store, self._batch, job_id, one.custom_id, State(state))
                 )
                 done = True
         return done
@@ -248,33 +287,45 @@ class _Step:
         expander, batch, asked = self._expander, self._batch, False
         if expander.rests(batch) or not unasked:
             return False
+        refusal: errors.Refused | None
         if await files.hold_answers_enough(self._store, expander.active, batch.caller):
-            expander.rest(batch, errors.FilesFull("the caller's answers have no more place"))
-            return False
+            refusal = errors.FilesFull("the caller's answers have no more place")
+        else:
+            asked, refusal = await self._make_jobs(record, unasked, caller)
+        if refusal is not None:
+            expander.rest(batch, refusal)
+        await batches.note_wait(self._store, batch, None if isinstance(refusal, USUAL) else refusal)
+        return asked
+
+    async def _make_jobs(
+        self, record: FileRecord, unasked: list[Working], caller: Caller
+    ) -> tuple[bool, errors.Refused | None]:
+        """Whether it dealt with any of them, and what it met that all others have to wait for."""
+        batch, asked = self._batch, False
         for one in unasked:
             line = await line_at(self._store, batch, record, one)
             job_id = job_id_of(batch.id, one.number)
             try:
                 if line is None:
                     raise errors.NoSuchFile(record.id)
-                await expander.admit(batch, line, caller, now=self._now)
+                await self._expander.admit(batch, line, caller, now=self._now)
+                self.room -= 1
             except LATER as refusal:
-                expander.rest(batch, refusal)
-                return asked
+                return asked, refusal
             except errors.Refused as refusal:
                 await self._note(one, batch_answers.wrong(job_id, one.custom_id, refusal))
             asked = True
-        return asked
+        return asked, None
 
-    async def _wind_down(self, record: FileRecord, left: list[Working], states: dict[int, State | None]) -> bool:
+    async def _wind_down(self, record: FileRecord, left: list[Working]) -> bool:
         """Ends what is under way; what nobody asked for is not asked for any more."""
         batch, store = self._batch, self._store
         for one in left:
             job_id = job_id_of(batch.id, one.number)
-            if states[one.number] is not None:
+            if self._states[one.number]:
                 await self._cancel(job_id)
             elif batch.ending == "expired":
-                await self._note(one, batch_answers.late(job_id, one.custom_id))
+                await self._note(one, batch_answers.late(batch, job_id, one.custom_id))
             else:
                 await self._note(one, Written(""))
         if left:

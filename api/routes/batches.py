@@ -192,4 +192,5 @@ def shown(batch: BatchRecord) -> dict[str, Any]:
         **instants,
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
         "metadata": json.loads(batch.metadata) if batch.metadata else None,
+        "wait": json.loads(batch.wait) if batch.wait and batch.live and not batch.ending else None,
     }

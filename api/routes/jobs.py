@@ -71,7 +71,7 @@ async def show_job(job_id: str, gateway: Gate, caller: Caller, wait: str = "") -
         },
         fails=(
             errors.NotEnded, errors.RuntimeRefused, errors.JobCancelled, errors.RuntimeFailed,
-            errors.ColdStartDeadline, errors.JobExpired, errors.WorkerLost, *_FAILS,
+            errors.ColdStartDeadline, errors.JobExpired, errors.ModelUnavailable, errors.WorkerLost, *_FAILS,
         ),
     )
 )  # fmt: skip

@@ -11,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from broker import batches, files, jobs
+from broker import batches, errors, files, jobs, lanes
 from broker.callers import Rights
 from broker.lifecycle import State
 from broker.policies import PolicyBook
@@ -85,6 +85,15 @@ async def ended(client: openai.AsyncOpenAI, batch_id: str, *, timeout_s: float =
         return batch if batch.status in ("completed", "failed", "expired", "cancelled") else None
 
     return await until_true(over, what=f"{batch_id} has ended", timeout_s=timeout_s)
+
+
+async def waits(client: openai.AsyncOpenAI, batch_id: str) -> Any:
+    """What a batch tells of what its lines wait for, as soon as it tells of something."""
+
+    async def told() -> Any:
+        return (await client.batches.retrieve(batch_id)).model_extra["wait"]
+
+    return await until_true(told, what="the batch says what it waits for")
 
 
 async def lines_of(client: openai.AsyncOpenAI, file_id: str | None) -> dict[str, dict[str, Any]]:
@@ -229,6 +238,32 @@ async def test_a_caller_has_so_many_lines_at_once_over_all_its_batches(scene: Sc
         assert sum(windows) == WINDOW_OF_CALLER
 
 
+async def test_batches_that_cannot_go_on_hold_no_other_of_their_caller_up(scene: Scene, client_of: Clients) -> None:
+    """Their model may be away for days. Once it is back, all of them together ask for no more than before."""
+    client = client_of(scene)
+    await scene.beat(hasty="quarantined")
+    content = jsonl(*(line(f"r{n}", said="wait", model="hasty") for n in range(WINDOW)))
+    stuck = [(await begin(client, content)).id for _ in range(WINDOW_OF_CALLER // WINDOW + 1)]
+    other = await begin(client, jsonl(*(line(f"r{n}", model="small") for n in range(40))))
+    async with rounds(scene.store):
+        assert (await ended(client, other.id)).request_counts.completed == 40
+        for one in stuck:
+            assert "hasty cannot serve now" in (await waits(client, one))["message"]
+    book = PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+
+    async def asked_for() -> int:
+        await expander.advance(await batches.live(scene.store))
+        return sum(job.live for job in (await take(scene.store)).jobs.values())
+
+    assert await asked_for() == 0
+    assert [len(await batches.window(scene.store, one)) for one in stuck] == [WINDOW] * len(stuck)
+    await scene.beat()
+    expander = Expander(scene.store, book)  # none rests
+    assert [await asked_for() for _ in range(2)] == [WINDOW_OF_CALLER] * 2
+
+
 async def test_a_list_of_batches_goes_on_behind_those_that_are_kept_no_more(scene: Scene, client_of: Clients) -> None:
     client = client_of(scene)
     made = [(await begin(client, jsonl(line("a")))).id for _ in range(6)]
@@ -322,6 +357,74 @@ async def test_a_full_lane_is_waited_for_and_no_line_is_lost(store: Store, clien
     assert len(scene.worker.seen) == 12
 
 
+WITHOUT_SMALL = POLICY[: POLICY.index("  small:")] + POLICY[POLICY.index("  hasty:") : POLICY.index("routing:")]
+WITHOUT_SMALL = WITHOUT_SMALL.replace("    fallback: small\n", "")
+
+
+async def test_lines_whose_model_leaves_the_policy_wait_for_it_to_come_back(scene: Scene, client_of: Clients) -> None:
+    """They were right when the batch was made, and a policy may be a slip of a moment. A name that nobody ever knew is
+    wrong at once, and so is one that had gone before the batch came."""
+    client, book = client_of(scene), scene.worker.book
+    right = [line(f"r{n}", model="small") for n in range(40)]
+    batch = await begin(client, jsonl(line("wrong", model="nobody"), *right))
+    assert batch.model_extra["wait"] is None
+    await book.apply(WITHOUT_SMALL)
+    later = await begin(client, jsonl(line("late", model="small"), line("fast", model="fast-edit")))
+    async with rounds(scene.store):
+        assert (await ended(client, later.id)).request_counts.failed == 2
+        told = await waits(client, batch.id)
+        assert told["code"] == "model_unavailable"
+        assert told["message"].startswith("'small' has left the policy since the batch was made, and")
+        assert (await client.batches.retrieve(batch.id)).request_counts.failed == 1
+        await book.rollback(1)
+        over = await ended(client, batch.id)
+    assert (over.request_counts.completed, over.request_counts.failed, over.model_extra["wait"]) == (40, 1, None)
+    for one in (over, await client.batches.retrieve(later.id)):
+        errors = await lines_of(client, one.error_file_id)
+        assert {said["error"]["code"] for said in errors.values()} == {"model_not_found"}
+    assert await violated(scene.store) == []
+
+
+async def test_what_a_batch_waited_for_in_vain_is_told_with_each_line(scene: Scene, client_of: Clients) -> None:
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}", model="small") for n in range(WINDOW + 9))))
+    await scene.api.gateway.book.apply(WITHOUT_SMALL)
+    async with rounds(scene.store):
+        told = await waits(client, batch.id)
+        await scene.store.command("HSET", scene.store.keys.batch(batch.id), "expires_at", await scene.store.now_ms())
+        over = await ended(client, batch.id)
+    said = [one["error"] for one in (await lines_of(client, over.error_file_id)).values()]
+    assert len(said) == WINDOW + 9 and {one["code"] for one in said} == {"batch_expired"}
+    assert all(one["message"].endswith(f"; its lines waited last for this: {told['message']}") for one in said)
+    assert over.model_extra["wait"] is None
+
+
+async def test_a_full_lane_is_nothing_that_a_batch_tells_of(store: Store, client_of: Clients) -> None:
+    tight = POLICY + "lanes:\n  big.batch:\n    maxQueue: 1\n"
+    async with live_scene(store, policy=tight) as scene:
+        client = client_of(scene)
+        batch = await begin(client, jsonl(*(line(f"r{n}", said="wait") for n in range(12))))
+        async with rounds(scene.store) as (expander,):
+
+            async def rests() -> bool:
+                return expander.rests(await batches.read(scene.store, batch.id))
+
+            await until_true(rests, what="there is no more place")
+            assert (await client.batches.retrieve(batch.id)).model_extra["wait"] is None
+
+
+async def test_a_batch_that_comes_right_behind_its_model_is_not_told_that_there_is_none(
+    scene: Scene, client_of: Clients
+) -> None:
+    """The scheduler hears of a new policy within half a second, and a bot makes its batch at once."""
+    client = client_of(scene)
+    async with rounds(scene.store):
+        await scene.worker.book.apply(POLICY.replace("  hasty:", "  swift:"))
+        await scene.beat()
+        batch = await ended(client, (await begin(client, jsonl(line("a", model="swift")))).id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 0)
+
+
 async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
     scene: Scene, client_of: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +439,7 @@ async def test_answers_that_fill_the_place_for_files_hold_a_batch_up(
             return now.completed == len(scene.worker.seen) > 0 and expander.rests(now)
 
         await until_true(held_up, what="nothing more is asked for", timeout_s=20)
+        assert (await waits(client, batch.id))["code"] == "files_full"
         assert len(scene.worker.seen) < 70
         monkeypatch.undo()
         batch = await ended(client, batch.id)
@@ -450,6 +554,28 @@ async def test_what_has_no_answer_in_time_is_told_so(scene: Scene, client_of: Cl
     codes = [one["error"]["code"] for one in errors.values()]
     assert codes.count("batch_expired") == 99 and codes.count("invalid_json_line") == 1
     assert not [job for job in (await take(scene.store)).jobs.values() if job.live]
+
+
+async def test_a_line_that_was_given_up_on_before_its_batchs_time_was_over_is_told_why(
+    scene: Scene, client_of: Clients
+) -> None:
+    """Its job is gone after a minute: nowhere else would anybody learn that the model does not load."""
+    client = client_of(scene)
+    batch = await begin(client, jsonl(*(line(f"r{n}", said="wait") for n in range(3))))
+    async with rounds(scene.store):
+
+        async def the_third_waits() -> Any:
+            return await scene.store.command("EXISTS", scene.store.keys.job(batches.job_id_of(batch.id, 3)))
+
+        await until_true(the_third_waits, what="there is no slot for the third")
+        why = errors.ColdStartDeadline("big does not load, and is not tried again in time: the GGUF is broken")
+        job = await jobs.read(scene.store, batches.job_id_of(batch.id, 3))
+        await lanes.expire(scene.store, job, why, early=True)
+        scene.go.set()
+        over = await ended(client, batch.id)
+    assert (over.status, over.request_counts.completed, over.request_counts.failed) == ("completed", 2, 1)
+    (told,) = (await lines_of(client, over.error_file_id)).values()
+    assert (told["error"]["code"], told["error"]["message"]) == (why.code, str(why))
 
 
 async def test_a_batch_ends_with_the_key_of_its_caller(keyed: Scene, client_of: Clients) -> None:

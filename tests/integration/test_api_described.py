@@ -401,6 +401,10 @@ async def failed_results(on: Stage) -> None:
         else:
             await on.ask("GET", "/v1/jobs/{job_id}", at + "?wait=10s")
         await on.ask("GET", path, at + "/result")
+    store, later = on.api.gateway.store, {"body": ask(CHAT, "plain"), "notBefore": "1h"}
+    job = await jobs.read(store, (await on.ask("POST", JOBS, json=later)).json()["id"])
+    await lanes.expire(store, job, errors.ModelUnavailable("its lane was removed"), early=True)
+    await on.ask("GET", path, f"/v1/jobs/{job.id}/result")
     await on.ask("GET", "/v1/jobs/{job_id}", f"{at}?wait=soon")
 
 

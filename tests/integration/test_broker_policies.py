@@ -1,6 +1,7 @@
 """A policy that changes under load: nothing is dropped, nobody decides under an old one, removed lanes drain."""
 
 import asyncio
+import json
 from contextlib import suppress
 
 import pytest
@@ -8,10 +9,12 @@ import pytest
 from broker import admission, errors, jobs, lanes
 from broker.lifecycle import State
 from broker.policies import APPLY_TRIES, HISTORY_KEPT, PolicyBook
+from broker.policy import Policy
 from broker.records import JobRecord
 from tests.support.broker_world import POLICY, World, policy_with, running, turns
 from tests.support.counted import counted
 from tests.support.invariants import take, undone
+from workers import chores
 
 WITHOUT_SMALL = """
 models:
@@ -41,6 +44,27 @@ async def test_history_and_rollback(world: World) -> None:
     assert world.book.active.policy.models["big"].max_queue == versions[-1] + 2
     with pytest.raises(errors.BadRequest):
         await world.book.rollback(1)
+
+
+async def test_the_policies_that_were_in_force_since_an_instant_are_known(world: World) -> None:
+    """The first is the one that was in force then; what a later version wrote, or a hand, is passed over."""
+    begun, texts = world.now, [POLICY, WITHOUT_SMALL, policy_with(("maxQueue: 3", "maxQueue: 4"))]
+    for text in texts[1:]:
+        world.now += 100
+        await world.apply(text)
+    digests = [Policy.parse(text).digest for text in texts]
+
+    async def since(at_ms: int) -> list[str]:
+        return [policy.digest for policy in await world.book.since(at_ms)]
+
+    assert await since(begun + 200) == []
+    assert await since(begun + 199) == await since(begun + 100) == [digests[1]]
+    assert await since(begun + 99) == await since(begun) == [digests[1], digests[0]]
+    one = {"version": 2, "text": "modles: {}", "digest": "x", "applied_at": begun + 100, "applied_by": "hand"}
+    await world.store.command("HSET", world.store.keys.policy, "history:2", json.dumps(one))
+    world.now += 100
+    await world.apply()
+    assert await since(begun) == [digests[2], digests[0]]
 
 
 async def test_two_who_apply_at_once_both_get_through(world: World) -> None:
@@ -185,6 +209,56 @@ async def test_a_job_is_its_lanes_present_models(world: World) -> None:
     await world.healthy()
     used = await counted(world.store)
     assert used.keys() == {"anonymous:side:small:big"} and used["anonymous:side:small:big"]["tokens_out"] == 2
+
+
+async def starting_later(world: World) -> str:
+    """A job that nobody waits for, which starts in ten seconds in a lane of `small`."""
+    return await world.submit("small", mode="async", not_before=world.now + 10_000, give_up_within_ms=60_000)
+
+
+async def test_a_job_whose_lane_is_gone_at_its_start_ends_then_and_says_why(world: World) -> None:
+    """No lane waits for starts, which may be a month ahead; and waiting for one that is gone helps nobody."""
+    job_id = await starting_later(world)
+    await world.apply(WITHOUT_SMALL)
+    await chores.sweep(world.store, world.book)
+    assert world.book.active.retiring == {}
+    assert (await world.due.look(job_id)).outcome == "not_due"
+    world.now += 10_200
+    looked = await world.due.look(job_id)
+    assert (looked.outcome, looked.late_ms) == ("expired", 200)
+    job = await world.job(job_id)
+    assert (job.state, job.error) == (State.EXPIRED, "model_unavailable")
+    assert job.error_message == "lane small was removed from the policy before the job could start"
+    assert job.letter, "its caller can try it again"
+    assert job_id not in (await world.healthy()).due
+
+
+async def test_a_job_starts_in_a_removed_lane_that_is_not_empty_yet(world: World) -> None:
+    """It was accepted before, as what waits there was: it is served from the lane's last definition."""
+    job_id, before = await starting_later(world), await world.submit("small", give_up_within_ms=60_000)
+    await world.apply(WITHOUT_SMALL)
+    await chores.sweep(world.store, world.book)
+    world.now += 10_000
+    assert (await world.due.look(job_id)).outcome == "started"
+    for waiting in (before, job_id):
+        await jobs.end(world.store, await world.stream(waiting), "finish")
+    await chores.sweep(world.store, world.book)
+    assert world.book.active.lane("small") is None
+    await world.healthy()
+
+
+async def test_a_job_starts_in_a_lane_that_came_back_whoever_has_not_heard_of_it(world: World) -> None:
+    job_id = await starting_later(world)
+    await world.apply(WITHOUT_SMALL)
+    await chores.sweep(world.store, world.book)
+    elsewhere = PolicyBook(world.store)
+    await elsewhere.reload()
+    await elsewhere.rollback(1)
+    assert world.book.active.lane("small") is None
+    world.now += 10_000
+    assert (await world.due.look(job_id)).outcome == "started"
+    await world.claim(job_id)
+    await world.healthy()
 
 
 async def test_a_lane_that_comes_back_is_not_retiring(world: World) -> None:

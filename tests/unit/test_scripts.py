@@ -206,6 +206,7 @@ async def call_everything(world: World) -> None:
     asked = BatchRecord(id="", caller="ann", input_file_id=sent.id, keep_ms=1_000)
     batch = await batches.open_batch(store, asked, within_ms=60_000, said="")
     await batches.take(store, batch, [Taken(Line(1, "a"), Place())], taken=1, place=Place(1), read_all=True)
+    await batches.note_wait(store, batch, errors.ModelUnavailable("no host"))
     await batches.note_line(store, batch, 1, which="output", text=b"{}")
     await batches.end(store, batch, "completed")
     await batches.stop(store, batch.id, "cancelled")
