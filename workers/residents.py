@@ -138,6 +138,7 @@ class Residents:
             waited_for=self._waited_for,
             drained=self._drained,
             room_for=self._room_for,
+            given_room=self.swaps.given_room,
             held_up=self.swaps.held_up,
             occupied=self.footprints.occupied,
             loaded=self._loaded,

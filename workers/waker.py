@@ -195,7 +195,7 @@ class Waker(ModelHere):
             if self.state == "quarantined":
                 await self._become("cold", "")
             return  # whoever sees memory come back kicks
-        if self._loop.time() < self._no_room_until_s and not self._around.waited_for(self.name):
+        if self._loop.time() < self._no_room_until_s and not self._comes_first():
             return
         holder, self.room_at = self._around.held_up(self.name)
         if holder:
@@ -207,6 +207,10 @@ class Waker(ModelHere):
                 await self._become("quarantined", self._quarantine.words)
             return
         await self._wake()
+
+    def _comes_first(self) -> bool:
+        """Whether it need not pause before it looks for room again: jobs wait for it, or room is made for it."""
+        return self._around.waited_for(self.name) or self._around.given_room(self.name)
 
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""

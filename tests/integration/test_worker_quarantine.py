@@ -124,6 +124,7 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         occupied=occupied,
         loaded=loaded,
         learned=lambda name: Learned(),
+        given_room=lambda name: False,
         held_up=lambda name: ("", 0),
         drained=lambda: False,
         outdone=lambda name: False,
