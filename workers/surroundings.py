@@ -19,6 +19,7 @@ class Surroundings:
     waited_for: Callable[[str], bool]  # whether jobs wait for the model now
     drained: Callable[[], bool]  # whether an operator has set this host aside
     room_for: Callable[[str, bool], AbstractAsyncContextManager[Claim]]  # raises NoRoom; True = a request waits for it
+    lacks_room: Callable[[str, bool], Awaitable[str]]  # why there is none, "" = there is; claims nothing
     occupied: Callable[[str], Awaitable[int]]  # bytes of this host's memory that the model holds, 0 = nobody can tell
     loaded: Callable[[str, float, int], Awaitable[None]]  # learns from a load: ms, bytes
     learned: Callable[[str], Learned]  # what loads on this host have shown
