@@ -138,6 +138,8 @@ class Residents:
             waited_for=self._waited_for,
             drained=self._drained,
             room_for=self._room_for,
+            lacks_room=self._lacks_room,
+            given_room=self.swaps.given_room,
             held_up=self.swaps.held_up,
             occupied=self.footprints.occupied,
             loaded=self._loaded,
@@ -201,13 +203,27 @@ class Residents:
         if state == "loaded" or not waker.ours:
             yield Claim(name, there=state == "loaded")
             return
+        need = await self._predict(waker)
+        async with self._room.hold(name, need, demanded=demanded, waits=waker.waits) as claim:
+            yield claim
+
+    async def _lacks_room(self, name: str, demanded: bool) -> str:
+        """Says why there is no room for a load, "" = there is, or the load itself says what is wrong with it."""
+        waker = self.wakers[name]
+        if await waker.runtime.state() == "loaded" or not waker.ours or await waker.runtime.lacks():
+            return ""
+        try:
+            return await self._room.lacks(name, await self._predict(waker), demanded=demanded)
+        except NoRoom as e:
+            return str(e)
+
+    async def _predict(self, waker: Waker) -> int:
+        """Predicts what a load will occupy, in bytes; raises NoRoom where it cannot fit at all."""
         await self.footprints.inquire(waker)
         self._judge(waker, await self._room.look())
         if waker.unfit:
             raise NoRoom(waker.unfit)
-        need = self.footprints.need(waker)
-        async with self._room.hold(name, need, demanded=demanded, waits=waker.waits) as claim:
-            yield claim
+        return self.footprints.need(waker)
 
     def _judge(self, waker: Waker, look: Look) -> None:
         """Says whether a model that is not in memory can fit at all."""

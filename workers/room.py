@@ -142,6 +142,14 @@ class Room:
             if ended is self._ended:
                 return look
 
+    async def lacks(self, name: str, need: int, *, demanded: bool) -> str:
+        """Says why a load would not be let in now, "" = it would, or would have to wait for others first."""
+        claim, look = Claim(name, need, demanded, alone=not need), await self.look()
+        if claim.alone or self._must_wait(claim):
+            return ""
+        found = evictions(need, self._left(look, claim), self._able(claim))
+        return self._words(claim, look) if found is None else ""
+
     def left(self, look: Look) -> float:
         """What will be left, in bytes, when every load in line has got what it was promised."""
         return self._left(look, Claim(""))
@@ -253,4 +261,4 @@ class Room:
     def _words(self, claim: Claim, look: Look) -> str:
         free = max(0, int(self._left(look, claim)))
         words = f"{claim.name} needs {claim.need >> 20} MB and {free >> 20} MB are free"
-        return f"{words}; no idle model can make room"
+        return f"{words}; no idle model that is wanted less can make room"

@@ -19,9 +19,11 @@ class Surroundings:
     waited_for: Callable[[str], bool]  # whether jobs wait for the model now
     drained: Callable[[], bool]  # whether an operator has set this host aside
     room_for: Callable[[str, bool], AbstractAsyncContextManager[Claim]]  # raises NoRoom; True = a request waits for it
+    lacks_room: Callable[[str, bool], Awaitable[str]]  # why there is none, "" = there is; claims nothing
     occupied: Callable[[str], Awaitable[int]]  # bytes of this host's memory that the model holds, 0 = nobody can tell
     loaded: Callable[[str, float, int], Awaitable[None]]  # learns from a load: ms, bytes
     learned: Callable[[str], Learned]  # what loads on this host have shown
+    given_room: Callable[[str], bool]  # whether a model claims no more, to make room for it
     held_up: Callable[[str], tuple[str, int]]  # whose memory it must wait for ("" = nobody's), until when at least
     learn: Callable[..., Awaitable[None]]
     count: Callable[..., Awaitable[None]]  # adds to what is counted of its wakes

@@ -5,16 +5,20 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
+from broker.lanes import WANTED_FOR_MS
 from broker.policies import Active
 from broker.records import ModelFacts, Waiting
 from workers.memory import SAFETY
-from workers.turns import Asker, Seat, Turn, held_up_by, room_in_ms, started, take_turns
+from workers.turns import Asked, Asker, Seat, Turn, asked_on, held_up_by, room_in_ms, started, take_turns
 from workers.waker import Waker
 
 log = logging.getLogger("warmlane.swaps")
 
 LOOK_EVERY_S = 0.1
 """How old what was decided may be; a job that starts is counted at once."""
+
+NOTED_FOR_MS = WANTED_FOR_MS * 5 // 4
+"""A request that is noted keeps its model wanted for so long; those of the next quarter of a minute are not noted."""
 
 
 class Swaps:
@@ -53,6 +57,7 @@ class Swaps:
         self._turns: dict[str, Turn] = {}
         self._seats: list[Seat] = []
         self._held: set[str] = set()  # models whose turn has not come
+        self._asked: dict[str, Asked] = {}
         self._looked_at = -LOOK_EVERY_S
         self._loop = asyncio.get_running_loop()
 
@@ -104,6 +109,10 @@ class Swaps:
         turn = self._turns.get(name)
         return turn is not None and turn.over and turn.to == asker
 
+    def given_room(self, asker: str) -> bool:
+        """Whether any model makes room for this one."""
+        return any(turn.over and turn.to == asker for turn in self._turns.values())
+
     def _tell(self, askers: Iterable[Asker]) -> None:
         for name, waker in self._wakers.items():
             turn = self._turns.get(name)
@@ -112,6 +121,8 @@ class Swaps:
                 was, waker.makes_room_for = waker.makes_room_for, to
                 log.info("event=%s model=%s for=%s", "makes_room" if to else "goes_on", name, to or was)
                 waker.told_anew()
+                if to in self._wakers:
+                    self._wakers[to].kick()
         held = {a.name for a in askers if held_up_by(a.name, self._seats, self._turns)}
         for name in self._held - held:  # its turn has come
             if name in self._wakers:
@@ -121,6 +132,7 @@ class Swaps:
     def _asker(self, waker: Waker) -> Asker | None:
         name, facts, now = waker.name, self._facts(waker.name), self._now_ms()
         loading = waker.state == "waking"
+        asked = self._asked_since(name, facts.wanted_until, now)
         if not waker.ours or self._drained() or self._has_arrived(waker):
             return None
         if not (loading or waker.state in ("cold", "quarantined")) or waker.leaving:
@@ -141,8 +153,17 @@ class Swaps:
             deadlines=[at for job in jobs for at in self._deadlines(job)],
             load_ms=self._load_ms(name),
             waits=waits,
+            asked_for_ms=now - asked.since,
+            asked_ago_ms=max(0, now + WANTED_FOR_MS - asked.forgotten_at),
             loading=loading,
         )
+
+    def _asked_since(self, name: str, wanted_until: int, now: int) -> Asked:
+        """Keeps account of the requests for a model, by what they leave of themselves. An operator's wish counts as
+        requests that come until it is over."""
+        noted_at = min(now, wanted_until - NOTED_FOR_MS)
+        self._asked[name] = asked_on(self._asked.get(name), noted_at=noted_at, forgotten_at=wanted_until)
+        return self._asked[name]
 
     def _has_arrived(self, waker: Waker) -> bool:
         """Whether its load is over and it is about to be called warm: its memory is occupied, no more promised."""

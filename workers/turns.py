@@ -5,7 +5,8 @@ minute; it is kept warm. `may_take` compares two of them while the one that hold
 
 Under steady load it always has something to do. So it gets a *turn*: it stays for `minStayMs` at least; once others
 need its memory it may start one more batch of jobs, bounded in number and in time; then it claims no more, drains, and
-makes room. Nobody's job has a privilege beyond the batch, whatever its session, and nobody who waits starves.
+makes room. Nobody's job has a privilege beyond the batch, whatever its session, and nobody who waits starves. A model
+that nobody waits for, since all its requests go to its fallback, gets its turn later, and only while they keep coming.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +23,13 @@ LAST_CHANCE_MS = 2_000
 """A job that waits for the other model ends the batch when it would otherwise miss its deadline within this."""
 
 ASKED_STAYS = 5
-"""Who was asked for, but whose jobs went elsewhere meanwhile, waits for so many minimum stays instead of one."""
+"""Who is asked for, but whose jobs go elsewhere meanwhile, waits for so many minimum stays instead of one."""
 
 ASKED_LEAST_MS = 120_000
-"""And at least so long: it has then been asked for since the other was loaded, or it is not wanted any more."""
+"""And at least so long; for all that time it must have been asked for again before its last request was forgotten."""
+
+ASKED_AGAIN_MS = 15_000
+"""And its last batch is asked of the other only while its requests still come: the last one no longer ago."""
 
 ROOM_KEPT_MS = 30_000
 """For so long a model that has drained leaves its slots empty for one that does not come; then it goes on."""
@@ -58,9 +62,12 @@ class Seat:
 
     def stayed(self, turn: "Turn") -> bool:
         """Whether it has had its minimum stay, as far as the one that wants its memory is concerned."""
-        if turn.asked_only:
-            return self.stayed_ms >= max(ASKED_LEAST_MS, ASKED_STAYS * self.min_stay_ms)
-        return self.stayed_ms >= self.min_stay_ms
+        return self.stayed_ms >= (self.asked_stay_ms if turn.asked_only else self.min_stay_ms)
+
+    @property
+    def asked_stay_ms(self) -> int:
+        """How long it stays at least where nobody waits for the one that wants its memory."""
+        return max(ASKED_LEAST_MS, ASKED_STAYS * self.min_stay_ms)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Asker:
     deadlines: Sequence[int] = ()  # of the jobs that wait: their promotion, their giving up
     load_ms: float = 0  # 0 = not known
     waits: bool = True  # False: it was asked for, but no job waits for it now
+    asked_for_ms: float = 0  # for how long it has been asked for, again and again
+    asked_ago_ms: float = 0  # since its last request
     loading: bool = False  # its room is being made: it asks for no more seats
 
 
@@ -86,6 +95,21 @@ class Turn:
     started: int = 0  # jobs of that batch
     over: bool = False  # it claims no more
     drained_ms: int = 0  # since when it has had nothing to do after that
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests for a model that came again and again: each before the one before it was forgotten. Instants in ms."""
+
+    since: int
+    forgotten_at: int
+
+
+def asked_on(before: Asked | None, *, noted_at: int, forgotten_at: int) -> Asked:
+    """Goes on with such requests, or begins anew, by when the last of them was noted and until when it counts."""
+    if before is None or noted_at > before.forgotten_at:
+        return Asked(noted_at, forgotten_at)
+    return replace(before, forgotten_at=forgotten_at)
 
 
 def may_take(mine: Wish, theirs: Wish, *, now_ms: int, others_wait: bool) -> bool:
@@ -132,9 +156,9 @@ def take_turns(
 
 
 def held_up_by(asker: str, seats: Iterable[Seat], turns: Mapping[str, Turn]) -> list[str]:
-    """Names the models whose memory it is to get and cannot have yet, where jobs wait for it."""
+    """Names the models whose memory it is to get and cannot have yet, where jobs wait for it or they make room."""
     of_its = [(seat, turns[seat.name]) for seat in seats if seat.name in turns and turns[seat.name].to == asker]
-    return [seat.name for seat, turn in of_its if not turn.asked_only and not _is_free(seat, turn)]
+    return [seat.name for seat, turn in of_its if (turn.over or not turn.asked_only) and not _is_free(seat, turn)]
 
 
 def room_in_ms(asker: str, seats: Iterable[Seat], turns: Mapping[str, Turn]) -> float:
@@ -175,6 +199,8 @@ def _seats_for(
 
 
 def _go_on(turn: Turn, seat: Seat, asker: Asker, now_ms: int) -> Turn:
+    if turn.asked_only and not asker.loading and not _is_due(turn, seat, asker):
+        return Turn(asker.name, asked_only=True)  # whatever was begun for jobs that went elsewhere
     if turn.over:
         return _drain(turn, seat, now_ms)
     if not seat.stayed(turn):
@@ -187,6 +213,12 @@ def _go_on(turn: Turn, seat: Seat, asker: Asker, now_ms: int) -> Turn:
         or _is_last_chance(seat, asker, now_ms)
     )
     return replace(turn, over=over)
+
+
+def _is_due(turn: Turn, seat: Seat, asker: Asker) -> bool:
+    """Whether one that nobody waits for has its turn all the same: a fallback would keep it out for ever otherwise."""
+    comes_again = turn.over or asker.asked_ago_ms <= ASKED_AGAIN_MS
+    return seat.stayed(turn) and asker.asked_for_ms >= seat.asked_stay_ms and comes_again
 
 
 def _drain(turn: Turn, seat: Seat, now_ms: int) -> Turn:

@@ -54,6 +54,7 @@ class Waker(ModelHere):
         self._left_behind = False  # whether it may have left something in memory that nobody looks after
         self._aside = ""  # why only a person can mend it
         self._no_room_until_s = 0.0
+        self._short = ""  # what it said last of memory that it waits for
 
     @property
     def willing(self) -> bool:
@@ -65,6 +66,10 @@ class Waker(ModelHere):
     def claimable(self) -> bool:
         """Whether jobs may be claimed for it now."""
         return self.willing and self.slots.free > 0
+
+    @property
+    def _says_short(self) -> bool:
+        return bool(self._short) and self.reason == self._short
 
     def kick(self) -> None:
         """Has the state looked at now."""
@@ -188,17 +193,16 @@ class Waker(ModelHere):
             return
         away = self.leaving or self._around.drained()
         if away or not await self._demand.wants(self.warmth) or self._around.warm_elsewhere(self.name):
-            if self.state == "quarantined":
-                await self._become("cold", "")
+            await self._waits_no_more()
             return
         if self.unfit:
-            if self.state == "quarantined":
-                await self._become("cold", "")
+            await self._waits_no_more()
             return  # whoever sees memory come back kicks
-        if self._loop.time() < self._no_room_until_s and not self._around.waited_for(self.name):
+        if self._loop.time() < self._no_room_until_s and not self._comes_first():
             return
         holder, self.room_at = self._around.held_up(self.name)
         if holder:
+            self._short = holder
             if self.reason != holder or self.state != "cold":
                 await self._become("cold", holder)
             return
@@ -206,7 +210,29 @@ class Waker(ModelHere):
             if self.state != "quarantined":
                 await self._become("quarantined", self._quarantine.words)
             return
-        await self._wake()
+        if not await self._is_short():
+            await self._wake()
+
+    async def _waits_no_more(self) -> None:
+        """Says nothing any more of what it waited for."""
+        self.room_at = 0
+        if self.state == "quarantined" or self._says_short:
+            await self._become("cold", "")
+
+    async def _is_short(self) -> bool:
+        """Whether memory is short for one that nobody waits for. It is asked without the wake lock, of which it needs
+        none to stay cold; where jobs wait, who has no room sends them elsewhere, and only the holder may do that."""
+        if self._around.waited_for(self.name):
+            return False
+        words = await self._around.lacks_room(self.name, await self._demand.asked_for())
+        if not words or self._around.waited_for(self.name):
+            return False
+        await self._wait_for_room(NoRoom(words))
+        return True
+
+    def _comes_first(self) -> bool:
+        """Whether it need not pause before it looks for room again: jobs wait for it, or room is made for it."""
+        return self._around.waited_for(self.name) or self._around.given_room(self.name)
 
     async def _take_over(self) -> None:
         """Follows a changed definition; only what the runtime runs by needs a reload."""
@@ -345,13 +371,15 @@ class Waker(ModelHere):
         """Tries again soon. Where requests wait, they are sent elsewhere meanwhile, unless the model is in line for
         somebody's memory; without any, the next one may still ask for an eviction, so the model only stays cold."""
         self._no_room_until_s = self._loop.time() + NO_ROOM_PAUSE_S
-        log.info("event=no_room model=%s reason=%s", self.name, error)
+        if not self._says_short:
+            log.info("event=no_room model=%s reason=%s", self.name, error)
         changed = self._is_now("cold", str(error))
         waited_for = not self.unfit and self._around.waited_for(self.name)
         holder = ""
         if waited_for:  # asked with no await before: who had the room a moment ago has it still
             holder, self.room_at = self._around.held_up(self.name)
             self.reason = holder or self.reason
+        self._short = self.reason
         await self._note_since(changed)
         if waited_for and not holder:
             await self._quarantine.pause(str(error), for_s=NO_ROOM_PAUSE_S)

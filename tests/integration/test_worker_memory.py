@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from broker import errors, hosts, jobs
+from broker import errors, hosts, jobs, operator
 from broker.lifecycle import State
 from broker.policy import Model
 from broker.records import ModelFacts, ModelOnHost
@@ -193,7 +193,7 @@ async def test_models_that_are_only_kept_warm_do_not_evict_each_other(world: Wor
     async def settled() -> bool:
         states = {(await world.model(name)).state for name in ("first", "second")}
         reasons = {(await world.model(name)).reason for name in ("first", "second")}
-        return states == {"warm", "cold"} and any("no idle model can make room" in reason for reason in reasons)
+        return states == {"warm", "cold"} and any("no idle model that is wanted less" in reason for reason in reasons)
 
     await eventually(settled, what="one is warm, one says why not")
     [stays] = await resident(world)
@@ -221,9 +221,82 @@ async def test_who_was_asked_for_last_stays_when_nobody_waits(world: World) -> N
         await another_look(host.residents.wakers["first"])
         assert (await world.model("second")).since == warm_since
         assert await resident(world) == {"second"}
+    words = "first needs 600 MB and 400 MB are free; no idle model that is wanted less can make room"
     told = await world.model("first")
-    assert (told.state, told.reason) == ("cold", "first needs 600 MB and 400 MB are free; no idle model can make room")
+    assert (told.state, told.reason) == ("cold", words)
     assert (await (await world.submit("first")).end()).served_by == "first@gpu1", "who waits decides"
+
+
+async def test_a_model_that_looks_for_room_in_vain_stays_cold_without_a_word(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was called waking every five seconds, under a wake lock with a new epoch each time, and said so in three
+    lines."""
+    caplog.set_level(logging.INFO)
+    await world.apply({name: simulated(keepWarm=False, memoryMb=600, minStayMs=50) for name in ("first", "second")})
+    first = (await world.host(memory_mb=LIMIT_MB)).residents.wakers["first"]
+    await (await world.submit("first")).end()
+    await (await world.submit("second")).end()
+    epoch = await world.store.command("GET", world.store.keys.wake_epoch("first"))
+    caplog.clear()
+
+    for _ in range(3):
+        await another_look(first)
+
+    assert await world.store.command("GET", world.store.keys.wake_epoch("first")) == epoch
+    said = [r.getMessage() for r in caplog.records if "model=first" in r.getMessage()]
+    assert len(said) <= 1 and all("event=no_room" in line for line in said), said
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["memory is short", "memory came back"])
+async def test_a_reason_that_memory_is_short_goes_with_the_wish_for_it(world: World, *, back: bool) -> None:
+    """The page and `gateway status` said it for minutes, of a model that nobody asked for any more."""
+    await world.apply({name: simulated(keepWarm=False, memoryMb=600, minStayMs=50) for name in ("first", "second")})
+    first = (await world.host(memory_mb=LIMIT_MB)).residents.wakers["first"]
+    await (await world.submit("first")).end()
+    await (await world.submit("second")).end()
+    await eventually(lambda: says_short(world, "first"), what="first says that memory is short")
+    await world.store.command("HSET", world.store.keys.model("first"), "wanted_until", 0)
+    if back:
+        await operator.unload(world.store, world.book.active, world.fleet, "second")
+
+    await eventually(lambda: reason_is(world, "first", ""), what="first says nothing any more")
+    assert (first.state, first.room_at) == ("cold", 0)
+
+
+async def says_short(world: World, model: str) -> bool:
+    return "400 MB are free" in (await world.model(model)).reason
+
+
+async def test_a_reason_why_it_is_cold_outlives_the_wish_for_it(world: World) -> None:
+    """Only what a model waits for is over when nobody wants it any more."""
+    await world.apply({name: simulated(keepWarm=False, memoryMb=600, minStayMs=50) for name in ("first", "second")})
+    first = (await world.host(memory_mb=LIMIT_MB)).residents.wakers["first"]
+    await (await world.submit("first")).end()
+    await world.store.command("HSET", world.store.keys.model("first"), "wanted_until", 0)
+    await (await world.submit("second")).end()
+    first.kick()
+    await until(lambda: not first._kick.is_set(), what="it has looked")
+
+    assert (first.state, first.reason) == ("cold", "made room for second")
+
+
+async def test_whose_memory_it_waits_for_is_not_said_when_its_job_has_gone(world: World) -> None:
+    await world.apply(
+        {
+            "first": simulated(keepWarm=False, memoryMb=700, minStayMs=60_000),
+            "second": simulated(keepWarm=False, memoryMb=600),
+        }
+    )
+    second = (await world.host(memory_mb=LIMIT_MB)).residents.wakers["second"]
+    await (await world.submit("first")).end()
+    ask = await world.submit("second")
+    await waits_for(world, "second", "first")
+    await jobs.cancel(world.store, ask.job_id)
+    await world.store.command("HSET", world.store.keys.model("second"), "wanted_until", 0)
+
+    await eventually(lambda: reason_is(world, "second", ""), what="second waits for nobody", timeout_s=20)
+    assert second.room_at == 0
 
 
 async def test_a_kept_warm_model_comes_back_when_nobody_wants_the_other(world: World) -> None:
@@ -530,16 +603,16 @@ async def test_a_redis_that_is_away_as_a_wake_begins_is_no_failure_of_the_model(
 ) -> None:
     """What an earlier life has learned cannot be read just then: it is tried again, and nobody is set aside for it."""
     recall, hold, quarantine = LearnedHere.recall, residents.Residents._room_for, waker.Waker._set_aside
-    wakes: list[str] = []
+    wakes: list[waker.Waker] = []
     set_aside: list[str] = []
 
     async def away(self: LearnedHere, name: str) -> None:
-        if len(wakes) == 1:
+        if len(wakes) == 1 and wakes[0].state == "waking":
             raise errors.BrokerUnavailable("redis is away for a moment")
         await recall(self, name)
 
     def begins(self: residents.Residents, name: str, demanded: bool) -> Any:
-        wakes.append(name)
+        wakes.append(self.wakers[name])
         return hold(self, name, demanded)
 
     async def noted(self: waker.Waker, words: str, *, tried: bool = True) -> None:

@@ -98,6 +98,9 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
     async def room(name: str, demanded: bool) -> AsyncIterator[Claim]:
         yield Claim(name)
 
+    async def lacks_room(name: str, demanded: bool) -> str:
+        return ""
+
     async def occupied(name: str) -> int:
         return 1
 
@@ -121,9 +124,11 @@ def start(world: World, runtime: Failing, monkeypatch: pytest.MonkeyPatch, host:
         warm_elsewhere=lambda name: False,
         waited_for=lambda name: bool(world.fleet.picture.waiting.get(name)),
         room_for=room,
+        lacks_room=lacks_room,
         occupied=occupied,
         loaded=loaded,
         learned=lambda name: Learned(),
+        given_room=lambda name: False,
         held_up=lambda name: ("", 0),
         drained=lambda: False,
         outdone=lambda name: False,

@@ -1,6 +1,7 @@
 """Two models that cannot be in memory together, with a real worker, under load that does not end."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from broker import jobs
+from broker import jobs, operator
 from broker.lifecycle import State
 from broker.records import JobRecord
 from tests.support.redis_server import RedisServer
@@ -187,3 +188,29 @@ async def test_who_would_wait_too_long_for_its_turn_is_promoted_at_once(world: W
 
     assert (record.served_by, record.promotions) == ("small@gpu1", 1)
     assert record.promoted_at - record.submitted_at < 10_000
+
+
+async def test_who_nobody_waits_for_comes_as_soon_as_room_is_made_for_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All its requests went to its fallback. It had looked in vain a moment ago, and the slots that were emptied for it
+    stood empty until its pause was over."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(turns, "ASKED_LEAST_MS", 0)
+    monkeypatch.setattr(turns, "BATCH_PER_SLOT", 15)  # it looks for room in vain meanwhile
+    await world.apply(models(tmp_path / "loads", minStayMs=0))
+    await world.host(memory_mb=LIMIT_MB)
+
+    async def evicted() -> bool:
+        return "event=evict model=chat for=coder" in caplog.text
+
+    async with steady(world, "chat") as served:
+        await eventually_some(served)
+        await operator.warm(world.store, world.book.active, world.fleet, "coder")
+        await eventually(evicted, what="chat is evicted for coder", timeout_s=30)
+
+    makes_room_at, evicted_at = (
+        next(r.created for r in caplog.records if f"event={event} model=chat for=coder" in r.getMessage())
+        for event in ("makes_room", "evict")
+    )
+    assert evicted_at - makes_room_at < 2

@@ -112,9 +112,28 @@ async def test_memory_that_never_comes_back_lets_nothing_load() -> None:
     """The old code loaded all the same, with a warning."""
     box = Box(idle=21)
     box.back_after_s = 1e6
-    with pytest.raises(NoRoom, match="new needs 6144 MB and 3072 MB are free; no idle model can make room"):
+    with pytest.raises(NoRoom, match="new needs 6144 MB and 3072 MB are free; no idle model that is"):
         await box.load("new", 6)
     assert 6 < box.now < 30
+
+
+@virtual
+async def test_what_a_load_lacks_can_be_asked_without_a_claim() -> None:
+    box = Box(busy=15, idle=4)
+    box.busy.add("busy")
+    words = "new needs 10240 MB and 5120 MB are free; no idle model that is wanted less can make room"
+    assert await box.room.lacks("new", 10 * GB, demanded=True) == words
+    assert await box.room.lacks("new", 8 * GB, demanded=True) == "", "the idle one can"
+    assert await box.room.lacks("new", 0, demanded=True) == "", "nobody knows what it needs"
+    assert (box.room.loading, box.evicted) == ([], [])
+
+
+@virtual
+async def test_nothing_is_lacking_while_a_load_of_unknown_size_goes_on() -> None:
+    """What it will leave is known when it is over: who asks for room waits for that."""
+    box = Box()
+    async with box.room.hold("unknown", 0, demanded=True):
+        assert await box.room.lacks("new", 30 * GB, demanded=True) == ""
 
 
 @virtual

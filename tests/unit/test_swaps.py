@@ -1,13 +1,15 @@
 """What one host decides its turns by: facts of its own models, as its own loads have shown them."""
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from broker.lanes import WANTED_FOR_MS
 from broker.records import ModelFacts, Waiting
-from tests.support.jump_loop import run_in_virtual_time
-from workers.swaps import Swaps
+from tests.support.jump_loop import passes, run_in_virtual_time
+from workers.swaps import NOTED_FOR_MS, Swaps
 from workers.turns import Turn
 
 NOW_MS = 1_000_000
@@ -89,3 +91,60 @@ def test_who_needs_the_memory_of_a_load_under_way_is_in_line(
         return found
 
     assert run_in_virtual_time(held_up(), at_most_s=1) == told
+
+
+@pytest.mark.parametrize(
+    ("asked_at_s", "given"),
+    [
+        (range(6), False),  # a burst
+        (range(0, 61, 10), False),  # they stopped a minute before its turn
+        (range(0, 600, 180), False),  # each alone
+        ([0, 55, 119], True),
+        (range(0, 600, 10), True),
+        (range(0, 600, 40), True),
+    ],
+)
+def test_who_nobody_waits_for_gets_a_seat_only_while_its_requests_keep_coming(
+    asked_at_s: Iterable[int], given: bool
+) -> None:
+    """All of them go to its fallback at once; for the model that holds the memory people wait without end."""
+    busy = model("warm", "warm", stayed_ms=0.0, slots=SimpleNamespace(total=1, idle=False))
+    cold = model("cold", "cold", kicks=[])
+    cold.kick = lambda: cold.kicks.append(now_s)
+    now_s, wanted_until = 0, 0
+
+    async def room_made_at() -> list[int]:
+        nonlocal now_s, wanted_until
+        swaps = Swaps(
+            {"warm": busy, "cold": cold},
+            now_ms=lambda: NOW_MS + now_s * 1000,
+            waiting=lambda name: [],
+            waited_for=lambda name: name == "warm",
+            drained=lambda: False,
+            facts=lambda name: ModelFacts(wanted_until=wanted_until if name == "cold" else 0),
+            load_ms=lambda name: 9_000,
+            warm_elsewhere=lambda name: False,
+            need=lambda waker: GB,
+            headroom=lambda: 0,
+            loading=lambda: [],
+        )
+        for now_s in range(600):
+            busy.stayed_ms = 100_000.0 + now_s * 1000
+            at_ms = NOW_MS + now_s * 1000
+            if now_s in asked_at_s and at_ms + WANTED_FOR_MS > wanted_until:
+                wanted_until = at_ms + NOTED_FOR_MS
+            await passes(1)
+            swaps.look()
+            if swaps.given_room("cold"):
+                assert swaps.held_up("cold")[0] == "waits for the memory of warm"
+                busy.slots.idle = True
+                await passes(1)
+                swaps.look()
+                assert cold.kicks == [now_s, now_s], "once to say whose memory it waits for, once to take it"
+                assert swaps.held_up("cold")[0] == ""
+                return [now_s]
+        return []
+
+    made_at = run_in_virtual_time(room_made_at(), at_most_s=700)
+    assert bool(made_at) is given
+    assert all(120 <= at_s <= 160 for at_s in made_at)

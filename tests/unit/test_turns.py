@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from workers.turns import Asker, Seat, Turn, Wish, held_up_by, may_take, room_in_ms, take_turns
+from workers.turns import Asked, Asker, Seat, Turn, Wish, asked_on, held_up_by, may_take, room_in_ms, take_turns
 
 NOW = 1_000_000
 ASKED = Wish(wanted_until=NOW + 30_000)
@@ -59,6 +59,16 @@ def asks(**changes: Any) -> Asker:
     return replace(Asker("other", 6 * GB, NOW - 9_000, load_ms=10_000), **changes)
 
 
+def is_asked(**changes: Any) -> Asker:
+    """One whose requests keep coming, and are all promoted away."""
+    return replace(asks(waits=False, asked_for_ms=300_000), **changes)
+
+
+LONG = replace(BIG, stayed_ms=300_000)
+ASKED_BUSY = replace(BUSY, asked_only=True)
+NOT_YET = Turn("other", asked_only=True)
+
+
 @pytest.mark.parametrize(
     ("why", "before", "seat", "asker", "after"),
     [
@@ -83,11 +93,21 @@ def asks(**changes: Any) -> Asker:
          asks(), replace(BUSY, over=True, drained_ms=NOW - 29_999)),
         ("then it goes on for another batch", replace(BUSY, over=True, drained_ms=NOW - 30_000),
          replace(BIG, busy=False), asks(), Turn("other", begun_ms=NOW)),
-        ("and two minutes at least", None, replace(BIG, stayed_ms=119_999, min_stay_ms=10), asks(waits=False),
-         Turn("other", asked_only=True)),
-        ("who was only asked for waits for longer", None, BIG, asks(waits=False), Turn("other", asked_only=True)),
-        ("but not for ever", None, replace(BIG, stayed_ms=300_000), asks(waits=False),
-         Turn("other", asked_only=True, begun_ms=NOW)),
+        ("and two minutes at least", None, replace(BIG, stayed_ms=119_999, min_stay_ms=10), is_asked(), NOT_YET),
+        ("who was only asked for waits for longer", None, BIG, is_asked(), NOT_YET),
+        ("but not for ever", None, LONG, is_asked(), replace(NOT_YET, begun_ms=NOW)),
+        ("where it was asked for all that time", None, LONG, is_asked(asked_for_ms=299_999), NOT_YET),
+        ("and still is", None, LONG, is_asked(asked_ago_ms=15_001), NOT_YET),
+        ("whose requests stop during the batch has it no more", ASKED_BUSY, LONG, is_asked(asked_ago_ms=15_001),
+         NOT_YET),
+        ("a gap while the other drains ends nothing", replace(ASKED_BUSY, over=True), LONG,
+         is_asked(asked_ago_ms=40_000), replace(ASKED_BUSY, over=True)),
+        ("one burst that was promoted away has no turn, though room was about to be made for it",
+         replace(BUSY, over=True), LONG, is_asked(asked_for_ms=30_000), NOT_YET),
+        ("nor has one whose jobs went elsewhere within the longer stay", replace(BUSY, over=True), BIG, is_asked(),
+         NOT_YET),
+        ("a load that goes on gets what it was given", replace(ASKED_BUSY, over=True), BIG,
+         is_asked(asked_for_ms=0, loading=True), replace(ASKED_BUSY, over=True)),
         ("a batch for somebody else does not count", replace(BUSY, to="third", started=8), BIG, asks(),
          Turn("other", begun_ms=NOW)),
         ("nobody makes room for what still would not fit", BUSY, BIG, asks(need=40 * GB), None),
@@ -100,6 +120,14 @@ def test_a_model_in_memory_gets_its_turn_and_no_more(
 ) -> None:
     told = {} if before is None else {seat.name: before}
     assert take_turns(told, [seat], [asker], headroom=3 * GB, now_ms=NOW).get(seat.name) == after, why
+
+
+def test_requests_count_from_the_first_that_was_not_forgotten_before_the_next() -> None:
+    first = asked_on(None, noted_at=NOW, forgotten_at=NOW + 75_000)
+    again = asked_on(first, noted_at=NOW + 75_000, forgotten_at=NOW + 150_000)
+    later = asked_on(again, noted_at=NOW + 150_001, forgotten_at=NOW + 225_001)
+    assert [one.since for one in (first, again, later)] == [NOW, NOW, NOW + 150_001]
+    assert asked_on(first, noted_at=NOW, forgotten_at=NOW + 75_000) == Asked(NOW, NOW + 75_000)
 
 
 def test_nobody_who_is_not_asked_makes_room() -> None:
@@ -143,7 +171,9 @@ def test_who_loads_already_asks_for_no_more() -> None:
         ("jobs wait for it, and its batch goes on", replace(BIG, busy=False), BUSY, True),
         ("it has had its turn and has drained", replace(BIG, busy=False), replace(BUSY, over=True), False),
         ("nobody wants it", replace(BIG, busy=False, waited_for=False), BUSY, False),
-        ("it was only asked for: it may try", BIG, Turn("other", asked_only=True), False),
+        ("it was only asked for: it may try", BIG, NOT_YET, False),
+        ("until room is made for it", LONG, replace(ASKED_BUSY, over=True), True),
+        ("and again when the other has drained", replace(LONG, busy=False), replace(ASKED_BUSY, over=True), False),
         ("within its minimum stay", replace(BIG, busy=False, waited_for=False, stayed_ms=1), Turn("other"), True),
     ],
 )
