@@ -245,6 +245,11 @@ class Store:
             found.append(f"Redis may evict keys (maxmemory-policy {policy}): set it to noeviction")
         return found
 
+    async def unfit(self) -> list[str]:
+        """Says what keeps Redis from working as it should, as sentences: such settings, and that it is full."""
+        full = await self.full()
+        return [*await self.unfit_settings(), *([full] if full else [])]
+
     async def full(self) -> str:
         """Says that Redis holds more than it may, so that it refuses whatever is new; "" while it does not."""
         info = await self.info("memory")

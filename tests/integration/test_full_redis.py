@@ -12,10 +12,13 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from api.doctor import Facts, RedisFacts, examine
+from api.status_table import status_table
 from broker import batches, errors, files, jobs, lanes
 from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.records import BatchRecord
+from broker.status import Snapshot
 from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line
 from tests.support.broker_world import new_namespace
@@ -175,4 +178,20 @@ async def test_a_policy_and_keys_can_still_be_changed(server: RedisServer) -> No
     store = await Store.open(server.url, namespace=new_namespace(), name="test-api")
     async with full(store):
         assert await PolicyBook(store).apply('{"models": {"m": {"backend": "simulated", "model": "m"}}}') == 1
+    await store.close()
+
+
+async def test_health_and_status_say_so(server: RedisServer) -> None:
+    """In words that `gateway doctor` takes over too: it is nothing that one sees at the requests alone."""
+    store = await Store.open(server.url, namespace=new_namespace(), name="test-api")
+    async with live_scene(store) as scene, httpx.AsyncClient(base_url=scene.api.url) as client:
+        async with full(store):
+            [said] = (await client.get("/healthz")).json()["unfit"]
+            shown = Snapshot.from_json((await client.get("/v1/status")).json())
+        assert said.startswith("Redis is full (") and "`maxmemory`" in said
+        assert f"note: {said}" in status_table(shown).splitlines()
+        found = examine(Facts(scene.api.url, redis=RedisFacts(unfit=(said,))))
+        assert ("redis", "wrong", said) in [(finding.subject, finding.state, finding.sentence) for finding in found]
+        assert (await client.get("/healthz")).json()["unfit"] == []
+        assert (await client.get("/v1/status")).json()["redis_note"] == ""
     await store.close()
