@@ -275,7 +275,7 @@ async def serve(settings: ApiSettings) -> int:
             listener.close()
             print(place.needs_keys, file=sys.stderr)
             return CANNOT_LISTEN
-        for sentence in await store.unfit_settings():
+        for sentence in await store.unfit():
             log.warning("event=unfit_redis reason=%s", sentence)
         server = Server(
             Gateway(

@@ -82,7 +82,7 @@ async def _from_redis(facts: Facts, data: Path | None) -> Facts:
     except errors.BrokerUnavailable:
         return replace(facts, redis=RedisFacts(away=True))
     try:
-        unfit = tuple(await store.unfit_settings())
+        unfit = tuple(await store.unfit())
         redis = RedisFacts(version=store.version, durability=await store.durability(), unfit=unfit)
         book = PolicyBook(store)
         await book.reload()

@@ -275,7 +275,7 @@ _HEALTH: dict[str, Schema] = {
             "policy_version": maybe(whole()),
             "redis": one_of("ok", "away"),
             "durability": text("Whether Redis keeps what it is told."),
-            "unfit": list_of(text(), "Settings of Redis that are not as they should be."),
+            "unfit": list_of(text(), "What of Redis is not as it should be: its settings, or that it is full."),
         },
         {"redis_version": text(), "skew_ms": whole("Redis' clock minus ours.")},
     ),

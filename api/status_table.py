@@ -24,6 +24,7 @@ def status_table(shown: Snapshot, *, wide: bool = False) -> str:
     lines += _other_lanes(shown)
     lines += [_host(host) for host in shown.hosts] or ["host: none is alive, so nothing can be served"]
     lines += [_silent(host) for host in shown.silent]
+    lines += [f"note: {shown.redis_note}"] if shown.redis_note else []
     lines += [f"note: host {host.name}: {host.memory_note}" for host in shown.hosts if host.memory_note]
     lines += [f"note: {_name(model)} {words}" for model in shown.models for words in _notes(model)]
     if shown.made_up:

@@ -226,7 +226,7 @@ async def note_line(
     return bool(done)
 
 
-async def note_wait(store: Store, batch: BatchRecord, refusal: errors.Refused | None) -> None:
+async def note_wait(store: Store, batch: BatchRecord, refusal: errors.BrokerError | None) -> None:
     """Says in a batch what its lines wait for, None = for nothing; raises AlreadyEnded, NoSuchBatch."""
     wait = json.dumps({"code": refusal.code, "message": str(refusal)}) if refusal is not None else ""
     if wait != batch.wait:

@@ -59,6 +59,7 @@ BrokerError
 │   └── LockHeld                lock_held                 somebody else holds the wake lock or the host's name
 ├── BadTransition               bad_transition            a bug of ours: log it loudly, never retry
 └── BrokerUnavailable           broker_unavailable        Redis does not answer
+    ├── RedisFull               broker_unavailable        it answers, and has no room for anything new
     └── RedisUnfit              redis_unfit               it answers, but is too old or not a Redis
 """
 
@@ -536,6 +537,12 @@ class BrokerUnavailable(BrokerError):
     """Redis does not answer."""
 
     code = "broker_unavailable"
+
+
+class RedisFull(BrokerUnavailable):
+    """Redis has no room for what was asked, and nothing happened. What it holds already goes on and ends as ever."""
+
+    retry_after_s = 5
 
 
 class RedisUnfit(BrokerUnavailable):

@@ -58,7 +58,7 @@ async def leave(store: Store, host: HostRecord, models: list[str]) -> None:
 async def learn(store: Store, model: str, **facts: float | int | str) -> None:
     """Notes what was learned of a model: fields of ModelFacts."""
     flat = [x for name, value in facts.items() for x in (name, value)]
-    await store.command("HSET", store.keys.model(model), *flat)
+    await store.run("wish", [store.keys.model(model)], [store.now_arg(), 0, *flat])
 
 
 async def count(store: Store, model: str, **amounts: int) -> None:

@@ -31,6 +31,7 @@ OTHERS: dict[str, str] = {
     "overdue": "an api looked after it, since no scheduler had",
     "look_raced": "it had moved before whoever looked could act",
     "look_failed": "looking after it failed",
+    "look_retry": "Redis refused what was to be done, or did not answer: it is looked at again",
     "enter_anew": "Redis came back without it: it was submitted once more",
     "leave_later": "its client has left, which could not be written yet",
     "refill_retry": "a reader of it waits for Redis",

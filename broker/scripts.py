@@ -41,12 +41,13 @@ def names() -> list[str]:
 
 @cache
 def load(name: str, *, shebang: bool) -> Script:
-    """Reads a verb and resolves its includes. `shebang` adds the script flags, which fakeredis does not know."""
+    """Reads a verb and resolves its includes. `shebang` says by which flags a server runs it, which fakeredis does not
+    know: without any, one that is full, or cannot write its files, refuses it before it begins."""
     source = _read(name)
     text = _resolve(source, done=set(), path=(name,))
     flags = _FLAGS.search(source)
-    if shebang and flags:
-        text = f"#!lua flags={flags.group(1)}\n{text}"
+    if shebang:
+        text = f"#!lua{f' flags={flags.group(1)}' if flags else ''}\n{text}"
     return Script(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

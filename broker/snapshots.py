@@ -60,6 +60,7 @@ class Snapshots:
 
     async def _take(self) -> Snapshot:
         active = self._book.active
+        note = await self._store.full()
         seen = await self._fleet.look_closely(active)
         number = max(seen.moment, self._last.number + 1)  # clocks may be set back
-        return compose(active, self._fleet, seen, self._day, number=number)
+        return compose(active, self._fleet, seen, self._day, number=number, redis_note=note)

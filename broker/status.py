@@ -181,6 +181,8 @@ class Snapshot:
     lanes: tuple[LaneStatus, ...] = ()
     hosts: tuple[HostStatus, ...] = ()
     silent: tuple[SilentHost, ...] = ()
+    redis_note: str = ""
+    """That Redis is full, where it is."""
     moves: Moves = field(default_factory=Moves)
     """What the day has counted of promotions and refusals."""
     day: Day = field(default=(), compare=False, repr=False)
@@ -227,7 +229,7 @@ class Snapshot:
         return _made(cls, parts)
 
 
-def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int) -> Snapshot:
+def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int, redis_note: str = "") -> Snapshot:
     """Makes the snapshot of a close look, which the fleet has seen too, and of the day's counters."""
     picture, lanes = fleet.picture, []
     for lane in active.lanes().values():
@@ -258,6 +260,7 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
             SilentHost(name=name, beat_age_ms=max(0, picture.at_ms - beat))
             for name, beat in sorted(seen.silent.items())
         ),
+        redis_note=redis_note,
         moves=moves(day),
         day=day,
     )

@@ -113,11 +113,14 @@ class Store:
     async def run_through(
         self, verb: str, keys: Sequence[str], args: Sequence[Any], *, limit_s: float = OUTAGE_LIMIT_S
     ) -> Any:
-        """Runs a verb and repeats it while Redis is away, at most `limit_s`. Every verb may be repeated."""
+        """Runs a verb and repeats it while Redis is away, at most `limit_s`. Every verb may be repeated. One that is
+        full is not away: it may stay so, and whoever asked may as well try elsewhere."""
         give_up = asyncio.get_running_loop().time() + limit_s
         while True:
             try:
                 return await self.run(verb, keys, args)
+            except errors.RedisFull:
+                raise
             except errors.BrokerUnavailable:
                 if asyncio.get_running_loop().time() > give_up:
                     raise
@@ -242,6 +245,31 @@ class Store:
             found.append(f"Redis may evict keys (maxmemory-policy {policy}): set it to noeviction")
         return found
 
+    async def unfit(self) -> list[str]:
+        """Says what keeps Redis from working as it should, as sentences: such settings, and that it is full."""
+        full = await self.full()
+        return [*await self.unfit_settings(), *([full] if full else [])]
+
+    async def full(self) -> str:
+        """Says that Redis holds more than it may, so that it refuses whatever is new; "" while it does not."""
+        info = await self.info("memory")
+        used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+        most = int(info.get("maxmemory", 0))
+        return _FULL.format(used / _MB, most / _MB) if 0 < most < used else ""
+
+    async def info(self, section: str) -> dict[str, str]:
+        """Reads what the server says of itself; nothing where it does not say."""
+        try:
+            reply = await self.command("INFO", section)
+        except errors.BrokerUnavailable:
+            raise
+        except errors.BrokerError:
+            return {}
+        if not isinstance(reply, bytes):
+            return {}
+        lines = (line.partition(":") for line in reply.decode().splitlines())
+        return {name: value.strip() for name, _, value in lines if value}
+
     async def _check_version(self) -> None:
         try:
             info = (await self.command("INFO", "server")).decode()
@@ -288,6 +316,12 @@ _NOT_DURABLE = {
     "rdb": "Redis keeps snapshots only, so a crash of it loses accepted jobs: set `appendonly yes`",
     "unknown": "Redis does not tell whether a crash of it loses accepted jobs: make sure of `appendonly yes`",
 }
+
+_FULL = (
+    "Redis is full ({:,.0f} MB, and it may hold {:,.0f} MB), so nothing new is taken or begun: "
+    "raise `maxmemory`, or delete files and jobs that nobody needs"
+)
+_MB = 1 << 20
 
 _REFUSALS: dict[str, type[errors.BrokerError]] = {
     "STALE": errors.StaleAttempt,
@@ -341,7 +375,9 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
         return errors.NoSuchBatch(rest.rpartition(":")[2])
     if word == "NOJOB":
         return errors.NoSuchJob(rest.rpartition(":")[2])
-    if word in ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "UNBLOCKED", "NOGROUP", "OOM", "MISCONF"):
+    if word == "OOM":
+        return errors.RedisFull("Redis is full: nothing new is taken until there is room again")
+    if word in ("LOADING", "BUSY", "MASTERDOWN", "READONLY", "UNBLOCKED", "NOGROUP", "MISCONF"):
         return errors.BrokerUnavailable(f"Redis cannot work at the moment: {text}")
     if word in _REFUSALS:
         return _REFUSALS[word](f"{verb}: {rest}")

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from broker import errors
 from broker.records import ModelFacts
 from broker.store import Store
 
@@ -84,19 +83,8 @@ def _since(first: list[Any], now: int) -> int:
 
 
 async def _info(store: Store) -> dict[str, str]:
-    """What the server says of its memory and its files; nothing where it does not say."""
-    told: dict[str, str] = {}
-    for section in ("memory", "persistence"):
-        try:
-            reply = await store.command("INFO", section)
-        except errors.BrokerUnavailable:
-            raise
-        except errors.BrokerError:
-            continue
-        if isinstance(reply, bytes):
-            lines = (line.partition(":") for line in reply.decode().splitlines())
-            told |= {name: value.strip() for name, _, value in lines if value}
-    return told
+    """What the server says of its memory and its files."""
+    return await store.info("memory") | await store.info("persistence")
 
 
 def _number(info: Mapping[str, str], name: str) -> int | None:

@@ -2,8 +2,8 @@
 
 A round goes over all batches that have not ended and does a little for each, so they advance side by side. Nothing is
 kept here between rounds that Redis does not know: whatever is killed, the next round goes on, and several schedulers at
-it do nothing twice. Where a lane is full, a caller has its share, or its answers fill its place for files, nothing is
-wrong with a line: it is asked for again.
+it do nothing twice. Where a lane or Redis is full, a caller has its share, or its answers fill its place for files,
+nothing is wrong with a line: it is asked for again.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ LATER = (
     errors.QuotaUsed,
     errors.ModelUnavailable,
     errors.DowngradesCapped,
+    errors.RedisFull,
 )
 """What says nothing against a line: it is asked for again."""
 
@@ -112,6 +113,8 @@ class Expander:
                 moved |= await step.make()
             except (errors.Moved, errors.AlreadyEnded, errors.NoSuchBatch):
                 pass  # somebody else is at it
+            except errors.RedisFull as full:  # its next lines wait; another batch may end, which makes room
+                self.rest(batch, full)
             except errors.BrokerUnavailable:
                 raise
             except Exception:  # one batch that nobody can read must not keep the others from theirs
@@ -140,7 +143,7 @@ class Expander:
         """Whether it was refused a place a moment ago."""
         return asyncio.get_running_loop().time() < self._resting.get(batch.id, 0.0)
 
-    def rest(self, batch: BatchRecord, refusal: errors.Refused) -> None:
+    def rest(self, batch: BatchRecord, refusal: errors.BrokerError) -> None:
         """Lets it rest for as long as the refusal says."""
         after_s = min(REST_S_MAX, float(getattr(refusal, "retry_after_s", 1)))
         self._resting[batch.id] = asyncio.get_running_loop().time() + after_s
@@ -242,7 +245,7 @@ class _Step:
             self._expander.rests_no_more(batch)
         unasked = [one for one in left if not self._states[one.number]]
         asked = await self._ask(record, unasked[: max(0, self.room)], caller)
-        if not batch.read_all and len(left) < REFILL_BELOW and self.room > 0:
+        if not batch.read_all and len(left) < REFILL_BELOW and self.room > 0 and not self._expander.rests(batch):
             told = await next_lines(store, batch, record, most=min(self.room, WINDOW - len(left)))
             await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
             self.room -= sum(not one.line.code for one in told.lines)
@@ -287,7 +290,7 @@ class _Step:
         expander, batch, asked = self._expander, self._batch, False
         if expander.rests(batch) or not unasked:
             return False
-        refusal: errors.Refused | None
+        refusal: errors.BrokerError | None
         if await files.hold_answers_enough(self._store, expander.active, batch.caller):
             refusal = errors.FilesFull("the caller's answers have no more place")
         else:
@@ -299,7 +302,7 @@ class _Step:
 
     async def _make_jobs(
         self, record: FileRecord, unasked: list[Working], caller: Caller
-    ) -> tuple[bool, errors.Refused | None]:
+    ) -> tuple[bool, errors.BrokerError | None]:
         """Whether it dealt with any of them, and what it met that all others have to wait for."""
         batch, asked = self._batch, False
         for one in unasked:
@@ -331,6 +334,8 @@ class _Step:
         if left:
             return True
         if batch.ending == "expired" and not batch.read_all:
+            if self._expander.rests(batch):
+                return False
             told = await late_lines(store, batch, record)
             await batches.take(store, batch, told.lines, taken=told.taken, place=told.place, read_all=told.read_all)
         else:

@@ -1,18 +1,21 @@
 """arq's place in the house: the only file that imports it. Cron chores, supervised: arq dies when Redis blips (its poll
 loop has no reconnect), so it is started again. Values travel as JSON, never as pickles. Webhooks go from here, a round
-each second; what arq knows of them is only that."""
+each second; what arq knows of them is only that. While Redis is full, arq can write nothing down and dies at once; then
+the chores go on without it, since they are what makes room."""
 
 import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 from arq.connections import ArqRedis
 from arq.cron import CronJob, cron
 from arq.worker import Worker
 
+from broker import errors
 from broker.policies import PolicyBook
 from broker.store import Store
 from workers import chores
@@ -30,6 +33,7 @@ RESTART_PAUSE_S = 1.0
 RESTART_PAUSE_MAX_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 CANCEL_AGAIN_S = 0.5
+BY_HAND_EVERY_S = 1.0
 EVERY_SECOND = set(range(60))
 SWEEP_SECONDS = {0, 10, 20, 30, 40, 50}
 MAX_JOBS = 20
@@ -48,6 +52,7 @@ async def keep_running(store: Store, book: PolicyBook) -> None:
 async def _keep_running(store: Store, works: dict[str, Any]) -> None:
     pause_s = RESTART_PAUSE_S
     while True:
+        await _by_hand_while_full(store, works)
         # a pool of our own: whatever arq dies of, and wherever it is cancelled, its connections can be closed
         pool = _pool(store)
         worker = _worker(store, pool, works)
@@ -57,12 +62,41 @@ async def _keep_running(store: Store, works: dict[str, Any]) -> None:
         except asyncio.CancelledError:
             raise
         except Exception as e:  # noqa: BLE001  # whatever arq dies of, chores go on later
+            if await _full(store):
+                continue
             log.warning("event=arq_restart reason=%s", e or type(e).__name__)
         finally:
             await _close(worker, pool)
         lived_s = asyncio.get_running_loop().time() - started
         pause_s = RESTART_PAUSE_S if lived_s > 60 else min(pause_s * 2, RESTART_PAUSE_MAX_S)
         await asyncio.sleep(pause_s)
+
+
+async def _by_hand_while_full(store: Store, works: dict[str, Any]) -> None:
+    """Does the chores about as often as arq would. Other schedulers may do them at the same time: that is harmless."""
+    if full := await _full(store):
+        log.warning("event=chores_by_hand reason=%s", full)
+    for turn in count():
+        if not await _full(store):
+            return
+        due = [chore for chore, every in BY_HAND if turn % every == 0]
+        await asyncio.gather(*(_tried(chore, works) for chore in due))
+        await asyncio.sleep(BY_HAND_EVERY_S)
+
+
+async def _tried(chore: Callable[[dict[str, Any]], Awaitable[None]], works: dict[str, Any]) -> None:
+    try:
+        async with asyncio.timeout(JOB_TIMEOUT_S):
+            await chore(works)
+    except Exception as e:  # noqa: BLE001  # as with arq: the next time is soon, and the others go on
+        log.warning("event=chore_failed chore=%s reason=%s", chore.__name__.strip("_"), e or type(e).__name__)
+
+
+async def _full(store: Store) -> str:
+    try:
+        return await store.full()
+    except errors.BrokerUnavailable:
+        return ""
 
 
 async def _sweep(context: dict[str, Any]) -> None:
@@ -79,6 +113,10 @@ async def _deliver(context: dict[str, Any]) -> None:
 
 async def _advance(context: dict[str, Any]) -> None:
     await context["expander"].round()
+
+
+BY_HAND = ((_deliver, 1), (_advance, 1), (_sweep, 10), (_forget, 3600))
+"""The chores, and in every how many turns each is done."""
 
 
 def _as_json(value: Any) -> bytes:

@@ -27,6 +27,9 @@ log = logging.getLogger("warmlane.dispatcher")
 
 RENEW_EVERY_S = 3.0
 RETRY_PAUSE_S = 0.2
+FULL_PAUSE_S = 1.0
+"""How long nothing is claimed after Redis was found full: the jobs wait in their lanes."""
+
 HELD_BACK_S = 0.25
 """How long the jobs of a caller are passed over that runs as many as it may, unless one of them ends here."""
 
@@ -75,6 +78,7 @@ class Dispatcher:
             again=lambda: self.dispatch(),
             busy=self._hold_back,
         )
+        self._full_until = 0.0
         self._held_back: dict[str, float] = {}  # callers that run as many jobs as they may -> until when
         self._renew_now = asyncio.Event()
         self._end: errors.BrokerError | None = None
@@ -93,6 +97,9 @@ class Dispatcher:
             return
         active = self._book.active
         self._swaps.look()
+        if self._loop.time() < self._full_until:
+            self._dispatch_at(self._full_until)
+            return
         for name, waker in self._wakers.items():
             if waker.state == "cold" and self._picture.anyone_waits(active.lanes_of(name)):
                 waker.kick()  # its wake need not wait for the next look
@@ -228,9 +235,12 @@ class Dispatcher:
             at = min([*self._held_back.values(), *([at] if at is not None else [])])
         if at is None and self._fleet.picture.sessions_elsewhere(waker.name, self._host):
             at = now + dispatch.AFFINITY_MS / 1000
-        if at is None:
-            return
-        self._again = self._loop.call_at(at + 0.001, self._dispatch_again)
+        if at is not None:
+            self._dispatch_at(at)
+
+    def _dispatch_at(self, at: float) -> None:
+        if self._again is None:
+            self._again = self._loop.call_at(at + 0.001, self._dispatch_again)
 
     def _dispatch_again(self) -> None:
         self._again = None
@@ -307,6 +317,10 @@ class Dispatcher:
             return None
         except errors.CallerBusy:
             self._hold_back(job.caller)
+            self._picture.unspend(job)
+            return None
+        except errors.RedisFull as e:
+            self._wait_for_room(e)
             self._picture.unspend(job)
             return None
         except errors.BrokerUnavailable as e:
@@ -392,6 +406,12 @@ class Dispatcher:
                 self._picture.unspend(job)
             return claimed
         return None
+
+    def _wait_for_room(self, full: errors.RedisFull) -> None:
+        now = self._loop.time()
+        if now - self._full_until > FULL_PAUSE_S:  # else it was told
+            log.warning("event=claims_wait reason=%s", full)
+        self._full_until = now + FULL_PAUSE_S
 
     async def _reload(self) -> None:
         try:

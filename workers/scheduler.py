@@ -101,8 +101,9 @@ class Scheduler:
     async def _look(self, job: str, *, hasten: bool = False, ahead: int | None = None) -> Looked:
         try:
             return await self._due.look(job, hasten=hasten, ahead=ahead)
-        except errors.BrokerUnavailable:
-            raise
+        except errors.BrokerUnavailable as e:  # if Redis is away, asking for the next ones will tell
+            log.debug("event=look_retry job=%s reason=%s", job, e)
+            return Looked("not_due")
         except Exception:  # a record that nobody can read must not keep the others from being looked at
             log.exception("event=look_failed job=%s", job)
             return Looked("not_due")

@@ -36,7 +36,7 @@ async def healthz(gateway: Gate) -> dict[str, Any]:
             await gateway.store.now_ms()
             durability = await gateway.store.durability()
             told |= {"redis_version": gateway.store.version, "skew_ms": gateway.fleet.skew_ms}
-            return {**told, "redis": "ok", "durability": durability, "unfit": await gateway.store.unfit_settings()}
+            return {**told, "redis": "ok", "durability": durability, "unfit": await gateway.store.unfit()}
     except (errors.BrokerError, TimeoutError):
         return {**told, "redis": "away", "durability": "unknown", "unfit": []}
 

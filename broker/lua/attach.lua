@@ -5,6 +5,7 @@
 --   ARGV[6] max_readers
 -- Returns {state, attempt, last_seq}; an ended job is only read, no reader is noted.
 -- Errors: NOJOB, READERS.
+--- @flags allow-oom
 --- @include now_ms
 --- @include schedule
 --- @include read_along

@@ -7,6 +7,7 @@
 --   ARGV[4] errors         why it failed, ""  otherwise           ARGV[5] output_id    ARGV[6] error_id
 -- Returns the state of the batch.
 -- Errors: NOBATCH, MOVED.
+--- @flags allow-oom
 --- @include now_ms
 --- @include batch_files
 local now, b, state = now_ms(ARGV[1]), read_batch(KEYS[1]), ARGV[3]

@@ -9,6 +9,7 @@
 --   ARGV[7] job_keep_ms
 -- Returns 1, or 0 where it was done before.
 -- Errors: NOBATCH, ENDED.
+--- @flags allow-oom
 --- @include now_ms
 --- @include batch_files
 local now, b = now_ms(ARGV[1]), read_batch(KEYS[1])

@@ -3,6 +3,7 @@
 --   ARGV[1] now            ARGV[2] batch_id  ARGV[3] ending       cancelled or expired
 -- Returns the state of the batch.
 -- Errors: NOBATCH.
+--- @flags allow-oom
 --- @include now_ms
 --- @include batch_files
 local now, b = now_ms(ARGV[1]), read_batch(KEYS[1])

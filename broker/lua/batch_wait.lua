@@ -3,6 +3,7 @@
 --   ARGV[1] batch_id   ARGV[2] wait   {code, message} as JSON, "" = for nothing
 -- Returns the state of the batch.
 -- Errors: NOBATCH, ENDED.
+--- @flags allow-oom
 --- @include now_ms
 --- @include batch_files
 local b = read_batch(KEYS[1])

@@ -4,6 +4,7 @@
 --   ARGV[1] now   ARGV[2] id   ARGV[3] reader
 --   ARGV[4] comes_back   1 = its client knows the job by its id: no retry is led to it
 -- Returns the number of readers left, the silent ones of a dead api not counted.
+--- @flags allow-oom
 --- @include now_ms
 --- @include schedule
 --- @include retries

@@ -3,6 +3,7 @@
 --   ARGV[1] id    ARGV[2] attempt   ARGV[3] seq   ARGV[4] data   ARGV[5] frames_prefix
 -- Returns 1, or 0 for a frame that the log has already (a lost reply).
 -- Errors: NOJOB, ENDED, STALE, GAP.
+--- @flags allow-oom
 --- @include check
 --- @include publish
 local f = redis.call("HMGET", KEYS[1], "state", "attempt", "last_seq", "apis")

@@ -3,6 +3,7 @@
 --   ARGV[1] file_id
 -- Returns 1.
 -- Errors: NOFILE, FILEINUSE.
+--- @flags allow-oom
 local f = redis.call("HMGET", KEYS[1], "id", "uses")
 if not f[1] then return redis.error_reply("NOFILE " .. ARGV[1]) end
 if tonumber(f[2] or 0) > 0 then

@@ -4,6 +4,7 @@
 -- The due set stays as it is: lease and readers go on.
 -- Returns 1. A repeat after a lost reply is harmless: returns 0.
 -- Errors: NOJOB, ENDED, STALE, BADTRANSITION, GAP.
+--- @flags allow-oom
 --- @include now_ms
 --- @include check
 --- @include publish

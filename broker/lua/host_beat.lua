@@ -4,6 +4,7 @@
 --   ARGV[6 ..] JSON objects of fields: the host's first, then one per model
 -- Returns 1.
 -- Errors: HELD.
+--- @flags allow-oom
 --- @include now_ms
 local owner = redis.call("HGET", KEYS[1], "boot")
 if owner and owner ~= ARGV[3] and ARGV[5] ~= "1" then return redis.error_reply("HELD " .. owner) end

@@ -4,6 +4,7 @@
 --   ARGV[1] revision_read   ARGV[2 ..] fields and values in turn, "" = the field goes
 -- Returns the new revision.
 -- Errors: STALEPOLICY.
+--- @flags allow-oom
 local revision = redis.call("HGET", KEYS[1], "revision") or "0"
 if revision ~= ARGV[1] then return redis.error_reply("STALEPOLICY callers " .. revision) end
 for i = 2, #ARGV, 2 do

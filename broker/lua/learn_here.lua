@@ -3,6 +3,7 @@
 --   KEYS[1] learned   KEYS[2] model
 --   ARGV[1] keep_ms   ARGV[2] footprint_bytes   ARGV[3] load_ms   ARGV[4] definition
 -- Returns 1.
+--- @flags allow-oom
 local same = redis.call("HGET", KEYS[2], "definition") == ARGV[4]
 
 local learned = { "footprint_bytes", ARGV[2], "load_ms", ARGV[3], "definition", ARGV[4] }

@@ -4,6 +4,7 @@
 --   ARGV[7] keep, versions of history   ARGV[8 ..] retiring lanes, name and definition in turn
 -- Returns the version; the same policy again changes nothing.
 -- Errors: STALEPOLICY.
+--- @flags allow-oom
 --- @include now_ms
 local f = redis.call("HMGET", KEYS[1], "version", "digest")
 local version = f[1] or "0"

@@ -2,6 +2,7 @@
 --   KEYS[1] job   KEYS[2] due
 --   ARGV[1] now   ARGV[2] id   ARGV[3] entry   ARGV[4] after_ms
 -- Returns 1, or 0 when the job has moved on and there is nothing to postpone.
+--- @flags allow-oom
 --- @include now_ms
 --- @include schedule
 local f = redis.call("HMGET", KEYS[1], "state", "entry")

@@ -10,6 +10,7 @@
 --   ARGV[20] sticky_ms, 0 = its session does not stay on the fallback
 -- Returns the new entry.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, STALE, SEEN, TRUSTZONE, LANEFULL, DOWNGRADES.
+--- @flags allow-oom
 --- @include now_ms
 --- @include check
 --- @include schedule

@@ -4,6 +4,7 @@
 --   ARGV[1] now   ARGV[2] fingerprint   ARGV[3] reader, `api/reader`   ARGV[4] lease_ms
 --   ARGV[5] job_prefix   ARGV[6] readers_prefix
 -- Returns {id, lane}; {} where there is none.
+--- @flags allow-oom
 --- @include now_ms
 --- @include schedule
 --- @include read_along

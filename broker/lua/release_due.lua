@@ -5,6 +5,7 @@
 --   ARGV[7] promote_after_ms, 0 = never   ARGV[8] hosts   ARGV[9] wanted_for_ms, 0 = do not wake
 -- Returns the entry.
 -- Errors: STALEPOLICY, NOJOB, ENDED, BADTRANSITION, MOVED, NOTDUE, LANEFULL, CALLERSHARE.
+--- @flags allow-oom
 --- @include now_ms
 --- @include check
 --- @include schedule

@@ -3,6 +3,7 @@
 --   ARGV[1] now   ARGV[2] id   ARGV[3] attempt   ARGV[4] boot   ARGV[5] lease_ms
 -- Returns the new end of the lease.
 -- Errors: NOJOB, ENDED, STALE.
+--- @flags allow-oom
 --- @include now_ms
 --- @include check
 --- @include schedule

@@ -2,6 +2,7 @@
 --   KEYS[1] lane   KEYS[2] policy
 --   ARGV[1] lane_name
 -- Returns 1 if the lane is gone, 0 while it still holds entries or was never retiring.
+--- @flags allow-oom
 local field = "retiring:" .. ARGV[1]
 if redis.call("HEXISTS", KEYS[2], field) == 0 then return 0 end
 if redis.call("XLEN", KEYS[1]) > 0 then return 0 end

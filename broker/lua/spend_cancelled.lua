@@ -3,6 +3,7 @@
 --   KEYS[1] job
 --   ARGV[1] now   ARGV[2] id   ARGV[3] attempt   ARGV[4] tokens, as estimated; each frame is one at least
 -- Returns 1, or 0 where the job did not end so, or before its first token.
+--- @flags allow-oom
 --- @include now_ms
 --- @include places
 --- @include spent

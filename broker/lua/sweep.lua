@@ -4,6 +4,7 @@
 --   KEYS[1] lane   KEYS[2] due
 --   ARGV[1] group   ARGV[2] lane_name   ARGV[3] job_prefix   ARGV[4] from   ARGV[5] count
 -- Returns {the id to go on from or "", entries removed, instants restored}.
+--- @flags allow-oom
 --- @include now_ms
 --- @include schedule
 --- @include places

@@ -4,6 +4,7 @@
 -- A holder of the same host but another boot is dead (one worker per host, proved by a local lock): its lock is broken.
 -- Returns the epoch.
 -- Errors: HELD.
+--- @flags allow-oom
 local held = redis.call("GET", KEYS[1])
 local mine = ARGV[1] .. "/" .. ARGV[2] .. "/" .. ARGV[4]
 if held and held ~= mine then

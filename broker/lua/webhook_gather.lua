@@ -5,6 +5,7 @@
 --   ARGV[6] listed_max   ARGV[7] listed_ms
 --   ARGV[8 ..] fields of the delivery, name and value in turn
 -- Returns 1, or 0 where the entry is gone.
+--- @flags allow-oom
 --- @include now_ms
 --- @include webhook_line
 local now = now_ms(ARGV[1])

@@ -9,6 +9,7 @@
 --   ARGV[11] kept_ms   how long an ended delivery is kept     ARGV[12] endpoint_ms   how long a failure is remembered
 -- Returns 1.
 -- Errors: STALE.
+--- @flags allow-oom
 --- @include now_ms
 --- @include webhook_line
 local now, outcome = now_ms(ARGV[1]), ARGV[5]

@@ -3,6 +3,7 @@
 --   ARGV[1] now   ARGV[2] wish   new, rotate or revoke   ARGV[3] secret_id   ARGV[4] secret
 --   ARGV[5] overlap_ms   how long the replaced ones sign beside the new one   ARGV[6] most   that sign at once
 -- Returns "done"; "exists" where there is one already, "none" where there is none, "many" where too many sign still.
+--- @flags allow-oom
 --- @include now_ms
 local now, wish = now_ms(ARGV[1]), ARGV[2]
 local all, live, gone = redis.call("HGETALL", KEYS[1]), {}, {}

@@ -4,6 +4,7 @@
 --   ARGV[1] now   ARGV[2] endpoint   ARGV[3] most   ARGV[4] lease_ms   ARGV[5] failures_max   ARGV[6] horizon_ms
 --   ARGV[7] webhook_prefix
 -- Returns delivery, attempt and "try" or "over" of each.
+--- @flags allow-oom
 --- @include now_ms
 --- @include webhook_line
 local now, most = now_ms(ARGV[1]), tonumber(ARGV[3])

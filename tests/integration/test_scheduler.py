@@ -6,19 +6,21 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from arq.worker import Worker
 
 from broker import errors, jobs
+from broker.due import Due, Looked
 from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.store import Store
 from tests.support.counted import counted
 from tests.support.redis_server import RedisServer, start_server
 from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
-from workers import chores, clockwork
+from workers import chores, clockwork, scheduler
 
 pytestmark = pytest.mark.real
 
@@ -107,6 +109,29 @@ async def test_without_a_scheduler_everything_waits_and_is_caught_up_with(world:
     process.terminate()
     assert await process.exit() == 0
     assert "Traceback" not in process.log
+
+
+async def test_a_job_that_cannot_be_settled_does_not_keep_the_others_from_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Redis refuses for one it may do for the next: a page of such jobs is not all that is ever looked at."""
+    look = Due.look
+    await world.apply({"big": simulated(keepWarm=False, maxQueue=9, maxWaitMs=200, options={"coldStartMs": 60_000})})
+    await world.host()
+    stuck, other = [await world.submit("big") for _ in range(2)]
+
+    async def refused(due: Due, job_id: str, **more: Any) -> Looked:
+        if job_id == stuck.job_id:
+            raise errors.BrokerUnavailable("Redis cannot work at the moment")
+        return await look(due, job_id, **more)
+
+    monkeypatch.setattr(Due, "look", refused)
+    monkeypatch.setattr(scheduler, "PAGE", 1)
+    await world.scheduler()
+    assert (await other.end()).state is State.EXPIRED
+    assert (await stuck.record()).state is State.QUEUED
+    monkeypatch.setattr(Due, "look", look)
+    assert (await stuck.end()).state is State.EXPIRED
 
 
 async def test_a_job_that_cannot_move_goes_as_soon_as_its_fallback_has_a_place(world: World) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from arq.worker import Worker
@@ -58,7 +59,7 @@ async def test_a_lost_cancellation_is_said_again_and_connections_are_closed(monk
     monkeypatch.setattr(clockwork, "_worker", lambda *_: worker)
     monkeypatch.setattr(clockwork, "_pool", lambda _: pool)
     monkeypatch.setattr(clockwork, "CANCEL_AGAIN_S", 0.01)
-    store: Any = SimpleNamespace(url="redis://127.0.0.1:1")
+    store: Any = SimpleNamespace(url="redis://127.0.0.1:1", full=AsyncMock(return_value=""))
     book: Any = None
     keeping = asyncio.create_task(clockwork.keep_running(store, book))
     await worker.running.wait()

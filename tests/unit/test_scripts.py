@@ -18,9 +18,9 @@ from broker.records import BatchRecord, HostRecord, Learned, ModelOnHost
 from broker.refusals import Refusals
 from broker.store import Store, refusal
 from broker.trust import door
-from tests.support.broker_world import START, World, fake_world
+from tests.support.broker_world import START, World, fake_world, real_world
 from tests.support.invariants import take, take_by_script
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RedisServer, start_server
 
 # what these verbs' headers call `X[n ..]`: any number of further names
 OPEN_ENDED = {
@@ -84,7 +84,8 @@ def test_flags_are_for_servers_that_know_them(folder: Any) -> None:
     real, fake = scripts.load("verb", shebang=True), scripts.load("verb", shebang=False)
     assert real.text.startswith("#!lua flags=allow-oom\n") and real.sha != fake.sha
     assert not fake.text.startswith("#!")
-    assert scripts.load("plain", shebang=True).text == "return 1\n"
+    plain = scripts.load("plain", shebang=True).text
+    assert plain == "#!lua\nreturn 1\n", "a server refuses it wholly while it is full, not at its first write"
 
 
 @pytest.mark.real
@@ -270,6 +271,46 @@ async def test_the_picture_of_a_fake_server_is_what_its_script_would_tell() -> N
         assert {key.type for key in read.keys.values()} == {"hash", "list", "string", "zset", "stream"}
         assert any(stream.groups and stream.groups[0][1] for stream in read.lanes.values())
         assert read.keys == told.keys and read == told
+
+
+NEEDS_ROOM = {
+    "submit", "claim", "judge", "batch_open", "batch_take", "file_append", "file_keep", "count_refusals",
+    "webhook_redeliver",
+}  # fmt: skip
+"""What lets in something new, or begins it."""
+
+
+@pytest.mark.real
+async def test_a_full_server_runs_a_verb_whole_or_refuses_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a script may begin and then meets a refused write, it has left a mark; where a lease may not be renewed, or
+    a job may not be ended, work that goes well is given up."""
+    ran: set[str] = set()
+    run, server = Store.run, start_server()
+
+    async def while_full(self: Store, verb: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        before = await take(self)
+        await self.command("CONFIG", "SET", "maxmemory", "1")
+        try:
+            reply = await run(self, verb, keys, args)
+        except errors.RedisFull:
+            after = await take(self)
+            assert not before.marks(after), f"{verb} was refused and left a mark"
+            assert verb in NEEDS_ROOM, f"{verb} is refused"
+        else:
+            ran.add(verb)
+            return reply
+        finally:
+            await self.command("CONFIG", "SET", "maxmemory", "0")
+        return await run(self, verb, keys, args)
+
+    try:
+        async with real_world(server.url) as world:
+            monkeypatch.setattr(Store, "run", while_full)
+            await world.apply()
+            await call_everything(world)
+    finally:
+        server.close()
+    assert ran == set(scripts.names()) - NEEDS_ROOM
 
 
 def test_the_callers_send_what_the_headers_promise(sent: dict[str, list[tuple[list[str], dict[str, Any]]]]) -> None:
