@@ -191,7 +191,7 @@ def rest_of(gateway: Gateway, crashed: Callable[[], None] = lambda: None) -> Fas
 
 
 def _response(wrong: told.Wrong, request: Request) -> Response:
-    dialect = told.dialect_of(request.url.path)
+    dialect = told.dialect_of(request.url.path, version=request.headers.get(told.VERSION, ""))
     response = Response(dialect.body(wrong), dialect.status(wrong))
     response.raw_headers = [*response.raw_headers, *wrong.headers()]
     return response

@@ -104,7 +104,7 @@ TELLS: Final[Mapping[str, Schema]] = {
     "X-Gateway-Lane": text("The lane that served it."),
     "X-Gateway-Served-By": text("The model and host that answered, as far as known."),
     "X-Gateway-Queue-Ms": whole("How long it waited, where that was noticeable."),
-    "X-Gateway-First-Token-Ms": whole("How long the first token took."),
+    "X-Gateway-First-Token-Ms": whole("How long the first token took, from when the job was handed in."),
 }
 """What the headers of an answer tell, as far as it is known when they are sent; the job's record knows all."""
 

@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from broker import errors
 from broker.dialects import anthropic, ollama, openai, openai_completions, responses
@@ -177,6 +177,10 @@ _ANTHROPICS = Dialect(
     ),
     lambda wrong: anthropic.own_status(wrong.status),
 )
+VERSION: Final = "anthropic-version"
+"""The header that clients of Anthropic always send."""
+MODELS: Final = "/v1/models"
+"""The address that its list of models has in common with OpenAI's."""
 _SPOKEN: tuple[tuple[str, Dialect], ...] = (
     ("/api/", _OLLAMAS),
     (anthropic.PATH, _ANTHROPICS),
@@ -188,26 +192,23 @@ _SPOKEN: tuple[tuple[str, Dialect], ...] = (
 """How the paths of a dialect begin."""
 
 
-def dialect_of(path: str) -> Dialect:
-    """Gives the dialect that is spoken at a path, whether anything is served there or not."""
+def dialect_of(path: str, *, version: str = "") -> Dialect:
+    """Gives the dialect that is spoken at a path, whether anything is served there or not. `version` is Anthropic's, by
+    which its clients are known where it has an address in common with OpenAI's."""
+    if version and path.startswith(MODELS):
+        return _ANTHROPICS
     return next(dialect for beginning, dialect in _SPOKEN if path.startswith(beginning))
 
 
-def statuses(kind: type[errors.BrokerError], path: str) -> list[int]:
-    """Gives every status by which a client of the path may hear of such an error."""
+def statuses(kind: type[errors.BrokerError], dialect: Dialect) -> list[int]:
+    """Gives every status by which a client of the dialect may hear of such an error."""
     row = ROWS[kind]
     found: tuple[int, ...] = (row.status,)
     if kind is errors.RuntimeFailed:
         found = (row.status, TOO_SLOW)
     if kind is errors.RuntimeRefused:
         found = errors.RuntimeRefused.STATUSES
-    told = dialect_of(path).status
-    return [told(Wrong(kind.code, "", status, row.kind)) for status in found]
-
-
-def schema_of(path: str) -> str:
-    """Names the schema of an error's body in the dialect of the path."""
-    return dialect_of(path).schema
+    return [dialect.status(Wrong(kind.code, "", status, row.kind)) for status in found]
 
 
 def wrong(error: errors.BrokerError) -> Wrong:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from api.asgi import Receive, Scope, Send
-from api.errors import Wrong, dialect_of
+from api.errors import VERSION, Wrong, dialect_of
 from api.limits import House
 from broker import errors
 from broker.frames import FrameReader, Restarted
@@ -15,6 +15,7 @@ from broker.records import Frame, JobRecord
 
 LINGER_S = 2.0
 """How long the rest of a body that is refused is read and dropped, so that its sender gets to read our answer."""
+_VERSION = VERSION.encode()
 _BODY_UNREAD = (errors.BodyTooLarge.code, errors.BodiesTooMany.code)
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -54,7 +55,7 @@ class Exchange:
         self.caller = ""  # whose request it is, once that is known
         self.job: JobRecord | None = None  # what it asks for, once that has been read
         self.started = False
-        self.dialect = dialect_of(self.path)
+        self.dialect = dialect_of(self.path, version=self.header(_VERSION))
         self.event_of: Callable[[Wrong], bytes] = self.dialect.event
         self.in_band = False
         self.why: type[Interrupted] | None = None

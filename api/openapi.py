@@ -14,7 +14,7 @@ from api import shapes
 from api.described import JSON, Answer, Described
 from broker import errors
 from broker.dialects import anthropic_schema, ollama_schema, openai_schema, responses_schema
-from broker.dialects.json_schema import Schema, ref, text, whole
+from broker.dialects.json_schema import Schema, ref, some, text, whole
 
 PATH = "/openapi.json"
 
@@ -152,20 +152,25 @@ def _parameter(name: str, where: str, schema: Schema) -> Schema:
 
 def _responses(operation: Operation) -> dict[str, Any]:
     path, method, what = operation
+    dialects = [told.dialect_of(path)]
+    if told.VERSION in what.headers:
+        dialects.append(told.dialect_of(path, version="any"))
     found = {str(status): _answer(answer) for status, answer in what.answers.items()}
-    for status, kinds in sorted(fails_by_status(path, what.all_fails).items()):
-        found[str(status)] = _failure(path, status, kinds)
+    for status, kinds in sorted(fails_by_status(dialects, what.all_fails).items()):
+        found[str(status)] = _failure(dialects, status, kinds)
     if method == "head":
         for response in found.values():
             response.pop("content", None)
     return found
 
 
-def fails_by_status(path: str, kinds: Iterable[type[errors.BrokerError]]) -> dict[int, list[type[errors.BrokerError]]]:
-    """Sorts kinds of errors by the statuses that tell of them at this path."""
+def fails_by_status(
+    dialects: Iterable[told.Dialect], kinds: Iterable[type[errors.BrokerError]]
+) -> dict[int, list[type[errors.BrokerError]]]:
+    """Sorts kinds of errors by the statuses that tell of them in these dialects."""
     found: dict[int, list[type[errors.BrokerError]]] = {}
     for kind in kinds:
-        for status in told.statuses(kind, path):
+        for status in {status for dialect in dialects for status in told.statuses(kind, dialect)}:
             found.setdefault(status, []).append(kind)
     return found
 
@@ -181,11 +186,12 @@ def _answer(answer: Answer) -> dict[str, Any]:
     return said
 
 
-def _failure(path: str, status: int, kinds: list[type[errors.BrokerError]]) -> dict[str, Any]:
+def _failure(dialects: Iterable[told.Dialect], status: int, kinds: list[type[errors.BrokerError]]) -> dict[str, Any]:
+    schemas = [dialect.schema for dialect in dialects if status in fails_by_status([dialect], kinds)]
     lines = [f"- `{kind.code}`: {(kind.__doc__ or '').splitlines()[0]}" for kind in kinds]
     said: dict[str, Any] = {
         "description": f"{_phrase(status)}\n\n" + "\n".join(lines),
-        "content": {JSON: {"schema": _told_as(path, [kind.code for kind in kinds])}},
+        "content": {JSON: {"schema": _told_as(schemas, [kind.code for kind in kinds])}},
     }
     waits = [told.ROWS[kind].retry_after_s_max for kind in kinds if told.ROWS[kind].retry_after_s is not None]
     if waits:
@@ -196,11 +202,16 @@ def _failure(path: str, status: int, kinds: list[type[errors.BrokerError]]) -> d
     return said
 
 
-def _told_as(path: str, codes: list[str]) -> Schema:
-    """The error object of the path's dialect, with one of these codes."""
-    name = told.schema_of(path)
+def _told_as(schemas: list[str], codes: list[str]) -> Schema:
+    """The error object of one of these schemas, with one of these codes."""
+    told_as = [ref(name) for name in schemas]
     code: Schema = {"properties": {"code": {"enum": codes}}}
-    return {"allOf": [ref(name), code if name == "OllamaError" else {"properties": {"error": code}}]}
+    return {
+        "allOf": [
+            told_as[0] if len(told_as) == 1 else some(*told_as),
+            code if schemas == ["OllamaError"] else {"properties": {"error": code}},
+        ]
+    }
 
 
 def _header(schema: Schema, *, required: bool = False) -> Schema:

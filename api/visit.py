@@ -251,22 +251,24 @@ class Visit:
         found = _model_in(first)
         model = found.group(1).decode() if found else ""
         lane, queue_s, served_by = self.lane, 0.0, self._on_its_host(model)
-        told: list[tuple[bytes, bytes]] = []
-        if waited_s > QUICK_S or not model:
+        first_token_ms = None if self._attached else round(waited_s * 1000)  # the job may be older than this visit
+        told = [(b"x-gateway-job", self.job_id.encode())]
+        if self._attached or waited_s > QUICK_S or not model:
             record = await self._record()
             if record is not None:
                 lane, model = record.lane, record.model
                 served_by = record.served_by or (f"{model}@{record.owner}" if record.owner else served_by)
                 queue_s = max(0, record.claimed_at - record.submitted_at) / 1000
                 told.append((b"x-gateway-queue-ms", str(round(queue_s * 1000)).encode()))
+                if self._attached and record.first_token_at:
+                    first_token_ms = record.first_token_at - record.submitted_at
         metrics, entered = self._gateway.metrics, self._gateway.known_lane(self.lane)
         metrics.queue_wait(entered, queue_s, job=self.job_id)
         metrics.first_token(entered, self._known_model(model), waited_s, job=self.job_id)
-        told += [
-            (b"x-gateway-job", self.job_id.encode()),
-            (b"x-gateway-lane", lane.encode()),
-            (b"x-gateway-first-token-ms", str(round(waited_s * 1000)).encode()),
-        ]
+        if lane:
+            told.append((b"x-gateway-lane", lane.encode()))
+        if first_token_ms is not None:
+            told.append((b"x-gateway-first-token-ms", str(first_token_ms).encode()))
         if served_by:
             told.append((b"x-gateway-served-by", served_by.encode("latin-1", "replace")))
         self._model = model

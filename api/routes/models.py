@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Query
 
 from api.auth import Caller, Gate
 from api.described import Described, described, says
+from api.errors import VERSION
 from api.gateway import Gateway
 from broker import callers, errors, requests
 from broker.dialects import anthropic, anthropic_models, openai
@@ -17,16 +18,16 @@ from broker.policy.sentences import near_words
 
 router = APIRouter(tags=["models"])
 
-Version = Annotated[str, Header(alias="anthropic-version")]
+Version = Annotated[str, Header(alias=VERSION)]
 Of = Annotated[str, Query()]
-IN_ITS_FORM = text("Of a client of Anthropic: the answer has Anthropic's form.")
+IN_ITS_FORM = text("Of a client of Anthropic: the answer has Anthropic's form, and so has an error.")
 
 
 @router.get("/v1/models")
 @described(
     Described(
         "What can be asked for", "openai", says("Names.", "ModelList", "AnthropicModelPage"),
-        headers={"anthropic-version": IN_ITS_FORM},
+        headers={VERSION: IN_ITS_FORM},
         query={
             "limit": text("Names of a page of Anthropic's form, 1 to 1000; 20 unless it is said."),
             "after_id": text("The name after which a page of Anthropic's form begins."),
@@ -57,7 +58,7 @@ async def list_models(
     Described(
         "One of the names", "openai", says("It can be asked for.", "ListedModel", "AnthropicModel"),
         within={"name": text("A model, alias or routing name; it may hold slashes.")},
-        headers={"anthropic-version": IN_ITS_FORM},
+        headers={VERSION: IN_ITS_FORM},
         fails=(errors.UnknownModel, errors.ModelUnavailable),
     )
 )  # fmt: skip

@@ -37,9 +37,10 @@ class _Block:
 class Blocks:
     """Takes text, thoughts and call fragments; tells start, delta and stop events."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Say, message_id: str) -> None:
         self.called = False
         self._say = say
+        self._message_id = message_id
         self._open: list[_Block] = []
         self._calls: list[_Block] = []
         self._count = 0  # blocks told to their end
@@ -118,7 +119,7 @@ class Blocks:
             case "thinking":
                 start |= {"thinking": "", "signature": ""}
             case _:
-                start |= {"id": block.id or f"toolu_{self._count}", "name": block.name, "input": {}}
+                start |= {"id": block.id or f"toolu_{self._message_id}_{self._count}", "name": block.name, "input": {}}
         self._say(self._of("content_block_start", content_block=start))
 
     def _delta(self, kind: str, piece: str) -> None:

@@ -59,9 +59,10 @@ def _gather(
         pieces.setdefault((index, key), []).append(delta[key])
 
 
-def _input(text: str) -> object:
-    """Reads a call's arguments; those that `max_tokens` cut short are no object, and stay a text."""
+def _input(text: str) -> dict[str, Any]:
+    """Reads a call's arguments, always an object here: those that were cut short, or are anything else, are none."""
     try:
-        return json.loads(text) if text else {}
-    except ValueError:
-        return text
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -45,7 +45,7 @@ class TranslatingReader(ThroughChat):
         self._served_as = served_as
         self._message_id = message_id
         self._ready: list[bytes] = []
-        self._blocks = Blocks(self._say)
+        self._blocks = Blocks(self._say, message_id)
         self._started = self._ended = False
         self._reason = ""
         self._stopped_by: str | None = None

@@ -35,6 +35,16 @@ def arguments_of(text: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def call_as_text(name: str, arguments: str) -> str:
+    """Writes what is no call as the text that it is; one that was cut off stays open."""
+    try:
+        json.loads(arguments)
+        end = "}"
+    except (ValueError, RecursionError):
+        end = ""
+    return f'{{"name":{json.dumps(name, ensure_ascii=False)},"arguments":{arguments}{end}'
+
+
 def _refuse(word: str) -> None:
     raise ValueError(word)
 

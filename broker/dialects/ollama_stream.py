@@ -14,7 +14,7 @@ from typing import Any
 
 from broker.dialects import json_splice
 from broker.dialects.ndjson import LineCutter
-from broker.dialects.ollama_pieces import arguments_of, logprobs_of, merge_call
+from broker.dialects.ollama_pieces import arguments_of, call_as_text, logprobs_of, merge_call
 from broker.dialects.ollama_request import Shape
 from broker.dialects.openai_stream import ChatReader, RuntimeComplaint, read_complaint
 from broker.dialects.sse import MAX_EVENT_BYTES
@@ -281,7 +281,7 @@ class FromChat(ThroughChat):
         for call in calls:
             name, arguments = call["name"], arguments_of(call["arguments"])
             if arguments is None or not name:
-                text.append(f'{{"name":{json.dumps(name, ensure_ascii=False)},"arguments":{call["arguments"]}')
+                text.append(call_as_text(name, call["arguments"]))
                 continue
             told: dict[str, object] = {"id": call["id"]} if call["id"] else {}
             told["function"] = {"index": len(whole), "name": name, "arguments": arguments}

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from broker.dialects import json_splice
 from broker.dialects.bounds import read_request
 from broker.dialects.openai_fold import extended
 from broker.dialects.openai_stream import ChatReader
@@ -79,6 +80,7 @@ class CompletionReader(ChatReader):
         super().__init__(served_as, include_usage, n)
         self._prompts = prompts
         self._counted: dict[int, dict[str, int]] = {}
+        self._told: dict[int, dict[str, Any]] = {}  # the same in the runtime's words
 
     @property
     def succeeded(self) -> bool:
@@ -100,15 +102,33 @@ class CompletionReader(ChatReader):
             index = choices[0].get("index", 0) if isinstance(choices, list) and choices else None
             if index is None:
                 self._counted.clear()
+                self._told.clear()
+            elif isinstance(chunk.get("usage"), dict):
+                self._told[index if isinstance(index, int) else -1] = chunk["usage"]
             self._counted[index if isinstance(index, int) else -1] = self.usage
         self.usage = _sum(list(self._counted.values())) if self._counted else None
+
+    def _pass_on(self, payload: bytes, chunk: dict[str, Any], *, learn: bool) -> None:
+        """Takes the usage off a chunk of one of several choices: the last chunk tells that of all."""
+        if self._n > 1 and isinstance(chunk.get("usage"), dict):
+            self._last_chunk = payload if self._include_usage else b""
+            try:
+                payload = json_splice.splice(payload, {"usage": None}, finite=False)
+            except BadRequest:
+                return self._fail("the runtime sent an event that cannot be read")
+        return super()._pass_on(payload, chunk, learn=learn)
+
+    def _of_all_choices(self) -> dict[str, object]:
+        if not self._told:
+            return super()._of_all_choices()
+        return {"choices": [], "usage": _sum(list(self._told.values()))}
 
 
 def fold_completion(stream: bytes) -> dict[str, Any]:
     """Makes one `text_completion` of a stream in the client's dialect; raises ValueError where it carries an error."""
     top: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
-    usages: dict[int, Any] = {}
+    usage = None
     for event in stream.split(b"\n\n"):
         if not event.startswith(b"data: ") or event == b"data: [DONE]":
             continue
@@ -116,19 +136,15 @@ def fold_completion(stream: bytes) -> dict[str, Any]:
         if chunk.get("error"):
             raise ValueError("the stream carries an error")
         parts = chunk.pop("choices", None) or []
-        usage = chunk.pop("usage", None)
-        if isinstance(usage, dict):
-            if not parts:
-                usages.clear()
-            usages[parts[0].get("index", 0) if parts else -1] = usage
+        usage = chunk.pop("usage", None) or usage
         top |= {key: value for key, value in chunk.items() if value is not None or key not in top}
         for part in parts:
             _merge(choices, part)
     answer: dict[str, Any] = {key: top.pop(key) for key in ("id", "object", "created", "model") if key in top}
     answer["object"] = "text_completion"
     answer["choices"] = [choices[index] for index in sorted(choices)]
-    if usages:
-        answer["usage"] = _sum(list(usages.values()))
+    if usage:
+        answer["usage"] = usage
     return answer | top
 
 

@@ -134,9 +134,7 @@ class ChatReader:
         if not self.succeeded:
             self._fail("the runtime ended the stream without a finish reason")
         elif self._last_chunk:
-            changes: dict[str, object] = {"model": self._new_model}
-            if len(self._totals) > 1:
-                changes["usage"] = _whole_usage(self._totals)
+            changes = {"model": self._new_model, **self._of_all_choices()}
             renamed = json_splice.splice(self._last_chunk, changes, finite=False)
             self._ready.append(b"data: " + renamed + b"\n\n")
 
@@ -162,6 +160,7 @@ class ChatReader:
             or blob.count(b"\n\ndata: {") != events - 1
             or blob.count(b'"finish_reason"') != events
             or b'"error"' in blob
+            or b'"prompt_progress"' in blob
             or (b'"usage"' in blob and blob.count(b'"usage"') != blob.count(b'"usage":null'))
         ):
             return False
@@ -217,7 +216,7 @@ class ChatReader:
         progress = chunk.get("prompt_progress")
         if isinstance(progress, dict):
             self._read_progress(progress)
-            if not (content or finished or self.has_content):  # we asked for it: no client sees it, no first token
+            if not (content or finished):  # we asked for it: no client sees it, no first token
                 return
         self._read_figures(chunk, last=finished or not choices)
         self.has_content |= content
@@ -250,6 +249,10 @@ class ChatReader:
                 self._old_name, self._new_name, self._null = old, new, null.group()
         self._ready.append(b"data: " + renamed + b"\n\n")
         return None
+
+    def _of_all_choices(self) -> dict[str, object]:
+        """What changes in the last chunk, so that it tells of all choices."""
+        return {"usage": _whole_usage(self._totals)} if len(self._totals) > 1 else {}
 
     def _has_content(self, choice: dict[str, Any]) -> bool:
         delta = choice.get("delta")

@@ -197,6 +197,9 @@ class ResponsesReader(ThroughChat):
                 self._say("response.custom_tool_call_input.delta", **call.where(), delta=said)
             self._say("response.custom_tool_call_input.done", **call.where(), input=said)
         else:
+            if status == "completed" and not "".join(call.text).strip():  # a runtime may say none as nothing
+                call.text.append("{}")
+                self._say("response.function_call_arguments.delta", **call.where(), delta="{}")
             arguments, name = "".join(call.text), call.name.name
             self._say("response.function_call_arguments.done", **call.where(), name=name, arguments=arguments)
         self._say("response.output_item.done", output_index=call.index, item=call.json(status))

@@ -118,6 +118,24 @@ def test_every_choice_comes_whole_with_the_usage_of_all(shared_house: House) -> 
     for usage in (whole.usage, chunks[-1].usage):
         assert usage is not None and usage.completion_tokens == 10
         assert usage.total_tokens == usage.prompt_tokens + 10
+    assert not any("prompt_progress" in (told.model_extra or {}) for told in (whole, *chunks))
+
+
+@pytest.mark.parametrize("several", [{"prompt": ["hello", "worlds"]}, {"prompt": "hello", "n": 2}])
+def test_completions_tell_their_usage_once_and_no_progress(shared_house: House, several: dict[str, Any]) -> None:
+    """llama.cpp tells the usage of each choice when it ends, and reads the second prompt behind the first text."""
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 5, "temperature": 1, **several}
+    with sdk(shared_house.url, max_retries=0) as client:
+        whole = client.completions.create(**asked)
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        quiet = list(client.completions.create(**asked, stream=True))
+    last = chunks[-1]
+    assert not last.choices and [chunk.usage is not None for chunk in chunks].index(True) == len(chunks) - 1
+    assert not any(chunk.usage for chunk in quiet)
+    for usage in (whole.usage, last.usage):
+        assert usage is not None and usage.completion_tokens == 10
+        assert usage.total_tokens == usage.prompt_tokens + 10
+    assert not any("prompt_progress" in (told.model_extra or {}) for told in (whole, *chunks, *quiet))
 
 
 def test_an_unknown_model_is_not_found(shared_house: House) -> None:

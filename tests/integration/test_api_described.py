@@ -38,6 +38,7 @@ SLOTS = 2  # of each model of a scripted worker; a lane that waits for them take
 KEYS = "ann:secret-a"
 A_FILE: dict[str, Any] = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"{}\n")}}
 KEY = {"authorization": "Bearer secret-a"}
+AS_ANTHROPIC = {"anthropic-version": "2023-06-01"}
 RIGHTS = {
     "bob": Rights(),
     "fenced": Rights(lanes=("plain", "vec-plain")),
@@ -255,10 +256,10 @@ async def refused_rest(on: Stage) -> None:
     await on.ask("GET", "/v1/usage", "/v1/usage?by=modle")
     for wrong in ("after=the-last", "since_ms=0"):
         await on.ask("GET", "/v1/audit", f"/v1/audit?{wrong}")
-    as_anthropic = {"anthropic-version": "2023-06-01"}
-    await on.ask("GET", "/v1/models", "/v1/models?limit=none", headers=as_anthropic)
-    await on.ask("GET", "/v1/models", headers=as_anthropic)
-    await on.ask("GET", "/v1/models/{name}", "/v1/models/plain", headers=as_anthropic)
+    await on.ask("GET", "/v1/models", "/v1/models?limit=none", headers=AS_ANTHROPIC)
+    await on.ask("GET", "/v1/models", headers=AS_ANTHROPIC)
+    for name in ("plain", "nobody"):
+        await on.ask("GET", "/v1/models/{name}", f"/v1/models/{name}", headers=AS_ANTHROPIC)
     models, hosts = "/v1/models/{name}/{verb}", "/v1/hosts/{host}/{verb}"
     for path, at in (
         (models, "/v1/models/plain/worm"),
@@ -602,6 +603,8 @@ async def test_every_described_answer_is_real(
         book = on.book
         for method, path, at in NEED_A_POLICY:
             await on.ask(method, path, at)
+        for path, at in (("/v1/models", ""), ("/v1/models/{name}", "/v1/models/plain")):
+            await on.ask("GET", path, at, headers=AS_ANTHROPIC)
         await on.ask("POST", "/v1/files", **A_FILE)
         await on.post("/v1/batches", a_batch("file-nobody"))
         for path, body in ((COUNT, ask("/v1/messages", "x")), ("/api/show", {"model": "x"})):

@@ -144,6 +144,24 @@ async def test_the_key_of_a_done_job_leads_to_its_answer(scene: Scene) -> None:
     assert len(scene.worker.seen) == 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_whoever_comes_back_is_told_of_the_job_and_not_of_the_replay(scene: Scene, stream: bool) -> None:
+    """The lane that served it, and how long its first token took, whenever the answer is heard."""
+    first, again = [await RawClient.open(scene.api) for _ in range(2)]
+    await first.chat("wait", model="fast-edit", stream=stream, idempotency_key="k1")
+    await until(lambda: scene.worker.seen, what="the claim")
+    scene.go.set()
+    assert await first.head() == 200
+    await first.body()
+    job = await scene.until_state("", State.DONE)
+    await again.chat("wait", model="fast-edit", stream=stream, idempotency_key="k1")
+    assert await again.head() == 200
+    assert again.headers["x-gateway-lane"] == "small"
+    assert again.headers["x-gateway-served-by"] == "small@gpu1"
+    assert int(again.headers["x-gateway-first-token-ms"]) == job.first_token_at - job.submitted_at > 0
+    await again.body()
+
+
 @pytest.mark.parametrize("said", ["break_early", "wait"])
 async def test_the_key_of_a_job_that_came_to_nothing_is_free_again(scene: Scene, said: str) -> None:
     """A failure or a cancel is not replayed to the retry: it is a job of its own."""

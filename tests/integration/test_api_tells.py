@@ -8,7 +8,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.live_api import RawClient, Scene, chat_body, until_true
+from broker.store import Store
+from tests.support.live_api import RawClient, Scene, chat_body, live_scene, until_true
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -51,6 +52,26 @@ async def test_models_are_told_to_a_client_of_anthropic_in_its_words(scene: Scen
         back = [model.id async for model in sdk.models.list(limit=2, before_id=listed[-1])]
         assert sorted(back) == sorted(listed[:-1])
         assert (await sdk.models.retrieve("qwen/coder:32b")).id == "qwen/coder:32b"
+
+
+async def test_what_goes_wrong_with_models_is_told_in_the_words_of_whoever_asks(store: Store) -> None:
+    """The version chooses the form of an error as it does that of an answer; one that is empty was not sent."""
+    version = {"anthropic-version": "2023-06-01"}
+    ann = {"authorization": "Bearer secret-a"}
+    async with live_scene(store, keys="ann:secret-a") as scene, httpx.AsyncClient(base_url=scene.api.url) as plain:
+        for path, headers, told in (
+            ("/v1/models/nobody", ann, (404, "not_found_error")),
+            ("/v1/models?limit=x", ann, (400, "invalid_request_error")),
+            ("/v1/models?after_id=nobody", ann, (400, "invalid_request_error")),
+            ("/v1/models", {}, (401, "authentication_error")),
+            ("/v1/models/big", ann | {"origin": "http://elsewhere.example"}, (403, "permission_error")),
+        ):
+            answer = await plain.get(path, headers=version | headers)
+            assert (answer.status_code, answer.json()["type"]) == (told[0], "error"), path
+            assert answer.json()["error"]["type"] == told[1]
+        for headers in (ann, ann | {"anthropic-version": ""}):
+            answer = await plain.get("/v1/models/nobody", headers=headers)
+            assert answer.json()["error"]["param"] == "model" and "type" not in answer.json()
 
 
 async def test_ready_means_that_somebody_can_serve(scene: Scene) -> None:

@@ -171,9 +171,21 @@ def test_a_call_is_told_before_the_answer_ends() -> None:
     ]
 
 
-def test_arguments_that_were_cut_short_stay_what_they_are() -> None:
-    stream = translated(llama(call(0, id="c0", name="one", arguments='{"a":')) + llama({}, "length") + DONE)
-    assert json.loads(fold_messages(stream))["content"][0]["input"] == '{"a":'
+@pytest.mark.parametrize("arguments", ['{"a":', "[1,2]", '"a"', "[" * 100_000])
+def test_arguments_that_are_no_object_are_none_in_a_whole_message(arguments: str) -> None:
+    """They were cut short, or the model erred: Anthropic's are always an object, and so its clients read them."""
+    stream = translated(llama(call(0, id="c0", name="one", arguments=arguments)) + llama({}, "length") + DONE)
+    message = json.loads(fold_messages(stream))
+    assert (message["content"][0]["input"], message["stop_reason"]) == ({}, "max_tokens")
+
+
+def test_a_call_without_an_id_gets_one_that_no_other_answer_has() -> None:
+    """A client gives a tool's result back by it, in a conversation that holds the calls of many answers."""
+    stream = llama(call(0, name="one", arguments="{}")) + llama(call(1, name="two", arguments="{}"))
+    for name in ("job1", "job2"):
+        told, _ = read(stream + llama({}, "tool_calls") + DONE, lambda name=name: TranslatingReader("deep-coder", name))
+        blocks = json.loads(fold_messages(told))["content"]
+        assert [block["id"] for block in blocks] == [f"toolu_{name}_0", f"toolu_{name}_1"]
 
 
 def test_nothing_is_said_before_the_first_content_and_no_end_before_the_runtimes() -> None:

@@ -75,6 +75,17 @@ def test_a_usage_that_nobody_asked_for_stays_behind() -> None:
     assert b"prompt_tokens" not in quiet.take() and quiet.usage == {"prompt_tokens": 5, "completion_tokens": 2}
 
 
+def test_the_usage_of_several_choices_is_told_once_and_at_the_end() -> None:
+    """llama.cpp tells that of each choice when it ends; clients sum or keep the last one that they hear."""
+    told = [json.loads(event[6:]) for event in read(TWO, n=2, prompts=2).take().split(b"\n\n") if event]
+    assert [(bool(said["choices"]), bool(said.get("usage"))) for said in told] == [(True, False)] * 5 + [(False, True)]
+    assert told[-1]["usage"] == {**usage(7, 3), "prompt_tokens_details": {"cached_tokens": 2}}
+    assert (told[-1]["id"], told[-1]["model"]) == ("c-1", "coder")
+    quiet = read(TWO, n=2, prompts=2, include_usage=False)
+    assert b"prompt_tokens" not in quiet.take()
+    assert quiet.usage == {"prompt_tokens": 7, "completion_tokens": 3, "cached_tokens": 2}
+
+
 def test_each_prompt_must_have_its_answer() -> None:
     """On one slot the second begins when the first is over: a finish reason alone is no end."""
     half = chunk("a", 0) + chunk("", 0, "stop")
@@ -84,6 +95,12 @@ def test_each_prompt_must_have_its_answer() -> None:
     assert reader.has_content and not reader.succeeded
     reader.end()
     assert reader.error == "the runtime ended the stream without a finish reason"
+
+
+def test_the_progress_of_a_second_prompt_is_no_clients_business() -> None:
+    progress = chunk("", 0, prompt_progress={"total": 9, "processed": 3})
+    told = read(TWO.replace(chunk("A", 0), progress + chunk("A", 0)), n=2, prompts=2)
+    assert told.prompt_read == (3, 9) and told.take() == read(TWO, n=2, prompts=2).take()
 
 
 def test_text_is_the_first_token_and_a_role_is_not() -> None:
@@ -165,4 +182,5 @@ def test_a_count_of_all_choices_replaces_those_of_each() -> None:
     every = {"prompt_tokens": 7, "completion_tokens": 3}
     said = b'data: {"id":"c-1","model":"weights","choices":[],"usage":' + json.dumps(every).encode() + b"}\n\n"
     reader = read(TWO + said, n=2, prompts=2)
-    assert reader.usage == every and fold_completion(reader.take())["usage"] == every
+    told = reader.take()
+    assert reader.usage == every and fold_completion(told)["usage"] == every and told.count(b"prompt_tokens") == 1

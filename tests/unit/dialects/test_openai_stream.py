@@ -80,6 +80,7 @@ PARTS = [
     llama({"content": "t"}, timings={"cache_n": 1, "prompt_n": 2, "predicted_n": 3}),
     llama({"content": "u"}, usage={"prompt_tokens": 3, "completion_tokens": 4}),
     llama({"content": "0"}, usage=None),
+    llama({"role": "assistant", "content": None}, prompt_progress={"processed": 1, "total": 2}),
     event({"model": "tiny", "choices": [{"index": 0, "delta": {"content": "w"}, "finish_reason": None}]}, spaced=True),
     streams.usage_chunk("qwen2.5-coder:32b"),
     event({"object": "other", "model": "tiny"}),
@@ -178,6 +179,16 @@ def test_progress_of_the_prompt_is_no_first_token_and_no_clients_business() -> N
     chat = reader()
     chat.feed(llama(role, prompt_progress={"total": "many"}))
     assert chat.prompt_read is None
+
+
+def test_the_second_choice_tells_no_progress_either() -> None:
+    """It is made behind the first, whose text the client has by then."""
+    first, second = llama({"content": "a"}) + llama({}, "stop"), llama({"content": "b"}) + llama({}, "stop")
+    progress = llama({"role": "assistant", "content": None}, prompt_progress={"total": 9, "processed": 3})
+    second, progress = (part.replace(b'"index":0', b'"index":1') for part in (second, progress))
+    taken, chat = read(first + progress + second, n=2)
+    assert chat.succeeded and chat.prompt_read == (3, 9)
+    assert taken == read(first + second, n=2)[0]
 
 
 def test_a_failure_before_the_first_content_leaves_nothing() -> None:

@@ -151,6 +151,7 @@ def test_no_text_thought_or_call_is_lost_in_any_order(deltas: list[dict[str, Any
             for fragment in delta.get("tool_calls", ())
             if fragment["index"] == at
         )
+        expected += "" if expected.strip() else "{}"
         assert [item["arguments"] for item in output if item.get("call_id") == f"c{at}"] == [expected]
 
 
@@ -188,6 +189,16 @@ def test_calls_keep_the_clients_names_and_kinds() -> None:
     assert [(item["name"], item["call_id"]) for item in both] == [("read", "call_a"), ("list", "call_b")]
     one, two = fold_responses(read(LLAMA_TOOLS)[0])["output"]
     assert json.loads(one["arguments"]) == {"path": 'a "b".py'} and two["arguments"] == "{}"
+
+
+@pytest.mark.parametrize(("reason", "told"), [("tool_calls", "{}"), ("length", "")])
+def test_a_call_without_arguments_has_none_in_so_many_words(reason: str, told: str) -> None:
+    """Clients parse them as JSON; a call that was cut off may end anywhere."""
+    stream, _ = read(llama(call(0, id="c1", name="now", arguments="")) + llama({}, reason))
+    deltas = [event["delta"] for event in events(stream) if event["type"].endswith("arguments.delta")]
+    (done,) = (event["arguments"] for event in events(stream) if event["type"].endswith("arguments.done"))
+    (item,) = fold_responses(stream)["output"]
+    assert "".join(deltas) == done == item["arguments"] == told
 
 
 def test_arguments_that_come_before_their_name_are_not_lost() -> None:

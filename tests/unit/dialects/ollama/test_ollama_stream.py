@@ -259,6 +259,13 @@ def test_a_call_that_was_cut_off_is_no_call(arguments: str) -> None:
     assert arguments in answer["message"]["content"] and '"delete"' in answer["message"]["content"]
 
 
+@pytest.mark.parametrize(("arguments", "told"), [("[1]", "[1]}"), ('{"a": NaN}', '{"a": NaN}}'), ('{"a": ', '{"a": ')])
+def test_a_call_that_is_told_as_text_is_closed_unless_it_was_cut_off(arguments: str, told: str) -> None:
+    stream = llama(call(0, id="c0", name="read", arguments=arguments)) + llama({}, "stop")
+    answer = json.loads(ollama_fold.fold(read(from_chat(), stream)))
+    assert answer["message"]["content"] == '{"name":"read","arguments":' + told
+
+
 def test_a_call_without_arguments_is_a_call() -> None:
     stream = llama(call(0, id="c0", name="now", arguments="")) + llama({}, "tool_calls")
     answer = json.loads(ollama_fold.fold(read(from_chat(), stream)))
