@@ -326,6 +326,21 @@ async def test_a_dead_job_is_tried_again_from_its_request(scene: Scene, http: ht
     assert bodies == [json.dumps(asked["body"], separators=(",", ":"), ensure_ascii=False).encode()] * 3
 
 
+async def test_what_was_to_start_later_is_tried_again_no_sooner(scene: Scene, http: httpx.AsyncClient) -> None:
+    """It was put off on purpose; a start that has passed meanwhile counts no more."""
+    old = await handed_in(http, order(notBefore="1h", expiresAfter="2h"))
+    await http.delete(f"/v1/jobs/{old['id']}")
+    again = (await http.post(f"/v1/jobs/{old['id']}/retry")).json()
+    assert (again["state"], again["not_before"], again["give_up_at"]) == (
+        "scheduled",
+        old["not_before"],
+        old["give_up_at"],
+    )
+    await http.delete(f"/v1/jobs/{again['id']}")
+    await scene.store.command("HSET", scene.store.keys.job(again["id"]), "not_before", old["submitted_at"] + 1)
+    assert (await http.post(f"/v1/jobs/{old['id']}/retry")).json()["not_before"] == 0
+
+
 async def test_a_request_is_tried_again_by_one_job_at_a_time(scene: Scene, http: httpx.AsyncClient) -> None:
     """Whichever of those that tried it is asked to: a script that tries again all that failed finds several."""
     tried = [(await handed_in(http, order("wait", notBefore="1h")))["id"]]
