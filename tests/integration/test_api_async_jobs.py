@@ -248,6 +248,22 @@ async def test_a_full_lane_is_told(store: Store) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "lane_full")
 
 
+async def test_more_that_start_later_than_may_are_told_when_one_starts(store: Store) -> None:
+    """The lane is empty, and what may start at once is taken all the same, whatever the key lets wait."""
+    policy = POLICY + "lanes:\n  big.batch: { maxQueue: 2 }\n"
+    async with live_scene(store, policy=policy, keys="root:secret") as scene:
+        await scene.api.name("bot", rights=Rights(max_waiting=2))
+        async with http_of(scene.api, **scene.api.bearer("bot")) as http:
+            for _ in range(2):
+                await handed_in(http, order(notBefore="6m"))
+            answer = await http.post("/v1/jobs", json=order(notBefore="6m"))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], answer.headers["retry-after"]) == (429, "schedule_full", "30")
+            assert "may start later in big.batch are scheduled; the first starts in 3" in error["message"]
+            told = await handed_in(http, order())
+            await scene.until_state(told["id"], State.DONE)
+
+
 async def test_a_key_for_batch_work_asks_for_no_more(fake_store: Store) -> None:
     """And what a key opens counts for jobs as it does for requests."""
     await PolicyBook(fake_store).apply(POLICY)
