@@ -103,7 +103,8 @@ def job_of(gateway: Gateway, order: Order, wishes: Wishes, caller: Caller) -> Jo
 
 async def again(gateway: Gateway, old: JobRecord, caller: Caller) -> JobRecord:
     """Tries the request of a job that ended badly once more, as a new job of the same caller, or gives the job that
-    does so already. Raises NotRetryable, UnknownCaller, and what POST /v1/jobs may be refused with."""
+    does so already. It starts no sooner than the other was to. Raises NotRetryable, UnknownCaller, and what POST
+    /v1/jobs may be refused with."""
     for _ in range(AGAIN_MAX):  # the newest of those that tried it: two of them never go on side by side
         known = await jobs.find(gateway.store, old.retried_as) if old.retried_as else None
         if known is None:
@@ -123,6 +124,7 @@ async def again(gateway: Gateway, old: JobRecord, caller: Caller) -> JobRecord:
         lane=old.asked,
         webhook=old.webhook,
         metadata=old.metadata,
+        not_before=old.not_before if old.not_before > await gateway.store.now_ms() else 0,
         give_up_within_ms=old.give_up_at - max(old.submitted_at, old.not_before),
         priority="batch" if owner.rights.priority == "batch" else old.priority,
         retry_of=old.id,

@@ -10,7 +10,9 @@ import typer
 from api.cli_keys import instant, seconds
 from api.cli_policy import AsJson
 from api.client import ask, part
+from api.exit_codes import USAGE, Failed
 from api.output import or_else
+from broker.webhook_secrets import OVERLAP_MS_MAX
 
 webhook_app = typer.Typer(help="Be told when jobs end.", no_args_is_help=True)
 secret_app = typer.Typer(help="What your webhooks are signed with.", no_args_is_help=True)
@@ -62,6 +64,8 @@ def secret_rotate(
 ) -> None:
     """Makes another secret and prints it, this once; for a while both sign."""
     overlap_s = 0 if overlap == "0" else seconds(overlap)
+    if overlap_s * 1_000 > OVERLAP_MS_MAX:
+        raise Failed(f"--overlap may be {OVERLAP_MS_MAX // 86_400_000}d at most.", USAGE)
     _show_new(asyncio.run(ask("POST", SECRETS, {"rotate": True, "overlapS": overlap_s})), as_json=as_json)
 
 

@@ -47,6 +47,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.LaneFull: Row(503, BUSY, 1),
     errors.CallerShare: Row(503, BUSY, 1),
     errors.CallerLimit: Row(429, _LIMIT, 1),
+    errors.ScheduleFull: Row(429, _LIMIT, 1),
     errors.QuotaUsed: Row(429, _LIMIT, 60, 86_400),
     errors.ModelUnavailable: Row(503, BUSY, 5),
     errors.TrustZoneRefused: Row(403, PERMISSION),

@@ -153,6 +153,9 @@ class Due:
         except (errors.LaneFull, errors.CallerShare):
             await lanes.postpone(self._store, job, after_ms=RETRY_MS)
             return Looked("full", lane=job.lane)
+        except errors.CallerLimit:
+            await lanes.postpone(self._store, job, after_ms=RETRY_MS)
+            return Looked("waits")
         return Looked("started", late_ms=now - job.not_before)
 
     async def _promote(self, job: JobRecord, now: int, *, ahead: int | None) -> Looked:

@@ -3,6 +3,7 @@
 BrokerError
 ├── Refused                     we said no and nothing happened; the client may act
 │   ├── LaneFull                lane_full                 retry_after_s
+│   ├── ScheduleFull            schedule_full             retry_after_s: the caller's jobs that start later in a lane
 │   ├── CallerShare             caller_share              retry_after_s
 │   ├── CallerLimit             caller_limit              retry_after_s: the key's own limit of waiting jobs
 │   ├── QuotaUsed               quota_used                retry_after_s: the key's tokens of the day
@@ -88,6 +89,20 @@ class LaneFull(Refused):
         """`before` = callers that are in line for a place there before this one."""
         super().__init__(f"lane {lane} is full; try again in {retry_after_s} s")
         self.lane, self.before = lane, before
+        self.retry_after_s = retry_after_s
+
+
+class ScheduleFull(Refused):
+    """As many of the caller's jobs start later in the lane as may."""
+
+    code = "schedule_full"
+
+    def __init__(self, lane: str, *, retry_after_s: int = 1) -> None:
+        """`retry_after_s` = until the first of them starts."""
+        super().__init__(
+            f"as many of your jobs as may start later in {lane} are scheduled; the first starts in {retry_after_s} s"
+        )
+        self.lane = lane
         self.retry_after_s = retry_after_s
 
 

@@ -99,7 +99,7 @@ TABLE: tuple[Family, ...] = (
         "zset",
         "while it has jobs that wait",
         False,
-        "`<lane>/<id>` of the caller's jobs that wait, `@<lane>/<id>` of those that will, all with score 0",
+        "`<lane>/<id>` of the caller's jobs that wait, `@<lane>/<start>/<id>` of those that will, all with score 0",
     ),
     Family(
         "jobs:<caller>",

@@ -57,7 +57,7 @@ async def submit(
 ) -> Submitted:
     """Puts a job into a lane if its queue budget allows; raises LaneFull, StalePolicy, IdempotencyMismatch, and
     CallerShare, CallerLimit, QuotaUsed where its caller has what it may have (`max_waiting` jobs over all lanes,
-    `tokens_per_day`; 0 = no limit).
+    `tokens_per_day`; 0 = no limit), ScheduleFull where the job starts later and as many of its caller's do.
 
     `asked` is the lane that the request asked for, where this one is its fallback; raises DowngradesCapped where too
     many of those who asked for its model are served by another one. `reader` is `api/reader-id` of the client's
@@ -325,7 +325,8 @@ async def promote(store: Store, active: Active, fleet: Fleet, job: JobRecord, to
 
 
 async def release_due(store: Store, active: Active, fleet: Fleet, job: JobRecord, lane: Lane) -> None:
-    """Moves a scheduled job whose start has come into its lane; raises LaneFull, CallerShare, NotDue."""
+    """Moves a scheduled job whose start has come into its lane; raises LaneFull, CallerShare,
+    CallerLimit, NotDue."""
     keys = store.keys
     hosts, siblings = fleet.host_keys(lane.model), [keys.lane(x) for x in active.lanes_of(lane.model)]
     await store.run(

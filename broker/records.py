@@ -106,6 +106,7 @@ class JobRecord(_Hash):
     asked_number: int = 0  # its number among the jobs that asked for this model, 0 = they are not counted
     spilled: str = ""  # why it entered another lane than the one asked for: the code of that one's refusal, or STICKY
     caller: str = "anonymous"
+    max_waiting: int = 0  # of one that starts later: jobs of its caller that may wait at once, 0 = no limit
     max_running: int = 0  # jobs of its caller that may run at once, by the key that it came with, 0 = no limit
     session: str = ""
     zone: str = "local"  # `remote`: it is allowed to leave, as far as its caller has a say; never given afterwards

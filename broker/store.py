@@ -359,6 +359,9 @@ def refusal(verb: str, text: str) -> errors.BrokerError:
     if word == "LANEFULL":
         lane, _, before = rest.rpartition(":")[2].partition(" ")
         return errors.LaneFull(lane, before=int(before or 0))
+    if word == "SCHEDULEFULL":
+        lane, _, first_in_ms = rest.rpartition(":")[2].partition(" ")
+        return errors.ScheduleFull(lane, retry_after_s=max(1, math.ceil(int(first_in_ms or 0) / 1000)))
     if word == "CALLERSHARE":
         return errors.CallerShare(rest)
     if word == "CALLERLIMIT":

@@ -18,8 +18,8 @@ log = logging.getLogger("warmlane.webhooks")
 
 SECRET_BYTES = 32
 PREFIX = "whsec_"
-OVERLAP_MS = 24 * 3_600_000
-"""How long a replaced secret signs beside the new one, where nobody says otherwise."""
+OVERLAP_MS, OVERLAP_MS_MAX = 24 * 3_600_000, 30 * 86_400_000
+"""How long a replaced secret signs beside the new one, where nobody says otherwise, and at most."""
 
 MOST = 4
 """Secrets of a caller that sign at once: each is one more signature in a header."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.async_jobs import METADATA_KEY_CHARACTERS_MAX, METADATA_KEYS_MAX, METADATA_TEXT_CHARACTERS_MAX
 from api.auth import Caller, Gate
 from api.described import WISHES, Described, described, says
+from api.durations import LENGTH_PATTERN, length_ms
 from api.gateway import Gateway
 from api.paging import checked, ends_of
 from api.routes.files import KEEP_S_MAX, KEEP_S_MIN, SECOND_MS, own_file
@@ -25,8 +26,8 @@ from broker.records import BatchRecord
 router = APIRouter(tags=["batches"])
 
 PAGE, PAGE_MAX = 20, 100
-WINDOW_PATTERN = r"^([1-9][0-9]?[mh]|[1-7]d)$"
-_UNIT_MS = {"m": 60_000, "h": 3_600_000, "d": DAY_MS}
+WINDOW_MS_MIN, WINDOW_MS_MAX = 60_000, 7 * DAY_MS
+WINDOW_CHARACTERS_MAX = 32
 
 _ID = re.compile(r"batch_[0-9A-Za-z_-]{1,64}")
 _INSTANTS = (
@@ -51,7 +52,9 @@ class NewBatch(BaseModel):
 
     input_file_id: Annotated[str, Field(min_length=1, max_length=128)]
     endpoint: Literal[ENDPOINTS]  # type: ignore[valid-type]  # the same words, in one place
-    completion_window: Annotated[str, Field(pattern=WINDOW_PATTERN)]
+    completion_window: Annotated[
+        str, Field(max_length=WINDOW_CHARACTERS_MAX, json_schema_extra={"pattern": LENGTH_PATTERN})
+    ]
     metadata: Annotated[dict[Word, Words], Field(max_length=METADATA_KEYS_MAX)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
@@ -86,8 +89,7 @@ async def new_batch(request: Request, gateway: Gate, caller: Caller) -> dict[str
     lane, leave = request.headers.get("x-gateway-lane", ""), request.headers.get("x-gateway-allow-remote", "").lower()
     leave_of(leave)
     key = idempotency_key_of(request.headers.get("idempotency-key", ""))
-    number, unit = int(asked.completion_window[:-1]), asked.completion_window[-1]
-    within_ms = number * _UNIT_MS[unit]
+    within_ms = _window_ms(asked.completion_window)
     said = _said(asked, within_ms, lane, leave)
     if key and (made := await batches.find_by_key(gateway.store, caller=caller.name, key=key, said=said)):
         return shown(made)
@@ -162,6 +164,16 @@ async def cancel_batch(batch_id: str, gateway: Gate, caller: Caller) -> dict[str
     await _own_batch(gateway, batch_id, caller)
     await batches.stop(gateway.store, batch_id, "cancelled")
     return shown(await batches.read(gateway.store, batch_id))
+
+
+def _window_ms(text: str) -> int:
+    try:
+        window_ms = length_ms(text)
+    except ValueError as wrong:
+        raise errors.BadRequest(f"completion_window: {wrong}", "completion_window") from None
+    if not WINDOW_MS_MIN <= window_ms <= WINDOW_MS_MAX:
+        raise errors.BadRequest("completion_window must be 1m to 7d", "completion_window")
+    return window_ms
 
 
 def _said(asked: NewBatch, within_ms: int, lane: str, leave: str) -> str:

@@ -30,7 +30,7 @@ _ENDS = (
     errors.WorkerLost,
 )
 """What only the job itself can come to: whoever handed it in has gone by then."""
-REFUSED: Kinds = (errors.AddressRefused, *(kind for kind in GENERATION_FAILS if kind not in _ENDS))
+REFUSED: Kinds = (errors.AddressRefused, errors.ScheduleFull, *(kind for kind in GENERATION_FAILS if kind not in _ENDS))
 _HEADERS = ("X-Gateway-Lane", "X-Session-Affinity", "X-Gateway-Allow-Remote", "Idempotency-Key", "traceparent")
 RETRIED = Answer(
     "The job as it is now, and where to look after it. The answer waits at `links.result`.",

@@ -20,7 +20,7 @@ from broker.webhooks import PAGE_MAX, Delivery
 
 router = APIRouter(tags=["webhooks"])
 
-OVERLAP_S_MAX = 30 * 86_400
+Overlap = Annotated[int, Field(ge=0, le=webhook_secrets.OVERLAP_MS_MAX // 1_000, strict=True)]
 
 
 class NewSecret(BaseModel):
@@ -29,7 +29,7 @@ class NewSecret(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
 
     rotate: bool = Field(False, strict=True)
-    overlap_s: Annotated[int, Field(ge=0, le=OVERLAP_S_MAX, strict=True)] = webhook_secrets.OVERLAP_MS // 1_000
+    overlap_s: Overlap = webhook_secrets.OVERLAP_MS // 1_000
 
 
 @router.get("/v1/webhooks/secrets")

@@ -18,7 +18,7 @@
 --   ARGV[23] tokens_per_day  of the caller, 0 = no limit
 --   ARGV[24] refused_by    names of the lanes that had no place for it just now: its caller waits in their lines no more
 --   ARGV[25 ..] fields of the job hash, name and value in turn
--- As many jobs of a caller may be to start later in a lane as may wait in it.
+-- As many jobs of a caller may be to start later in a lane as may wait in it. They count as waiting from their start on.
 -- While others want places of the lane, no caller holds more than its share of them. Who asks is noted either way.
 -- An asynchronous job is noted in its caller's list. One that tries another's request again (`retry_of`) is noted on that
 -- one, whose dead letter goes.
@@ -26,7 +26,7 @@
 -- Returns {"queued"|"scheduled", entry}, {"known", lane} for an id sent again, {"attached", id} for a repeated key,
 -- or where the request is tried again already.
 -- A line of a batch that is to end, or that was written already, is nobody's wish any more: who asks looked too long ago.
--- Errors: STALEPOLICY, IDEMMISMATCH, NOJOB, NOTDEAD, ENDED, CALLERLIMIT, QUOTA, LANEFULL, CALLERSHARE, DOWNGRADES.
+-- Errors: STALEPOLICY, IDEMMISMATCH, NOJOB, NOTDEAD, ENDED, CALLERLIMIT, QUOTA, LANEFULL, SCHEDULEFULL, CALLERSHARE, DOWNGRADES.
 --- @include now_ms
 --- @include check
 --- @include schedule
@@ -69,9 +69,7 @@ if old then
   if again then return { "attached", again } end
 end
 local max_waiting, tokens_per_day = tonumber(ARGV[22]), tonumber(ARGV[23])
-if max_waiting > 0 and redis.call("ZCARD", root .. "waits:" .. who) >= max_waiting then
-  return redis.error_reply("CALLERLIMIT " .. who)
-end
+if not_before <= now and waits_as_may(root, who, max_waiting) then return redis.error_reply("CALLERLIMIT " .. who) end
 if tokens_per_day > 0 and spent_today(root, who, now) >= tokens_per_day then
   return redis.error_reply("QUOTA " .. ms(next_day(now) - now))
 end
@@ -79,7 +77,7 @@ if not_before <= now then
   local none = no_place(KEYS[1], group, tonumber(ARGV[5]), root, named.lane, who, now, 12, 11 + hosts, 12 + hosts, #KEYS)
   if none then return none end
 elseif waiting_of(root, "@" .. named.lane, who) >= math.max(1, tonumber(ARGV[5])) then
-  return redis.error_reply("LANEFULL " .. KEYS[1] .. " 0")
+  return redis.error_reply("SCHEDULEFULL " .. KEYS[1] .. " " .. ms(first_start(root, named.lane, who) - now))
 end
 local downgrade, max_share, window = named.asked_model ~= named.model, tonumber(ARGV[17]), tonumber(ARGV[18])
 if downgrade and max_share < 1 and not may_downgrade(KEYS[9], nil, max_share, window, tonumber(ARGV[19])) then
@@ -126,6 +124,7 @@ local state, entry = "queued", ""
 if not_before > now then
   state = "scheduled"
   set("not_before", ms(not_before))
+  set("max_waiting", ARGV[22])
   redis.call("ZADD", KEYS[4], ms(earliest(not_before, give_up_at, abandon_at)), id)
 else
   entry = add_entry(KEYS[1], group, id, named.caller, named.session, ms(promote_at), ms(now), named.tokens,
@@ -137,7 +136,7 @@ end
 set("state", state)
 if not_before <= now then note_place(root, named.lane, who, now) end
 for lane in string.gmatch(ARGV[24], "%S+") do leave_line(root, lane, who) end
-hold_waiting(root, who, named.lane, id, state)
+hold_waiting(root, who, named.lane, id, state, ms(not_before))
 redis.call("HSET", KEYS[2], unpack(fields))
 redis.call("SET", KEYS[3], ARGV[9])
 if ARGV[11] == "1" then redis.call("SET", KEYS[6], id .. " " .. ARGV[10]) end

@@ -248,6 +248,22 @@ async def test_a_full_lane_is_told(store: Store) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "lane_full")
 
 
+async def test_more_that_start_later_than_may_are_told_when_one_starts(store: Store) -> None:
+    """The lane is empty, and what may start at once is taken all the same, whatever the key lets wait."""
+    policy = POLICY + "lanes:\n  big.batch: { maxQueue: 2 }\n"
+    async with live_scene(store, policy=policy, keys="root:secret") as scene:
+        await scene.api.name("bot", rights=Rights(max_waiting=2))
+        async with http_of(scene.api, **scene.api.bearer("bot")) as http:
+            for _ in range(2):
+                await handed_in(http, order(notBefore="6m"))
+            answer = await http.post("/v1/jobs", json=order(notBefore="6m"))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], answer.headers["retry-after"]) == (429, "schedule_full", "30")
+            assert "may start later in big.batch are scheduled; the first starts in 3" in error["message"]
+            told = await handed_in(http, order())
+            await scene.until_state(told["id"], State.DONE)
+
+
 async def test_a_key_for_batch_work_asks_for_no_more(fake_store: Store) -> None:
     """And what a key opens counts for jobs as it does for requests."""
     await PolicyBook(fake_store).apply(POLICY)
@@ -324,6 +340,21 @@ async def test_a_dead_job_is_tried_again_from_its_request(scene: Scene, http: ht
     request = scene.store.keys.request
     bodies = [await scene.store.command("GET", request(one["id"])) for one in (first, again, third)]
     assert bodies == [json.dumps(asked["body"], separators=(",", ":"), ensure_ascii=False).encode()] * 3
+
+
+async def test_what_was_to_start_later_is_tried_again_no_sooner(scene: Scene, http: httpx.AsyncClient) -> None:
+    """It was put off on purpose; a start that has passed meanwhile counts no more."""
+    old = await handed_in(http, order(notBefore="1h", expiresAfter="2h"))
+    await http.delete(f"/v1/jobs/{old['id']}")
+    again = (await http.post(f"/v1/jobs/{old['id']}/retry")).json()
+    assert (again["state"], again["not_before"], again["give_up_at"]) == (
+        "scheduled",
+        old["not_before"],
+        old["give_up_at"],
+    )
+    await http.delete(f"/v1/jobs/{again['id']}")
+    await scene.store.command("HSET", scene.store.keys.job(again["id"]), "not_before", old["submitted_at"] + 1)
+    assert (await http.post(f"/v1/jobs/{old['id']}/retry")).json()["not_before"] == 0
 
 
 async def test_a_request_is_tried_again_by_one_job_at_a_time(scene: Scene, http: httpx.AsyncClient) -> None:

@@ -748,6 +748,30 @@ async def test_a_scheduler_that_is_killed_after_any_step_loses_and_repeats_no_li
 
 
 @pytest.mark.parametrize(
+    ("window", "seconds"), [("120m", 7_200), ("100h", 360_000), ("168h", 604_800), ("90s", 90), ("1w", 604_800)]
+)
+async def test_a_window_is_any_length_of_time(scene: Scene, client_of: Clients, window: Any, seconds: int) -> None:
+    """As lengths are written everywhere here; it is told as it was asked for."""
+    batch = await begin(client_of(scene), jsonl(line("a")), completion_window=window)
+    assert (batch.expires_at or 0) - batch.created_at == seconds
+    assert batch.completion_window == window
+
+
+async def test_a_window_that_may_not_be_is_told_with_its_bounds(scene: Scene, client_of: Clients) -> None:
+    said = {
+        "8d": "completion_window must be 1m to 7d",
+        "59s": "completion_window must be 1m to 7d",
+        "soon": "completion_window: 'soon' is no length of time: write it like 90d, 12h or 30m",
+    }
+    for window, sentence in said.items():
+        asked: Any = {"completion_window": window}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await begin(client_of(scene), jsonl(line("a")), **asked)
+        error: Any = refused.value.body
+        assert (error["message"], error["param"]) == (sentence, "completion_window")
+
+
+@pytest.mark.parametrize(
     "more",
     [
         {"endpoint": "/v1/moderations"}, {"completion_window": "8d"}, {"completion_window": "soon"},

@@ -356,6 +356,8 @@ async def refused_jobs(on: Stage) -> None:
     await hand_in("plain", lane="nowhere")
     for who, model in (("fenced", "far"), ("modest", "plain"), ("spent", "plain")):
         await hand_in(model, who=who)
+    for _ in range(2):
+        await hand_in("full", notBefore="1h")
     for said in ("one", "another"):
         await hand_in("waits", said=said, at_once=False)
     await on.unfinished(JOBS)
@@ -384,6 +386,9 @@ async def refused_retries(on: Stage) -> None:
     await retry(await dead("narrow", said="word " * 100))
     for who, asked in (("fenced", "far"), ("modest", "plain"), ("spent", "plain")):
         await retry(await dead(asked, caller=who), who)
+    start = await store.now_ms() + 3_600_000
+    for _ in range(2):
+        await retry(await dead("full", not_before=start, give_up_at=start + 60_000))
     await retry(await dead("plain", caller="stranger"))
     await retry(await dead("plain", state=State.DONE))
     await retry(await dead("plain", webhook=INNER))

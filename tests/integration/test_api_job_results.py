@@ -216,7 +216,8 @@ async def test_an_administrators_retry_has_its_callers_rights(fake_store: Store)
         await scene.api.name("bot", rights=Rights(max_waiting=1))
         async with http_of(scene.api, **scene.api.bearer("bot")) as http:
             died = await ended(scene, http, "break_early", State.FAILED)
-            await handed_in(http, order("hello", notBefore="1h"))
+            await scene.beat(big="cold")
+            await handed_in(http, order("hello"))
         async with http_of(scene.api, authorization="Bearer secret") as http:
             answer = await http.post(f"/v1/jobs/{died['id']}/retry")
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "caller_limit")

@@ -12,10 +12,18 @@ ROOMY = policy_with(("maxQueue: 3", "maxQueue: 8"))
 DAY_MS = 86_400_000
 
 
-async def submit(world: World, caller: str, lane: str = "big", *, max_waiting: int = 0, tokens_per_day: int = 0) -> str:
+async def submit(
+    world: World,
+    caller: str,
+    lane: str = "big",
+    *,
+    max_waiting: int = 0,
+    tokens_per_day: int = 0,
+    not_before: int = 0,
+) -> str:
     into = world.book.active.lane(lane)
     assert into is not None
-    record = JobRecord(id=world.new_id(), asked=lane, caller=caller)
+    record = JobRecord(id=world.new_id(), asked=lane, caller=caller, not_before=not_before)
     limits = {"max_waiting": max_waiting, "tokens_per_day": tokens_per_day}
     return (await lanes.submit(world.store, world.book.active, world.fleet, record, into, b"x", **limits)).job_id
 
@@ -167,7 +175,7 @@ async def test_free_slots_are_shared_too(world: World) -> None:
 
 
 async def test_a_caller_waits_with_no_more_than_it_may(world: World) -> None:
-    """Over all lanes, later starts too; what runs does not wait."""
+    """Over all lanes; what runs does not wait."""
     first = await submit(world, "ann", max_waiting=2)
     await submit(world, "ann", "small", max_waiting=2)
     async with world.refused(errors.CallerLimit):
@@ -176,6 +184,23 @@ async def test_a_caller_waits_with_no_more_than_it_may(world: World) -> None:
     await world.warm(big=1)
     await world.claim(first)
     await submit(world, "ann", max_waiting=2)
+    await world.healthy()
+
+
+async def test_what_starts_later_waits_from_its_start_on(world: World) -> None:
+    """Until then it keeps its caller from nothing. At its start it enters its lane once less waits than its key allows:
+    planning ahead is no way around that."""
+    later = [await submit(world, "ann", max_waiting=2, not_before=world.now + 5_000) for _ in range(3)]
+    now = await submit(world, "ann", "small", max_waiting=2)
+    world.now += 5_000
+    outcomes = [(await world.due.look(job_id)).outcome for job_id in later]
+    assert outcomes == ["started", "waits", "waits"]
+    assert (await world.healthy()).due[later[2]] == world.now + 1_000
+    async with world.refused(errors.CallerLimit):
+        await submit(world, "ann", "side", max_waiting=2)
+    await jobs.cancel(world.store, now)
+    world.now += 1_000
+    assert [(await world.due.look(job_id)).outcome for job_id in later[1:]] == ["started", "waits"]
     await world.healthy()
 
 

@@ -311,12 +311,32 @@ async def test_batch_work_that_spills_is_batch_work_still(world: World) -> None:
 
 
 async def test_as_many_may_start_later_as_may_wait(world: World) -> None:
-    """Of each caller, in each lane: whoever plans ahead fills no Redis."""
-    later = {"not_before": world.now + 60_000}
-    for _ in range(3):
+    """Of each caller, in each lane: whoever plans ahead fills no Redis. The refusal says when the first of them starts,
+    and not how an empty lane drains."""
+    for after_ms in (60_000, 45_500, 90_000):
+        await world.submit("big", caller="ann", not_before=world.now + after_ms)
+    later = {"not_before": world.now + 5_000}
+    async with world.refused(errors.ScheduleFull) as full:
         await world.submit("big", caller="ann", **later)
-    async with world.refused(errors.LaneFull):
-        await world.submit("big", caller="ann", **later)
+    assert full.value.retry_after_s == 46
+    assert str(full.value) == "as many of your jobs as may start later in big are scheduled; the first starts in 46 s"
     await world.submit("big", caller="bob", **later)
     await world.submit("small", caller="ann", **later)
     assert await world.submit("big", caller="ann")
+    world.now += 100_000
+    async with world.refused(errors.ScheduleFull) as full:
+        await world.submit("big", caller="ann", not_before=world.now + 5_000)
+    assert full.value.retry_after_s == 1, "its start has come, and nobody has looked yet"
+
+
+async def test_more_that_start_later_are_bound_to_no_fallback(world: World) -> None:
+    """The lane is empty: nothing that happens there is a reason for another model, or to leave the machine."""
+    await world.warm(big=1, small=1, far=1)
+
+    async def ask() -> str:
+        record = JobRecord(id=world.new_id(), asked="big", zone="remote", not_before=world.now + 20_000)
+        return (await admission.admit(world.store, world.book, world.fleet, record, b"{}")).lane
+
+    assert [await ask() for _ in range(3)] == ["big"] * 3
+    async with world.refused(errors.ScheduleFull):
+        await ask()

@@ -234,6 +234,10 @@ class Verbs(RuleBasedStateMachine):
     def has_as_many_to_come(self, who: str, lane: Lane) -> bool:
         return sum(p.startswith(f"@{lane.name}/") for p in self.now.waits(who)) >= max(1, lane.max_queue)
 
+    def waits_as_may(self, who: str, max_waiting: int) -> bool:
+        """Whether as many jobs of a caller wait as its key allows; those that start later wait from then on."""
+        return 0 < max_waiting <= sum(not place.startswith("@") for place in self.now.waits(who))
+
     def full(self, lane: Lane) -> bool:
         return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name)
 
@@ -313,10 +317,10 @@ class Verbs(RuleBasedStateMachine):
             twin = self.tried_again(old)
         if expected is not None:
             pass
-        elif not twin and 0 < limits[0] <= len(self.now.waits(who)):
+        elif not twin and not later and self.waits_as_may(who, limits[0]):
             expected = errors.CallerLimit
         elif not twin and later and self.has_as_many_to_come(who, into):
-            expected = errors.LaneFull
+            expected = errors.ScheduleFull
         elif not twin and not later and self.full(into):
             expected = errors.LaneFull
         elif not twin and not later and self.has_its_share(who, into):
@@ -716,6 +720,8 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif job.not_before > w.now:
             expected = errors.NotDue
+        elif self.waits_as_may(job.caller, job.max_waiting):
+            expected = errors.CallerLimit
         elif self.full(lane):
             expected = errors.LaneFull
         elif self.has_its_share(job.caller, lane):

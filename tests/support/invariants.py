@@ -429,7 +429,8 @@ def _places(s: Snapshot) -> list[str]:
         if job.state in HELD:
             expected.setdefault(s.names.runs(job.caller), {})[job.id] = job.claimed_at
         elif job.live:
-            place = f"{'@' if job.state is State.SCHEDULED else ''}{job.lane}/{job.id}"
+            later = job.state is State.SCHEDULED
+            place = f"@{job.lane}/{job.not_before}/{job.id}" if later else f"{job.lane}/{job.id}"
             expected.setdefault(s.names.waits(job.caller), {})[place] = 0
     told = {name: dict(key.value) for family in ("waits", "runs") for name, key in s.of(f"{family}:<caller>").items()}
     return [

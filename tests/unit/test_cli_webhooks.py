@@ -80,3 +80,4 @@ def test_a_delivery_says_how_it_goes() -> None:
 
 async def test_wrong_usage_asks_nobody(gateway: Gateway) -> None:
     gateway("webhook", "secret", "rotate", "--overlap", "soon").complains(2, "'soon' is no length of time")
+    gateway("webhook", "secret", "rotate", "--overlap", "100d").complains(2, "--overlap may be 30d at most")

@@ -49,7 +49,7 @@ end
 local function close(k, p, f, now, id, to, ending)
   local code, message = ending.code, ending.message
   if f.entry and f.entry ~= "" then leave(k.lane, p.group, f.entry) end
-  hold_no_more(root_of(k.job, id), f.caller, f.lane, id, f.state)
+  hold_no_more(root_of(k.job, id), f.caller, f.lane, id, f.state, f.not_before)
   redis.call("ZREM", k.due, id)
   local seq = ms(tonumber(f.last_seq) + 1)
   local said = code == "" and '{"code":"","message":""}'
