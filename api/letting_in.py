@@ -30,6 +30,8 @@ async def let_in(
             if unsure and (known := await jobs.find(store, job_id)) is not None:
                 return Admitted(known.id, known.lane)
             return await admit()
+        except errors.PolicyUnreadable:
+            raise  # that takes a person
         except errors.BrokerUnavailable:
             unsure = True
             if loop.time() - began > DOOR_OUTAGE_S:

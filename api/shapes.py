@@ -270,7 +270,8 @@ _HEALTH: dict[str, Schema] = {
         {
             "status": one_of("ok", "stopping"),
             "version": text(),
-            "policy_version": maybe(whole()),
+            "policy_version": maybe(whole("Of the policy at hand.")),
+            "policy_unread": maybe(whole("Of the active one, where this version of warmlane cannot read it.")),
             "redis": one_of("ok", "away"),
             "durability": text("Whether Redis keeps what it is told."),
             "unfit": list_of(text(), "Settings of Redis that are not as they should be."),

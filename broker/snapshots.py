@@ -7,6 +7,7 @@ figures, and many who look cost no more than a few.
 import asyncio
 import json
 import math
+from dataclasses import replace
 
 from broker import usage
 from broker.figures import Day
@@ -62,4 +63,5 @@ class Snapshots:
         active = self._book.active
         seen = await self._fleet.look_closely(active)
         number = max(seen.moment, self._last.number + 1)  # clocks may be set back
-        return compose(active, self._fleet, seen, self._day, number=number)
+        told = compose(active, self._fleet, seen, self._day, number=number)
+        return replace(told, policy_unread=self._book.unread)

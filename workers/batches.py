@@ -48,6 +48,7 @@ LATER = (
     errors.QuotaUsed,
     errors.ModelUnavailable,
     errors.DowngradesCapped,
+    errors.PolicyUnreadable,
 )
 """What says nothing against a line: it is asked for again."""
 
@@ -122,7 +123,7 @@ class Expander:
         """Whether it was refused a place a moment ago."""
         return asyncio.get_running_loop().time() < self._resting.get(batch.id, 0.0)
 
-    def rest(self, batch: BatchRecord, refusal: errors.Refused) -> None:
+    def rest(self, batch: BatchRecord, refusal: errors.BrokerError) -> None:
         """Lets it rest for as long as the refusal says."""
         after_s = min(REST_S_MAX, float(getattr(refusal, "retry_after_s", 1)))
         self._resting[batch.id] = asyncio.get_running_loop().time() + after_s
@@ -132,11 +133,12 @@ class Expander:
         self._resting.pop(batch.id, None)
 
     async def admit(self, batch: BatchRecord, line: Line, caller: Caller, *, now: int) -> None:
-        """Makes the line a job, or finds that it is one already; raises Refused."""
+        """Makes the line a job, or finds that it is one already; raises Refused, PolicyUnreadable."""
         asked = requests.ENDPOINTS[batch.endpoint].read(line.body)
         leave = {"true": True, "false": False}.get(batch.leave)
-        active, left_ms = self._book.active, max(1, batch.expires_at - now)
-        job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
+        left_ms = max(1, batch.expires_at - now)
+        with self._book.deciding() as active:
+            job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
         job = replace(
             job,
             id=job_id_of(batch.id, line.number),
