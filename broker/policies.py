@@ -188,17 +188,16 @@ class PolicyBook:
         store = self._store
         for _ in range(APPLY_TRIES):
             before = await self.catch_up()
-            before_it = self.unread or (before.version if before is not None else 0)
-            if self.unreadable is not None:
-                before = None
-            retiring = _retiring(before, policy) if before is not None else {}
+            known = self.unread or (before.version if before is not None else 0)
+            anew = self.unreadable is not None
+            retiring = _retiring(before, policy) if before is not None and not anew else {}
             flat = [x for name, kept in retiring.items() for x in (name, kept)]
             version_read = int(await store.command("HGET", store.keys.policy, "version") or 0)
-            if before_it and version_read not in (0, before_it):  # 0: a Redis that lost it all
+            if known and version_read not in (0, known):  # 0: a Redis that lost it all
                 continue
-            args = [store.now_arg(), version_read, text, policy.digest, by, int(made_up), HISTORY_KEPT, *flat]
+            args = [store.now_arg(), version_read, text, policy.digest, by, int(made_up), HISTORY_KEPT, int(anew)]
             try:
-                version = await store.run("policy_apply", [store.keys.policy], args)
+                version = await store.run("policy_apply", [store.keys.policy], [*args, *flat])
             except errors.StalePolicy:
                 continue
             await self.reload()

@@ -259,6 +259,16 @@ async def test_a_policy_that_cannot_be_read_is_replaced(world: World, fresh: boo
     assert (world.book.active.version, world.book.active.policy.models["big"].max_queue) == (5, 3)
 
 
+async def test_a_policy_that_cannot_be_read_is_replaced_by_one_of_the_same_digest(world: World) -> None:
+    """What a later version knows by a new key, or of a lane on its way out, need not be in the digest of either."""
+    digest = world.book.active.policy.digest
+    await a_later_version_applies(world.store)
+    await world.store.command("HSET", world.store.keys.policy, "digest", digest)
+    assert await world.book.rollback(1) == 3
+    assert (world.book.active.version, world.book.unread) == (3, 0)
+    assert await world.apply() == 3, "the same again changes nothing"
+
+
 async def test_it_is_not_replaced_over_another_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else was faster: what he applied is seen, and is what the new one comes after."""
     await a_later_version_applies(world.store)

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from api import cli, cli_policy
-from broker import hosts
+from broker import errors, hosts
 from broker.policies import PolicyBook
 from broker.policy import Policy
 from broker.records import HostRecord
@@ -352,6 +352,10 @@ async def test_a_made_up_policy_never_replaces_one_that_a_person_applied(redis_s
     given = await cli_policy.apply_policy(redis_server.url, namespace, POLICY, made_up=False)
     kept = await cli_policy.apply_policy(redis_server.url, namespace, other, made_up=True)
     assert (kept.kept, kept.version, kept.models) == (True, given.version, ["big"])
+    await _later_version(redis_server.url, namespace)
+    with pytest.raises(errors.PolicyUnreadable):  # somebody's it is, all the same
+        await cli_policy.apply_policy(redis_server.url, namespace, other, made_up=True)
+    assert (await cli_policy.apply_policy(redis_server.url, namespace, POLICY, made_up=False)).version == 5
 
 
 # --- the api as a process ----------------------------------------------------------------------------------------
