@@ -78,13 +78,12 @@ def read_order(said: bytes, wishes: Wishes, *, now_ms: int) -> Order:
 
 def job_of(gateway: Gateway, order: Order, wishes: Wishes, caller: Caller) -> JobRecord:
     """Writes the job that an order asks for; raises BadRequest, UnknownModel, UnknownLane, LaneForbidden."""
-    active = gateway.book.active
     if order.priority == "interactive" and caller.rights.priority == "batch":
         raise errors.LaneForbidden(f"the key of {caller.name} is for batch work: its jobs may not be interactive")
     asked = requests.ENDPOINTS[order.endpoint].read(order.body)
     if asked.nothing is not None:
         raise errors.BadRequest("the gateway answers this request itself: ask the endpoint", "body")
-    with requests.told_of_lanes(order.lane, param=order.lane_param):
+    with gateway.book.deciding() as active, requests.told_of_lanes(order.lane, param=order.lane_param):
         job = requests.job_of(
             order.endpoint, asked, active, caller, lane=order.lane, session=wishes.session, leave=wishes.leave,
             traceparent=wishes.traceparent,

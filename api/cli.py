@@ -202,6 +202,8 @@ def _run(arguments: list[str]) -> int:
         return _say(text_of(invalid.problems), USAGE)
     except CannotStart as problem:
         return _say(str(problem), USAGE)
+    except errors.PolicyUnreadable as problem:
+        return _say(text_of([f"{problem}:", *problem.problems]), USAGE)
     except errors.BrokerUnavailable as problem:
         return _say(harmless(str(problem)), UNREACHABLE)
     except errors.BrokerError as problem:

@@ -64,7 +64,8 @@ async def _over_http() -> Facts:
         unfit=tuple(health.get("unfit", ())),
         away=health.get("redis") == "away",
     )
-    facts = Facts(gateway_url(), redis=redis, api_skew_ms=int(health.get("skew_ms", 0)))
+    unread = int(health.get("policy_unread") or 0)
+    facts = Facts(gateway_url(), redis=redis, api_skew_ms=int(health.get("skew_ms", 0)), policy_unread=unread)
     if redis.away or health.get("policy_version") is None:
         return facts
     return replace(facts, shown=snapshot_of(await ask("GET", "/v1/status")))
@@ -85,10 +86,10 @@ async def _from_redis(facts: Facts, data: Path | None) -> Facts:
         unfit = tuple(await store.unfit())
         redis = RedisFacts(version=store.version, durability=await store.durability(), unfit=unfit)
         book = PolicyBook(store)
-        await book.reload()
+        await book.catch_up()
         fleet = Fleet(store, book)
         shown = await Snapshots(store, book, fleet).latest() if book.present else None
-        return replace(facts, redis=redis, shown=shown, api_skew_ms=fleet.skew_ms)
+        return replace(facts, redis=redis, shown=shown, api_skew_ms=fleet.skew_ms, policy_unread=book.unread)
     except errors.BrokerUnavailable:
         return replace(facts, redis=RedisFacts(away=True))
     finally:

@@ -59,10 +59,11 @@ def model_warm(
 
         def outcome(shown: Snapshot, waited_s: float) -> str | None:
             found = _model(shown, model)
-            aside = [host.name for host in shown.hosts if host.draining and host.name in found.hosts]
+            aside = [h for h in shown.hosts if (h.draining or h.policy_unread) and h.name in found.hosts]
             if found.state == "cold" and len(aside) == len(found.hosts):
-                undrain = " or ".join(f"`gateway undrain {host}`" for host in aside)
-                raise Failed(f"{model} stays cold, because no host that serves it takes new work: {undrain}")
+                remedies = (f"upgrade {h.name}" if h.policy_unread else f"`gateway undrain {h.name}`" for h in aside)
+                mend = " or ".join(remedies)
+                raise Failed(f"{model} stays cold, because no host that serves it takes new work: {mend}")
             return _warm_outcome(found, waited_s)
 
         def late(shown: Snapshot) -> str:

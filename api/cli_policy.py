@@ -18,7 +18,7 @@ from api.machine import machine_memory_mb
 from api.state_dir import where
 from api.up import AppliedPolicy
 from broker.hosts import Fleet
-from broker.policies import Active, PolicyBook
+from broker.policies import PolicyBook
 from broker.policy import Policy
 from broker.settings import BrokerSettings, read_settings
 from broker.store import Store
@@ -61,7 +61,7 @@ def policy_apply(file: PolicyFile, data: DataDir = None) -> None:
     policy = Policy.parse(text)  # before Redis: a typo needs no server
 
     async def apply(book: PolicyBook, store: Store) -> tuple[int, int]:
-        before = await book.reload()
+        before = await book.catch_up()
         hosts = (await Fleet(store, book).look()).hosts.values() if before else ()
         there = max((host.memory_total for host in hosts), default=0) >> 20
         for warning in policy.warnings(host_memory_mb=there or None):
@@ -79,8 +79,7 @@ def policy_show(
 ) -> None:
     """Prints the active policy as it was written, or an earlier one."""
     if wanted is None:
-        active = _with_book(_active, data)
-        text = active.policy.text
+        text = with_store(_text, data)
     else:
         past = {int(entry["version"]): entry for entry in _with_book(lambda book: book.history(), data)}
         if wanted not in past:
@@ -120,8 +119,8 @@ async def apply_policy(redis_url: str, namespace: str, text: str, *, made_up: bo
     store = await Store.open(redis_url, namespace=namespace, name="gateway-up")
     try:
         book = PolicyBook(store)
-        before = await book.reload()
-        kept = made_up and before is not None and not before.made_up
+        before = await book.reload() if made_up else None
+        kept = before is not None and not before.made_up
         if not kept:
             await book.apply(text, by="up", made_up=made_up)
         active = book.active
@@ -188,6 +187,10 @@ def data_dir(data: Path | None, environ: Mapping[str, str]) -> Path:
     return where(data or (Path(environ["GATEWAY_STATE_DIR"]) if environ.get("GATEWAY_STATE_DIR") else None), environ)
 
 
-async def _active(book: PolicyBook) -> Active:
-    await book.reload()
-    return book.active
+async def _text(book: PolicyBook, store: Store) -> str:
+    """What was applied, also where this version cannot read it; raises ModelUnavailable where nothing was."""
+    written = await store.command("HGET", store.keys.policy, "text")
+    if written is None:
+        return book.active.policy.text
+    text: str = written.decode()
+    return text

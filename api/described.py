@@ -132,6 +132,7 @@ GENERATION_FAILS: Final[Kinds] = (
     errors.JobExpired,
     errors.WorkerLost,
     errors.BrokerUnavailable,
+    errors.PolicyUnreadable,
 )
 
 

@@ -30,6 +30,9 @@ _SILENT = (
 )
 
 
+_TOO_OLD = "upgrade it, or take the policy back with `gateway policy rollback VERSION`"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at; `remedy` is what to do about it where it is wrong."""
@@ -75,11 +78,12 @@ class Facts:
     ollama: Sequence[OllamaModel] | None = None
     now: datetime = field(default=datetime.min)
     api_skew_ms: int = 0
+    policy_unread: int = 0  # version of the active policy, where whoever was asked cannot read it
 
 
 def examine(facts: Facts) -> list[Finding]:
     """Judges everything, in the order in which one would mend it."""
-    found = [*_ports(facts), *_redis(facts.redis)]
+    found = [*_ports(facts), *_redis(facts.redis), *_policy(facts)]
     if facts.shown is None:
         return [*found, Finding("policy", "unknown", "no policy could be read, so models and hosts were not looked at")]
     shown = facts.shown
@@ -115,6 +119,13 @@ def _redis(redis: RedisFacts | None) -> Iterator[Finding]:
         yield Finding("redis", "ok", f"{redis.version or 'Redis'} keeps {redis.durability} and evicts nothing")
 
 
+def _policy(facts: Facts) -> Iterator[Finding]:
+    if facts.policy_unread:
+        who = "this command's" if facts.problem else "the api's"
+        said = f"policy {facts.policy_unread} is active, and {who} version of warmlane cannot read it"
+        yield Finding("policy", "wrong", said, _TOO_OLD)
+
+
 def _hosts(shown: Snapshot) -> Iterator[Finding]:
     if not shown.hosts:
         yield Finding("hosts", "wrong", "no worker is alive, so nothing can be served", "start `gateway worker`")
@@ -126,7 +137,10 @@ def _hosts(shown: Snapshot) -> Iterator[Finding]:
             yield Finding(
                 "hosts", "wrong", f"{host.name} takes no new work", f"`gateway undrain {host.name}` ends that"
             )
-        if host.policy_version != shown.policy_version:
+        if host.policy_unread:
+            said = f"{host.name} takes no work, since its version of warmlane cannot read policy {host.policy_unread}"
+            yield Finding("hosts", "wrong", said, _TOO_OLD)
+        elif host.policy_version != shown.policy_version:
             said = f"{host.name} serves policy {host.policy_version} and {shown.policy_version} is active"
             yield Finding("hosts", "wrong", said, "restart its worker if that lasts longer than a moment")
 

@@ -102,6 +102,7 @@ ROWS: dict[type[errors.BrokerError], Row] = {
     errors.BadTransition: Row(500, _BROKEN),
     errors.BrokerUnavailable: Row(503, BUSY, 1),
     errors.RedisUnfit: Row(503, BUSY, 5),
+    errors.PolicyUnreadable: Row(503, BUSY, 5),
 }
 
 _PARAMS: dict[type[errors.BrokerError], str] = {

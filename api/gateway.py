@@ -86,7 +86,7 @@ class Gateway:
         """Runs the parts that run by themselves. If one of them breaks, an ExceptionGroup ends the whole."""
         try:
             await self.keys.reload()
-            await self.book.reload()
+            await self.book.catch_up()
             if self.book.present:
                 await self.fleet.look()
         except errors.BrokerUnavailable as e:  # it was there a moment ago: the parts below will find it again

@@ -121,7 +121,9 @@ def hosts(found: Sequence[HostLook], version: int) -> str:
             of = f"{size(host.memory_used)} of {size(host.memory_total)} used ({host.memory_source})"
             words.append(f"{of}, headroom {size(host.memory_headroom)}")
         words += ["draining"] if host.draining else []
-        if version and host.policy_version != version:
+        if host.policy_unread:
+            words.append(f"cannot read policy version {host.policy_unread}")
+        elif version and host.policy_version != version:
             words.append(f"still at policy version {host.policy_version}")
         if abs(host.skew_ms) >= 1_000:
             words.append(f"its clock is {duration(abs(host.skew_ms))} {'behind' if host.skew_ms > 0 else 'ahead'}")

@@ -30,8 +30,8 @@ async def let_in(
             if unsure and (known := await jobs.find(store, job_id)) is not None:
                 return Admitted(known.id, known.lane)
             return await admit()
-        except errors.RedisFull:  # it may stay so, and to ask again and again would only fill it more
-            raise
+        except (errors.RedisFull, errors.PolicyUnreadable):
+            raise  # that takes a person, and to ask a full Redis again and again would only fill it more
         except errors.BrokerUnavailable:
             unsure = True
             if loop.time() - began > DOOR_OUTAGE_S:

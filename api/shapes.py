@@ -272,7 +272,8 @@ _HEALTH: dict[str, Schema] = {
         {
             "status": one_of("ok", "stopping"),
             "version": text(),
-            "policy_version": maybe(whole()),
+            "policy_version": maybe(whole("Of the policy at hand.")),
+            "policy_unread": maybe(whole("Of the active one, where this version of warmlane cannot read it.")),
             "redis": one_of("ok", "away"),
             "durability": text("Whether Redis keeps what it is told."),
             "unfit": list_of(text(), "What of Redis is not as it should be: its settings, or that it is full."),

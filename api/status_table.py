@@ -27,6 +27,11 @@ def status_table(shown: Snapshot, *, wide: bool = False) -> str:
     lines += [f"note: {shown.redis_note}"] if shown.redis_note else []
     lines += [f"note: host {host.name}: {host.memory_note}" for host in shown.hosts if host.memory_note]
     lines += [f"note: {_name(model)} {words}" for model in shown.models for words in _notes(model)]
+    if shown.policy_unread:
+        lines.append(
+            f"note: policy {shown.policy_unread} is active, and the api's version of warmlane cannot read it: it lets "
+            f"nothing in, and shows policy {shown.policy_version}"
+        )
     if shown.made_up:
         lines.append("note: this policy was made up by `gateway up`, since none was given")
     return text_of(lines)
@@ -60,6 +65,13 @@ def _more(model: ModelStatus) -> tuple[str, ...]:
         duration(load_ms) if load_ms else "-",
         "-" if share is None else f"{share:.0%}",
     )
+
+
+def standing(host: HostStatus) -> str:
+    """Whether a live host takes work, in a word or a few."""
+    if host.policy_unread:
+        return f"too old for policy {host.policy_unread}"
+    return "draining" if host.draining else "up"
 
 
 def loading(model: ModelStatus) -> str:
@@ -98,8 +110,8 @@ def _other_lanes(shown: Snapshot) -> list[str]:
 
 
 def _host(host: HostStatus) -> str:
-    words = f"host: {host.name} {'draining' if host.draining else 'up'}"
-    if host.draining:
+    words = f"host: {host.name} {standing(host)}"
+    if host.draining or host.policy_unread:
         words += f" ({host.running} still running)" if host.running else " (nothing runs)"
     if host.memory_total:
         of = f"{size(host.memory_total)} GPU memory" if host.memory_source == "gpu" else size(host.memory_total)

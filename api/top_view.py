@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from api.status_table import duration, loading, size
+from api.status_table import duration, loading, size, standing
 from api.terminal import harmless
 from broker.status import HostStatus, JobStatus, LaneStatus, ModelStatus, Snapshot
 
@@ -207,8 +207,9 @@ def _host(host: HostStatus, *, silent: bool) -> Row:
     if silent:
         dashes = ["-"] * (len(HOSTS) - 2)
         return _row(host.name, (f"{host.name} (silent)", duration(host.beat_age_ms), *dashes), "silent")
+    aside = host.draining or host.policy_unread
     cells = (
-        host.name + (" (draining)" if host.draining else ""),
+        host.name + (f" ({standing(host)})" if aside else ""),
         duration(host.beat_age_ms),
         str(host.running),
         size(host.memory_used),
@@ -216,4 +217,4 @@ def _host(host: HostStatus, *, silent: bool) -> Row:
         size(host.memory_headroom),
         ", ".join(host.models) or "-",
     )
-    return _row(host.name, cells, "draining" if host.draining else "")
+    return _row(host.name, cells, "draining" if aside else "")

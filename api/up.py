@@ -25,7 +25,7 @@ from api.output import Unwritten
 from api.part_logs import PartLog
 from api.state_dir import CannotStart, only_one_up, state_dir
 from api.stop_requests import Stopped, StopRequests, stop_requests
-from broker.errors import BrokerError, BrokerUnavailable
+from broker.errors import BrokerError, BrokerUnavailable, PolicyUnreadable
 from broker.keybook import KeyBook
 from broker.policy import Policy
 from broker.store import Store
@@ -137,10 +137,13 @@ async def up(
                 raise CannotStart(listen.needs_keys)
             house = _House(options, listen, directory, requests, environ=environ, say=say)
             return await house.run(apply_policy, make_parts)
+    except (CannotStart, PolicyUnreadable) as problem:
+        complain(str(problem))
+        return CANNOT_START
     except BrokerUnavailable as problem:
         complain(str(problem))
         return NO_REDIS
-    except (CannotStart, BrokerError) as problem:
+    except BrokerError as problem:
         complain(str(problem))
         return CANNOT_START
 

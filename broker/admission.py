@@ -105,7 +105,8 @@ async def _by_the_newest(book: PolicyBook, fleet: Fleet, enter: Callable[[Active
     looked = False
     for _ in range(STALE_TRIES):
         try:
-            return await enter(book.active)
+            with book.deciding() as active:
+                return await enter(active)
         except errors.StalePolicy:
             await book.reload()
         except errors.ModelUnavailable:

@@ -74,7 +74,7 @@ class Due:
             return await self._look(job_id, hasten=hasten, ahead=ahead)
         except (errors.Moved, errors.StaleAttempt, errors.AlreadyEnded, errors.NotDue, errors.StalePolicy) as e:
             if isinstance(e, errors.StalePolicy):
-                await self._book.reload()
+                await self._book.catch_up()
             return Looked("not_due")
         except errors.BadTransition as e:
             # what `look` read was true then: a worker or another scheduler has moved the job since

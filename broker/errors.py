@@ -61,7 +61,8 @@ BrokerError
 ├── BadTransition               bad_transition            a bug of ours: log it loudly, never retry
 └── BrokerUnavailable           broker_unavailable        Redis does not answer
     ├── RedisFull               broker_unavailable        it answers, and has no room for anything new
-    └── RedisUnfit              redis_unfit               it answers, but is too old or not a Redis
+    ├── RedisUnfit              redis_unfit               it answers, but is too old or not a Redis
+    └── PolicyUnreadable        policy_unreadable         version, problems: its policy is for a later version of ours
 """
 
 from typing import ClassVar
@@ -564,6 +565,16 @@ class RedisUnfit(BrokerUnavailable):
     """A server answers, but we cannot work with it."""
 
     code = "redis_unfit"
+
+
+class PolicyUnreadable(BrokerUnavailable):
+    """The active policy says what this version of ours does not know; `problems` are for the operator alone."""
+
+    code = "policy_unreadable"
+
+    def __init__(self, version: int, problems: list[str]) -> None:
+        super().__init__(f"policy {version} is active, and this version of warmlane cannot read it")
+        self.version, self.problems = version, problems
 
 
 def without_quotes(error: BrokerError) -> str:

@@ -181,9 +181,9 @@ class Picture:
         return "cold", "", 0
 
     def _able(self, model: str) -> dict[str, ModelOnHost]:
-        """The model on the hosts that take new work; one that drains counts no more."""
+        """The model on the hosts that take new work."""
         hosts = self.on_host.get(model, {})
-        return {name: m for name, m in hosts.items() if name in self.hosts and not self.hosts[name].draining}
+        return {name: m for name, m in hosts.items() if name in self.hosts and self.hosts[name].takes_work}
 
 
 class Fleet:

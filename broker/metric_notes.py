@@ -83,7 +83,8 @@ LOOK: dict[str, dict[str, str]] = {
         "gateway_host_up": "0: the machine or its worker is gone without a word; it is forgotten after a day",
         "gateway_host_beat_age_seconds": "above 6: its lease has run out; for a silent host it counts on",
         "gateway_host_clock_skew_seconds": "the machine's clock: NTP",
-        "gateway_host_policy_version": "other than `gateway_policy_version` for long: the host does not hear Redis",
+        "gateway_host_policy_version": "other than `gateway_policy_version` for long: the host does not hear "
+        "Redis, or is too old to read that policy (`gateway doctor`)",
         "gateway_host_draining": "1: `gateway undrain HOST` when the work on it is done",
         "gateway_host_memory_bytes": "no `headroom`: nothing else can be loaded without an eviction",
     },

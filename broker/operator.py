@@ -60,10 +60,10 @@ async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
     facts, on_host = picture.facts.get(model, ModelFacts()), picture.on_host.get(model, {})
     left_ms = facts.quarantined_until - picture.at_ms
     is_there = any(m.state in RESIDENT for m in on_host.values())
-    draining = [name for name in on_host if name in picture.hosts and picture.hosts[name].draining]
-    if draining and len(draining) == len(on_host) and not is_there:
-        undrain = " or ".join(f"`gateway undrain {host}`" for host in draining)
-        raise errors.WishRefused(f"{model} stays cold, because no host that serves it takes new work: {undrain}")
+    there = [picture.hosts[name] for name in on_host if name in picture.hosts]
+    if there and all(host.draining or host.policy_unread for host in there) and not is_there:
+        mend = " or ".join(f"upgrade {h.name}" if h.policy_unread else f"`gateway undrain {h.name}`" for h in there)
+        raise errors.WishRefused(f"{model} stays cold, because no host that serves it takes new work: {mend}")
     if left_ms > 0 and not is_there:
         words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {without_name(model, facts.failure)}"
         raise errors.WishRefused(f"{words}; `gateway model reset {model}` has it tried now")

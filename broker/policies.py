@@ -1,5 +1,9 @@
 """The active policy: Redis holds it, every process reads it from there and follows it without a restart.
 
+One that is of a later version of ours, with words that this one does not know, changes nothing here: a part goes on by
+the policy that it has, and what must be decided under the active one waits until it is upgraded or the policy is
+another.
+
 A lane that a new policy no longer has is *retiring*: it admits nothing, its waiting jobs are promoted where they may
 be, or served from its last definition, and it goes when it is empty.
 """
@@ -7,7 +11,8 @@ be, or served from its last definition, and it goes when it is empty.
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -81,7 +86,10 @@ class PolicyBook:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.unreadable: errors.PolicyUnreadable | None = None
+        """Why the active policy is not the one at hand."""
         self._active: Active | None = None
+        self._seen: int | None = None  # the revision that was read last, or could not be
         self._listeners: list[Callable[[Active], None]] = []
         self._past: list[tuple[int, Policy | None]] = []
         self._past_of: Active | None = None
@@ -89,7 +97,9 @@ class PolicyBook:
 
     @property
     def active(self) -> Active:
-        """The policy that this process decides under."""
+        """The policy that this process has: the active one, unless that is unreadable."""
+        if self._active is None and self.unreadable is not None:
+            raise errors.ModelUnavailable(str(self.unreadable))
         if self._active is None:
             raise errors.ModelUnavailable("no policy has been applied yet: run `gateway policy apply FILE`")
         return self._active
@@ -105,47 +115,91 @@ class PolicyBook:
         if self._active is not None:
             listener(self._active)
 
+    @property
+    def unread(self) -> int:
+        """The version of an active policy that cannot be read here, 0 = it can."""
+        return self.unreadable.version if self.unreadable is not None else 0
+
+    @contextmanager
+    def deciding(self) -> Iterator[Active]:
+        """Gives the policy to judge a request by. What an older one than the active one refuses, that may let in: then
+        its refusal is none, and PolicyUnreadable says to come back."""
+        try:
+            yield self.active
+        except errors.Refused:
+            if self.unreadable is not None:
+                raise self.unreadable from None
+            raise
+
     async def reload(self) -> Active | None:
-        """Reads the active policy if it changed; None while there is none."""
+        """Reads the active policy if it changed; None while there is none. Raises PolicyUnreadable."""
+        found = await self.catch_up()
+        if self.unreadable is not None:
+            raise self.unreadable
+        return found
+
+    async def catch_up(self) -> Active | None:
+        """The same, but one that cannot be read leaves the policy at hand, and is told in `unreadable`."""
         async with self._reading:
             store = self._store
             revision = await store.command("HGET", store.keys.policy, "revision")
-            if revision is None or (self._active is not None and int(revision) == self._active.revision):
+            if revision is None:
+                self.unreadable, self._seen = None, None
+            if revision is None or int(revision) == self._seen:
                 return self._active
             fields = {k.decode(): v.decode() for k, v in (await store.hash(store.keys.policy)).items()}
             try:
                 self._active = await asyncio.to_thread(_parse, fields)
             except (TypeError, ValueError, KeyError) as e:  # written by another version, or by hand
-                raise errors.PolicyInvalid([f"the policy in Redis cannot be read: {e}"]) from None
-        for listener in self._listeners:
-            listener(self._active)
+                self.unreadable = _unreadable(fields, [str(e)])
+            except errors.PolicyInvalid as e:
+                self.unreadable = _unreadable(fields, e.problems)
+            else:
+                self.unreadable = None
+            self._seen = int(fields.get("revision", revision))
+        if self.unreadable is None and self._active is not None:
+            for listener in self._listeners:
+                listener(self._active)
         return self._active
 
     async def follow(self) -> None:
         """Keeps up with changes until cancelled; a new policy is in force here within half a second."""
+        told: errors.PolicyUnreadable | None = None
         while True:
             try:
-                await self.reload()
+                await self.catch_up()
             except errors.BrokerUnavailable as e:
                 log.debug("event=policy_retry reason=%s", e)
-            except errors.PolicyInvalid as e:
-                log.error("event=policy_unreadable version_kept=%s reason=%s", self._active and self._active.version, e)
+            if self.unreadable is not told:
+                told = self.unreadable
+                self._tell(told)
             await asyncio.sleep(FOLLOW_EVERY_S)
 
+    def _tell(self, unreadable: errors.PolicyUnreadable | None) -> None:
+        here = self._active.version if self._active is not None else None
+        if unreadable is None:
+            log.info("event=policy_readable version=%s", here)
+        else:
+            why = "; ".join(unreadable.problems)
+            log.error("event=policy_unreadable version=%d version_kept=%s reason=%s", unreadable.version, here, why)
+
     async def apply(self, text: str, *, by: str = "cli", made_up: bool = False) -> int:
-        """Validates a policy and makes it the active one; gives its version. The same policy again changes nothing."""
+        """Validates a policy and makes it the active one; gives its version. The same policy again changes nothing. One
+        that cannot be read is replaced as if there had been none: a lane that only it had does not retire."""
         policy = Policy.parse(text)
         store = self._store
         for _ in range(APPLY_TRIES):
-            before = await self.reload()
-            retiring = _retiring(before, policy) if before is not None else {}
+            before = await self.catch_up()
+            known = self.unread or (before.version if before is not None else 0)
+            anew = self.unreadable is not None
+            retiring = _retiring(before, policy) if before is not None and not anew else {}
             flat = [x for name, kept in retiring.items() for x in (name, kept)]
             version_read = int(await store.command("HGET", store.keys.policy, "version") or 0)
-            if before is not None and version_read not in (0, before.version):  # 0: a Redis that lost it all
+            if known and version_read not in (0, known):  # 0: a Redis that lost it all
                 continue
-            args = [store.now_arg(), version_read, text, policy.digest, by, int(made_up), HISTORY_KEPT, *flat]
+            args = [store.now_arg(), version_read, text, policy.digest, by, int(made_up), HISTORY_KEPT, int(anew)]
             try:
-                version = await store.run("policy_apply", [store.keys.policy], args)
+                version = await store.run("policy_apply", [store.keys.policy], [*args, *flat])
             except errors.StalePolicy:
                 continue
             await self.reload()
@@ -193,6 +247,11 @@ def _retiring(before: Active, policy: Policy) -> dict[str, str]:
         definition = {"lane": asdict(replace(lane, retiring=True)), "model": model.model_dump(by_alias=True)}
         gone[name] = json.dumps(definition)
     return gone
+
+
+def _unreadable(fields: dict[str, str], problems: list[str]) -> errors.PolicyUnreadable:
+    version = fields.get("version", "")
+    return errors.PolicyUnreadable(int(version) if version.isdigit() else 0, problems)
 
 
 def _read_again(history: list[dict[str, Any]]) -> list[tuple[int, Policy | None]]:

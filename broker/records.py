@@ -306,10 +306,16 @@ class HostRecord(_Hash):
     memory_source: str = ""  # limit | gpu | system
     memory_note: str = ""  # why it is not the GPUs' memory, where one would expect that
     policy_version: int = 0
+    policy_unread: int = 0  # version of the active policy, where this worker cannot read it and takes no work; else 0
     draining: bool = False
     pid: int = 0
     skew_ms: int = 0  # Redis' clock minus this machine's
     machine: str = ""  # which hardware the name stands for
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether anybody may count on it for what comes."""
+        return not self.draining and not self.policy_unread
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ figures, and many who look cost no more than a few.
 import asyncio
 import json
 import math
+from dataclasses import replace
 
 from broker import usage
 from broker.figures import Day
@@ -63,4 +64,5 @@ class Snapshots:
         note = await self._store.full()
         seen = await self._fleet.look_closely(active)
         number = max(seen.moment, self._last.number + 1)  # clocks may be set back
-        return compose(active, self._fleet, seen, self._day, number=number, redis_note=note)
+        told = compose(active, self._fleet, seen, self._day, number=number, redis_note=note)
+        return replace(told, policy_unread=self._book.unread)

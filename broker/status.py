@@ -153,6 +153,8 @@ class HostStatus:
     memory_source: str = ""
     memory_note: str = ""
     policy_version: int = 0
+    policy_unread: int = 0
+    """The active policy's version, where its worker cannot read it and takes no work; else 0."""
     draining: bool = False
     running: int = 0
     skew_ms: int = 0
@@ -176,6 +178,8 @@ class Snapshot:
     number: int = 0
     at_ms: int = 0
     policy_version: int = 0
+    policy_unread: int = 0
+    """The active policy's version, where whoever tells this cannot read it and goes by the one before; else 0."""
     made_up: bool = False
     models: tuple[ModelStatus, ...] = ()
     lanes: tuple[LaneStatus, ...] = ()
@@ -398,6 +402,7 @@ def _host_status(name: str, picture: Picture) -> HostStatus:
         memory_source=host.memory_source,
         memory_note=host.memory_note,
         policy_version=host.policy_version,
+        policy_unread=host.policy_unread,
         draining=host.draining,
         skew_ms=host.skew_ms,
         running=sum(hosts[name].slots_used for hosts in picture.on_host.values() if name in hosts),

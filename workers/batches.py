@@ -51,6 +51,7 @@ LATER = (
     errors.ModelUnavailable,
     errors.DowngradesCapped,
     errors.RedisFull,
+    errors.PolicyUnreadable,
 )
 """What says nothing against a line: it is asked for again."""
 
@@ -92,7 +93,7 @@ class Expander:
         nothing to do. The next time begins behind the last one: a round that is cut off must not always end at the same
         batch."""
         await self._keys.reload()
-        await self._book.reload()  # who made one of them may have put its model into the policy a moment before
+        await self._book.catch_up()  # who made one of them may have put its model into the policy a moment before
         await self._fleet.look_again(older_than_s=PICTURE_S)
         self._resting = {batch.id: self._resting[batch.id] for batch in live if batch.id in self._resting}
         now, moved = await self._store.now_ms(), False
@@ -153,8 +154,9 @@ class Expander:
         self._resting.pop(batch.id, None)
 
     async def admit(self, batch: BatchRecord, line: Line, caller: Caller, *, now: int) -> None:
-        """Makes the line a job, or finds that it is one already; raises Refused. What the policy does not know any more
-        is unavailable: the line was right when its batch was made, and a policy may be rolled back."""
+        """Makes the line a job, or finds that it is one already; raises Refused, PolicyUnreadable. What the policy does
+        not know any more is unavailable: the line was right when its batch was made, and a policy may be rolled back.
+        """
         asked = requests.ENDPOINTS[batch.endpoint].read(line.body)
         try:
             await self._admit(batch, line, asked, caller, now=now)
@@ -177,8 +179,9 @@ class Expander:
 
     async def _admit(self, batch: BatchRecord, line: Line, asked: requests.Asked, caller: Caller, *, now: int) -> None:
         leave = {"true": True, "false": False}.get(batch.leave)
-        active, left_ms = self._book.active, max(1, batch.expires_at - now)
-        job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
+        left_ms = max(1, batch.expires_at - now)
+        with self._book.deciding() as active:
+            job = requests.job_of(batch.endpoint, asked, active, caller, lane=batch.lane, leave=leave)
         job = replace(
             job,
             id=job_id_of(batch.id, line.number),

@@ -15,7 +15,7 @@ log = logging.getLogger("warmlane.chores")
 
 async def sweep(store: Store, book: PolicyBook) -> None:
     """Repairs every lane and lets empty retiring ones go."""
-    active = await book.reload()
+    active = await book.catch_up()
     if active is None:
         return
     for name in active.lanes():
@@ -25,13 +25,16 @@ async def sweep(store: Store, book: PolicyBook) -> None:
     for name in active.retiring:
         if await lanes.retire(store, name):
             log.info("event=retired lane=%s", name)
-    await book.reload()
+    await book.catch_up()
 
 
 async def forget(store: Store, book: PolicyBook) -> None:
     """Drops hosts that have been silent for a day, what was learned of models that the policy no longer has, audit
-    records whose time is over, and the counters of days that are older than it wants."""
-    active = await book.reload()
+    records whose time is over, and the counters of days that are older than it wants. While that cannot be read, only
+    hosts: what it keeps is not known."""
+    active = await book.catch_up()
+    if book.unreadable is not None:
+        active = None
     await hosts.forget(store, known=set(active.models()) if active is not None else None)
     if active is not None:
         await audit.trim(store, days=active.policy.audit_days)

@@ -48,7 +48,7 @@ class Courier:
         Redis is away it ends early, and what it had taken is taken again."""
         end, made = time.monotonic() + ROUND_S, 0
         try:
-            await self._book.reload()
+            await self._book.catch_up()
             while True:
                 gathered = await webhooks.gather(self._store, limit=GATHERED)
                 taken = await self._take()

@@ -93,8 +93,8 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Starts an attempt for every free slot that a job may have. Called whenever a job, slot or state is new."""
-        if self.stopped or not self._book.present:
-            return
+        if self.stopped or not self._book.present or self._book.unreadable is not None:
+            return  # a claim by another policy than the active one would be refused
         active = self._book.active
         self._swaps.look()
         if self._loop.time() < self._full_until:
@@ -415,7 +415,7 @@ class Dispatcher:
 
     async def _reload(self) -> None:
         try:
-            await self._book.reload()
+            await self._book.catch_up()
         except errors.BrokerUnavailable as e:
             log.debug("event=reload_retry reason=%s", e)
 

@@ -82,7 +82,7 @@ class Host:
     async def run(self) -> None:
         """Lives until `drain` is done; raises LockHeld when a worker on another machine has the name."""
         self._started_at = await self._store.now_ms()
-        await self._book.reload()
+        await self._book.catch_up()
         before = await hosts.read(self._store, self.name)
         await asyncio.to_thread(process.stop_orphans, self._settings.state_dir)  # before anything is measured or loaded
         try:
@@ -144,7 +144,7 @@ class Host:
             tasks=tasks,
             tell=lambda: self._beat(take=False),
             changed=self._changed,
-            drained=lambda: self.draining or self.drained,
+            drained=lambda: self.draining or self.drained or self._book.unreadable is not None,
         )
         self.dispatcher = Dispatcher(
             self._store,
@@ -250,6 +250,7 @@ class Host:
             memory_source=memory.source if memory.total else "",
             memory_note=memory.note,
             policy_version=self._book.active.version if self._book.present else 0,
+            policy_unread=self._book.unread,
             draining=self.draining or self.drained,
             pid=os.getpid(),
             skew_ms=self._fleet.skew_ms,

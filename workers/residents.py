@@ -181,7 +181,7 @@ class Residents:
         """Whether as many other live hosts that stay have the model as the policy wants, or are about to."""
         picture = self._fleet.picture
         others = [
-            m for h, m in picture.on_host.get(model, {}).items() if h != self._host and not picture.hosts[h].draining
+            m for h, m in picture.on_host.get(model, {}).items() if h != self._host and picture.hosts[h].takes_work
         ]
         there = sum(m.state in ("warm", "degraded", "waking") for m in others)
         return there >= self.wakers[model].wanted_model.replicas
@@ -192,7 +192,7 @@ class Residents:
         return any(
             m.state in ("warm", "degraded") and (m.since, h) > mine
             for h, m in picture.on_host.get(model, {}).items()
-            if h != self._host and not picture.hosts[h].draining
+            if h != self._host and picture.hosts[h].takes_work
         )
 
     @asynccontextmanager

@@ -57,7 +57,7 @@ class Scheduler:
 
     async def run(self) -> None:
         """Runs the loops until `stop`."""
-        await self._book.reload()
+        await self._book.catch_up()
         if self._book.present:
             await self._fleet.look()
         async with asyncio.TaskGroup() as group:

@@ -166,9 +166,11 @@ export function hostCard(host, operate) {
       for (const row of list.children) row.hidden = silent && row !== heard && row !== cells["last heard"];
       say(cells["last heard"], `${duration(host.beat_age_ms)} ago`);
       draining = host.draining === true;
-      say(state, silent ? "silent" : draining ? "draining" : "up");
-      state.dataset.state = silent ? "silent" : draining ? "draining" : "warm";
-      say(note, silent ? "Its worker sends no heartbeat and did not take its leave." : host.memory_note);
+      const old = host.policy_unread > 0;
+      say(state, silent ? "silent" : old ? "too old" : draining ? "draining" : "up");
+      state.dataset.state = silent ? "silent" : old || draining ? "draining" : "warm";
+      say(note, silent ? "Its worker sends no heartbeat and did not take its leave."
+        : old ? `It takes no work: its version cannot read policy ${host.policy_unread}.` : host.memory_note);
       note.hidden = !note.textContent;
       act.element.hidden = silent || !operate.allowed;
       if (silent) return; // no more is known of it

@@ -121,20 +121,22 @@ class ChatCompletions:
 
     def _job(self, body: bytes, wishes: Wishes, caller: Caller) -> JobRecord | bytes:
         """Reads the request and writes the job that it asks for, or the answer where it needs none; raises Refused."""
-        active = self._gateway.book.active
+        book = self._gateway.book
         asked = requests.ENDPOINTS[self.path].read(body)
         if asked.nothing is not None:
-            name = requests.name_of(self.path, asked, active.policy, lane=wishes.lane)
-            requests.lane_of(active.policy, caller, name, endpoint=self.path)
+            with book.deciding() as active:
+                name = requests.name_of(self.path, asked, active.policy, lane=wishes.lane)
+                requests.lane_of(active.policy, caller, name, endpoint=self.path)
             return asked.nothing(time.time_ns())
-        return requests.job_of(
-            self.path,
-            asked,
-            active,
-            caller,
-            lane=wishes.lane,
-            session=wishes.session,
-            leave=wishes.leave,
-            grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
-            traceparent=wishes.traceparent,
-        )
+        with book.deciding() as active:
+            return requests.job_of(
+                self.path,
+                asked,
+                active,
+                caller,
+                lane=wishes.lane,
+                session=wishes.session,
+                leave=wishes.leave,
+                grace_ms=wishes.grace_ms(active.policy.disconnect_grace_ms),
+                traceparent=wishes.traceparent,
+            )

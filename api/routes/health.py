@@ -30,6 +30,7 @@ async def healthz(gateway: Gate) -> dict[str, Any]:
         "status": "stopping" if gateway.stopping else "ok",
         "version": gateway.version,
         "policy_version": gateway.book.active.version if gateway.book.present else None,
+        "policy_unread": gateway.book.unread or None,
     }
     try:
         async with asyncio.timeout(ASK_S_MAX):
@@ -79,7 +80,8 @@ async def metrics(request: Request, gateway: Gate, caller: Caller) -> Response:
             else:
                 day = await usage.today(gateway.store)
             vital = await vitals.read(gateway.store, facts=picture.facts)
-            ready = gateway.book.present and not gateway.stopping and not _unserved(gateway)
+            decides = gateway.book.present and gateway.book.unreadable is None and not gateway.stopping
+            ready = decides and not _unserved(gateway)
     except (errors.BrokerError, TimeoutError):
         up = False
     exemplars = wants_openmetrics(request.headers.getlist("accept"))
@@ -112,6 +114,8 @@ async def status(gateway: Gate, caller: Caller) -> dict[str, Any]:
 async def _unready(gateway: Gateway) -> list[str]:
     if gateway.stopping:
         return ["the gateway is stopping"]
+    if gateway.book.unreadable is not None:
+        return [str(gateway.book.unreadable)]
     if not gateway.book.present:
         return ["no policy has been applied yet"]
     try:

@@ -42,6 +42,7 @@ class HostLook:
     memory_headroom: int = 0
     memory_source: str = ""
     policy_version: int = 0
+    policy_unread: int = 0
     draining: bool = False
     skew_ms: int = 0
     models: tuple[ModelHere, ...] = ()
@@ -115,6 +116,7 @@ async def _host(store: Store, active: Active | None, name: str, beat_at: int, no
         memory_headroom=host.memory_headroom,
         memory_source=host.memory_source,
         policy_version=host.policy_version,
+        policy_unread=host.policy_unread,
         draining=host.draining,
         skew_ms=host.skew_ms,
         models=tuple(

@@ -18,6 +18,7 @@ from broker.policies import PolicyBook
 from broker.records import BatchRecord, FileRecord, JobRecord
 from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line, read
+from tests.support.broker_world import a_later_version_applies
 from tests.support.heard import RESPONSES
 from tests.support.invariants import take, violated
 from tests.support.live_api import POLICY, RawClient, Scene, live_scene, until_true
@@ -786,3 +787,23 @@ async def test_what_a_batch_may_not_be_is_refused_at_once(scene: Scene, client_o
     with pytest.raises(openai.NotFoundError, match="no file"):
         await client.batches.create(input_file_id="file-nobody", endpoint=CHAT, completion_window="24h")
     assert (await take(scene.store)).of("batch:<id>") == {}
+
+
+@pytest.mark.parametrize("known", ["big", "new"])
+async def test_lines_wait_for_a_policy_that_can_be_read(scene: Scene, client_of: Clients, known: str) -> None:
+    """A newer part applied one that the scheduler cannot read: none of them is wrong for that, whatever model it is
+    for."""
+    client, book = client_of(scene), PolicyBook(scene.store)
+    await book.reload()
+    expander = Expander(scene.store, book)
+    made = await begin(client, jsonl(*(line(f"r{n}", model=known) for n in range(3))))
+    await a_later_version_applies(scene.store)
+    await book.catch_up()
+    for _ in range(4):
+        await expander.advance(await batches.live(scene.store))
+    record = await batches.read(scene.store, made.id)
+    assert (record.state, record.failed) == ("in_progress", 0)
+    await scene.worker.book.apply(POLICY.replace('"qwen/coder:32b"', '"qwen/coder:32b", "new"'))
+    async with rounds(scene.store):
+        counts = (await ended(client, made.id)).request_counts
+        assert (counts.completed, counts.failed) == (3, 0)

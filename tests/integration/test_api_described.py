@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.records import JobRecord
 from broker.store import Store
-from tests.support.broker_world import new_namespace
+from tests.support.broker_world import a_later_version_applies, new_namespace
 from tests.support.described import Book
 from tests.support.live_api import LiveApi, RawClient, live_api, until_true
 from tests.support.redis_server import RedisServer, start_server
@@ -363,19 +364,20 @@ async def refused_jobs(on: Stage) -> None:
     await on.unfinished(JOBS)
 
 
+async def dead_job(store: Store, asked: str, *, caller: str = "ann", said: str = "Hi", **more: Any) -> str:
+    number = await store.command("INCR", "dead-jobs-of-this-test")
+    told = {"job": f"dead{number}", "caller": caller}
+    letter = await store.command("XADD", store.keys.dead, "*", *(word for pair in told.items() for word in pair))
+    more = {"state": State.FAILED, "mode": "async", "letter": letter.decode()} | more
+    job = JobRecord(id=told["job"], caller=caller, asked=asked, **more)
+    await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
+    await store.command("SET", store.keys.request(job.id), json.dumps(ask(CHAT, "plain", said)))
+    return job.id
+
+
 async def refused_retries(on: Stage) -> None:
     """The same for jobs that are tried again, as if what is refused now had been taken then."""
-    store = on.api.gateway.store
-
-    async def dead(asked: str, *, caller: str = "ann", said: str = "Hi", **more: Any) -> str:
-        number = await store.command("INCR", "dead-jobs-of-this-test")
-        told = {"job": f"dead{number}", "caller": caller}
-        letter = await store.command("XADD", store.keys.dead, "*", *(word for pair in told.items() for word in pair))
-        more = {"state": State.FAILED, "mode": "async", "letter": letter.decode()} | more
-        job = JobRecord(id=told["job"], caller=caller, asked=asked, **more)
-        await store.command("HSET", store.keys.job(job.id), *(word for pair in job.to_hash().items() for word in pair))
-        await store.command("SET", store.keys.request(job.id), json.dumps(ask(CHAT, "plain", said)))
-        return job.id
+    dead = partial(dead_job, on.api.gateway.store)
 
     async def retry(job_id: str, who: str = "ann") -> None:
         for path in RETRIES:
@@ -637,6 +639,11 @@ async def test_every_described_answer_is_real(
         for stream in (False, True):
             await on.post(COMPLETIONS, ask(COMPLETIONS, "completes", stream=stream))
         await too_much(store, book)
+        await a_later_version_applies(store)
+        await all_of(on.post(path, ask(path, "plain")) for path in GENERATIONS)
+        await on.post(JOBS, {"body": ask(CHAT, "plain")})
+        dead = await dead_job(store, "plain")
+        await all_of(on.ask("POST", path, re.sub("{.*?}", dead, path)) for path in RETRIES)
         own_server.kill()
         await all_of(on.ask(method, path, at) for method, path, at in NEED_REDIS)
         await on.post("/v1/keys", {"name": "guest"})

@@ -1,5 +1,6 @@
 """What the api tells of itself and of the house: models, readiness, health, metrics, status."""
 
+import asyncio
 from typing import Any
 
 import anthropic
@@ -8,8 +9,10 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from broker.policies import PolicyBook
 from broker.store import Store
-from tests.support.live_api import RawClient, Scene, chat_body, live_scene, until_true
+from tests.support.broker_world import a_later_version_applies
+from tests.support.live_api import POLICY, RawClient, Scene, chat_body, live_api, live_scene, until_true
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -85,6 +88,53 @@ async def test_ready_means_that_somebody_can_serve(scene: Scene) -> None:
         answer = await client.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["reasons"][0] == "big: no live host serves it"
+
+
+async def test_an_api_that_cannot_read_the_active_policy_lets_nothing_in_and_says_so(scene: Scene) -> None:
+    """A newer part applied it: clients may come back, the lines of the file are the operator's, and what was let in is
+    served."""
+    runs = asyncio.create_task(ask(scene, "wait"), name="runs")
+    await until_true(lambda: asyncio.sleep(0, scene.worker.seen), what="the job runs")
+    await a_later_version_applies(scene.store)
+    async with httpx.AsyncClient(base_url=scene.api.url) as client:
+        refused = [await ask(scene, "hello", model) for model in ("big", "new")]
+        order = {"body": {"model": "big", "messages": [{"role": "user", "content": "hello"}]}}
+        refused.append(await client.post("/v1/jobs", json=order))
+        ready, alive = await client.get("/readyz"), (await client.get("/healthz")).json()
+        shown, page = (await client.get("/v1/status")).json(), (await client.get("/metrics")).text
+        scene.go.set()
+        assert (await runs).status_code == 200
+        await scene.worker.book.rollback(1)
+        await scene.api.gateway.book.reload()
+        assert (await ask(scene, "hello")).status_code == 200
+        assert (await client.get("/readyz")).status_code == 200
+        assert (await client.get("/healthz")).json()["policy_unread"] is None
+    why = "policy 2 is active, and this version of warmlane cannot read it"
+    for answer in refused:
+        error = answer.json()["error"]
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert (error["code"], error["message"]) == ("policy_unreadable", why)
+    assert (ready.status_code, ready.json()["reasons"]) == (503, [why])
+    assert (alive["status"], alive["policy_version"], alive["policy_unread"]) == ("ok", 1, 2)
+    assert (shown["policy_version"], shown["policy_unread"]) == (1, 2)
+    assert "\ngateway_ready 0.0\n" in page
+
+
+async def test_an_api_that_starts_beside_such_a_policy_says_the_same(store: Store) -> None:
+    await PolicyBook(store).apply(POLICY)
+    await a_later_version_applies(store)
+    async with live_api(store) as running, httpx.AsyncClient(base_url=running.url) as client:
+        refused, ready = await client.post("/v1/chat/completions", content=chat_body("x")), await client.get("/readyz")
+        models, alive = await client.get("/v1/models"), (await client.get("/healthz")).json()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "policy_unreadable")
+    assert models.status_code == 503 and "cannot read it" in models.json()["error"]["message"]
+    assert ready.status_code == 503 and "cannot read it" in ready.json()["reasons"][0]
+    assert (alive["policy_version"], alive["policy_unread"]) == (None, 2)
+
+
+async def ask(scene: Scene, said: str, model: str = "big") -> httpx.Response:
+    async with httpx.AsyncClient(base_url=scene.api.url, timeout=15) as client:
+        return await client.post("/v1/chat/completions", content=chat_body(said, model=model))
 
 
 MEMORY = {"total": 16 << 30, "used": 6 << 30, "headroom": 10 << 30}

@@ -6,12 +6,12 @@ from contextlib import suppress
 
 import pytest
 
-from broker import admission, errors, jobs, lanes
+from broker import admission, errors, jobs, lanes, policies
 from broker.lifecycle import State
 from broker.policies import APPLY_TRIES, HISTORY_KEPT, PolicyBook
 from broker.policy import Policy
 from broker.records import JobRecord
-from tests.support.broker_world import POLICY, World, policy_with, running, turns
+from tests.support.broker_world import POLICY, World, a_later_version_applies, policy_with, running, turns
 from tests.support.counted import counted
 from tests.support.invariants import take, undone
 from workers import chores
@@ -293,3 +293,109 @@ async def test_a_lane_whose_model_now_leads_out_keeps_local_jobs_in(world: World
     await world.promote(job_id, "small")
     await world.claim(job_id)
     await world.healthy()
+
+
+async def test_a_policy_of_a_later_version_leaves_the_one_at_hand(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told of in the log, once; whoever must decide under it hears so each time."""
+    monkeypatch.setattr(policies, "FOLLOW_EVERY_S", 0.001)
+    await a_later_version_applies(world.store)
+    async with running(world.book.follow()):
+        while not caplog.messages:
+            await turns(1)
+        await turns(20)
+    for _ in range(3):
+        async with world.refused(errors.PolicyUnreadable):
+            await world.book.reload()
+        assert await world.book.catch_up() is world.book.active
+    assert (world.book.active.version, world.book.unread) == (1, 2)
+    (told,) = caplog.messages
+    assert told.startswith("event=policy_unreadable version=2 version_kept=1 reason=line ") and "keyOfALater" in told
+    fresh = PolicyBook(world.store)
+    assert await fresh.catch_up() is None and not fresh.present
+    with pytest.raises(errors.ModelUnavailable, match="policy 2 is active, and this version of warmlane cannot"):
+        _ = fresh.active
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+async def test_a_policy_that_cannot_be_read_is_replaced(world: World, fresh: bool) -> None:
+    """The operator's own command is how it is mended, also from a process that has the one before at hand."""
+    await a_later_version_applies(world.store)
+    book = PolicyBook(world.store) if fresh else world.book
+    assert await book.apply(policy_with(("maxQueue: 3", "maxQueue: 9"))) == 3
+    assert (book.active.version, book.unread) == (3, 0)
+    await a_later_version_applies(world.store)
+    book = PolicyBook(world.store) if fresh else world.book
+    assert await book.rollback(1) == 5
+    await world.book.reload()
+    assert (world.book.active.version, world.book.active.policy.models["big"].max_queue) == (5, 3)
+
+
+async def test_a_policy_that_cannot_be_read_is_replaced_by_one_of_the_same_digest(world: World) -> None:
+    """What a later version knows by a new key, or of a lane on its way out, need not be in the digest of either."""
+    digest = world.book.active.policy.digest
+    await a_later_version_applies(world.store)
+    await world.store.command("HSET", world.store.keys.policy, "digest", digest)
+    assert await world.book.rollback(1) == 3
+    assert (world.book.active.version, world.book.unread) == (3, 0)
+    assert await world.apply() == 3, "the same again changes nothing"
+
+
+async def test_it_is_not_replaced_over_another_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else was faster: what he applied is seen, and is what the new one comes after."""
+    await a_later_version_applies(world.store)
+    book, other, run = PolicyBook(world.store), PolicyBook(world.store), world.store.run
+
+    async def overtaken(verb: str, keys: list[str], args: list[object]) -> object:
+        monkeypatch.setattr(world.store, "run", run)
+        await other.apply(WITHOUT_SMALL)
+        return await run(verb, keys, args)
+
+    monkeypatch.setattr(world.store, "run", overtaken)
+    assert await book.apply(WITHOUT_SMALL.replace("big:", "large:")) == 4
+    assert "big" in book.active.retiring
+
+
+async def test_a_redis_that_lost_such_a_policy_has_none_that_cannot_be_read(world: World) -> None:
+    await a_later_version_applies(world.store)
+    await world.book.catch_up()
+    await world.store.command("DEL", world.store.keys.policy)
+    assert await world.book.catch_up() is world.book.active and world.book.unread == 0
+
+
+async def test_nobody_is_let_in_or_refused_by_an_older_policy_than_the_active_one(world: World) -> None:
+    """The active one may have the model that is asked for, and room in its lane."""
+    await world.warm(big=2)
+    await a_later_version_applies(world.store)
+    for asked in ("big", "new", "big"):
+        record = JobRecord(id=world.new_id(), asked=asked, keep_ms=10**9)
+        async with world.refused(errors.PolicyUnreadable):
+            await admission.admit(world.store, world.book, world.fleet, record, b"{}")
+            await world.book.catch_up()
+    assert world.book.unread == 2
+
+
+async def test_a_due_job_waits_while_the_active_policy_cannot_be_read(world: World) -> None:
+    """It is left where it is, and given up on at its end all the same."""
+    await world.warm(big=0, small=1)
+    job_id = await world.submit()
+    await a_later_version_applies(world.store)
+    world.now += 2_000
+    assert (await world.due.look(job_id)).outcome == "not_due"
+    world.now += 20_000
+    assert (await world.due.look(job_id)).outcome == "expired"
+    await world.healthy()
+
+
+async def test_chores_go_on_beside_a_policy_that_cannot_be_read(world: World) -> None:
+    """But what was learned of a model is kept, since it may be one of the policy's."""
+    learned = world.store.keys.model("new")
+    await world.store.command("HSET", learned, "load_ms", 9)
+    await a_later_version_applies(world.store)
+    await chores.sweep(world.store, world.book)
+    await chores.forget(world.store, world.book)
+    assert await world.store.command("EXISTS", learned)
+    await world.book.rollback(1)
+    await chores.forget(world.store, world.book)
+    assert not await world.store.command("EXISTS", learned)

@@ -12,7 +12,7 @@ from broker.keybook import KeyBook
 from broker.keyspace import EVERYBODY
 from broker.lifecycle import State
 from broker.webhooks import Delivery
-from tests.support.broker_world import World, policy_with
+from tests.support.broker_world import World, a_later_version_applies, policy_with
 from tests.support.invariants import take
 from tests.support.webhook_endpoint import URL, Came, Endpoint, secret_of, verified
 from workers.webhooks import HORIZON_MS, OPEN_MS_MAX, PAUSE_MS_MAX, Answer
@@ -562,3 +562,12 @@ async def test_a_url_that_nobody_checked_holds_up_nobody(world: World, endpoint:
     fine = await ended(world)
     await endpoint.courier().round()
     assert [came.job for came in endpoint.taken] == fine
+
+
+async def test_webhooks_are_delivered_while_the_active_policy_cannot_be_read(world: World, endpoint: Endpoint) -> None:
+    """A newer part applied it; the addresses that the one before allows are those that are known here."""
+    await secret_of(world)
+    (job_id,) = await ended(world)
+    await a_later_version_applies(world.store)
+    assert await endpoint.courier().round() == 1
+    assert (await delivery_of(world, job_id)).state == "delivered"

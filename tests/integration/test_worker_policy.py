@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from broker import errors, hosts, store
 from broker.lifecycle import State
+from tests.support.broker_world import a_later_version_applies
 from tests.support.redis_server import RedisServer
 from tests.support.worker_world import Ask, World, eventually, simulated, until, words, worker_world
 from workers import chores
@@ -247,3 +248,58 @@ def definitions(number: int) -> dict[str, dict[str, Any]]:
     if number % 4 != 3:
         models["fleeting"] = simulated(maxConcurrent=2, maxQueue=20, fallback="small")
     return models
+
+
+async def unread(world: World, version: int) -> None:
+    async def check() -> bool:
+        told = await hosts.read(world.store, "gpu1")
+        return told is not None and told.policy_unread == version
+
+    await eventually(check, what=f"gpu1 tells {version} as the policy that it cannot read")
+
+
+async def beats(world: World) -> None:
+    """Waits until gpu1 has told of itself anew, a whole time after this."""
+    since = await world.store.now_ms() + 1_000
+
+    async def check() -> bool:
+        told = await hosts.read(world.store, "gpu1")
+        return told is not None and told.beat_at > since
+
+    await eventually(check, what="gpu1 tells of itself")
+
+
+async def test_a_worker_that_cannot_read_the_active_policy_claims_nothing_until_it_can(world: World) -> None:
+    """A newer part applied it: what runs here goes on, what waits is another host's, and the host says why."""
+    await world.apply({"big": simulated(maxConcurrent=2), "idle": simulated(keepWarm=False)})
+    await world.warm_host()
+    await world.runtime("big").break_with(first_token_delay_ms=1500, times=1)
+    runs = await world.submit("big")
+    await runs.until_state(State.CLAIMED)
+
+    await a_later_version_applies(world.store)
+    await unread(world, 2)
+    world.book._active = replace(world.book.active, version=2)  # as a newer part reads it
+    waits = [await world.submit(model) for model in ("big", "idle")]
+    assert (await runs.end()).state is State.DONE
+    await beats(world)
+    assert [(await ask.record()).state for ask in waits] == [State.QUEUED] * 2
+    await world.fleet.look()
+    assert world.fleet.view("big").availability == "unavailable"
+    assert (await world.model("idle")).state == "cold"
+
+    await world.book.rollback(1)
+    records = await asyncio.gather(*(ask.end() for ask in waits))
+    assert {record.state for record in records} == {State.DONE}
+    await unread(world, 0)
+
+
+async def test_a_worker_that_starts_beside_such_a_policy_stays_and_serves_the_next(world: World) -> None:
+    await world.apply({"big": simulated()})
+    await a_later_version_applies(world.store)
+    starts = asyncio.create_task(world.host(), name="starts")
+    await unread(world, 2)
+    await world.scheduler()
+    await world.book.rollback(1)
+    await starts
+    assert (await (await world.submit("big")).end()).state is State.DONE

@@ -6,6 +6,7 @@ that expire follow the server's own.
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -59,6 +60,16 @@ lanes:
 """
 
 _numbers = itertools.count(1)
+
+
+async def a_later_version_applies(store: Store) -> None:
+    """Makes a policy with a key that nobody here knows the active one."""
+    key, later = store.keys.policy, "keyOfALaterVersion"
+    text = (await store.command("HGET", key, "text")).decode()
+    text = json.dumps({**json.loads(text), later: 1}) if text.startswith("{") else f"{text}\n{later}: 1\n"
+    await store.command("HSET", key, "text", text, "digest", later)
+    for name in ("version", "revision"):
+        await store.command("HINCRBY", key, name, 1)
 
 
 def fake_redis() -> Any:

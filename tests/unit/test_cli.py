@@ -16,12 +16,12 @@ import pytest
 import pytest_asyncio
 
 from api import cli, cli_policy
-from broker import hosts
+from broker import errors, hosts
 from broker.policies import PolicyBook
 from broker.policy import Policy
 from broker.records import HostRecord
 from broker.store import Store
-from tests.support.broker_world import fake_redis, new_namespace
+from tests.support.broker_world import a_later_version_applies, fake_redis, new_namespace
 from tests.support.live_api import LiveApi, chat_body, live_api
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_worker import ScriptedWorker
@@ -303,6 +303,12 @@ async def test_a_refusal_in_other_words_is_a_sentence(
 # --- against Redis -----------------------------------------------------------------------------------------------
 
 
+async def _later_version(url: str, namespace: str) -> None:
+    store = await Store.open(url, namespace=namespace, name="test")
+    await a_later_version_applies(store)
+    await store.close()
+
+
 @pytest.mark.real
 def test_a_policy_is_applied_shown_and_taken_back(
     redis_server: RedisServer, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -324,6 +330,12 @@ def test_a_policy_is_applied_shown_and_taken_back(
     assert gateway("policy", "rollback", "1").out == "version 3 is active, with the text of version 1\n"
     gateway("policy", "rollback", "77").complains(1, "version 77 is not in the history")
     assert len(json.loads(gateway("policy", "history", "--json").out)) == 3
+    asyncio.run(_later_version(redis_server.url, os.environ["GATEWAY_NAMESPACE"]))
+    assert gateway("policy", "show").out == first.read_text() + "\nkeyOfALaterVersion: 1\n"
+    ran = gateway("inspect", "lanes")
+    assert (ran.code, ran.out) == (2, "") and ran.err.startswith("policy 4 is active, and this version of warmlane")
+    assert "cannot read it:\nline 6: keyOfALaterVersion: unknown key" in ran.err
+    assert gateway("policy", "apply", str(first)).out == "version 5 is active\n"
     place = tmp_path / "data" / "redis"
     place.mkdir(parents=True)
     (place / "url").write_text(redis_server.socket_url + "\n")
@@ -340,6 +352,10 @@ async def test_a_made_up_policy_never_replaces_one_that_a_person_applied(redis_s
     given = await cli_policy.apply_policy(redis_server.url, namespace, POLICY, made_up=False)
     kept = await cli_policy.apply_policy(redis_server.url, namespace, other, made_up=True)
     assert (kept.kept, kept.version, kept.models) == (True, given.version, ["big"])
+    await _later_version(redis_server.url, namespace)
+    with pytest.raises(errors.PolicyUnreadable):  # somebody's it is, all the same
+        await cli_policy.apply_policy(redis_server.url, namespace, other, made_up=True)
+    assert (await cli_policy.apply_policy(redis_server.url, namespace, POLICY, made_up=False)).version == 5
 
 
 # --- the api as a process ----------------------------------------------------------------------------------------

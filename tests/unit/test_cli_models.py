@@ -62,10 +62,11 @@ class Scene:
         self.api = api
         self.run = run
 
-    async def beat(self, *, draining: bool = False, **models: ModelOnHost) -> None:
+    async def beat(self, *, draining: bool = False, policy_unread: int = 0, **models: ModelOnHost) -> None:
         """The host tells these of its models; the others are cold."""
         there = {"big": ModelOnHost(), "small": ModelOnHost(), **models}
-        await hosts.beat(self.store, HostRecord(name="gpu1", boot="b", draining=draining), there, lease_ms=600_000)
+        record = HostRecord(name="gpu1", boot="b", draining=draining, policy_unread=policy_unread)
+        await hosts.beat(self.store, record, there, lease_ms=600_000)
         await self.api.gateway.fleet.look()
 
     async def facts(self, model: str = "big") -> dict[str, str]:
@@ -167,6 +168,9 @@ async def test_warm_says_that_all_hosts_are_set_aside(scene: Scene) -> None:
     ran = await scene.run("model", "warm", "big")
     ran.complains(1, "big stays cold, because no host that serves it takes new work: `gateway undrain gpu1`")
     assert not await scene.wanted(), "it would be loaded when nobody thinks of it any more"
+    await scene.beat(policy_unread=2, big=ModelOnHost(reason="unloaded by hand"))
+    ran = await scene.run("model", "warm", "big")
+    ran.complains(1, "big stays cold, because no host that serves it takes new work: upgrade gpu1")
     await scene.beat(draining=True, big=WARM)
     assert (await scene.run("model", "warm", "big")).code == 0
 

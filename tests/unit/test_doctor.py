@@ -18,7 +18,7 @@ from broker.policies import PolicyBook
 from broker.records import HostRecord, ModelOnHost
 from broker.status import HostStatus, ModelStatus, SilentHost, Snapshot
 from broker.store import Store
-from tests.support.broker_world import new_namespace
+from tests.support.broker_world import a_later_version_applies, new_namespace
 from tests.support.fake_ollama import FakeOllama
 from tests.support.live_api import LiveApi, live_api
 from tests.support.redis_server import RedisServer
@@ -80,6 +80,12 @@ def test_a_healthy_gateway_has_a_line_for_each_subject() -> None:
          "no worker is alive, so nothing can be served: start `gateway worker`"),
         (replace(WELL, shown=replace(SHOWN, hosts=(replace(HOST, policy_version=2),))),
          "gpu1 serves policy 2 and 3 is active: restart its worker if that lasts longer than a moment"),
+        (replace(WELL, shown=replace(SHOWN, hosts=(replace(HOST, policy_version=2, policy_unread=3),))),
+         "gpu1 takes no work, since its version of warmlane cannot read policy 3: upgrade it, or take the policy back "
+         "with `gateway policy rollback VERSION`"),
+        (replace(WELL, policy_unread=4),
+         "policy 4 is active, and the api's version of warmlane cannot read it: upgrade it, or take the policy back "
+         "with `gateway policy rollback VERSION`"),
         (replace(WELL, shown=replace(SHOWN, silent=(SilentHost(name="box2", beat_age_ms=12_000),))),
          "box2 fell silent 12s ago, and its worker did not take its leave: see its machine, its network and the "
          "worker's log, and start `gateway worker` there again; one that never comes back is forgotten after a day"),
@@ -190,6 +196,21 @@ async def test_doctor_asks_redis_where_no_api_answers(
     assert ran.code == 1
     assert "can't be reached" in _line(ran, "wrong", "ports")
     assert "big offers 2 slots" in _line(ran, "wrong", "slots")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("url", "whose"), [("", "the api's"), ("http://127.0.0.1:9", "this command's")])
+async def test_doctor_tells_of_a_policy_that_cannot_be_read(
+    running: LiveApi, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, url: str, whose: str
+) -> None:
+    """Whoever looks for it: the api, or the command itself where no api answers."""
+    await a_later_version_applies(running.gateway.store)
+    await running.gateway.book.catch_up()
+    if url:
+        monkeypatch.setenv("GATEWAY_URL", url)
+    ran = await asyncio.to_thread(gateway, "doctor")
+    assert ran.code == 1
+    assert _line(ran, "wrong", "policy").startswith(f"policy 2 is active, and {whose} version of warmlane cannot read")
 
 
 async def test_doctor_of_nothing_at_all(gateway: Gateway) -> None:

@@ -171,6 +171,16 @@ def test_a_load_shows_how_far_it_is() -> None:
     assert waits == "note: big is waking: waits for the memory of small, for 39s", "no load has begun"
 
 
+def test_who_is_too_old_for_the_active_policy_is_told() -> None:
+    hosts = (replace(HOST, policy_unread=4, running=2), HostStatus(name="gpu2", policy_unread=4, draining=True))
+    assert status_table(Snapshot(policy_version=3, policy_unread=4, hosts=hosts)).splitlines()[1:] == [
+        "host: gpu1 too old for policy 4 (2 still running), 40.4G of 48.0G used, headroom 7.6G",
+        "host: gpu2 too old for policy 4 (nothing runs)",
+        "note: policy 4 is active, and the api's version of warmlane cannot read it: it lets nothing in, and shows "
+        "policy 3",
+    ]
+
+
 def test_what_an_operator_did_and_what_ends_by_itself_is_told() -> None:
     shown = Snapshot(
         models=(

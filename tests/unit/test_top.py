@@ -96,6 +96,12 @@ def test_a_host_that_fell_silent_is_marked_and_counted() -> None:
     assert summary(replace(team, hosts=())).startswith("policy 3   no host is alive, 1 silent   ")
 
 
+def test_a_host_that_takes_no_work_says_why() -> None:
+    old = replace(TEAM, hosts=(replace(TEAM.hosts[0], policy_unread=4),))
+    (row,) = host_rows(old, sort=0, backwards=False, only="")
+    assert (row.cells[0], row.tone) == ("gpu1 (too old for policy 4)", "draining")
+
+
 async def test_keys_sort_the_table_that_has_the_focus() -> None:
     gate = Gate(TEAM)
     app = gate.top()
