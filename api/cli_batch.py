@@ -103,7 +103,7 @@ async def run_files(
                 Written(files.output) as output,
                 Written(files.errors, temporary=True) as errors,
             ):
-                given_up = errors.forget() if retry_failed else {}
+                given_up = errors.jobs() if retry_failed else {}
                 async with jobs_client(connections_max=concurrency) as jobs:
                     options, patience = Options(concurrency, order), Patience(patience_s)
                     run = BatchRun(
