@@ -156,7 +156,10 @@ def _response(asked: Asked, job_id: str, result: Result) -> dict[str, Any]:
 
 def _fatal(refusal: Refusal, line: Line) -> str:
     if refusal.code == "idempotency_mismatch":
-        return f"Line {line.number} was handed in before with other options: say the same ones, or take another file."
+        return (
+            f"Line {line.number} was handed in before, from this file or another, with other options: say the same "
+            "ones, change its custom_id, or wait until its job is no longer kept."
+        )
     if refusal.code == "not_found":
         return "This gateway has no jobs to hand in: it is too old."
     return str(refusal)

@@ -243,6 +243,18 @@ async def test_other_options_for_the_same_lines_are_refused(batch: Batch, scene:
     assert not (tmp_path / "out.errors.jsonl").exists()
 
 
+async def test_what_is_told_to_do_about_other_options_helps(batch: Batch, scene: Scene, tmp_path: Path) -> None:
+    """Another file does not: a line is known by what it says, wherever it stands."""
+    other = {"expiresAfter": "2h"}
+    assert (await batch([line("a", "hello")])).code == 0
+    (tmp_path / "out.jsonl").unlink()
+    ran = await batch([line("new", "hello"), line("a", "hello")], other, concurrency=1)
+    ran.complains(exit_codes.USAGE, "Line 2 was handed in before, from this file or another", "with other options")
+    ran.complains(exit_codes.USAGE, "say the same ones, change its custom_id, or wait until its job is no longer kept")
+    assert (await batch([line("a", "hello")])).code == 0 and asked(scene) == 2
+    assert (await batch([line("b", "hello")], other)).code == 0 and asked(scene) == 3
+
+
 async def test_a_full_key_is_waited_for(
     batch: Batch, scene: Scene, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
