@@ -1,4 +1,5 @@
-"""The three files of a batch run: the requests, which are only read, and the two that grow line by line.
+"""The three files of a batch run: the requests, which are only read, and the two that grow line by line. What counts no
+more of those is left out at a run's end, all at once.
 
 A line is known by an id that is made of what it says: so a second run of the same file finds what the first one wrote
 and the jobs that it handed in, whatever happened in between.
@@ -10,12 +11,12 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from api.exit_codes import USAGE, Failed
+from api.exit_codes import UNWRITTEN, USAGE, Failed
 
 ID_PREFIX: Final = "batch_req_"
 _BEGINS: Final = b'{"id":"' + ID_PREFIX.encode()
@@ -86,11 +87,13 @@ class Requests:
 
 
 class Written:
-    """A file of outputs: whole lines are added, and what an earlier run left torn is taken away."""
+    """A file of outputs: whole lines are added, and what an earlier run left torn is taken away. Of lines with the same
+    id the last counts."""
 
     def __init__(self, path: Path, *, temporary: bool = False) -> None:
         self.path = path
         self._temporary = temporary  # whether it goes again where nothing is to be said
+        self._stale = False  # whether lines stand in it that count no more
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as problem:
@@ -98,7 +101,7 @@ class Written:
         try:
             _regular(self._fd, path)
             self._lock()
-            self.ids = self._found()
+            self._begins = self._found()
         except BaseException:
             os.close(self._fd)
             raise
@@ -107,33 +110,68 @@ class Written:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.fsync(self._fd)
-        if self._temporary and not self.ids:
-            self.path.unlink(missing_ok=True)
-        os.close(self._fd)
+        try:
+            os.fsync(self._fd)
+            if self._temporary and not self.ids:
+                self.path.unlink(missing_ok=True)
+            elif self._stale:
+                self._tidy()
+        except OSError as problem:
+            raise self._unwritten(problem) from None
+        finally:
+            os.close(self._fd)
+
+    @property
+    def ids(self) -> KeysView[str]:
+        """Those of the lines that count."""
+        return self._begins.keys()
 
     def add(self, line_id: str, told: dict[str, Any]) -> None:
-        """Writes one line, whole, and notes its id."""
+        """Writes one line, whole; one of the same id that stood there before counts no more."""
         left = memoryview(_encoded({"id": line_id} | told))
+        begin = os.fstat(self._fd).st_size
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
         except OSError as problem:
-            raise Failed(f"{self.path} can't be written: {problem.strerror}.") from None
-        self.ids.add(line_id)
+            os.ftruncate(self._fd, begin)  # else the next line would go on from what came of this one
+            raise self._unwritten(problem) from None
+        self._stale |= line_id in self._begins
+        self._begins[line_id] = begin
 
-    def forget(self) -> dict[str, str]:
-        """Takes all lines away; gives the jobs that they tell of, by their ids."""
-        jobs: dict[str, str] = {}
+    def take_away(self, line_ids: Iterable[str]) -> None:
+        """Has lines count no more. They stand in the file until its end, so that a kill loses nothing."""
+        for line_id in line_ids:
+            self._stale |= self._begins.pop(line_id, None) is not None
+
+    def jobs(self) -> dict[str, str]:
+        """The jobs that the lines tell of, by their ids, "" where there was none."""
+        told = map(json.loads, self._counting())
+        return {one["id"]: (one.get("response") or {}).get("request_id") or "" for one in told}
+
+    def _counting(self) -> Iterator[bytes]:
         with os.fdopen(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            for line in file:
-                told = json.loads(line)
-                if job := (told.get("response") or {}).get("request_id"):
-                    jobs[told["id"]] = job
-        os.ftruncate(self._fd, 0)
-        self.ids = set()
-        return jobs
+            for begin in sorted(self._begins.values()):
+                file.seek(begin)
+                yield file.readline()
+
+    def _tidy(self) -> None:
+        """Leaves the lines that count, in a file that takes this one's name: a kill leaves either of them, whole."""
+        path = self.path.resolve()
+        tidy = path.with_name(f".{path.name}.new")
+        try:
+            with tidy.open("wb") as file:
+                os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._fd).st_mode))
+                file.writelines(self._counting())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(tidy, path)
+        except BaseException:
+            tidy.unlink(missing_ok=True)
+            raise
+
+    def _unwritten(self, problem: OSError) -> Failed:
+        return Failed(f"{self.path} can't be written: {problem.strerror}.", UNWRITTEN)
 
     def _lock(self) -> None:
         try:
@@ -146,19 +184,23 @@ class Written:
         if not free:
             raise Failed(f"Another `gateway batch run` writes {self.path} now.", USAGE)
 
-    def _found(self) -> set[str]:
-        """Reads the ids of whole lines and cuts a torn one off; raises Failed for a file of anything else."""
-        ids, end = set(), 0
+    def _found(self) -> dict[str, int]:
+        """Reads where the whole lines that count begin, by their ids, and cuts a torn one off; raises Failed for a file
+        of anything else."""
+        begins: dict[str, int] = {}
+        end = 0
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
             for line in file:
                 if line.endswith(b"\n") and line.startswith(_BEGINS):
-                    ids.add(line[len(_BEGINS) - len(ID_PREFIX) :].split(b'"', 1)[0].decode("ascii", "replace"))
+                    line_id = line[len(_BEGINS) - len(ID_PREFIX) :].split(b'"', 1)[0].decode("ascii", "replace")
+                    self._stale |= line_id in begins
+                    begins[line_id] = end
                     end += len(line)
                 elif line.endswith(b"\n") or not (line.startswith(_BEGINS) or _BEGINS.startswith(line)):
                     raise Failed(f"{self.path} holds something else than the outputs of a batch run.", USAGE)
         os.ftruncate(self._fd, end)
-        return ids
+        return begins
 
 
 def _regular(fd: int, path: Path) -> None:

@@ -63,14 +63,16 @@ class BatchRun:
         patience: Patience,
         given_up: Mapping[str, str] | None = None,
     ) -> None:
-        """`given_up`: jobs of an earlier run that came to nothing, by the ids of the lines that are tried again."""
+        """`given_up`: jobs of an earlier run that came to nothing, "" = there was none, by the ids of the lines that
+        are tried again. Their failures stand in `errors` until these have their new outcomes."""
         self._jobs, self._requests, self._output, self._errors = jobs, requests, output, errors
         self._options, self._patience = options, patience
-        ids = {line.id for line in requests.lines}
-        done, failed = output.ids & ids, (errors.ids & ids) - output.ids
-        self.tally = Tally(len(ids), len(done), len(failed))
-        self._left = (line for line in requests.lines if line.id not in done | failed)
         self._given_up = given_up or {}
+        errors.take_away(output.ids & errors.ids)  # of a run that was killed between the two
+        self._ids = {line.id for line in requests.lines}
+        done, failed = output.ids & self._ids, (errors.ids & self._ids) - self._given_up.keys()
+        self.tally = Tally(len(self._ids), len(done), len(failed))
+        self._left = (line for line in requests.lines if line.id not in done | failed)
         self._gave_up: GaveUp | None = None
 
     @property
@@ -88,6 +90,7 @@ class BatchRun:
             raise failures.exceptions[0] from None
         if self._gave_up is not None:
             raise self._gave_up
+        self._errors.take_away(self._given_up.keys() - self._ids)  # lines that the file no longer has
 
     async def _one_after_another(self, lines: Iterator[Line]) -> None:
         for line in lines:
@@ -137,6 +140,7 @@ class BatchRun:
 
     def _note_output(self, line: Line, told: dict[str, Any]) -> None:
         self._output.add(line.id, told)
+        self._errors.take_away([line.id])
         self.tally.done += 1
 
     def _note_failure(self, line: Line, told: dict[str, Any]) -> None:
@@ -152,7 +156,10 @@ def _response(asked: Asked, job_id: str, result: Result) -> dict[str, Any]:
 
 def _fatal(refusal: Refusal, line: Line) -> str:
     if refusal.code == "idempotency_mismatch":
-        return f"Line {line.number} was handed in before with other options: say the same ones, or take another file."
+        return (
+            f"Line {line.number} was handed in before, from this file or another, with other options: say the same "
+            "ones, change its custom_id, or wait until its job is no longer kept."
+        )
     if refusal.code == "not_found":
         return "This gateway has no jobs to hand in: it is too old."
     return str(refusal)

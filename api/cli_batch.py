@@ -14,7 +14,7 @@ import typer
 
 from api import exit_codes
 from api.cli_policy import AsJson
-from api.exit_codes import BUSY, INTERRUPTED, REFUSED, TERMINATED, UNREACHABLE, USAGE, Failed
+from api.exit_codes import BUSY, INTERRUPTED, REFUSED, TERMINATED, UNREACHABLE, UNWRITTEN, USAGE, Failed
 from api.output import or_else
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ LOOK_EVERY_S = 0.25
 
 _GOES_ON = " The same command again goes on from here."
 _AGAIN = dict.fromkeys((UNREACHABLE, BUSY, INTERRUPTED, TERMINATED), _GOES_ON)
-_AGAIN[REFUSED] = " Once that is mended, the same command goes on from here."
+_AGAIN[REFUSED] = _AGAIN[UNWRITTEN] = " Once that is mended, the same command goes on from here."
 """What the same words lead to, by the code of what a run ended with: wrong words lead nowhere."""
 
 batch_app = typer.Typer(help="Many requests at once, from a file.", no_args_is_help=True)
@@ -103,7 +103,7 @@ async def run_files(
                 Written(files.output) as output,
                 Written(files.errors, temporary=True) as errors,
             ):
-                given_up = errors.forget() if retry_failed else {}
+                given_up = errors.jobs() if retry_failed else {}
                 async with jobs_client(connections_max=concurrency) as jobs:
                     options, patience = Options(concurrency, order), Patience(patience_s)
                     run = BatchRun(

@@ -15,7 +15,15 @@ from api.output import or_else
 
 key_app = typer.Typer(help="Who may call, and what each may.", no_args_is_help=True)
 
-LIMIT: dict[str, Any] = {"min": 0, "show_default": False}
+
+def _limit(option: typer.CallbackParam, given: int | None) -> int:
+    """Over HTTP 0 = no limit; whoever types it may well mean that nothing is allowed."""
+    if given is not None and given < 1:
+        raise Failed(f"{option.opts[0]} is at least 1; leave it out for no limit.", USAGE)
+    return given or 0
+
+
+LIMIT: dict[str, Any] = {"callback": _limit, "show_default": False}
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The caller's name.", show_default=False)]
 
@@ -27,11 +35,15 @@ def key_new(
     priority: Annotated[
         Literal["interactive", "batch"], typer.Option(help="The most urgent that its work may be.")
     ] = "interactive",
-    max_waiting: Annotated[int, typer.Option(help="Its jobs that may wait at once.  [default: no limit]", **LIMIT)] = 0,
-    max_running: Annotated[int, typer.Option(help="Its jobs that may run at once.  [default: no limit]", **LIMIT)] = 0,
+    max_waiting: Annotated[
+        int | None, typer.Option(help="Its jobs that may wait at once.  [default: no limit]", **LIMIT)
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="Its jobs that may run at once.  [default: no limit]", **LIMIT)
+    ] = None,
     tokens_per_day: Annotated[
-        int, typer.Option(help="Tokens read anew or made for it, of a day in UTC.  [default: no limit]", **LIMIT)
-    ] = 0,
+        int | None, typer.Option(help="Tokens read anew or made for it, of a day in UTC.  [default: no limit]", **LIMIT)
+    ] = None,
     remote: Annotated[
         bool, typer.Option("--remote", help="Its requests may leave the machine if they ask to.")
     ] = False,

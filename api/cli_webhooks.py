@@ -109,5 +109,7 @@ def _last(delivery: dict[str, Any]) -> str:
     last = delivery["attempts"][-1]
     words = [instant(last["at"]), last["error"] or f"status {last['status']}", f"{last['ms']} ms"]
     if delivery["next_at"]:
-        words.append(f"again {instant(delivery['next_at'])}")
+        left_alone_until = delivery.get("left_alone_until", 0)  # of an older gateway: not there
+        why = " (its endpoint is left alone until then)" if left_alone_until > delivery["next_at"] else ""
+        words.append(f"again {instant(max(delivery['next_at'], left_alone_until))}{why}")
     return ", ".join(words)

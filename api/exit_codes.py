@@ -27,7 +27,7 @@ MEANINGS: Final[dict[int, str]] = {
     UNFINISHED: "the time given to wait is over; the job goes on",
     CANCELLED: "somebody cancelled the job",
     EXPIRED: "the job was not served before it expired",
-    UNWRITTEN: "stdout takes nothing (a full disk, or it is closed); what was handed in goes on, and stderr names it",
+    UNWRITTEN: "stdout or a file takes no more (a full disk, or closed); what was handed in goes on; stderr names it",
     INTERRUPTED: "Ctrl-C; what was handed in goes on",
     TERMINATED: "SIGTERM; what was handed in goes on",
 }

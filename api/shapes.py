@@ -218,6 +218,8 @@ def _audit() -> dict[str, Schema]:
 def _webhooks() -> dict[str, Schema]:
     delivery, parts = _read_off(Delivery)
     parts["Try"]["required"] = list(parts["Try"]["properties"])
+    words = "Until when its endpoint is left alone, since it failed too often: no attempt comes before. 0 = it is not."
+    delivery["properties"]["left_alone_until"] = whole(words)
     page = {
         "object": one_of("list"),
         "data": list_of(ref("Delivery")),

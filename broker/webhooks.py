@@ -8,7 +8,8 @@ it to the next: what arrives may arrive again, under the same id.
 
 import asyncio
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ class Delivery:
     next_at: int
     ended_at: int
     attempts: tuple[Try, ...]  # the last ones, oldest first
+    left_alone_until: int = 0  # of one that is pending, whose endpoint has failed too often: nothing goes there before
 
     @classmethod
     def from_fields(cls, f: dict[str, str]) -> "Delivery":
@@ -230,7 +232,8 @@ async def read(store: Store, delivery_id: str, *, caller: str = "") -> Delivery:
     fields = decode_hash(await store.hash(store.keys.webhook(delivery_id)))
     if not fields or (caller and fields["caller"] != caller):
         raise errors.NoSuchDelivery(delivery_id)
-    return Delivery.from_fields(fields)
+    (delivery,) = await _with_endpoints(store, [Delivery.from_fields(fields)])
+    return delivery
 
 
 async def redeliver(store: Store, delivery_id: str, *, caller: str = "") -> Delivery:
@@ -265,7 +268,7 @@ async def listed(store: Store, *, caller: str = EVERYBODY, limit: int = 50, afte
             await store.command("ZREM", key, *gone)
         if len(ids) < limit:
             break
-    return found[:limit]
+    return await _with_endpoints(store, found[:limit])
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,17 @@ async def figures(store: Store) -> Figures:
     told = decode_hash(await store.hash(store.keys.webhook_counts))
     outbox = int(await store.command("XLEN", store.keys.outbox))
     return Figures({outcome: int(told.get(outcome, 0)) for outcome in OUTCOMES}, outbox)
+
+
+async def _with_endpoints(store: Store, deliveries: Sequence[Delivery]) -> list[Delivery]:
+    """Adds until when the endpoints of those that are pending are left alone."""
+    endpoints = {one.id: endpoint_of(one.caller, one.url) for one in deliveries if one.state == "pending"}
+    asked = sorted(set(endpoints.values()))
+    keys = map(store.keys.webhook_endpoint, asked)
+    told = await asyncio.gather(*(store.command("HGET", key, "open_until") for key in keys))
+    now = await store.now_ms() if any(told) else 0
+    until = {endpoint: int(ms) for endpoint, ms in zip(asked, told, strict=True) if int(ms or 0) > now}
+    return [replace(one, left_alone_until=until.get(endpoints.get(one.id, ""), 0)) for one in deliveries]
 
 
 def _of_endpoint(store: Store, endpoint: str) -> list[str]:

@@ -11,6 +11,7 @@ import hmac
 import json
 import os
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -50,10 +51,13 @@ def _signature(secret: str, signed: bytes) -> bytes:
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """Answers 204 to what it believes, 400 to the rest; the gateway tries again whatever is no 2xx."""
+    """Answers 204 to what it has handled, 503 while it does so, 400 to what it does not believe; the gateway tries
+    again whatever is no 2xx."""
 
     secrets: ClassVar[tuple[str, ...]] = ()
     seen: ClassVar[OrderedDict[str, None]] = OrderedDict()
+    under_way: ClassVar[set[str]] = set()
+    lock: ClassVar[threading.Lock] = threading.Lock()
 
     def do_POST(self) -> None:
         length = int(self.headers.get("content-length") or 0)
@@ -66,12 +70,25 @@ class Receiver(BaseHTTPRequestHandler):
         except NotSigned as why:
             self.log_message("refused: %s", why)
             return self._answer(400)
-        if delivery not in self.seen:
+        self._answer(self._handled(delivery, body))
+
+    def _handled(self, delivery: str, body: bytes) -> int:
+        with self.lock:
+            if delivery in self.seen:
+                return 204
+            if delivery in self.under_way:  # the gateway waits for seconds only, and then delivers it again
+                return 503
+            self.under_way.add(delivery)
+        try:
             handle(json.loads(body))
-            self.seen[delivery] = None  # after the work: if that fails, the next delivery does it
-            if len(self.seen) > SEEN_MAX:
-                self.seen.popitem(last=False)
-        self._answer(204)
+            with self.lock:
+                self.seen[delivery] = None  # after the work: if that fails, the next delivery does it
+                if len(self.seen) > SEEN_MAX:
+                    self.seen.popitem(last=False)
+        finally:
+            with self.lock:
+                self.under_way.discard(delivery)
+        return 204
 
     def _answer(self, status: int) -> None:
         self.send_response(status)

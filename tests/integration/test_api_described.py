@@ -377,7 +377,8 @@ async def dead_job(store: Store, asked: str, *, caller: str = "ann", said: str =
 
 async def refused_retries(on: Stage) -> None:
     """The same for jobs that are tried again, as if what is refused now had been taken then."""
-    dead = partial(dead_job, on.api.gateway.store)
+    store = on.api.gateway.store
+    dead = partial(dead_job, store)
 
     async def retry(job_id: str, who: str = "ann") -> None:
         for path in RETRIES:

@@ -96,11 +96,33 @@ async def test_attempts_are_told_and_counted(store: Store) -> None:
         (found,) = (await ask(scene, "GET", "/v1/webhooks/deliveries")).json()["data"]
         assert found["attempts"] == [{"at": 1_790_000_000_000, "status": 503, "ms": 12, "error": "it answered 503"}]
         assert (found["state"], found["tries"]) == ("pending", 1) and found["next_at"] > 0
+        assert found["left_alone_until"] == 0
         await store.command("XADD", store.keys.outbox, "*", "id", "msg_x")
         page = (await ask(scene, "GET", "/metrics", "boss")).text
         assert 'gateway_webhook_attempts_total{outcome="failed"} 1.0' in page
         assert 'gateway_webhook_attempts_total{outcome="delivered"} 0.0' in page
         assert "gateway_outbox_length 1.0" in page
+
+
+async def test_a_delivery_says_until_when_its_endpoint_is_left_alone(store: Store) -> None:
+    """Its next attempt is due before that, and does not come."""
+    async with live_scene(store, keys="boss:boss-secret") as scene:
+        await scene.api.name("ann", "bob")
+        await ended(scene, "ann", "A0")
+        await ended(scene, "bob", "B0")
+        for place in await webhooks.due(store, limit=9):
+            (taken,) = await webhooks.take(store, place, most=9, failures_max=5, horizon_ms=9)
+            told, anns = webhooks.Try(1_790_000_000_000, 503, 12, "it answered 503"), taken.delivery.caller == "ann"
+            await webhooks.note(
+                store, taken, "failed", told, retry_after_ms=5_000, breaks=True, open_for_ms=300_000 if anns else 0
+            )
+        now = await store.now_ms()
+        data = (await ask(scene, "GET", "/v1/webhooks/deliveries", "boss")).json()["data"]
+        until = {one["caller"]: one["left_alone_until"] for one in data}
+        assert now + 290_000 < until["ann"] <= now + 300_000 and until["bob"] == 0
+        assert all(one["next_at"] <= now + 5_000 for one in data)
+        again = await ask(scene, "POST", f"/v1/webhooks/deliveries/{data[-1]['id']}/redeliver", "boss")
+        assert again.json()["left_alone_until"] == 0, "by hand it goes at once"
 
 
 def test_a_refused_address_is_told_with_the_line_that_opens_it() -> None:

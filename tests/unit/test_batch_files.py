@@ -1,7 +1,9 @@
 """The files of a batch run: what a line is, what of an output can be believed after a kill, and whose file it is."""
 
+import errno
 import json
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from api.batch_files import BadLine, Requests, Written
-from api.exit_codes import USAGE, Failed
+from api.exit_codes import UNWRITTEN, USAGE, Failed
+from tests.support.batch_command import read
 
 
 def request(custom_id: object = "a", **more: object) -> str:
@@ -105,11 +108,72 @@ def test_a_file_without_a_line_goes_if_it_may(tmp_path: Path) -> None:
     assert not (tmp_path / "err.jsonl").exists()
     with Written(tmp_path / "err.jsonl", temporary=True) as errors:
         errors.add("batch_req_1", {"response": {"request_id": "j1"}})
-        errors.add("batch_req_2", {"response": None})
     assert (tmp_path / "err.jsonl").exists()
     with Written(tmp_path / "err.jsonl", temporary=True) as errors:
-        assert errors.forget() == {"batch_req_1": "j1"} and not errors.ids
-    assert not (tmp_path / "err.jsonl").exists()
+        errors.take_away({"batch_req_1", "batch_req_2"})
+        assert (tmp_path / "err.jsonl").read_text(), "a kill now would lose nothing"
+    assert list(tmp_path.iterdir()) == []
+
+
+def failures(file: Path) -> list[tuple[str, str | None]]:
+    return [(told["id"][-1], (told["response"] or {}).get("request_id")) for told in read(file)]
+
+
+def test_an_outcome_counts_instead_of_the_one_before(tmp_path: Path) -> None:
+    """Both stand there after a kill; at a run's end each line is there once, in a file of the same mode."""
+    file = tmp_path / "err.jsonl"
+    with Written(file) as errors:
+        for number in (1, 2, 3):
+            errors.add(f"batch_req_{number}", {"response": {"request_id": f"j{number}"}})
+        errors.add("batch_req_4", {"response": None})
+    file.chmod(0o640)
+    with Written(file) as errors:
+        assert errors.jobs() == {"batch_req_1": "j1", "batch_req_2": "j2", "batch_req_3": "j3", "batch_req_4": ""}
+        errors.take_away({"batch_req_2"})
+        errors.add("batch_req_1", {"response": {"request_id": "j9"}})
+        killed = file.read_bytes()
+        assert errors.ids == {"batch_req_1", "batch_req_3", "batch_req_4"}
+    whole = [("3", "j3"), ("4", None), ("1", "j9")]
+    assert failures(file) == whole and file.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [file]
+    file.write_bytes(killed)
+    assert failures(file) == [("1", "j1"), ("2", "j2"), ("3", "j3"), ("4", None), ("1", "j9")]
+    with Written(file) as errors:
+        assert errors.jobs()["batch_req_1"] == "j9"
+        errors.take_away({"batch_req_2"})
+    assert failures(file) == whole
+
+
+def test_a_file_that_cannot_be_made_anew_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "err.jsonl"
+    with Written(file) as errors:
+        errors.add("batch_req_1", {})
+        errors.add("batch_req_2", {})
+    before = file.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(Failed, match="No space") as failure, Written(file) as errors:
+        errors.take_away({"batch_req_1"})
+    assert failure.value.code == UNWRITTEN and file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_takes_no_more_keeps_whole_lines(tmp_path: Path) -> None:
+    """What came of the line that it did not take is no line: another one may still find room behind it."""
+    file = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Written(file) as out:
+        out.add("batch_req_1", {})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(Failed, match="can't be written: File too large") as failure:
+                out.add("batch_req_2", {"body": "x" * 200})
+            out.add("batch_req_3", {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert failure.value.code == UNWRITTEN and out.ids == {"batch_req_1", "batch_req_3"}
+    assert [told["id"][-1] for told in read(file)] == ["1", "3"]
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -135,6 +136,66 @@ async def test_failed_lines_are_tried_again_when_that_is_asked_for(batch: Batch,
     assert (await batch(retry_failed=True)).code == 0 and asked(scene) == 3
 
 
+@pytest.mark.parametrize("wrong", ["url", "key"])
+async def test_failures_stand_until_the_gateway_has_said_otherwise(
+    batch: Batch, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gateway: Gateway, wrong: str
+) -> None:
+    """A gateway that is away, or a key that is none, is no reason to forget which lines failed and why."""
+    lines = [line("a", "hello"), line("b", "break_early"), line("c", "hello", model="nobody")]
+    assert (await batch(lines)).code == exit_codes.FAILED
+    before = (tmp_path / "out.errors.jsonl").read_bytes()
+    with monkeypatch.context() as away:
+        if wrong == "url":
+            away.setenv("GATEWAY_URL", "http://127.0.0.1:1")
+        else:
+            boss = (await asyncio.to_thread(gateway, "key", "new", "boss", "--admin")).out.strip()
+            away.setenv("GATEWAY_KEY", boss + "x")
+        ran = await batch(retry_failed=True, patience_s=1)
+    assert ran.code == {"url": exit_codes.UNREACHABLE, "key": exit_codes.REFUSED}[wrong]
+    assert "1 of 3 answered" in ran.err
+    assert (tmp_path / "out.errors.jsonl").read_bytes() == before
+    assert (await batch()).code == exit_codes.FAILED and asked(scene) == 2, "they are left alone"
+    assert (tmp_path / "out.errors.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kill", [False, True])
+async def test_a_stop_leaves_the_failures_of_the_lines_that_were_not_dealt_with(
+    batch: Batch, scene: Scene, tmp_path: Path, kill: bool
+) -> None:
+    """After SIGKILL too: the next run sees what is dealt with, and the file holds nothing twice."""
+    output, errors = tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl"
+    scripts = scene.worker.scripts
+    scripts.update(dict.fromkeys(("first", "second", "third"), scripts["break_early"]))
+    await batch([line("a", "first"), line("b", "second"), line("c", "third")])
+    before = {found["custom_id"]: found for found in read(errors)}
+    scripts.update(first=scripts["hello"], second=scripts["wait"])
+    running = asyncio.create_task(batch(retry_failed=True))
+    await until(lambda: len(read(output)) == 1 and len(read(errors)) == 4, what="two of three have ended")
+    killed = {file: file.read_bytes() for file in (output, errors)}
+    os.kill(os.getpid(), signal.SIGINT)
+    assert (await running).code == exit_codes.INTERRUPTED
+    if kill:
+        for file, content in killed.items():
+            file.write_bytes(content)
+        assert (await batch()).code == exit_codes.FAILED
+    after = {found["custom_id"]: found for found in read(errors)}
+    assert len(read(errors)) == 2 and after["b"] == before["b"] and after["c"] != before["c"]
+    scene.go.set()
+    scripts["third"] = scripts["hello"]
+    ran = await batch(retry_failed=True)
+    assert ran.code == 0 and asked(scene) == 7 and not errors.exists(), "the job of the stopped one is come back to"
+    assert await scene.store.command("XLEN", scene.store.keys.dead) == 1, "of c, which failed twice"
+
+
+async def test_failures_of_lines_that_are_mended_go_once_all_is_dealt_with(batch: Batch, tmp_path: Path) -> None:
+    """A changed line is another one, and nothing of the file is left to speak for the first."""
+    assert (await batch(["no JSON", line("b", "break_early")])).code == exit_codes.FAILED
+    assert (await batch([line("a", "hello"), line("b", "hello")])).code == 0
+    assert len(read(tmp_path / "out.errors.jsonl")) == 2
+    assert (await batch(retry_failed=True)).code == 0
+    assert not (tmp_path / "out.errors.jsonl").exists() and len(read(tmp_path / "out.jsonl")) == 2
+
+
 async def test_a_lost_output_is_fetched_and_not_made_again(batch: Batch, scene: Scene, tmp_path: Path) -> None:
     """Also a torn one, and without it the file as it was."""
     lines = [line(f"r{n}", "hello") for n in range(5)]
@@ -180,6 +241,18 @@ async def test_other_options_for_the_same_lines_are_refused(batch: Batch, scene:
     assert ran.code == exit_codes.USAGE and "with other options" in ran.err and asked(scene) == 1
     assert "same command" not in ran.err
     assert not (tmp_path / "out.errors.jsonl").exists()
+
+
+async def test_what_is_told_to_do_about_other_options_helps(batch: Batch, scene: Scene, tmp_path: Path) -> None:
+    """Another file does not: a line is known by what it says, wherever it stands."""
+    other = {"expiresAfter": "2h"}
+    assert (await batch([line("a", "hello")])).code == 0
+    (tmp_path / "out.jsonl").unlink()
+    ran = await batch([line("new", "hello"), line("a", "hello")], other, concurrency=1)
+    ran.complains(exit_codes.USAGE, "Line 2 was handed in before, from this file or another", "with other options")
+    ran.complains(exit_codes.USAGE, "say the same ones, change its custom_id, or wait until its job is no longer kept")
+    assert (await batch([line("a", "hello")])).code == 0 and asked(scene) == 2
+    assert (await batch([line("b", "hello")], other)).code == 0 and asked(scene) == 3
 
 
 async def test_a_full_key_is_waited_for(

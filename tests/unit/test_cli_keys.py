@@ -66,6 +66,9 @@ async def test_from_no_key_to_one_that_is_gone(run: Command, monkeypatch: pytest
         (("new", "bot", "--expires", "soon"), "'soon' is no length of time"),
         (("new", "bot", "--expires", "0d"), "'0d' is no length of time"),
         (("new", "bot", "--remote-lanes", "far"), "add --remote"),
+        (("new", "bot", "--max-waiting", "0"), "--max-waiting is at least 1; leave it out for no limit"),
+        (("new", "bot", "--max-running", "0"), "--max-running is at least 1; leave it out for no limit"),
+        (("new", "bot", "--tokens-per-day", "-1"), "--tokens-per-day is at least 1; leave it out for no limit"),
         (("rotate", "bot", "--keep-old", "a while"), "no length of time"),
     ],
 )

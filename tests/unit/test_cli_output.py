@@ -1,5 +1,5 @@
-"""A stdout that takes nothing: a full disk, a closed one, a reader who has left. One sentence, a code of its own, and
-no job or secret that nobody knows of."""
+"""An output that takes no more: a full disk, a closed stdout, a reader who has left. One sentence, a code of its own,
+and no job or secret that nobody knows of."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from api.exit_codes import UNWRITTEN, USAGE
+from api.exit_codes import FAILED, OK, UNWRITTEN, USAGE
 from api.output import guarded
 from api.up import print_line
 from tests.support.live_api import Scene
@@ -34,9 +34,9 @@ async def shell(scene: Scene, tmp_path: Path) -> Shell:
     (tmp_path / "hello.md").write_text("hello")
     (tmp_path / "refuse.md").write_text("refuse")
 
-    async def run(words: str) -> tuple[int, str, str]:
+    async def run(words: str, before: str = "") -> tuple[int, str, str]:
         process = await asyncio.create_subprocess_exec(
-            *("sh", "-c", f'"$PYTHON" -P -c "from api.entry import main; main()" {words}'),
+            *("sh", "-c", f'{before} "$PYTHON" -P -c "from api.entry import main; main()" {words}'),
             cwd=tmp_path,
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,
@@ -112,6 +112,19 @@ async def test_a_batch_says_how_it_went_where_its_summary_could_not_be_printed(s
     (tmp_path / "in.jsonl").write_text(json.dumps(asked) + "\n")
     code, _, err = await shell(f"batch run in.jsonl -o out.jsonl --json {FULL}")
     assert (code, err) == (UNWRITTEN, f"{SENTENCE} 1 of 1 answered in out.jsonl.\n")
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl"])
+async def test_a_batch_whose_file_takes_no_more_ends_so_too(shell: Shell, tmp_path: Path, name: str) -> None:
+    """A full disk, a quota: no refusal of the gateway's, and once there is room the run goes on."""
+    body = {"model": "big" if name == "out.jsonl" else "nobody", "messages": [{"role": "user", "content": "hello"}]}
+    asked = [{"custom_id": f"r{n}", "url": "/v1/chat/completions", "body": body} for n in range(20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    code, _, err = await shell("batch run in.jsonl -o out.jsonl", before="ulimit -f 2;")
+    assert code == UNWRITTEN and f"{name} can't be written: File too large: " in err and " of 20 answered" in err
+    assert err.endswith("Once that is mended, the same command goes on from here.\n")
+    code, _, err = await shell("batch run in.jsonl -o out.jsonl")
+    assert code == (OK if name == "out.jsonl" else FAILED), err
 
 
 async def test_a_secret_that_nobody_saw_is_not_passed_over(shell: Shell) -> None:

@@ -75,7 +75,12 @@ def test_a_delivery_says_how_it_goes() -> None:
     pending = {"attempts": [], "next_at": 0}
     assert _last(pending) == "none yet"
     tried = {"attempts": [{"at": 0, "status": 0, "ms": 3, "error": "no answer"}], "next_at": 60_000}
-    assert _last(tried) == "1970-01-01 00:00 UTC, no answer, 3 ms, again 1970-01-01 00:01 UTC"
+    assert _last(tried | {"left_alone_until": 0}) == "1970-01-01 00:00 UTC, no answer, 3 ms, again 1970-01-01 00:01 UTC"
+    assert _last(tried | {"left_alone_until": 180_000}) == (
+        "1970-01-01 00:00 UTC, no answer, 3 ms, again 1970-01-01 00:03 UTC (its endpoint is left alone until then)"
+    )
+    over = _last(tried | {"next_at": 180_000, "left_alone_until": 60_000})
+    assert over == "1970-01-01 00:00 UTC, no answer, 3 ms, again 1970-01-01 00:03 UTC"
 
 
 async def test_wrong_usage_asks_nobody(gateway: Gateway) -> None:

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,54 @@ def test_the_receiver_answers_and_handles_each_event_once(running: tuple[str, "s
     assert send(signed(SECRET, at=now, body=other, delivery="msg_2"), body=other) == 204
     assert process.stdout is not None
     assert [json.loads(process.stdout.readline())["type"] for _ in range(2)] == ["job.done", "job.failed"]
+
+
+def test_an_event_whose_handling_takes_long_is_handled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway waits for seconds only and delivers again: that is put off until the work is done, or has failed."""
+    begun, go = threading.Semaphore(0), threading.Semaphore(0)
+    handled: list[str] = []
+    fails = [False, True]
+
+    def slowly(event: dict[str, Any]) -> None:
+        begun.release()
+        assert go.acquire(timeout=20)
+        if fails.pop():
+            raise ValueError("it can't be handled now")
+        handled.append(event["type"])
+
+    class Quiet(receiver.ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            pass
+
+    class Ours(receiver.Receiver):
+        secrets = (SECRET,)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(receiver, "handle", slowly)
+    body = json.dumps({"type": "job.failed"})
+    headers = signed(SECRET, at=datetime.now(UTC), body=body, delivery="msg_slow")
+
+    def send() -> int:
+        try:
+            return httpx.post(
+                f"http://127.0.0.1:{server.server_port}", content=body, headers=headers, timeout=20
+            ).status_code
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            return 0
+
+    with Quiet(("127.0.0.1", 0), Ours) as server, ThreadPoolExecutor(1) as other:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            for first_ends, left_to_do in ((0, True), (204, False)):
+                first = other.submit(send)
+                assert begun.acquire(timeout=20)
+                assert send() == 503
+                go.release()
+                assert first.result(20) == first_ends and (not handled) == left_to_do
+            assert send() == 204 and handled == ["job.failed"]
+        finally:
+            server.shutdown()
+            serving.join()
