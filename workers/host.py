@@ -230,7 +230,11 @@ class Host:
     async def _beat(self, *, take: bool) -> None:
         version = self._book.active.version if self._book.present else 0
         told = {
-            name: replace(waker.told(version), slots_yielding=self.dispatcher.yielding(name))
+            name: replace(
+                waker.told(version),
+                slots_yielding=self.dispatcher.yielding(name),
+                slots_kept=self.dispatcher.kept(name),
+            )
             for name, waker in self.residents.wakers.items()
         }
         if self.draining or self.drained:  # nobody should count on its slots any more
