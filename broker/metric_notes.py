@@ -19,7 +19,8 @@ LABELS: dict[str, str] = {
     "[README](../README.md#what-happens-to-a-request) has them all",
     "state": "of a model: " + ", ".join(f"`{state}`" for state in MODEL_STATES) + "; of a job that ended: `done`, "
     "`failed`, `cancelled`, `expired`",
-    "use": "`total`, `used`, `settling` (cancelled, and the runtime still works on it)",
+    "use": "`total` (of a host that drains, what still runs), `used`, `settling` (cancelled, and the runtime still "
+    "works on it)",
     "kind": "of durability: " + ", ".join(f"`{kind}`" for kind in DURABILITIES) + "; of memory: `total`, `used`, "
     "`headroom`, of Redis' `used`, `max`; of files: `open`, `max`",
     "outcome": "of a wake: `done`, `failed`, `unreachable`; of a webhook: `delivered`, `failed`, `dead`; of a lost "
