@@ -50,7 +50,7 @@ LOOK: dict[str, dict[str, str]] = {
     },
     "Lanes": {
         "gateway_lane_depth": "its budget, and the slots of its model",
-        "gateway_lane_budget": "what the policy says: `maxQueue`",
+        "gateway_lane_budget": "`maxQueue`; where slots are free, as many more come in, and wait if others take them",
         "gateway_lane_running": "the slots of its model",
         "gateway_lane_oldest_waiting_seconds": "is the model warm, is it at work on something long",
         "gateway_lane_deadline_used_ratio": "near 1: it will be promoted or given up; over 1: its fallback has no room",

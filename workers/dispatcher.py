@@ -131,6 +131,8 @@ class Dispatcher:
     def kept(self, name: str) -> int:
         """How many free slots of a model batch work may not have now."""
         waker, now_ms = self._wakers[name], self._fleet.now_ms()
+        if waker.going:
+            return 0
         return dispatch.kept_for_people(
             total=waker.slots.total,
             now_ms=now_ms,

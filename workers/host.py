@@ -238,7 +238,9 @@ class Host:
             for name, waker in self.residents.wakers.items()
         }
         if self.draining or self.drained:  # nobody should count on its free slots any more
-            told = {name: replace(m, slots_total=m.slots_used + m.slots_settling) for name, m in told.items()}
+            told = {
+                name: replace(m, slots_total=m.slots_used + m.slots_settling, slots_kept=0) for name, m in told.items()
+            }
         await hosts.beat(self._store, self._record(), told, take=take)
 
     def _record(self) -> HostRecord:

@@ -33,7 +33,7 @@ local function hosts_silent(seen)
   end
   return silent
 end
--- How many more jobs of a caller may run, of which its key allows so many at once; -1 = as many as there are.
+-- How many more jobs of a caller may run, of which its key allows so many at once; -1 = any number.
 local root, runs = string.sub(ARGV[4], 1, -#"job:" - 1), {}
 local function may_start(caller, max_running)
   if max_running == 0 then return -1 end
