@@ -190,7 +190,8 @@ class Due:
 
     def _helps(self, job: JobRecord, here: Lane, to: Lane, *, before: Before | None, overdue: bool, now: int) -> bool:
         batch = job.priority == "batch"
-        mine = self._predict(job, here, before or self._fleet.last_in(here, batch=batch, inside=True), now)
+        before = before or self._fleet.last_in(here, batch=batch, inside=True, overdue=overdue)
+        mine = self._predict(job, here, before, now)
         theirs = self._predict(job, to, self._fleet.last_in(to, batch=batch), now)
         return dispatch.promotion_helps(mine, theirs, there_budget_ms=to.cold_start_budget_ms, overdue=overdue)
 

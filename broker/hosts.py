@@ -264,12 +264,14 @@ class Fleet:
         """How many of a prompt's tokens the model would have to read: those that no cache of its session holds."""
         return max(0, tokens - self.picture.cached_tokens(model, session)) if session else tokens
 
-    def last_in(self, lane: Lane, *, batch: bool, inside: bool = False) -> Before:
+    def last_in(self, lane: Lane, *, batch: bool, inside: bool = False, overdue: bool = False) -> Before:
         """Who goes before a job that is the last to come to a lane, or (`inside`) that has come already: all who wait
-        for its model, but no batch work before people."""
+        for its model, but no batch work before people. One that is `overdue` goes before those who have no deadline."""
         active, waits = self._book.active, {"interactive": 0, "batch": 0}
         for name in active.lanes_of(lane.model):
-            waits[active.lanes()[name].priority] += self.picture.waiting.get(name, 0)
+            sibling = active.lanes()[name]
+            if name == lane.name or sibling.fallback or not overdue:
+                waits[sibling.priority] += self.picture.waiting.get(name, 0)
         waits[lane.priority] -= inside
         people, others = (max(0, count) for count in waits.values())
         return Before(people, others if batch else None)

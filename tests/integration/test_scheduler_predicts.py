@@ -31,6 +31,7 @@ lanes:
   edits:
     target: big
     maxQueue: 90
+    fallback: null
   side:
     target: small
     maxQueue: 90
@@ -113,6 +114,23 @@ async def test_a_fallback_is_as_busy_as_all_lanes_of_its_model(world: World, lan
     job_id = await world.submit(tokens=30_000)
     await hasten(world)
     assert await lane_of(world, job_id) == goes_to
+
+
+async def test_a_job_whose_deadline_has_passed_is_not_behind_those_who_have_none(world: World) -> None:
+    """Its turn comes in 5 s, as that of a job in need; on the fallback it would come in 10."""
+    await beat(world)
+    await all_slots_taken(world)
+    for _ in range(4):
+        await world.claim(await world.submit("side"))
+    for _ in range(20):
+        await world.submit("side")
+    job_id = await world.submit(tokens=100)
+    world.now += 1
+    for _ in range(8):
+        await world.submit("edits")
+    world.now += 25_000
+    await beat(world)
+    assert (await world.due.look(job_id)).outcome == "waits"
 
 
 async def test_what_its_session_has_in_a_cache_need_not_be_read(world: World) -> None:
