@@ -64,7 +64,7 @@ class Gateway:
         self.hub = Hub(store, name=api_id or new_api_id())
         self.due = Due(store, self.book, self.fleet)
         self.readers = Readers(store, self.due)
-        self.waits = Waits(store, self.fleet)
+        self.waits = Waits(store, self.book, self.fleet)
         self.snapshots = Snapshots(store, self.book, self.fleet)
         self.metrics = Metrics(version=version)
         self.book.on_change(lambda active: self.metrics.begin_lanes(active.lanes()))

@@ -43,12 +43,12 @@ def lanes(found: Lanes) -> str:
                 f"{lane.waiting}/{lane.max_queue}",
                 str(lane.running),
                 oldest,
-                str(lane.callers),
+                str(lane.asking),
                 held,
                 "; ".join(rest),
             )
         )
-    head = ("LANE", "MODEL", "PRIORITY", "WAITING", "RUNNING", "OLDEST", "CALLERS", "HELD BY", "")
+    head = ("LANE", "MODEL", "PRIORITY", "WAITING", "RUNNING", "OLDEST", "ASKING", "HELD BY", "")
     lines = table(head, rows)
     lines.append(f"policy: version {found.policy_version}")
     if found.scheduled:

@@ -45,7 +45,7 @@ class ModelView:
     slots_total: int = 0
     slots_free: int = 0
     slots_yielding: int = 0  # held by batch work that is put back where people would miss their deadline
-    waiting: int = 0
+    slots_kept: int = 0  # kept free of batch work now
     first_token_ms: float = 0
     service_ms: float = 0
     load_ms: float = 0  # 0 = never loaded yet
@@ -89,8 +89,7 @@ def choose(
     """
     if free < 1:
         return None
-    expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
-    reserved = total >= 2 and free == 1 and expected
+    reserved = free <= kept_for_people(total=total, now_ms=now_ms, interactive_at=interactive_at, active=active)
     urgent_until = now_ms + (service_ms or UNKNOWN_SERVICE_MS)
     kept, caches = open_slots is not None and open_slots < 1, bool(cached)
     best: Waiting | None = None
@@ -122,6 +121,12 @@ def choose(
         if best is None or rank < best_rank or (rank == best_rank and job.job < best.job):
             best, best_rank, best_level = job, rank, level
     return best
+
+
+def kept_for_people(*, total: int, now_ms: int, interactive_at: int, active: bool) -> int:
+    """How many free slots batch work may not have now: one of two or more while people are expected."""
+    expected = active or (interactive_at > 0 and now_ms - interactive_at < INTERACTIVE_MEMORY_MS)
+    return int(total >= 2 and expected)
 
 
 def in_need(
@@ -167,31 +172,47 @@ def ready_in_ms(view: ModelView, now_ms: int) -> float | None:
     return room + max(view.load_ms - elapsed, view.load_ms / 4 if elapsed > view.load_ms else 0.0)
 
 
-def first_token_in_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0) -> float | None:
+def first_token_in_ms(
+    view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0, batch_ahead: int | None = None
+) -> float | None:
     """Predicts the first token of a job with `ahead` jobs before it; inf = never, None = cannot be said.
 
     It comes when the model is ready, those before it had their turns, and its prompt is read: `fresh_tokens` of it
-    are in no cache. On a model at work some slot becomes free every service time / slots; after a load all slots start
-    together, so that turns come in waves.
+    are in no cache. `batch_ahead` = it is batch work, behind so much of its kind and `ahead` jobs of people.
     """
     ready = ready_in_ms(view, now_ms)
     if ready is None or math.isinf(ready):
         return ready
+    turns = _turns(view, ahead=ahead, batch_ahead=batch_ahead)
     service = view.service_ms or UNKNOWN_SERVICE_MS
-    slots = max(1, view.slots_total)
-    free = view.slots_free if view.availability in ("warm", "degraded") else slots
-    behind = max(0, ahead - free + 1)
-    turns = behind / slots if view.availability in ("warm", "degraded") else math.ceil(behind / slots)
     reading = fresh_tokens * 1000 / view.prefill_tps if view.prefill_tps > 0 else 0.0
     return ready + turns * service + reading + (view.first_token_ms or 0.0)
 
 
-def foretold_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0) -> int | None:
+def _turns(view: ModelView, *, ahead: int, batch_ahead: int | None) -> float:
+    """How many service times those before a job take; 0 = a slot is free for it.
+
+    On a model at work some slot becomes free every service time / slots; after a load all slots start together, so that
+    turns come in waves. Batch work begins only where a slot that is kept for people stays free.
+    """
+    kept = 0 if batch_ahead is None else view.slots_kept
+    slots = max(1, view.slots_total)
+    at_work = view.availability in ("warm", "degraded")
+    free = view.slots_free if at_work else slots
+    behind = max(0, ahead + (batch_ahead or 0) + 1 + kept - free)
+    people = min(ahead, behind) if kept else behind  # they take every slot
+    turns = people / slots + (behind - people) / max(1, slots - kept)
+    return turns if at_work else math.ceil(turns)
+
+
+def foretold_ms(
+    view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int = 0, batch_ahead: int | None = None
+) -> int | None:
     """Predicts the first token for those who wait: only where everything that it depends on has been measured.
 
     A decision needs some number and assumes what it does not know; a person would take it for a promise.
     """
-    found = first_token_in_ms(view, ahead=ahead, now_ms=now_ms, fresh_tokens=fresh_tokens)
+    found = first_token_in_ms(view, ahead=ahead, now_ms=now_ms, fresh_tokens=fresh_tokens, batch_ahead=batch_ahead)
     if found is None or found > FORETOLD_MS_MAX:
         return None
     loads = view.availability in ("cold", "waking")
@@ -199,8 +220,7 @@ def foretold_ms(view: ModelView, *, ahead: int, now_ms: int, fresh_tokens: int =
         return None  # others make room at that instant at the earliest
     if view.availability == "waking" and now_ms - view.waking_since > view.load_ms:
         return None  # it waits for something before it loads, or takes longer than it ever did
-    at_once = max(1, view.slots_total) if loads else view.slots_free
-    if ahead >= at_once and view.service_ms <= 0:
+    if view.service_ms <= 0 and _turns(view, ahead=ahead, batch_ahead=batch_ahead):
         return None
     if fresh_tokens > SHORT_PROMPT_TOKENS and view.prefill_tps <= 0:
         return None
@@ -228,7 +248,8 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
 
     On a warm model a job whose turn it is stays, however long its prompt: its claim ends the cold-start clock. Nor is
     a deadline that has passed already any reason to hurry, and without a measured service time nothing is predicted.
-    The slots that batch work holds are people's in time: it is put back for them.
+    The slots that batch work holds are people's in time: it is put back for them. Those kept for people are never its
+    own.
     """
     if view.availability == "unavailable":
         return True
@@ -238,7 +259,7 @@ def waiting_is_pointless(here: float | None, view: ModelView, *, left_ms: float,
         return False
     if view.availability in ("cold", "waking"):
         return True
-    soon_free = view.slots_free + (view.slots_yielding if priority == "interactive" else 0)
+    soon_free = view.slots_free + (view.slots_yielding if priority == "interactive" else -view.slots_kept)
     return left_ms > 0 and view.service_ms > 0 and ahead >= soon_free
 
 

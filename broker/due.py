@@ -15,6 +15,7 @@ from broker.hosts import Fleet
 from broker.lifecycle import HELD, State
 from broker.policies import PolicyBook
 from broker.policy import Lane
+from broker.precedence import Before
 from broker.records import JobRecord
 from broker.store import Store
 
@@ -67,11 +68,11 @@ class Due:
         score = later[0][1] if isinstance(later[0], list | tuple) else later[1]
         return [], max(0, int(float(score)) - now)
 
-    async def look(self, job_id: str, *, hasten: bool = False, ahead: int | None = None) -> Looked:
+    async def look(self, job_id: str, *, hasten: bool = False, before: Before | None = None) -> Looked:
         """Settles one job. `hasten` = its model cannot serve it in time: promote before the deadline if that helps.
-        `ahead` = the jobs before it in its lane, where the caller knows; else it counts as the last."""
+        `before` = who goes before it, where the caller knows; else it counts as the last."""
         try:
-            return await self._look(job_id, hasten=hasten, ahead=ahead)
+            return await self._look(job_id, hasten=hasten, before=before)
         except (errors.Moved, errors.StaleAttempt, errors.AlreadyEnded, errors.NotDue, errors.StalePolicy) as e:
             if isinstance(e, errors.StalePolicy):
                 await self._book.catch_up()
@@ -84,7 +85,7 @@ class Due:
             await self._store.command("ZREM", self._store.keys.due, job_id)
             return Looked("gone")
 
-    async def _look(self, job_id: str, *, hasten: bool, ahead: int | None) -> Looked:
+    async def _look(self, job_id: str, *, hasten: bool, before: Before | None) -> Looked:
         store = self._store
         job = await jobs.read(store, job_id)
         now = await store.now_ms()
@@ -104,7 +105,7 @@ class Due:
         if job.state is State.SCHEDULED:
             return await self._scheduled(job, now)
         if hasten or 0 < job.promote_at <= now:
-            return await self._promote(job, now, ahead=ahead)
+            return await self._promote(job, now, before=before)
         return Looked("not_due")
 
     async def _held(self, job: JobRecord, now: int) -> Looked:
@@ -158,7 +159,7 @@ class Due:
             return Looked("waits")
         return Looked("started", late_ms=now - job.not_before)
 
-    async def _promote(self, job: JobRecord, now: int, *, ahead: int | None) -> Looked:
+    async def _promote(self, job: JobRecord, now: int, *, before: Before | None) -> Looked:
         active = self._book.active
         here, to = active.lane(job.lane), None
         if here is not None and here.fallback:
@@ -166,10 +167,10 @@ class Due:
         overdue = 0 < job.promote_at <= now
         if here is None or to is None or not self._may_enter(job, to):
             return await self._wait(job, overdue=overdue)
-        if not here.retiring and not self._helps(job, here, to, ahead=ahead, overdue=overdue, now=now):
+        if not here.retiring and not self._helps(job, here, to, before=before, overdue=overdue, now=now):
             # what it decided by may be half a second old: a job that is late deserves a fresh look
             fresh = overdue and await self._fleet.look_again(older_than_s=FRESH_S)
-            if not fresh or not self._helps(job, here, to, ahead=ahead, overdue=overdue, now=now):
+            if not fresh or not self._helps(job, here, to, before=before, overdue=overdue, now=now):
                 return await self._wait(job, overdue=overdue)
         late = now - job.promote_at if overdue else 0
         try:
@@ -194,15 +195,21 @@ class Due:
             await lanes.postpone(self._store, job, after_ms=RETRY_MS)
         return Looked("waits")
 
-    def _helps(self, job: JobRecord, here: Lane, to: Lane, *, ahead: int | None, overdue: bool, now: int) -> bool:
-        view, there = self._fleet.view(here.name), self._fleet.view(to.name)
-        ahead = max(0, view.waiting - 1) if ahead is None else ahead
-        mine = dispatch.first_token_in_ms(view, ahead=ahead, now_ms=now, fresh_tokens=self._fresh(job, here))
-        theirs = dispatch.first_token_in_ms(there, ahead=there.waiting, now_ms=now, fresh_tokens=self._fresh(job, to))
+    def _helps(self, job: JobRecord, here: Lane, to: Lane, *, before: Before | None, overdue: bool, now: int) -> bool:
+        batch = job.priority == "batch"
+        before = before or self._fleet.last_in(here, batch=batch, inside=True, overdue=overdue)
+        mine = self._predict(job, here, before, now)
+        theirs = self._predict(job, to, self._fleet.last_in(to, batch=batch), now)
         return dispatch.promotion_helps(mine, theirs, there_budget_ms=to.cold_start_budget_ms, overdue=overdue)
 
-    def _fresh(self, job: JobRecord, lane: Lane) -> int:
-        return self._fleet.fresh_tokens(lane.model, session=job.session, tokens=job.tokens)
+    def _predict(self, job: JobRecord, lane: Lane, before: Before, now: int) -> float | None:
+        return dispatch.first_token_in_ms(
+            self._fleet.view(lane.name),
+            ahead=before.ahead,
+            batch_ahead=before.batch_ahead,
+            now_ms=now,
+            fresh_tokens=self._fleet.fresh_tokens(lane.model, session=job.session, tokens=job.tokens),
+        )
 
     def _may_enter(self, job: JobRecord, lane: Lane) -> bool:
         """Whether the model can do the job, as admission asks too. No promotion leads to a remote model: whoever

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from broker import errors, looks
+from broker import dispatch, errors, looks
 from broker.dispatch import Availability, ModelView
 from broker.looks import CloseLook, Look
 from broker.policies import Active, PolicyBook
+from broker.policy import Lane
+from broker.precedence import Before
 from broker.recent import RecentFirstTokens
 from broker.records import HostRecord, Learned, ModelFacts, ModelOnHost
 from broker.store import Store
@@ -112,8 +114,8 @@ class Picture:
     cached: dict[str, dict[str, int]] = field(default_factory=dict)  # model -> session -> tokens, once summed up
     views: dict[tuple[int, str], ModelView] = field(default_factory=dict)  # by policy version and lane, once summed up
 
-    def view(self, model: str, lane: str, lanes_of_model: list[str]) -> ModelView:
-        """Sums a model up over its hosts, as one decision about one of its lanes needs it."""
+    def view(self, model: str, lanes_of_model: list[str]) -> ModelView:
+        """Sums a model up over its hosts, as one decision about it needs it."""
         hosts = self._able(model)
         facts = self.facts.get(model, ModelFacts())
         ready = [m for m in hosts.values() if m.state in ("warm", "degraded")]
@@ -126,7 +128,7 @@ class Picture:
             slots_total=total,
             slots_free=max(0, total - used),
             slots_yielding=sum(m.slots_yielding for m in ready),
-            waiting=self.waiting.get(lane, 0),
+            slots_kept=sum(m.slots_kept for m in ready),
             first_token_ms=best.first_token_ewma_ms if best else 0.0,
             service_ms=facts.service_ms,
             load_ms=min((m.load_ms for m in hosts.values() if m.load_ms and not m.unfit), default=facts.load_ms),
@@ -262,6 +264,31 @@ class Fleet:
         """How many of a prompt's tokens the model would have to read: those that no cache of its session holds."""
         return max(0, tokens - self.picture.cached_tokens(model, session)) if session else tokens
 
+    def last_in(self, lane: Lane, *, batch: bool, inside: bool = False, overdue: bool = False) -> Before:
+        """Who goes before a job that is the last to come to a lane, or (`inside`) that has come already: all who wait
+        for its model, but no batch work before people. One that is `overdue` goes before those who have no deadline."""
+        active, waits = self._book.active, {"interactive": 0, "batch": 0}
+        for name in active.lanes_of(lane.model):
+            sibling = active.lanes()[name]
+            if name == lane.name or sibling.fallback or not overdue:
+                waits[sibling.priority] += self.picture.waiting.get(name, 0)
+        waits[lane.priority] -= inside
+        people, others = (max(0, count) for count in waits.values())
+        return Before(people, others if batch else None)
+
+    def foretold_ms(self, lane: str, before: Before, *, fresh_tokens: int, may_start: int) -> int | None:
+        """When the first token of a job should come that waits in a lane, None = nothing was measured that could tell.
+        Of its caller `may_start` more may run, -1 = any number: who must wait for its own is told no time."""
+        if not before.exact or 0 <= may_start <= before.own:
+            return None
+        return dispatch.foretold_ms(
+            self.view(lane),
+            ahead=before.ahead,
+            batch_ahead=before.batch_ahead,
+            now_ms=self.picture.at_ms,
+            fresh_tokens=fresh_tokens,
+        )
+
     def moved(self, lane: str, to: str) -> None:
         """Notes a promotion of ours until the next look: whoever asks meanwhile must not count on the same place."""
         waiting = self.picture.waiting
@@ -272,7 +299,7 @@ class Fleet:
         lane = active.lane(lane_name)
         if lane is None:
             return ModelView("unavailable", reason="the lane is not in the policy")
-        view = self.picture.view(lane.model, lane_name, active.lanes_of(lane.model))
+        view = self.picture.view(lane.model, active.lanes_of(lane.model))
         if view.availability == "cold" and not active.wakes(lane.model, priority=lane.priority, now_ms=self.now_ms()):
             return replace(view, load_ms=0, reason=NOT_FOR_BATCH)  # nobody can say when it will be warm
         return view

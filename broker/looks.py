@@ -46,6 +46,8 @@ class Told:
     first_token_at: int
     queued_at: int
     continue_by: int
+    may_start: int
+    """How many more jobs of its caller may run at the moment, by the key that it came with; -1 = any number."""
 
 
 @dataclass(frozen=True)

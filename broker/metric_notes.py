@@ -19,7 +19,8 @@ LABELS: dict[str, str] = {
     "[README](../README.md#what-happens-to-a-request) has them all",
     "state": "of a model: " + ", ".join(f"`{state}`" for state in MODEL_STATES) + "; of a job that ended: `done`, "
     "`failed`, `cancelled`, `expired`",
-    "use": "`total`, `used`, `settling` (cancelled, and the runtime still works on it)",
+    "use": "`total` (of a host that drains, what still runs), `used`, `settling` (cancelled, and the runtime still "
+    "works on it)",
     "kind": "of durability: " + ", ".join(f"`{kind}`" for kind in DURABILITIES) + "; of memory: `total`, `used`, "
     "`headroom`, of Redis' `used`, `max`; of files: `open`, `max`",
     "outcome": "of a wake: `done`, `failed`, `unreachable`; of a webhook: `delivered`, `failed`, `dead`; of a lost "
@@ -49,7 +50,7 @@ LOOK: dict[str, dict[str, str]] = {
     },
     "Lanes": {
         "gateway_lane_depth": "its budget, and the slots of its model",
-        "gateway_lane_budget": "what the policy says: `maxQueue`",
+        "gateway_lane_budget": "`maxQueue`; where slots are free, as many more come in, and wait if others take them",
         "gateway_lane_running": "the slots of its model",
         "gateway_lane_oldest_waiting_seconds": "is the model warm, is it at work on something long",
         "gateway_lane_deadline_used_ratio": "near 1: it will be promoted or given up; over 1: its fallback has no room",

@@ -346,7 +346,7 @@ def _gauges(s: Snapshot) -> Iterator[Metric]:
                  [], [((), s.number)])  # fmt: skip
     yield _gauge("gateway_policy_version", "The active policy.", [], [((), s.policy_version)])
     yield _gauge("gateway_lane_depth", "Jobs waiting.", lane, [((x.name,), x.waiting) for x in lanes])
-    yield _gauge("gateway_lane_budget", "The most that may wait.", lane, [((x.name,), x.max_queue) for x in lanes])
+    yield _gauge("gateway_lane_budget", "Jobs that may queue.", lane, [((x.name,), x.max_queue) for x in lanes])
     yield _gauge("gateway_lane_running", "Jobs held by a worker.", lane, [((x.name,), x.running) for x in lanes])
     yield _gauge(
         "gateway_lane_oldest_waiting_seconds", "Age of the job that has waited longest.", lane,

@@ -215,6 +215,7 @@ class ModelOnHost(_Hash):
     slots_used: int = 0
     slots_settling: int = 0
     slots_yielding: int = 0  # of those used, by batch work that is put back where people would miss their deadline
+    slots_kept: int = 0  # so many of its free slots batch work may not have now
     first_token_ms: float = 0  # last measured, 0 = never
     first_token_ewma_ms: float = 0
     memory_bytes: int = 0

@@ -6,12 +6,13 @@ from functools import cache
 from types import UnionType
 from typing import Any, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from broker import dispatch, downgrades
+from broker import downgrades
 from broker.figures import Day
 from broker.hosts import Fleet, Picture
 from broker.looks import CloseLook, Told
 from broker.policies import Active
 from broker.policy import Lane, Model
+from broker.precedence import LaneSeen, Precedence, Waiter
 from broker.records import ModelFacts, ModelOnHost, without_name
 from broker.today import Moves, Today, by_model, moves
 
@@ -235,7 +236,7 @@ class Snapshot:
 
 def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int, redis_note: str = "") -> Snapshot:
     """Makes the snapshot of a close look, which the fleet has seen too, and of the day's counters."""
-    picture, lanes = fleet.picture, []
+    picture, lanes, orders = fleet.picture, [], _orders(active, fleet.picture, seen)
     for lane in active.lanes().values():
         fallback = active.lane(lane.fallback) if lane.fallback else None
         inside = seen.jobs.get(lane.name, ())
@@ -244,7 +245,7 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
                 _lane_status(lane, picture, seen.oldest_at.get(lane.name, 0)),
                 spills_only=fallback is not None and fallback.trust == "remote",
                 deadline_used=max((_deadline_used(x, picture.at_ms) for x in inside if not x.held), default=0),
-                jobs=_jobs(inside, lane, fleet),
+                jobs=_jobs(inside, lane, fleet, orders[lane.model]),
             )
         )
     today, models = by_model(day), []
@@ -270,13 +271,28 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
     )
 
 
-def _jobs(told: Sequence[Told], lane: Lane, fleet: Fleet) -> tuple[JobStatus, ...]:
-    view, now_ms, found, waiting = fleet.view(lane.name), fleet.picture.at_ms, [], 0
+def _orders(active: Active, picture: Picture, seen: CloseLook) -> dict[str, Precedence]:
+    """Who goes before whom, by model."""
+    lines: dict[str, list[LaneSeen]] = {}
+    for lane in active.lanes().values():
+        waits = [_waiter(one) for one in seen.jobs.get(lane.name, ()) if not one.held]
+        more = picture.waiting.get(lane.name, 0) - len(waits)
+        lines.setdefault(lane.model, []).append(LaneSeen(waits, more, lane.priority == "batch"))
+    return {model: Precedence(of_model) for model, of_model in lines.items()}
+
+
+def _waiter(job: Told) -> Waiter:
+    return Waiter(job.submitted_at, job.id, job.caller, job.priority == "batch")
+
+
+def _jobs(told: Sequence[Told], lane: Lane, fleet: Fleet, order: Precedence) -> tuple[JobStatus, ...]:
+    found, waiting = [], 0
     for one in told:
         in_ms = None
         if not one.held:
             fresh = fleet.fresh_tokens(lane.model, session=one.session, tokens=one.tokens)
-            in_ms = dispatch.foretold_ms(view, ahead=waiting, now_ms=now_ms, fresh_tokens=fresh)
+            before = order.before(_waiter(one))
+            in_ms = fleet.foretold_ms(lane.name, before, fresh_tokens=fresh, may_start=one.may_start)
             waiting += 1
         found.append(
             JobStatus(

@@ -5,13 +5,15 @@ What a heartbeat says in words and `GET /v1/jobs/<id>` in figures is the same lo
 
 import asyncio
 import bisect
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from broker import dispatch
 from broker.hosts import Fleet
 from broker.lanes import held_entries, waiting_entries
 from broker.lifecycle import State
+from broker.policies import PolicyBook
+from broker.precedence import LaneSeen, Precedence, Waiter
 from broker.records import JobRecord
 from broker.store import Store
 
@@ -24,7 +26,7 @@ class Wait:
     """A wait as it stands."""
 
     lane: str
-    ahead: int  # jobs of the lane that wait and came before it
+    ahead: int  # jobs of the lane that wait and came before it, PLACES_MAX at most
     model: str
     model_state: str  # warm | degraded | waking | cold | unavailable
     reason: str  # why it is in that state, where there is one
@@ -44,34 +46,59 @@ class Wait:
         return asdict(self)
 
 
-class Waits:
-    """Tells of the jobs that wait. One look into a lane serves everybody who waits in it for a moment."""
+@dataclass(frozen=True)
+class _Seen:
+    """Who waits for a model: the places in each of its lanes, and who goes before whom."""
 
-    def __init__(self, store: Store, fleet: Fleet) -> None:
+    at_s: float
+    places: Mapping[str, list[tuple[int, int]]]
+    order: Precedence
+
+
+class Waits:
+    """Tells of the jobs that wait. One look at the lanes of a model serves everybody who waits for it for a moment."""
+
+    def __init__(self, store: Store, book: PolicyBook, fleet: Fleet) -> None:
         self._store = store
+        self._book = book
         self._fleet = fleet
-        self._seen: dict[str, tuple[float, list[tuple[int, int]]]] = {}
+        self._seen: dict[str, _Seen] = {}
 
     async def of(self, job: JobRecord) -> Wait | None:
         """Tells how a job's wait goes; None where it does not wait in a lane."""
         if job.state is not State.QUEUED or not job.entry:
             return None
-        fleet, ahead = self._fleet, await self._ahead(job.lane, job.entry)
-        view = fleet.view(job.lane)
+        fleet, lane = self._fleet, self._book.active.lane(job.lane)
+        seen, may_start = await self._look(lane.model if lane is not None else job.model), await self._may_start(job)
+        ahead = bisect.bisect_left(seen.places.get(job.lane, []), _entry_id(job.entry))
         fresh = fleet.fresh_tokens(job.model, session=job.session, tokens=job.tokens)
-        left = dispatch.foretold_ms(view, ahead=ahead, now_ms=fleet.picture.at_ms, fresh_tokens=fresh)
+        before = seen.order.before(Waiter(job.submitted_at, job.id, job.caller, job.priority == "batch"))
+        left = fleet.foretold_ms(job.lane, before, fresh_tokens=fresh, may_start=may_start)
+        view = fleet.view(job.lane)
         return Wait(job.lane, ahead, job.model, view.availability, view.reason, left)
 
-    async def _ahead(self, lane: str, entry: str) -> int:
-        """Counts the jobs that wait before this entry, PLACES_MAX at most."""
-        now = asyncio.get_running_loop().time()
-        at, line = self._seen.get(lane, (0.0, []))
-        if not at or now - at > PLACES_AGE_S:
-            held = set(await held_entries(self._store, lane, limit=PLACES_MAX))
-            entries = [w.entry async for w in waiting_entries(self._store, lane, limit=PLACES_MAX)]
-            line = [_entry_id(entry) for entry in entries if entry not in held]
-            self._seen[lane] = (now, line)
-        return bisect.bisect_left(line, _entry_id(entry))
+    async def _look(self, model: str) -> _Seen:
+        """Looks at PLACES_MAX jobs of each lane of the model."""
+        now, active = asyncio.get_running_loop().time(), self._book.active
+        seen = self._seen.get(model)
+        if seen is None or now - seen.at_s > PLACES_AGE_S:
+            places, found = {}, []
+            for name in active.lanes_of(model):
+                held = set(await held_entries(self._store, name, limit=PLACES_MAX))
+                entries = [one async for one in waiting_entries(self._store, name, limit=PLACES_MAX)]
+                waits = [one for one in entries if one.entry not in held]
+                more = self._fleet.picture.waiting.get(name, 0) - len(waits) if len(entries) == PLACES_MAX else 0
+                batch = active.lanes()[name].priority == "batch"
+                places[name] = [_entry_id(one.entry) for one in waits]
+                found.append(LaneSeen([Waiter.of(one) for one in waits], more, batch))
+            seen = self._seen[model] = _Seen(now, places, Precedence(found))
+        return seen
+
+    async def _may_start(self, job: JobRecord) -> int:
+        """How many more jobs of its caller may run, -1 = any number."""
+        if not job.max_running:
+            return -1
+        return max(0, job.max_running - int(await self._store.command("ZCARD", self._store.keys.runs(job.caller))))
 
 
 def _entry_id(entry: str) -> tuple[int, int]:

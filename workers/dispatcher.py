@@ -135,6 +135,18 @@ class Dispatcher:
         """How many slots of a model batch work holds that is put back for people."""
         return self._put_backs.count(name)
 
+    def kept(self, name: str) -> int:
+        """How many free slots of a model batch work may not have now."""
+        waker, now_ms = self._wakers[name], self._fleet.now_ms()
+        if waker.going:
+            return 0
+        return dispatch.kept_for_people(
+            total=waker.slots.total,
+            now_ms=now_ms,
+            interactive_at=self._interactive_at.get(name, 0),
+            active=waker.warmth.active(now_ms),
+        )
+
     def stop_attempts(self, why: errors.BrokerError) -> None:
         """Ends every attempt, those of claims under way too: unseen jobs go back to their lanes, seen ones are told
         `why`."""

@@ -230,11 +230,17 @@ class Host:
     async def _beat(self, *, take: bool) -> None:
         version = self._book.active.version if self._book.present else 0
         told = {
-            name: replace(waker.told(version), slots_yielding=self.dispatcher.yielding(name))
+            name: replace(
+                waker.told(version),
+                slots_yielding=self.dispatcher.yielding(name),
+                slots_kept=self.dispatcher.kept(name),
+            )
             for name, waker in self.residents.wakers.items()
         }
-        if self.draining or self.drained:  # nobody should count on its slots any more
-            told = {name: replace(model, slots_total=0) for name, model in told.items()}
+        if self.draining or self.drained:  # nobody should count on its free slots any more
+            told = {
+                name: replace(m, slots_total=m.slots_used + m.slots_settling, slots_kept=0) for name, m in told.items()
+            }
         await hosts.beat(self._store, self._record(), told, take=take)
 
     def _record(self) -> HostRecord:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import signal
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from broker import dispatch, errors, hosts, lanes
 from broker.alive import Pulse
@@ -17,6 +18,8 @@ from broker.due import Due, Looked
 from broker.hosts import Fleet
 from broker.policies import PolicyBook
 from broker.policy import Lane
+from broker.precedence import Before, LaneSeen, Precedence, Waiter
+from broker.records import Waiting
 from broker.store import Store
 from workers import clockwork, part
 from workers.settings import WorkerSettings
@@ -98,9 +101,9 @@ class Scheduler:
                 self._resting[job] = now + REST_S
         return 0.0
 
-    async def _look(self, job: str, *, hasten: bool = False, ahead: int | None = None) -> Looked:
+    async def _look(self, job: str, *, hasten: bool = False, before: Before | None = None) -> Looked:
         try:
-            return await self._due.look(job, hasten=hasten, ahead=ahead)
+            return await self._due.look(job, hasten=hasten, before=before)
         except errors.BrokerUnavailable as e:  # if Redis is away, asking for the next ones will tell
             log.debug("event=look_retry job=%s reason=%s", job, e)
             return Looked("not_due")
@@ -159,19 +162,43 @@ class Scheduler:
 
     async def _hasten_in(self, lane: Lane, view: ModelView, now: int) -> None:
         """Looks at those who wait in one lane, oldest first; one that goes makes room for those behind it."""
-        ahead = -self._fleet.picture.running.get(lane.name, 0)  # held jobs have their entries too, the oldest mostly
-        async for job in lanes.waiting_entries(self._store, lane.name, limit=HOPELESS_PAGE):
-            before = max(0, ahead)
-            fresh = self._fleet.fresh_tokens(lane.model, session=job.session, tokens=job.tokens)
-            here = dispatch.first_token_in_ms(view, ahead=before, now_ms=now, fresh_tokens=fresh)
-            left, looked = job.promote_at - now, None
+        entries = await self._entries(lane.model)
+        order = self._order(entries)
+        for job in entries.get(lane.name, ()):
+            waiter = Waiter.of(job)
+            before = order.before(waiter)
+            here = dispatch.first_token_in_ms(
+                view,
+                ahead=before.ahead,
+                batch_ahead=before.batch_ahead,
+                now_ms=now,
+                fresh_tokens=self._fleet.fresh_tokens(lane.model, session=job.session, tokens=job.tokens),
+            )
             if lane.retiring or dispatch.waiting_is_pointless(
-                here, view, left_ms=left, priority=job.priority, ahead=before
+                here, view, left_ms=job.promote_at - now, priority=job.priority, ahead=before.all
             ):
-                looked = await self._look(job.job, hasten=True, ahead=before)
+                looked = await self._look(job.job, hasten=True, before=before)
                 self._note(job.job, looked)
-            if looked is None or looked.outcome != "promoted":
-                ahead += 1
+                if looked.outcome == "promoted":
+                    order.leaves(waiter)
+
+    async def _entries(self, model: str) -> dict[str, list[Waiting]]:
+        """The oldest entries of each lane of a model in which somebody waits."""
+        waiting, found = self._fleet.picture.waiting, {}
+        for name in self._book.active.lanes_of(model):
+            if waiting.get(name):
+                found[name] = [one async for one in lanes.waiting_entries(self._store, name, limit=HOPELESS_PAGE)]
+        return found
+
+    def _order(self, entries: Mapping[str, list[Waiting]]) -> Precedence:
+        picture, active, lines = self._fleet.picture, self._book.active, []
+        for name, found in entries.items():
+            lane = active.lane(name)
+            # held jobs have their entries too, the oldest mostly
+            waits = [Waiter.of(one) for one in found[picture.running.get(name, 0) :]]
+            more = max(0, picture.waiting.get(name, 0) - len(waits))
+            lines.append(LaneSeen(waits, more, lane is not None and lane.priority == "batch"))
+        return Precedence(lines)
 
 
 async def serve(settings: WorkerSettings) -> int:

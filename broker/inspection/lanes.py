@@ -23,8 +23,8 @@ WANTS_MS = 60_000
 
 @dataclass(frozen=True, kw_only=True)
 class LaneLook:
-    """One lane. `held_by` is host -> jobs that it runs; `callers` asked for a place within the last minute, `in_line`
-    of them found none."""
+    """One lane. `held_by` is host -> jobs that it runs; `asking` callers asked for a place within the last minute,
+    `in_line` of them found none and have none."""
 
     name: str
     model: str
@@ -37,7 +37,7 @@ class LaneLook:
     cold_start_budget_ms: int = 0
     fallback: str = ""
     retiring: bool = False
-    callers: int = 0
+    asking: int = 0
     in_line: int = 0
 
 
@@ -97,7 +97,7 @@ async def _held_by(store: Store, key: str) -> dict[str, int]:
 
 async def _lane(store: Store, lane: Lane, now: int) -> LaneLook:
     keys = store.keys
-    (length, held), callers, in_line = await asyncio.gather(
+    (length, held), asking, in_line = await asyncio.gather(
         counts(store, lane.name),
         store.command("ZCOUNT", keys.active(lane.name), f"({now - WANTS_MS}", "+inf"),
         store.command("ZCARD", keys.line(lane.name)),
@@ -116,7 +116,7 @@ async def _lane(store: Store, lane: Lane, now: int) -> LaneLook:
         cold_start_budget_ms=lane.cold_start_budget_ms,
         fallback=lane.fallback or "",
         retiring=lane.retiring,
-        callers=int(callers),
+        asking=int(asking),
         in_line=int(in_line),
     )
 

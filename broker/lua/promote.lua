@@ -23,7 +23,7 @@ local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[5], ARGV[4])
 if stale then return stale end
 local f = redis.call("HMGET", KEYS[3], "attempt", "state", "owner", "give_up_at", "lane", "entry", "asked_model",
-  "asked_number", "session", "continues", "caller", "model", "claimed_at")
+  "asked_number", "session", "continues", "caller", "model", "claimed_at", "priority", "max_running")
 local to, refusal = follow(f[2], "promote", KEYS[3])
 if not to then return refusal end
 local elsewhere = placed(f[5], f[6], ARGV[5], ARGV[6])
@@ -35,7 +35,8 @@ if ARGV[12] == "remote" then -- whoever allowed the request to leave asked for t
 end
 local hosts = tonumber(ARGV[13])
 local root = root_of(KEYS[3], id)
-if in_its_way(KEYS[2], group, tonumber(ARGV[10]), root, ARGV[8], f[11], now, 9, 8 + hosts, 9 + hosts, #KEYS) then
+if in_its_way(KEYS[2], group, tonumber(ARGV[10]), root, ARGV[8], f[11], now, f[14], f[15], 9, 8 + hosts, 9 + hosts, #KEYS)
+then
   return redis.error_reply("LANEFULL " .. KEYS[2])
 end
 local downgrade, number, max_share, window = f[7] ~= ARGV[9], tonumber(f[8] or 0), tonumber(ARGV[17]), tonumber(ARGV[18])

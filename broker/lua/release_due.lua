@@ -15,7 +15,8 @@
 local now, id, group = now_ms(ARGV[1]), ARGV[2], ARGV[3]
 local stale = same_policy(KEYS[4], ARGV[4])
 if stale then return stale end
-local f = redis.call("HMGET", KEYS[2], "not_before", "give_up_at", "state", "lane", "entry", "caller", "max_waiting")
+local f = redis.call("HMGET", KEYS[2], "not_before", "give_up_at", "state", "lane", "entry", "caller", "priority",
+  "max_running", "max_waiting")
 local to, refusal = follow(f[3], "release_due", KEYS[2])
 if not to then return refusal end
 local elsewhere = placed(f[4], f[5], ARGV[5], "")
@@ -23,8 +24,9 @@ if elsewhere then return elsewhere end
 if tonumber(f[1]) > now then return redis.error_reply("NOTDUE " .. f[1]) end
 local hosts = tonumber(ARGV[8])
 local root = root_of(KEYS[2], id)
-if waits_as_may(root, f[6], tonumber(f[7] or 0)) then return redis.error_reply("CALLERLIMIT " .. f[6]) end
-local none = no_place(KEYS[1], group, tonumber(ARGV[6]), root, f[4], f[6], now, 6, 5 + hosts, 6 + hosts, #KEYS)
+if waits_as_may(root, f[6], tonumber(f[9] or 0)) then return redis.error_reply("CALLERLIMIT " .. f[6]) end
+local none = no_place(KEYS[1], group, tonumber(ARGV[6]), root, f[4], f[6], now, f[7], f[8], 6, 5 + hosts,
+  6 + hosts, #KEYS)
 if none then return none end
 
 local promote_at = tonumber(ARGV[7]) > 0 and math.min(now + tonumber(ARGV[7]), tonumber(f[2])) or 0

@@ -33,12 +33,20 @@ local function hosts_silent(seen)
   end
   return silent
 end
+-- How many more jobs of a caller may run, of which its key allows so many at once; -1 = any number.
+local root, runs = string.sub(ARGV[4], 1, -#"job:" - 1), {}
+local function may_start(caller, max_running)
+  if max_running == 0 then return -1 end
+  runs[caller] = runs[caller] or redis.call("ZCARD", root .. "runs:" .. caller)
+  return math.max(0, max_running - runs[caller])
+end
 local function told_of(entry)
   local record = redis.call(
     "HMGET", ARGV[4] .. value_of(entry, "job"), "state", "owner", "attempt", "promotions", "promote_at", "give_up_at",
-    "claimed_at", "first_token_at", "queued_at", "continue_by"
+    "claimed_at", "first_token_at", "queued_at", "continue_by", "max_running"
   )
   for i = 1, 10 do record[i] = record[i] or "" end
+  record[11] = may_start(value_of(entry, "caller"), tonumber(record[11] or 0))
   return record
 end
 -- Held jobs keep their entries, so of the first `held + 1` at least one waits. A job that was put back has an old submit

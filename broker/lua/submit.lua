@@ -74,7 +74,8 @@ if tokens_per_day > 0 and spent_today(root, who, now) >= tokens_per_day then
   return redis.error_reply("QUOTA " .. ms(next_day(now) - now))
 end
 if not_before <= now then
-  local none = no_place(KEYS[1], group, tonumber(ARGV[5]), root, named.lane, who, now, 12, 11 + hosts, 12 + hosts, #KEYS)
+  local none = no_place(KEYS[1], group, tonumber(ARGV[5]), root, named.lane, who, now, named.priority, named.max_running,
+    12, 11 + hosts, 12 + hosts, #KEYS)
   if none then return none end
 elseif waiting_of(root, "@" .. named.lane, who) >= math.max(1, tonumber(ARGV[5])) then
   return redis.error_reply("SCHEDULEFULL " .. KEYS[1] .. " " .. ms(first_start(root, named.lane, who) - now))

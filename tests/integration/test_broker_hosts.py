@@ -37,8 +37,7 @@ async def test_a_host_tells_and_everybody_sees_it(world: World) -> None:
     await world.claim(await world.submit())
     await world.submit()
     await world.fleet.look()
-    view = world.fleet.view("big")
-    assert (view.slots_free, view.waiting) == (1, 1)
+    assert (world.fleet.view("big").slots_free, world.fleet.picture.waiting["big"]) == (1, 1)
     await hosts.beat(world.store, replace(host, draining=True), {"big": told})
     await world.fleet.look()
     assert world.fleet.view("big").availability == "unavailable"  # it finishes what it has and takes nothing new
@@ -176,10 +175,10 @@ async def test_a_model_that_fits_nowhere_is_unavailable_with_the_numbers(world: 
 async def test_a_cold_start_is_predicted_from_the_host_that_loads_fastest(world: World) -> None:
     await hosts.learn(world.store, "big", load_ms=9_000)
     await world.tell("gpu1", {"big": ModelOnHost(state="cold")})
-    assert (await world.fleet.look()).view("big", "big", ["big"]).load_ms == 9_000
+    assert (await world.fleet.look()).view("big", ["big"]).load_ms == 9_000
     await world.tell("gpu1", {"big": ModelOnHost(state="cold", load_ms=4_000)})
     await world.tell("gpu2", {"big": ModelOnHost(state="cold", load_ms=2_000, unfit=True)})
-    assert (await world.fleet.look()).view("big", "big", ["big"]).load_ms == 4_000
+    assert (await world.fleet.look()).view("big", ["big"]).load_ms == 4_000
 
 
 async def test_one_wake_at_a_time(world: World) -> None:

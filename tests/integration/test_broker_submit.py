@@ -1,6 +1,7 @@
 """How a job gets in: the queue budget, a lost reply, the Idempotency-Key, the later start."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -340,3 +341,29 @@ async def test_more_that_start_later_are_bound_to_no_fallback(world: World) -> N
     assert [await ask() for _ in range(3)] == ["big"] * 3
     async with world.refused(errors.ScheduleFull):
         await ask()
+
+
+@pytest.mark.parametrize(
+    ("kept", "key", "places"),
+    [
+        (0, {"priority": "batch"}, 3 + 2),
+        (1, {"priority": "batch"}, 3 + 1),
+        (1, {}, 3 + 2),
+        (0, {"max_running": 1}, 3 + 1),
+        (0, {"max_running": 9}, 3 + 2),
+    ],
+)
+async def test_a_lane_lets_in_for_the_free_slots_that_a_job_may_have(
+    world: World, kept: int, key: dict[str, Any], places: int
+) -> None:
+    """One is kept for people, or its key allows one at a time: those let in beyond `maxQueue` would wait."""
+    await world.tell("gpu1", {"big": ModelOnHost(state="warm", slots_total=2, slots_kept=kept)})
+    assert len(await world.fill("big", caller="ci", **key)) == places
+    await world.healthy()
+
+
+async def test_who_runs_all_that_its_key_allows_has_no_free_slot(world: World) -> None:
+    await world.warm(big=2)
+    await world.claim(await world.submit(caller="ci", max_running=1))
+    assert len(await world.fill("big", caller="ci", max_running=1)) == 3
+    assert len(await world.fill("big", caller="ci")) == 1, "one that came without a limit"

@@ -82,11 +82,14 @@ async def test_lanes_tell_who_waits_and_who_holds_what(world: World) -> None:
     big = by_name["big"]
     assert (big.waiting, big.running, big.held_by, big.max_queue) == (2, 1, {"gpu1": 1}, 3)
     assert big.oldest_waiting_ms == 4_000, f"{second} waits longest, not the one that is held"
-    assert (big.callers, big.fallback, by_name["side"].waiting) == (2, "small", 0)
+    assert (big.asking, big.fallback, by_name["side"].waiting) == (2, "small", 0)
     assert (told.late, told.late_ms) == (0, 0)
     world.now = START + 30_000
     told = await lanes.look(world.store, world.book.active)
     assert told.late == 3 and told.late_ms == 28_000, "their deadlines have passed and no scheduler looks"
+    world.now = START + 90_000
+    (big,) = [lane for lane in (await lanes.look(world.store, world.book.active)).lanes if lane.name == "big"]
+    assert (big.waiting, big.asking) == (2, 0), "they wait, and nobody has asked since"
 
 
 async def test_jobs_are_found_by_what_is_asked_for(world: World) -> None:
@@ -498,7 +501,7 @@ async def test_tables_for_people(real: World, gateway: Gateway) -> None:
         return ran.out
 
     text = await seen("lanes")
-    assert text.splitlines()[0].split() == "LANE MODEL PRIORITY WAITING RUNNING OLDEST CALLERS HELD BY".split()
+    assert text.splitlines()[0].split() == "LANE MODEL PRIORITY WAITING RUNNING OLDEST ASKING HELD BY".split()
     assert "policy: version 1" in text and "note: 1 job in no lane yet: to start later" in text
     assert "gpu1 1" in text and "-> small after 2s" in text
     text = await seen("jobs")

@@ -27,6 +27,18 @@ models:
     maxConcurrent: 4
     maxQueue: 2
     contextTokens: 60000
+lanes:
+  edits:
+    target: big
+    maxQueue: 90
+    fallback: null
+  side:
+    target: small
+    maxQueue: 90
+  night:
+    target: small
+    priority: batch
+    maxQueue: 90
 """
 
 
@@ -74,6 +86,51 @@ async def test_a_long_prompt_goes_at_once_and_a_short_one_waits_for_its_turn(wor
     assert (await lane_of(world, short), await lane_of(world, long)) == ("big", "small")
     job = await world.job(long)
     assert (job.promotions, job.promoted_at, job.state) == (1, world.now, State.QUEUED)
+
+
+async def test_those_before_it_in_another_lane_of_its_model_count(world: World) -> None:
+    """Eight people who came before it take 40 s of two slots; those who came after it take none of its time."""
+    await beat(world)
+    await all_slots_taken(world)
+    first = await world.submit(tokens=100)
+    world.now += 1
+    for _ in range(8):
+        await world.submit("edits")
+    world.now += 1
+    last = await world.submit(tokens=100)
+    await hasten(world)
+    assert (await lane_of(world, first), await lane_of(world, last)) == ("big", "small")
+
+
+@pytest.mark.parametrize(("lane", "goes_to"), [("side", "big"), ("night", "small")])
+async def test_a_fallback_is_as_busy_as_all_lanes_of_its_model(world: World, lane: str, goes_to: str) -> None:
+    """36 s are too long, but behind sixty people on four slots it would be longer; batch work is behind it."""
+    await beat(world)
+    await all_slots_taken(world)
+    for _ in range(4):
+        await world.claim(await world.submit(lane))
+    for _ in range(60):
+        await world.submit(lane)
+    job_id = await world.submit(tokens=30_000)
+    await hasten(world)
+    assert await lane_of(world, job_id) == goes_to
+
+
+async def test_a_job_whose_deadline_has_passed_is_not_behind_those_who_have_none(world: World) -> None:
+    """Its turn comes in 5 s, as that of a job in need; on the fallback it would come in 10."""
+    await beat(world)
+    await all_slots_taken(world)
+    for _ in range(4):
+        await world.claim(await world.submit("side"))
+    for _ in range(20):
+        await world.submit("side")
+    job_id = await world.submit(tokens=100)
+    world.now += 1
+    for _ in range(8):
+        await world.submit("edits")
+    world.now += 25_000
+    await beat(world)
+    assert (await world.due.look(job_id)).outcome == "waits"
 
 
 async def test_what_its_session_has_in_a_cache_need_not_be_read(world: World) -> None:

@@ -81,7 +81,8 @@ async def test_batch_work_waits_for_a_model_that_it_may_not_wake(world: World) -
     assert not host.residents._waited_for("big")
     await world.fleet.look()
     view = world.fleet.view("big.batch")
-    assert (view.availability, view.reason, view.waiting) == ("cold", NOT_FOR_BATCH, 1)
+    assert (view.availability, view.reason) == ("cold", NOT_FOR_BATCH)
+    assert world.fleet.picture.waiting["big.batch"] == 1
     assert world.fleet.view("big").reason == "" and world.fleet.picture.facts["big"].wanted_until == 0
 
     asked = await (await world.submit("big")).end()

@@ -9,6 +9,7 @@ import pytest_asyncio
 
 from broker import errors, hosts, jobs, operator
 from broker.lifecycle import State
+from broker.snapshots import Snapshots
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 from tests.support.worker_world import World, eventually, simulated, words, worker_world
@@ -203,6 +204,28 @@ async def test_a_drained_host_finishes_what_runs_and_claims_no_more(world: World
     await operator.drain(world.store, world.fleet, "gpu1", drained=False)
     assert (await waiting.end()).state is State.DONE
     await world.until_model("cold", "warm")
+
+
+async def test_a_host_that_drains_has_the_slots_that_are_in_use_and_no_others(world: World) -> None:
+    await world.apply({"big": simulated(maxConcurrent=3, options={"decodeTps": 100})})
+    await world.warm_host()
+    running = await world.submit("big", tokens=900)
+    await running.until_state(State.STREAMING)
+    await operator.drain(world.store, world.fleet, "gpu1", drained=True)
+
+    async def told() -> tuple[int, int] | None:
+        big = await world.model("big")
+        return (big.slots_total, big.slots_used) if big.slots_total < 3 else None
+
+    assert await eventually(told, what="it is drained") == (1, 1)
+    shown = (await Snapshots(world.store, world.book, world.fleet).latest()).models[0]
+    assert (shown.slots_total, shown.slots_used) == (1, 1)
+    await jobs.cancel(world.store, running.job_id)
+
+    async def none_left() -> bool:
+        return (await world.model("big")).slots_total == 0
+
+    await eventually(none_left, what="nothing runs any more")
 
 
 async def test_a_host_that_is_not_there_is_named(world: World) -> None:

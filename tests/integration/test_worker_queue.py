@@ -122,6 +122,11 @@ async def test_interactive_work_goes_first_and_one_slot_is_kept_for_it(world: Wo
     for before, after in itertools.pairwise(by_claim):
         assert before.ended_at <= after.claimed_at, "batch work took the slot that is kept for people"
 
+    async def told() -> bool:
+        return (await world.model("big")).slots_kept == 1
+
+    await eventually(told, what="the worker tells so")
+
 
 async def test_an_urgent_job_overtakes_an_older_one(world: World) -> None:
     """Earliest deadline first among those that would miss it, age among the others."""

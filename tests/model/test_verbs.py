@@ -222,9 +222,9 @@ class Verbs(RuleBasedStateMachine):
             return errors.AlreadyEnded
         return None if job.state in HELD and job.attempt == held.attempt else errors.StaleAttempt
 
-    def has_its_share(self, who: str, lane: Lane) -> bool:
+    def has_its_share(self, job: JobRecord, lane: Lane) -> bool:
         """Whether others want places of the lane, and this caller has as many as they would: the rule once more."""
-        now, places = self.world.now, bound(self.now, self.world.book.active, lane.name)
+        now, who, places = self.world.now, job.caller, bound(self.now, self.world.book.active, lane.name, job)
         sharers = {other for (name, other), at in self.wanted.items() if name == lane.name and at > now - 60_000} | {
             who
         }
@@ -238,15 +238,16 @@ class Verbs(RuleBasedStateMachine):
         """Whether as many jobs of a caller wait as its key allows; those that start later wait from then on."""
         return 0 < max_waiting <= sum(not place.startswith("@") for place in self.now.waits(who))
 
-    def full(self, lane: Lane) -> bool:
-        return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name)
+    def full(self, lane: Lane, job: JobRecord) -> bool:
+        return self.waiting(lane) >= bound(self.now, self.world.book.active, lane.name, job)
 
     def waiting(self, lane: Lane) -> int:
         return self.now.lanes[lane.name].waiting if lane.name in self.now.lanes else 0
 
-    def places_are_others(self, who: str, lane: Lane) -> bool:
+    def places_are_others(self, job: JobRecord, lane: Lane) -> bool:
         """Whether no slot is free and the places left belong to callers before this one: the rule once more."""
-        places, waiting = bound(self.now, self.world.book.active, lane.name), self.waiting(lane)
+        places, waiting = bound(self.now, self.world.book.active, lane.name, job), self.waiting(lane)
+        who = job.caller
         line = [other for other in self.line(lane.name) if self.stays_in_line(other, lane.name)]
         before = line.index(who) if who in line else len(line)
         return waiting >= places - lane.max_queue and places - waiting <= before
@@ -283,11 +284,12 @@ class Verbs(RuleBasedStateMachine):
         retried=st.booleans(), who=st.sampled_from(["ann", "ann", "bob"]),
         limits=st.sampled_from([(0, 0), (0, 0), (0, 0), (1, 0), (0, 1)]), hook=st.sampled_from(HOOKS),
         again=st.one_of(st.none(), st.none(), st.none(), picks),
+        priority=st.sampled_from(["interactive", "interactive", "batch"]),
     )  # fmt: skip
     def submit(
         self, lane: str, sync: bool, stream: bool, grace: int, reader: bool, later: int, key: str, body: bytes,
         remote: bool, exits: str, judged: str, stale: bool, spills: bool, session: str, retried: bool, who: str,
-        limits: tuple[int, int], hook: str, again: int | None,
+        limits: tuple[int, int], hook: str, again: int | None, priority: str,
     ) -> None:  # fmt: skip
         active = self.old if stale else self.world.book.active
         into, w = active.lane(lane), self.world
@@ -299,7 +301,7 @@ class Verbs(RuleBasedStateMachine):
             mode="sync" if sync else "async", grace_ms=grace if sync else -1,
             keep_ms=LONG_MS, not_before=w.now + later if later else 0, zone="remote" if remote else "local",
             session=session, exits=exits if remote else "", judged=self.verdict_now(lane, judged) if remote else "",
-            leaves="hash", left="{}", caller=who, max_running=limits[1], webhook=hook,
+            leaves="hash", left="{}", caller=who, max_running=limits[1], webhook=hook, priority=priority,
         )  # fmt: skip
         idem = self.now.keys.get(w.store.keys.idem(who, key)) if key else None
         twin = idem.value.decode().split(" ")[0] if idem else ""
@@ -321,11 +323,11 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.CallerLimit
         elif not twin and later and self.has_as_many_to_come(who, into):
             expected = errors.ScheduleFull
-        elif not twin and not later and self.full(into):
+        elif not twin and not later and self.full(into, record):
             expected = errors.LaneFull
-        elif not twin and not later and self.has_its_share(who, into):
+        elif not twin and not later and self.has_its_share(record, into):
             expected = errors.CallerShare
-        elif not twin and not later and self.places_are_others(who, into):
+        elif not twin and not later and self.places_are_others(record, into):
             expected = errors.LaneFull
         elif not twin and into.model != asked.model and not may_downgrade(self.now, active, asked.model, None):
             expected = errors.DowngradesCapped
@@ -666,7 +668,7 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.BadTransition
         elif to.trust == "remote":
             expected = errors.TrustZoneRefused
-        elif self.full(to) or self.has_its_share(job.caller, to) or self.places_are_others(job.caller, to):
+        elif self.full(to, job) or self.has_its_share(job, to) or self.places_are_others(job, to):
             expected = errors.LaneFull
         elif to.model != job.asked_model and not may_downgrade(self.now, w.book.active, job.asked_model, job):
             expected = errors.DowngradesCapped
@@ -722,11 +724,11 @@ class Verbs(RuleBasedStateMachine):
             expected = errors.NotDue
         elif self.waits_as_may(job.caller, job.max_waiting):
             expected = errors.CallerLimit
-        elif self.full(lane):
+        elif self.full(lane, job):
             expected = errors.LaneFull
-        elif self.has_its_share(job.caller, lane):
+        elif self.has_its_share(job, lane):
             expected = errors.CallerShare
-        elif self.places_are_others(job.caller, lane):
+        elif self.places_are_others(job, lane):
             expected = errors.LaneFull
         self.act(
             f"release_due {job.state}", lambda: lanes.release_due(w.store, w.book.active, w.fleet, job, lane), expected
@@ -835,10 +837,10 @@ class Verbs(RuleBasedStateMachine):
     @takes(
         host=st.sampled_from(["gpu1", "gpu2"]), model=st.sampled_from(["big", "small", "far"]),
         state=st.sampled_from(["warm", "warm", "degraded", "cold", "waking"]), slots=st.integers(0, 3),
-        settling=st.integers(0, 1),
+        settling=st.integers(0, 1), kept=st.integers(0, 1),
     )  # fmt: skip
-    def beat(self, host: str, model: str, state: str, slots: int, settling: int) -> None:
-        told = {model: ModelOnHost(state=state, slots_total=slots, slots_settling=settling)}
+    def beat(self, host: str, model: str, state: str, slots: int, settling: int, kept: int) -> None:
+        told = {model: ModelOnHost(state=state, slots_total=slots, slots_settling=settling, slots_kept=kept)}
         self.act("beat", lambda: self.world.tell(host, told, boot=host + "-boot"))
 
     # -- who does what: the rules --
@@ -912,11 +914,12 @@ class Verbs(RuleBasedStateMachine):
         asked = asked | PLAIN | {"lane": lane, "spills": False}
         self.time_passes(ms=60_000)  # nobody else has wanted anything since
         into = self.world.book.active.lane(lane)
-        if into is None or self.full(into):
+        asks = JobRecord(id="", caller="cid", priority=asked["priority"])
+        if into is None or self.full(into, asks):
             return
         before = len(self.ids)
         for number in range(8):  # no lane here has more places
-            if not self.full(into):
+            if not self.full(into, asks):
                 self.submit(**asked | {"who": "ann" if alone else f"ann{number}"})
         if len(self.ids) == before:
             return

@@ -240,7 +240,8 @@ def missteps(before: Snapshot, after: Snapshot, active: Active) -> list[str]:
     for lane, stream in after.lanes.items():
         old = before.lanes.get(lane, Stream((), ()))
         if len(stream.entries) > len(old.entries):
-            limit = bound(before, active, lane)
+            (new, *_) = [job for job in after.jobs.values() if (job.lane, job.entry) == (lane, stream.entries[-1][0])]
+            limit = bound(before, active, lane, new)
             if old.waiting >= limit or len(stream.entries) > len(old.entries) + 1:
                 found.append(f"promise 1: lane {lane} took an entry with {old.waiting} waiting and a bound of {limit}")
     for job_id, now in after.jobs.items():
@@ -258,8 +259,8 @@ def missteps(before: Snapshot, after: Snapshot, active: Active) -> list[str]:
     return found
 
 
-def bound(s: Snapshot, active: Active, lane_name: str) -> int:
-    """How many jobs may wait in a lane when one more asks: the rule of the design, told once more in Python."""
+def bound(s: Snapshot, active: Active, lane_name: str, job: JobRecord) -> int:
+    """How many jobs may wait in a lane when this one asks: the rule of the design, told once more in Python."""
     lane = active.lane(lane_name)
     if lane is None:
         return 0
@@ -269,8 +270,12 @@ def bound(s: Snapshot, active: Active, lane_name: str) -> int:
         if name.startswith(s.names.model(lane.model) + ":"):
             told = decode_hash(key.value)
             if told["state"] in ("warm", "degraded"):
-                slots += max(0, int(float(told["slots_total"])) - int(float(told["slots_settling"])))
-    limit = lane.max_queue + max(0, slots - running)
+                kept = int(told.get("slots_kept", 0)) if "batch" in (job.priority, lane.priority) else 0
+                slots += max(0, int(float(told["slots_total"])) - int(float(told["slots_settling"])) - kept)
+    free = slots - running
+    if job.max_running:
+        free = min(free, job.max_running - sum(j.caller == job.caller and j.state in HELD for j in s.jobs.values()))
+    limit = lane.max_queue + max(0, free)
     return max(1, limit) if running == 0 else limit
 
 

@@ -27,6 +27,7 @@ from broker.records import Waiting
 
 NOW = 1_000_000
 WARM = ModelView("warm", slots_total=2, slots_free=2, service_ms=1_000, load_ms=8_000, first_token_ms=300)
+KEPT = replace(WARM, slots_total=3, slots_free=3, slots_kept=1)
 
 
 def job(
@@ -314,6 +315,31 @@ def test_who_waits_is_told_a_measured_time_or_none(
     view: ModelView, ahead: int, fresh_tokens: int, expected: int | None
 ) -> None:
     assert foretold_ms(view, ahead=ahead, now_ms=NOW, fresh_tokens=fresh_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("view", "people", "batch", "expected"),
+    [
+        (KEPT, 0, 0, 300),
+        (KEPT, 0, 1, 300),
+        (KEPT, 1, 0, 300),
+        (KEPT, 0, 2, 800),  # two of three slots are batch work's: one of them becomes free every half service time
+        (KEPT, 2, 0, 633),  # a person's turn ends first
+        (replace(KEPT, slots_free=1), 0, 0, 800),
+        (replace(KEPT, slots_free=0), 0, 0, 1_300),
+        (replace(KEPT, slots_free=0), 6, 0, 3_300),  # people take all three slots, and two must be free after them
+        (replace(KEPT, slots_free=0), 6, 4, 5_300),
+        (replace(KEPT, slots_kept=0, slots_free=0), 6, 4, 300 + 11_000 / 3),
+        (replace(KEPT, slots_free=1, service_ms=0), 0, 0, None),  # the free slot is not its own
+        (replace(KEPT, service_ms=0), 0, 1, 300),
+        (replace(KEPT, availability="cold", slots_total=0, slots_free=0, slots_kept=0), 2, 1, 11_300),
+    ],
+)
+def test_batch_work_waits_for_people_and_for_a_slot_that_is_not_kept_for_them(
+    view: ModelView, people: int, batch: int, expected: float | None
+) -> None:
+    told = foretold_ms(view, ahead=people, batch_ahead=batch, now_ms=NOW)
+    assert told == (None if expected is None else round(expected))
 
 
 @pytest.mark.parametrize(

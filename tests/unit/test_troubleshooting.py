@@ -91,7 +91,12 @@ def _commands(command: Any, path: str = "gateway") -> Any:
 
 def test_what_is_quoted_is_said_somewhere() -> None:
     """By a table, a note, a finding or the page; figures and … stand for what changes."""
-    files = [path for room in ("api", "broker") for path in (ROOT / room).rglob("*.*") if path.suffix in (".py", ".js")]
+    files = [
+        path
+        for room in ("api", "broker", "workers")
+        for path in (ROOT / room).rglob("*.*")
+        if path.suffix in (".py", ".js")
+    ]
     said = "\n".join(path.read_text() for path in files)
     quoted = [text for text in re.findall(r"(?<![\w*])\*([^*\n]+)\*(?![\w*])", PAGE) if " " in text]
     assert len(quoted) > 6

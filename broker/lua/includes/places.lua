@@ -11,6 +11,10 @@ local function hold_waiting(root, caller, lane, id, state, start)
   redis.call("ZADD", root .. "waits:" .. caller, "0", place_in(lane, id, state, start))
 end
 local function hold_running(root, caller, id, now) redis.call("ZADD", root .. "runs:" .. caller, ms(now), id) end
+-- How many more jobs of a caller may run, of which its key allows so many at once (0 = any number).
+local function may_start(root, caller, max_running)
+  return max_running > 0 and max_running - redis.call("ZCARD", root .. "runs:" .. caller) or math.huge
+end
 local function hold_no_more(root, caller, lane, id, state, start)
   if state == "claimed" or state == "streaming" then redis.call("ZREM", root .. "runs:" .. caller, id)
   else redis.call("ZREM", root .. "waits:" .. caller, place_in(lane, id, state, start)) end

@@ -53,13 +53,15 @@ local function note_place(root, lane, caller, now)
 end
 -- Why a caller gets no place in a lane now: it is full, others want places and it holds its share of them, or, where no
 -- slot is free, the next places are those of callers in line. Returns the refusal and how many places it holds there, or
--- nil where it gets one. Leaves no mark. KEYS[hosts_from ..] are those of `bound_of`.
-local function in_its_way(key, group, max_queue, root, lane, caller, now, hosts_from, hosts_to, lanes_from, lanes_to)
+-- nil where it gets one. Leaves no mark. `priority` and `max_running` are those of the job that is to wait there, and
+-- KEYS[hosts_from ..] those of `bound_of`.
+local function in_its_way(key, group, max_queue, root, lane, caller, now, priority, max_running, ...)
   local waits, shared_by, own = waiting(key, group), sharers(root, lane, caller, now), waiting_of(root, lane, caller)
   local has_share = shared_by > 1 and own >= math.max(1, math.floor(max_queue / shared_by))
   local before = in_line_before(root, lane, caller, now)
   if waits < max_queue and not has_share and max_queue - waits > before then return nil end
-  local bound = bound_of(group, max_queue, hosts_from, hosts_to, lanes_from, lanes_to)
+  local most = may_start(root, caller, tonumber(max_running or 0))
+  local bound = bound_of(group, max_queue, priority == "batch", most, ...)
   local share = math.max(1, math.floor(bound / shared_by))
   if waits < bound and shared_by > 1 and own >= share then
     return "CALLERSHARE " .. own .. " of your jobs wait here, your share while " .. shared_by
