@@ -576,6 +576,10 @@ class PolicyUnreadable(BrokerUnavailable):
         super().__init__(f"policy {version} is active, and this version of warmlane cannot read it")
         self.version, self.problems = version, problems
 
+    def anew(self) -> "PolicyUnreadable":
+        """The same to be raised: one that is kept would hold every frame that it was ever raised from."""
+        return PolicyUnreadable(self.version, self.problems)
+
 
 def without_quotes(error: BrokerError) -> str:
     """Gives an error's words for a log. A runtime's own may repeat the prompt: they stand behind the first colon, or

@@ -128,14 +128,14 @@ class PolicyBook:
             yield self.active
         except errors.Refused:
             if self.unreadable is not None:
-                raise self.unreadable from None
+                raise self.unreadable.anew() from None
             raise
 
     async def reload(self) -> Active | None:
         """Reads the active policy if it changed; None while there is none. Raises PolicyUnreadable."""
         found = await self.catch_up()
         if self.unreadable is not None:
-            raise self.unreadable
+            raise self.unreadable.anew()
         return found
 
     async def catch_up(self) -> Active | None:

@@ -310,6 +310,7 @@ async def test_a_policy_of_a_later_version_leaves_the_one_at_hand(
             await world.book.reload()
         assert await world.book.catch_up() is world.book.active
     assert (world.book.active.version, world.book.unread) == (1, 2)
+    assert world.book.unreadable is not None and world.book.unreadable.__traceback__ is None, "it would grow each time"
     (told,) = caplog.messages
     assert told.startswith("event=policy_unreadable version=2 version_kept=1 reason=line ") and "keyOfALater" in told
     fresh = PolicyBook(world.store)
