@@ -164,7 +164,7 @@ class Wire:
                     await self._greet(link)
                 greeted = True
             except (OSError, TimeoutError) as e:
-                raise BrokerUnavailable(f"Redis does not answer at {self._place()}: {e or 'timed out'}") from None
+                raise BrokerUnavailable(f"Redis does not answer at {self._place()}: {str(e) or 'timed out'}") from None
             except hiredis.ReplyError as e:
                 raise RedisUnfit(f"Redis at {self._place()} refuses us: {e}") from None
             except RedisUnfit:

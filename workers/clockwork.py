@@ -64,7 +64,7 @@ async def _keep_running(store: Store, works: dict[str, Any]) -> None:
         except Exception as e:  # noqa: BLE001  # whatever arq dies of, chores go on later
             if await _full(store):
                 continue
-            log.warning("event=arq_restart reason=%s", e or type(e).__name__)
+            log.warning("event=arq_restart reason=%s", str(e) or type(e).__name__)
         finally:
             await _close(worker, pool)
         lived_s = asyncio.get_running_loop().time() - started
@@ -89,7 +89,7 @@ async def _tried(chore: Callable[[dict[str, Any]], Awaitable[None]], works: dict
         async with asyncio.timeout(JOB_TIMEOUT_S):
             await chore(works)
     except Exception as e:  # noqa: BLE001  # as with arq: the next time is soon, and the others go on
-        log.warning("event=chore_failed chore=%s reason=%s", chore.__name__.strip("_"), e or type(e).__name__)
+        log.warning("event=chore_failed chore=%s reason=%s", chore.__name__.strip("_"), str(e) or type(e).__name__)
 
 
 async def _full(store: Store) -> str:

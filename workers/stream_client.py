@@ -268,7 +268,7 @@ class StreamClient:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(lambda: _Connection(idle), host, port, ssl=context)
         except (OSError, TimeoutError) as e:
-            raise UpstreamLost(f"nobody answers at {host}:{port} ({e or 'timed out'})") from None
+            raise UpstreamLost(f"nobody answers at {host}:{port} ({str(e) or 'timed out'})") from None
         return connection
 
 
