@@ -65,7 +65,7 @@ class PutBacks:
             first_token_ms=first_token_ms,
             prefill_tps=prefill_tps,
         )
-        under_way = len(model.slots.settling) + sum(self._is_of(held, model.name) for held in self._going)
+        under_way = len(model.slots.settling) + self._under_way(model.name)
         for held, job in zip(yielding, need[under_way:], strict=False):
             self._going.add(held)
             self._tasks.create_task(self._put_back(held, self._attempts[held], job), name=f"put back {held[0]}")
@@ -73,8 +73,8 @@ class PutBacks:
             self._look_at(asyncio.get_running_loop().time() + (next_at - now_ms) / 1000)
 
     def count(self, model: str) -> int:
-        """How many slots of a model are held by work that may be put back."""
-        return len(self._yielding(model))
+        """How many slots of a model are held by work that may be put back, or is about to be."""
+        return len(self._yielding(model)) + self._under_way(model)
 
     def over(self, held: Held) -> bool:
         """Notes that an attempt has ended; True if it was put back."""
@@ -100,6 +100,9 @@ class PutBacks:
             and held not in self._going
             and held not in self._refused
         ]
+
+    def _under_way(self, model: str) -> int:
+        return sum(self._is_of(held, model) for held in self._going)
 
     def _is_of(self, held: Held, model: str) -> bool:
         attempt = self._attempts.get(held)

@@ -27,6 +27,8 @@ from tests.support.invariants import Snapshot, take, undone, violations
 from tests.support.worker_world import policy, simulated, words
 
 CLIENTS = 40
+ENOUGH = CLIENTS // 4
+"""Fewer that were served would be too few to judge by."""
 SETTLE_S_MAX = 30.0
 TOLD_S_MAX = JOB_LEASE_MS / 1000 + 2.0
 """A client whose answer is lost hears so within this, and the time that a part needs to start again."""
@@ -220,9 +222,7 @@ def judge(storm: Storm, ledger: Ledger, *, apis_live: bool) -> None:
     if done < 0.95 * len(unseen):
         found.append(f"{done} of {len(unseen)} unseen jobs ended done: {ends(ledger)}")
     assert not found, f"seed {storm.seed}, {dict(storm.outcomes)}\n" + "\n".join(found[:40])
-    assert len(ledger.jobs) > CLIENTS and storm.outcomes["served"] > CLIENTS / 4, (
-        storm.outcomes
-    )  # else: what was judged?
+    assert len(ledger.jobs) > CLIENTS and storm.outcomes["served"] > ENOUGH, storm.outcomes  # else: what was judged?
 
 
 def wrong_with(told: Told, ledger: Ledger) -> list[str]:

@@ -39,6 +39,8 @@ LOOK_EVERY_S = 1.5
 REDIS_MB = 3
 """What the counters of the day and the indices of retries may take when every job is forgotten."""
 SETTLE_S_MAX = 20.0
+LEFT_S_MAX = 5.0
+"""What is left behind stays so; a connection that is just being made does not."""
 BAD_WORDS = (" ERROR ", " CRITICAL ", "Traceback", "Task was destroyed", "never retrieved", "was never awaited")
 
 CLOSED_S_MAX = 2.5
@@ -131,6 +133,10 @@ async def run(directory: Path, clients: int, *, keep_ms: int, name: str) -> None
         leaving = await storm(here.up.url, here.ledger, seed, range(FIRST, FIRST + clients))
         took_s = time.monotonic() - began
         after = await here.at_rest()
+        looked_until = time.monotonic() + LEFT_S_MAX
+        while after.left_behind(before) and time.monotonic() < looked_until:  # a probe may have been under way
+            await asyncio.sleep(0.2)
+            after = await here.at_rest()
         jobs = list(here.ledger.jobs.values())
         judged, retries = judge_jobs(leaving, jobs)
         print(f"{took_s:.0f} s, {leaving.figures()}; {dict(retries)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker.lifecycle import State
-from tests.chaos.storm import Ledger, Storm, ends, judge, loads, seed_of, storm_policy, watched
+from tests.chaos.storm import ENOUGH, Ledger, Storm, ends, judge, loads, seed_of, storm_policy, watched
 from tests.support.gateway_process import House, house
 from tests.support.waiting import until
 
@@ -26,12 +26,13 @@ async def kill_and_wait(up: House, part: str, storm: Storm) -> None:
 
 
 async def run(up: House, storm: Storm, ledger: Ledger, parts: list[str]) -> None:
-    """Kills these parts one after another, gives the last one a moment, and waits for the end of everything."""
+    """Kills these parts one after another, goes on until there is enough to judge, and waits for everything to end."""
     async with storm.raging():
         await asyncio.sleep(1.0)
         for part in parts:
             await kill_and_wait(up, part, storm)
         await asyncio.sleep(1.0)
+        await until(lambda: storm.outcomes["served"] > ENOUGH, what="enough are served", timeout_s=30)
     await ledger.settled()
     print(dict(storm.outcomes), ends(ledger))
 

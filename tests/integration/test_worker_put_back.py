@@ -184,6 +184,27 @@ async def test_nothing_makes_way_for_a_job_that_may_not_run(world: World) -> Non
     await jobs.cancel(world.store, batch.job_id)
 
 
+async def test_a_slot_that_is_being_put_back_is_still_peoples(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither free nor counted as soon free, it would send people to a fallback for as long as the stop takes."""
+    await world.apply({"big": simulated(maxConcurrent=1, **NOW, options={"decodeTps": 100})})
+    host = await world.warm_host()
+    (batch,) = await batch_runs(world, tokens=200)
+    put_back, reached, goes_on = jobs.put_back, asyncio.Event(), asyncio.Event()
+
+    async def late(*args: Any) -> None:
+        reached.set()
+        await goes_on.wait()
+        await put_back(*args)
+
+    monkeypatch.setattr(jobs, "put_back", late)
+    person = await world.submit("big")
+    await asyncio.wait_for(reached.wait(), 5)
+    yielding = host.dispatcher.yielding("big")
+    goes_on.set()
+    assert yielding == 1
+    assert [(await ask.end()).state for ask in (person, batch)] == [State.DONE, State.DONE]
+
+
 async def test_people_are_not_promoted_off_slots_that_are_put_back_for_them(world: World) -> None:
     """Batch work holds every slot for long: its model answers in time all the same, so nobody is downgraded."""
     await world.apply(
