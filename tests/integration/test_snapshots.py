@@ -346,23 +346,23 @@ async def test_ten_thousand_who_wait_do_not_slow_the_status_down(redis_server: R
 
 async def test_the_page_and_the_metrics_cost_less_than_a_hundredth_of_a_core(redis_server: RedisServer) -> None:
     """What a second of the page costs with fifty jobs in a lane, in the api and in Redis together, and its part of a
-    scrape."""
+    scrape: the best of some tries, as Redis counts also the time for which it waits for a core."""
     async with live_house(redis_server) as (world, api):
         await fill(world, "big", RUNNING, priority="interactive")
         gateway, clock = api.gateway, time.process_time
-        tick_s, scrape_s = [], []
-        before = await script_us(world.store)
+        tick_s, scrape_s, redis_s = [], [], []
         for _ in range(TRIES):
-            began = clock()
+            before, began = await script_us(world.store), clock()
             await gateway.snapshots.as_event(None, older_than_s=0, counted_before_s=0)
             tick_s.append(clock() - began)
+            redis_s.append((await script_us(world.store) - before) / 1e6)
             shown = await gateway.snapshots.latest()
             began = clock()
             gateway.metrics.render(shown, shown.day, callers=["ann"], redis_up=True)
             scrape_s.append(clock() - began)
-        redis_s = (await script_us(world.store) - before) / TRIES / 1e6
-    cost = min(tick_s) + redis_s + min(scrape_s) / SCRAPED_EVERY_S
-    print(f"a tick {min(tick_s) * 1e3:.2f} ms, a scrape {min(scrape_s) * 1e3:.2f} ms, in Redis {redis_s * 1e3:.2f} ms")
+    tick, scrape, redis = min(tick_s), min(scrape_s), min(redis_s)
+    cost = tick + redis + scrape / SCRAPED_EVERY_S
+    print(f"a tick {tick * 1e3:.2f} ms, a scrape {scrape * 1e3:.2f} ms, in Redis {redis * 1e3:.2f} ms")
     assert cost < CORE_SHARE_MAX, (tick_s, scrape_s, redis_s)
 
 
