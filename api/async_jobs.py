@@ -18,7 +18,7 @@ from broker.callers import Caller, Rights
 from broker.dialects import openai
 from broker.dialects.bounds import read_request
 from broker.lifecycle import ENDED, State
-from broker.policy.sentences import did_you_mean
+from broker.policy.sentences import meant_or_known
 from broker.records import JobRecord
 from broker.trust import addresses
 
@@ -57,8 +57,8 @@ def read_order(said: bytes, wishes: Wishes, *, now_ms: int) -> Order:
     members = {member.key: member for member in read_request(said)}
     for key in members:
         if key not in _KEYS:
-            meant = did_you_mean(key, _KEYS) or f", known here are {', '.join(_KEYS)}"
-            raise errors.BadRequest(f"unknown key {key[: errors.NAME_SHOWN]!r}{meant}", key[: errors.NAME_SHOWN])
+            shown = key[: errors.NAME_SHOWN]
+            raise errors.BadRequest(f"unknown key {shown!r}{meant_or_known(key, _KEYS)}", shown)
     asked = {key: member.value for key, member in members.items() if member.value is not None}
     if not isinstance(asked.get("body"), dict):
         raise errors.BadRequest("body must be the object that the endpoint takes", "body")

@@ -17,7 +17,7 @@ from api.client import ask, part, snapshot_of
 from api.exit_codes import Failed
 from api.status_table import duration, loading
 from api.terminal import harmless
-from broker.status import HostStatus, ModelStatus, Snapshot
+from broker.status import HostStatus, ModelStatus, Snapshot, stays_cold
 
 WARM_S_MAX = 330.0
 """How long `model warm` waits for the first token: the longest wake by default, and a little."""
@@ -61,9 +61,7 @@ def model_warm(
             found = _model(shown, model)
             aside = [h for h in shown.hosts if (h.draining or h.policy_unread) and h.name in found.hosts]
             if found.state == "cold" and len(aside) == len(found.hosts):
-                remedies = (f"upgrade {h.name}" if h.policy_unread else f"`gateway undrain {h.name}`" for h in aside)
-                mend = " or ".join(remedies)
-                raise Failed(f"{model} stays cold, because no host that serves it takes new work: {mend}")
+                raise Failed(stays_cold(model, aside))
             return _warm_outcome(found, waited_s)
 
         def late(shown: Snapshot) -> str:

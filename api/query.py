@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 from api.auth import Caller
 from api.described import Described
 from broker import errors
-from broker.policy.sentences import did_you_mean
+from broker.policy.sentences import meant_or_known
 
 _any_key = re.compile(r"([a-z]+)\[.{1,64}\]").fullmatch
 
@@ -21,10 +21,8 @@ async def known(request: Request, _caller: Caller) -> None:
     for name in request.query_params:
         of_a_key = _any_key(name)
         if (f"{of_a_key[1]}[key]" if of_a_key else name) not in described.query:
-            names = tuple(described.query)
-            meant = did_you_mean(name, names) or f", known here are {', '.join(names)}"
             shown = name[: errors.NAME_SHOWN]
-            raise errors.BadRequest(f"unknown parameter {shown!r}{meant}", shown)
+            raise errors.BadRequest(f"unknown parameter {shown!r}{meant_or_known(name, described.query)}", shown)
 
 
 KNOWN = [Depends(known)]

@@ -15,6 +15,7 @@ from broker.lanes import WANTED_FOR_MS
 from broker.policies import Active
 from broker.policy.sentences import near_words
 from broker.records import ModelFacts, ModelOnHost, without_name
+from broker.status import stays_cold
 from broker.store import Store
 
 UNLOADED_FOR_MS = 3_600_000
@@ -61,9 +62,8 @@ async def warm(store: Store, active: Active, fleet: Fleet, model: str) -> None:
     left_ms = facts.quarantined_until - picture.at_ms
     is_there = any(m.state in RESIDENT for m in on_host.values())
     there = [picture.hosts[name] for name in on_host if name in picture.hosts]
-    if there and all(host.draining or host.policy_unread for host in there) and not is_there:
-        mend = " or ".join(f"upgrade {h.name}" if h.policy_unread else f"`gateway undrain {h.name}`" for h in there)
-        raise errors.WishRefused(f"{model} stays cold, because no host that serves it takes new work: {mend}")
+    if there and not any(host.takes_work for host in there) and not is_there:
+        raise errors.WishRefused(stays_cold(model, there))
     if left_ms > 0 and not is_there:
         words = f"{model} is quarantined for {left_ms / 1000:.0f} s more: {without_name(model, facts.failure)}"
         raise errors.WishRefused(f"{words}; `gateway model reset {model}` has it tried now")

@@ -64,5 +64,5 @@ class Snapshots:
         note = await self._store.full()
         seen = await self._fleet.look_closely(active)
         number = max(seen.moment, self._last.number + 1)  # clocks may be set back
-        told = compose(active, self._fleet, seen, self._day, number=number, redis_note=note)
-        return replace(told, policy_unread=self._book.unread)
+        told = compose(active, self._fleet, seen, self._day, number=number)
+        return replace(told, redis_note=note, policy_unread=self._book.unread)

@@ -1,6 +1,6 @@
 """One picture of the gateway: what `gateway status`, the status endpoint, the page and the gauges show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import UnionType
@@ -13,7 +13,7 @@ from broker.looks import CloseLook, Told
 from broker.policies import Active
 from broker.policy import Lane, Model
 from broker.precedence import LaneSeen, Precedence, Waiter
-from broker.records import ModelFacts, ModelOnHost, without_name
+from broker.records import HostRecord, ModelFacts, ModelOnHost, without_name
 from broker.today import Moves, Today, by_model, moves
 
 NO_HOST = "absent"
@@ -234,7 +234,7 @@ class Snapshot:
         return _made(cls, parts)
 
 
-def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int, redis_note: str = "") -> Snapshot:
+def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: int) -> Snapshot:
     """Makes the snapshot of a close look, which the fleet has seen too, and of the day's counters."""
     picture, lanes, orders = fleet.picture, [], _orders(active, fleet.picture, seen)
     for lane in active.lanes().values():
@@ -265,10 +265,15 @@ def compose(active: Active, fleet: Fleet, seen: CloseLook, day: Day, *, number: 
             SilentHost(name=name, beat_age_ms=max(0, picture.at_ms - beat))
             for name, beat in sorted(seen.silent.items())
         ),
-        redis_note=redis_note,
         moves=moves(day),
         day=day,
     )
+
+
+def stays_cold(model: str, aside: Iterable[HostRecord | HostStatus]) -> str:
+    """Says why nothing wakes a model all of whose hosts take no new work, and what would have them take it again."""
+    mend = " or ".join(f"upgrade {h.name}" if h.policy_unread else f"`gateway undrain {h.name}`" for h in aside)
+    return f"{model} stays cold, because no host that serves it takes new work: {mend}"
 
 
 def _orders(active: Active, picture: Picture, seen: CloseLook) -> dict[str, Precedence]:

@@ -33,6 +33,14 @@ def redis_server() -> Iterator[RedisServer]:
     server.close()
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    """A server of the module's own: its settings are changed, its connections are cut, it is restarted or killed."""
+    server = start_server()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def scanner() -> None:
     """Has the scanner for secrets compile its rules before a test counts seconds."""

@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -44,6 +44,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Gives `, did you mean 'x'?`, or nothing where no known word is near."""
     near = near_words(word, known, most=1)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+def meant_or_known(word: str, known: Collection[str]) -> str:
+    """The same, or all the known words where none is near."""
+    return did_you_mean(word, known) or f", known here are {', '.join(known)}"
 
 
 def near_words(word: str, known: Iterable[str], *, most: int, cutoff: float = 0.6) -> list[str]:
@@ -113,7 +118,7 @@ def _unknown_key(path: Path) -> str:
         for other, place in _PLACES.items():
             if key in _keys(other) or key in _NOT_HERE.get(other, {}):
                 return f"unknown key {shown(key)} here, it belongs {place}"
-    return f"unknown key {shown(key)}{did_you_mean(key, keys) or ', known here are ' + ', '.join(keys)}"
+    return f"unknown key {shown(key)}{meant_or_known(key, keys)}"
 
 
 def _keys(part: type[BaseModel]) -> list[str]:

@@ -6,7 +6,7 @@ The condition is read from the rule file and evaluated over pages of a running a
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from tests.support.broker_world import new_namespace, running
 from tests.support.live_api import RawClient, Scene, live_api, live_scene, until_true
 from tests.support.prometheus import EVERY_S, Prometheus, rules
 from tests.support.promql import Scrapes, firing
-from tests.support.redis_server import RedisServer, start_server
+from tests.support.redis_server import RedisServer
 from tests.support.webhook_endpoint import receiver
 from tests.support.worker_world import simulated, worker_world
 from workers.courier import Courier
@@ -65,14 +65,6 @@ def fires(*alerts: str) -> Callable[[Test], Test]:
         return test
 
     return note
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """A server of our own: its settings are changed, and it is killed."""
-    server = start_server()
-    yield server
-    server.close()
 
 
 @pytest_asyncio.fixture

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -23,19 +23,11 @@ from broker.store import Store
 from tests.support.batch_files import CHAT, jsonl, line
 from tests.support.broker_world import new_namespace
 from tests.support.live_api import RawClient, chat_body, live_scene
-from tests.support.redis_server import RedisServer, start_server
+from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
 from workers import dispatcher
 
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """A server of our own: what it may hold is changed."""
-    server = start_server()
-    yield server
-    server.close()
 
 
 @pytest_asyncio.fixture

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,11 @@ from broker.lifecycle import State
 from broker.policies import PolicyBook
 from broker.store import Store
 from tests.support.counted import counted
-from tests.support.redis_server import RedisServer, start_server
+from tests.support.redis_server import RedisServer
 from tests.support.worker_world import World, eventually, simulated, until, words, worker_world
 from workers import chores, clockwork, scheduler
 
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """A server of our own: its connections are cut and it is killed."""
-    server = start_server()
-    yield server
-    server.close()
 
 
 @pytest_asyncio.fixture

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from broker import jobs, lanes, webhook_secrets, webhooks
 from broker.lifecycle import State
 from broker.records import JobRecord
 from broker.store import Store
-from tests.support.redis_server import RedisServer, start_server
+from tests.support.redis_server import RedisServer
 from tests.support.waiting import until
 from tests.support.webhook_endpoint import Receiver, receiver, verified
 from tests.support.worker_world import World, eventually, simulated, worker_world
@@ -24,14 +24,6 @@ from workers.post import Post
 pytestmark = [pytest.mark.real, pytest.mark.timeout(90)]
 
 BOUND_S = 25.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """A server of our own: it is restarted."""
-    server = start_server()
-    yield server
-    server.close()
 
 
 @pytest_asyncio.fixture
